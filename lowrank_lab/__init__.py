@@ -1,0 +1,23 @@
+"""lowrank_lab: methods that pretrain language models with less memory, to be run, seen and doubted."""
+
+from lowrank_lab import optim
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.layers import factorize
+from lowrank_lab.methods import METHODS
+from lowrank_lab.runs import Run, load_runs
+from lowrank_lab.techniques import refactorize_, reset_momentum_
+from lowrank_lab.train import TrainingError, train
+
+__all__ = [
+    "METHODS",
+    "InputError",
+    "Run",
+    "RunConfig",
+    "TrainingError",
+    "factorize",
+    "load_runs",
+    "optim",
+    "refactorize_",
+    "reset_momentum_",
+    "train",
+]

@@ -1,0 +1,102 @@
+"""Checkpoints: tensors by torch.distributed.checkpoint, everything else as JSON, renamed into place.
+
+A checkpoint is a folder `step-00000040`. It is written under another name, fsynced and renamed, so that
+a folder with that name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+KEPT = 2
+
+
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: Any
+) -> Path:
+    """Write the checkpoint of `step` updates into `folder`, and drop all but the last KEPT.
+
+    Args:
+        extra: anything JSON can hold, given back by `load`.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{target.name}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
+    scalars: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+            else:
+                scalars[f"{name}/{key}"] = value
+    dcp.save(tensors, checkpoint_id=partial, no_dist=True)
+    facts = {"step": step, "optimizer": scalars, "extra": extra}
+    (partial / "state.json").write_text(json.dumps(facts))
+    for file in [*partial.iterdir(), partial]:
+        _fsync(file)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    _fsync(folder)
+    for old in all_checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def load(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """Put the newest checkpoint's tensors into the model and the optimizer, on their devices.
+
+    Returns:
+        The number of updates done, and what was saved as extra; (0, {}) if there is no checkpoint.
+    """
+    found = all_checkpoints(folder)
+    if not found:
+        return 0, {}
+    facts = json.loads((found[-1] / "state.json").read_text())
+    stored = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in stored.items()
+        if isinstance(meta, TensorStorageMetadata)
+    }
+    dcp.load(tensors, checkpoint_id=found[-1], no_dist=True)
+    model.load_state_dict(
+        {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
+    )
+    parameters = dict(model.named_parameters())
+    for key, value in {**_tensors_of_optimizer(tensors), **facts["optimizer"]}.items():
+        name, _, entry = key.rpartition("/")
+        parameter = parameters[name]
+        on_device = value.to(parameter.device) if isinstance(value, Tensor) else value
+        optimizer.state[parameter][entry] = on_device
+    return facts["step"], facts["extra"]
+
+
+def _tensors_of_optimizer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "optimizer/"
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

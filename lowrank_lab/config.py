@@ -1,0 +1,266 @@
+"""A run is one frozen, validated value: `RunConfig`, and the model sizes it can name.
+
+What can be checked without looking at a method or a corpus is checked here; `methods.resolve` checks
+the rest and fills in what was left `None`. Every refusal is an `InputError`: one line that names the
+field, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# Attention and MLP projections; embeddings, norms and the LM head always stay full rank.
+TARGETS = r"\.(q|k|v|o|gate|up|down)_proj$"
+
+
+class InputError(ValueError):
+    """Wrong input: one line that names the field, its value and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+        super().__init__(" ".join(f"{field}: {shown} is not allowed; {allowed}".split()))
+        self.field, self.value, self.allowed = field, value, allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.allowed)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """What to say about an unknown name: the nearest known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def data_folder() -> Path:
+    """Where corpora and runs live: $LOWRANK_LAB_DATA, else the checkout's data/, else ./data."""
+    given = os.environ.get("LOWRANK_LAB_DATA")
+    if given:
+        return Path(given)
+    checkout = Path(__file__).resolve().parent.parent
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "data"
+
+
+class Size(NamedTuple):
+    """Dimensions of a LLaMA model (2505.22922, Table 2 and the sizes its code ships)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_layers: int
+    vocab_size: int = 32000  # with `byte`: 256 and an end-of-text token
+
+
+SIZES = {
+    "tiny": Size(32, 88, 2, 2, 256),
+    "micro": Size(64, 176, 2, 4, 1024),
+    "mini": Size(128, 352, 4, 4, 2048),
+    "9m": Size(128, 352, 4, 4),
+    "20m": Size(256, 688, 4, 4),
+    "35m": Size(384, 1024, 8, 6),
+    "60m": Size(512, 1376, 8, 8),
+    "130m": Size(768, 2048, 12, 12),
+    "250m": Size(768, 2560, 16, 24),
+    "350m": Size(1024, 2736, 16, 24),
+    "1b": Size(2048, 5461, 32, 24),
+    "3b": Size(2560, 6848, 32, 32),
+    "7b": Size(4096, 11008, 32, 32),
+    "13b": Size(5120, 13824, 40, 40),
+}
+
+# Fields that change what is recorded or how a run is executed, but not what is trained.
+NOT_IN_RUN_ID = frozenset({"checkpoint_every", "device"})
+
+
+def help_field(default: Any, text: str, **limits: Any) -> Any:
+    """A field with its one-line help, which the command line and the README show."""
+    if any(key in limits for key in ("gt", "ge", "lt", "le")):
+        limits.setdefault("allow_inf_nan", False)
+    return Field(default, description=text, **limits)
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run. Frozen; `replace` makes a variant.
+
+    Fields left `None` are filled by `methods.resolve` from the method's defaults and the corpus.
+    Learning rates are absolute, periods are in optimizer steps.
+
+    Raises:
+        InputError: a field is unknown or its value is not allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # model
+    model: str = help_field("micro", "named size: " + " ".join(SIZES))
+    hidden_size: int | None = help_field(None, "overrides the size's width", ge=2, le=65536)
+    intermediate_size: int | None = help_field(None, "overrides the MLP width", ge=1, le=262144)
+    num_heads: int | None = help_field(None, "overrides the number of heads", ge=1, le=1024)
+    num_layers: int | None = help_field(None, "overrides the number of layers", ge=1, le=1024)
+    initializer_range: float = help_field(0.02, "std of dense initial weights", gt=0, le=10)
+    # data
+    corpus: str = help_field("python", "python | markov | text:PATH")
+    vocab_size: int | Literal["byte"] | None = help_field(
+        None, "BPE vocabulary (markov: alphabet), or byte; default: the size's"
+    )
+    sequence_length: int = help_field(256, "tokens in a sequence", ge=2, le=1 << 20)
+    batch: int = help_field(16, "sequences in an optimizer step", ge=1, le=1 << 20)
+    gradient_accumulation: int = help_field(1, "pieces in which a batch is computed", ge=1)
+    steps: int | None = help_field(None, "optimizer steps (200 if tokens isn't given)", ge=1)
+    tokens: int | None = help_field(None, "training tokens, instead of steps", ge=1)
+    repeat: bool = help_field(False, "may training see the corpus more than once")
+    # method
+    method: str = help_field("full-rank", "see `lowrank-lab methods`")
+    rank: int | None = help_field(None, "rank r; default: a quarter of the hidden size", ge=1)
+    init: Literal["kaiming", "spectral"] | None = help_field(None, "initialisation of the factors")
+    target: str = help_field(TARGETS, "regular expression of the layers the method acts on")
+    method_options: dict[str, Any] = help_field({}, "options of the method, by name")
+    refactor_every: int = help_field(0, "refactorization period, 0 = never", ge=0)
+    reset_every: int = help_field(0, "momentum reset period, 0 = never", ge=0)
+    reset_strength: float = help_field(1.0, "share of the momentum a reset removes", ge=0, le=1)
+    recovery_steps: int = help_field(10, "steps the learning rate takes to recover", ge=0)
+    # optimisation
+    lr: float | None = help_field(None, "peak learning rate; default: the method's", gt=0, le=100)
+    warmup: float = help_field(0.1, "warm-up as a share of all steps", ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = help_field("cosine", "decay after warm-up")
+    min_lr_ratio: float = help_field(0.1, "final learning rate / peak", ge=0, le=1)
+    weight_decay: float = help_field(0.0, "decoupled weight decay", ge=0, le=10)
+    clip: float = help_field(1.0, "largest global gradient norm, 0 = no clipping", ge=0)
+    # execution
+    precision: Literal["fp32", "bf16", "amp-bf16"] = help_field("fp32", "weights and compute dtype")
+    compile: bool = help_field(False, "torch.compile each block (needs a C++ compiler)")
+    activation_checkpointing: bool = help_field(False, "recompute blocks in the backward pass")
+    seed: int = help_field(0, "decides initial weights and batch order", ge=0, lt=1 << 32)
+    device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto takes CUDA where it is")
+    # records
+    eval_every: int | None = help_field(None, "steps between evaluations; default steps/10", ge=1)
+    eval_tokens: int = help_field(65536, "tokens of the held-out block", ge=2)
+    test_tokens: int = help_field(262144, "tokens of the final evaluations", ge=2)
+    spectra_every: int | None = help_field(None, "steps between spectra; default steps/5", ge=1)
+    spectra_layers: str = help_field(TARGETS, "regular expression of layers whose spectra are kept")
+    checkpoint_every: int | None = help_field(None, "steps between checkpoints; default steps/10")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _as_input_error(error, values) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_as_numbers(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, value in values.items():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise InputError(name, value, "must be a number or a name, not true or false")
+        return values
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> RunConfig:
+        if self.model not in SIZES:
+            raise InputError("model", self.model, nearest(self.model, SIZES))
+        if self.steps is not None and self.tokens is not None:
+            raise InputError("tokens", self.tokens, "give steps or tokens, not both")
+        if isinstance(self.vocab_size, int) and not 2 <= self.vocab_size <= 65536:
+            raise InputError("vocab_size", self.vocab_size, "must be from 2 to 65536, or byte")
+        if self.batch % self.gradient_accumulation:
+            raise InputError(
+                "gradient_accumulation", self.gradient_accumulation, f"must divide batch {self.batch}"
+            )
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise InputError("checkpoint_every", self.checkpoint_every, "must be at least 1")
+        if self.tokens is not None and self.tokens < self.tokens_per_step:
+            raise InputError("tokens", self.tokens, f"one step is {self.tokens_per_step} tokens")
+        size = self.size
+        if size.hidden_size % (2 * size.num_heads):
+            raise InputError("num_heads", size.num_heads, f"twice it must divide {size.hidden_size}")
+        for name in ("target", "spectra_layers"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise InputError(name, getattr(self, name), f"not a regular expression: {error}") from None
+        self._check_periods()
+        return self
+
+    def _check_periods(self) -> None:
+        total = self.total_steps
+        for name in ("refactor_every", "reset_every"):
+            if getattr(self, name) >= total:
+                allowed = f"must be below the {total} steps of the run, or 0 for never"
+                raise InputError(name, getattr(self, name), allowed)
+        if self.recovery_steps == 1:
+            raise InputError("recovery_steps", 1, "must be 0 (no recovery) or at least 2")
+        if self.reset_every and self.recovery_steps > self.reset_every:
+            allowed = f"must be at most reset_every {self.reset_every}"
+            raise InputError("recovery_steps", self.recovery_steps, allowed)
+
+    @property
+    def size(self) -> Size:
+        """The named size with the dimensions that were given explicitly."""
+        named = SIZES[self.model]
+        names = ("hidden_size", "intermediate_size", "num_heads", "num_layers")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.vocab_size is not None:
+            given["vocab_size"] = 257 if self.vocab_size == "byte" else self.vocab_size
+        return named._replace(**given)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run: `steps`, or as many as fit into `tokens`, or 200."""
+        if self.tokens is not None:
+            return self.tokens // self.tokens_per_step
+        return self.steps if self.steps is not None else 200
+
+    def cadence(self, name: Literal["eval_every", "spectra_every", "checkpoint_every"]) -> int:
+        """Steps between two records, with the default that follows the run's length."""
+        share = 5 if name == "spectra_every" else 10
+        given: int | None = getattr(self, name)
+        return given if given is not None else max(1, self.total_steps // share)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """This configuration with some fields changed, validated again."""
+        return RunConfig(**{**self.model_dump(), **changes})
+
+    @property
+    def run_id(self) -> str:
+        """A readable slug and a hash of everything that decides the result.
+
+        Take it from a resolved configuration: there, fields that the method doesn't use are `None`.
+        """
+        used = {k: v for k, v in self.model_dump().items() if k not in NOT_IN_RUN_ID}
+        used["total_steps"] = self.total_steps
+        for name in ("steps", "tokens"):
+            del used[name]
+        digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:10]
+        parts = [self.model, self.method]
+        parts += [f"r{self.rank}"] if self.rank else []
+        parts += [f"refactor{self.refactor_every}"] if self.refactor_every else []
+        parts += [f"reset{self.reset_every}"] if self.reset_every else []
+        parts += [f"lr{self.lr:g}"] if self.lr else []
+        return "-".join([*parts, f"s{self.seed}", digest])
+
+
+def _as_input_error(error: ValidationError, values: dict[str, Any]) -> InputError:
+    """The first of pydantic's complaints, in one line of ours."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    field = str(first["loc"][0]) if first["loc"] else "config"
+    value = values.get(field)
+    if first["type"] == "extra_forbidden":
+        return InputError(field, value, f"no such field; {nearest(field, RunConfig.model_fields)}")
+    return InputError(field, value, first["msg"].replace("Input should", "must"))

@@ -1,0 +1,70 @@
+"""Factorised layers, one kind a file, and `factorize`, which puts them into any model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lowrank_lab.config import TARGETS, nearest
+from lowrank_lab.layers.base import FactorizedLinear, svd_of_product
+from lowrank_lab.layers.low_rank import LowRankLinear
+
+__all__ = ["KINDS", "FactorizedLinear", "LowRankLinear", "factorize", "svd_of_product", "target_layers"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+KINDS: dict[str, type[Any]] = {"low-rank": LowRankLinear}
+
+
+def target_layers(
+    model: nn.Module, target: str = TARGETS
+) -> Iterator[tuple[str, nn.Linear | FactorizedLinear]]:
+    """The linear or factorised layers whose full name matches `target`, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | FactorizedLinear) and re.search(target, name):
+            yield name, module
+
+
+def factorize(
+    model: Model, kind: str = "low-rank", *, rank: int, target: str = TARGETS, **options: Any
+) -> Model:
+    """Replace each nn.Linear whose name matches `target` by a factorised layer, in place.
+
+    Args:
+        model: any module; layers that are not nn.Linear are left alone.
+        kind: one of `KINDS`.
+        rank: r, at most min(m, n) of every layer that matches.
+        target: regular expression, searched in the layer's full name.
+        options: passed on to the layer (`alpha`, `init`, …).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown kind, a pattern that matches nothing, a rank too large, a layer whose
+            weight is shared with another module. Nothing is replaced then.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: {kind!r} is not allowed; {nearest(kind, KINDS)}")
+    found = [(n, m) for n, m in target_layers(model, target) if isinstance(m, nn.Linear)]
+    if not found:
+        raise ValueError(f"target: {target!r} matches no linear layer of the model")
+    replaced = [
+        (name, KINDS[kind](_unshared(model, name, linear), rank=rank, **options))
+        for name, linear in found
+    ]
+    for name, layer in replaced:
+        model.set_submodule(name, layer)
+    return model
+
+
+def _unshared(model: nn.Module, name: str, linear: nn.Linear) -> nn.Linear:
+    """The layer, if its weight is its own: a factorised layer can't stay tied to another module."""
+    for other_name, other in model.named_modules():
+        shared = any(p is linear.weight for p in other.parameters(recurse=False))
+        if shared and other is not linear:
+            raise ValueError(f"target: {name} shares its weight with {other_name}; exclude it")
+    return linear

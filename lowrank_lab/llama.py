@@ -1,0 +1,256 @@
+"""The LLaMA model in plain torch: RMSNorm, RoPE, SwiGLU, no biases, untied head.
+
+Parameter names equal those of transformers' LlamaForCausalLM, and so do the logits.
+Shapes in this file: B = batch, T = sequence, d = hidden, h = heads, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_lab.config import Size
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10_000.0
+LOGITS_IN_FLIGHT = 1 << 18  # elements of float32 logits alive at a time: what a core's cache holds
+SMALLEST_CHUNK = 256  # tokens; below that the matrix products lose more than the cache gains
+
+
+class RMSNorm(nn.Module):
+    """y = x · s · weight with s = 1/√(mean x² + ε), over the last dimension."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _RMSNorm.apply(x, self.weight)
+        return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Three passes forward and five back, where autograd through the formula takes twice that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        s = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_().to(x.dtype)
+        ctx.save_for_backward(x, s, weight)
+        return (x * s).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        # with x̂ = x·s:  d weight = Σ g∘x̂,  d x = s·(g∘weight − x̂ · mean(g∘weight∘x̂))
+        (g,) = grad_outputs
+        x, s, weight = ctx.saved_tensors
+        x_hat = x * s
+        g_x = g * x_hat
+        w = weight.to(x.dtype)
+        mean = (g_x @ w).unsqueeze(-1).div_(x.shape[-1])
+        grad_weight = g_x.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+        return (g * w).addcmul_(x_hat, mean, value=-1).mul_(s), grad_weight
+
+
+def rotary_tables(length: int, head_size: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, head_size / 2) of the rotary embedding (2104.09864), float32."""
+    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / ROPE_BASE**exponent
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + half) of the last dimension of x (B, h, T, head_size) by position.
+
+    cos and sin are (T, head_size / 2).
+    """
+    out: Tensor = _Rotate.apply(x, cos, sin)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation keeps nothing for its backward pass but the angles: it is undone by −sin."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(grad_outputs[0], *ctx.saved_tensors, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    first, second = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
+    return out
+
+
+class Attention(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        d = size.hidden_size
+        self.num_heads = size.num_heads
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, d, bias=False)
+        self.v_proj = nn.Linear(d, d, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = (p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(size.intermediate_size, size.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(size.hidden_size)
+        self.self_attn = Attention(size)
+        self.post_attention_layernorm = RMSNorm(size.hidden_size)
+        self.mlp = MLP(size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(size.vocab_size, size.hidden_size)
+        self.layers = nn.ModuleList(Block(size) for _ in range(size.num_layers))
+        self.norm = RMSNorm(size.hidden_size)
+
+
+class Llama(nn.Module):
+    """A LLaMA language model.
+
+    Args:
+        size: its dimensions.
+        initializer_range: standard deviation of linear and embedding weights.
+        activation_checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        initializer_range: float = 0.02,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.activation_checkpointing = activation_checkpointing
+        self.model = Decoder(size)
+        self.lm_head = nn.Linear(size.hidden_size, size.vocab_size, bias=False)
+        self._tables: tuple[Tensor, Tensor] | None = None
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=initializer_range)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) → normalised hidden states (B, T, d)."""
+        x: Tensor = self.model.embed_tokens(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = (table.to(x.dtype) for table in self._rotary(tokens.shape[1], x.device))
+        for block in self.model.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
+        out: Tensor = self.model.norm(x)
+        return out
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) → logits (B, T, V)."""
+        out: Tensor = self.lm_head(self.hidden_states(tokens))
+        return out
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats a token, float32; full logits never exist."""
+        hidden = self.hidden_states(tokens).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten())
+
+    def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        tables = self._tables
+        if tables is None or tables[0].shape[0] < length or tables[0].device != device:
+            head_size = self.size.hidden_size // self.size.num_heads
+            tables = self._tables = rotary_tables(length, head_size, device)
+        return tables[0][:length], tables[1][:length]
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of softmax(hidden @ weightᵀ) against targets, chunked over tokens.
+
+    hidden (N, d), weight (V, d), targets (N,) → a float32 scalar. Logits are computed in the compute
+    dtype, their softmax in float32; gradients are formed chunk by chunk in the forward pass.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        count = hidden.shape[0]
+        chunk = max(SMALLEST_CHUNK, LOGITS_IN_FLIGHT // weight.shape[0])
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, count, chunk):
+            h, y = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = F.linear(h, weight).float()
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            total += (log_sum - logits.gather(1, y)).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            # d loss / d logits = (softmax − one_hot(target)) / N
+            slope = logits.sub_(log_sum).exp_()
+            slope.scatter_add_(1, y, slope.new_full((1, 1), -1.0).expand_as(y))
+            slope = slope.div_(count).to(h.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight, out=grad_hidden[start : start + chunk])
+            if grad_weight is not None:
+                grad_weight += slope.T @ h
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grad_outputs
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
+            None,
+        )

@@ -1,0 +1,62 @@
+"""Where the bytes of training are: weights, gradients, optimizer states, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Breakdown:
+    """Bytes by category. `projections` is a part of `optimizer_states`, not beside it."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer_states: int = 0
+    projections: int = 0
+    activations: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of all tensors, shared storage counted once."""
+    seen = {(t.untyped_storage().data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
+    return sum(seen.values())
+
+
+def persistent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Breakdown:
+    """Measured bytes of the weights, of the gradients that training holds, and of the states."""
+    weights = [*model.parameters(), *model.buffers()]
+    states = [(k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)]
+    return Breakdown(
+        weights=tensor_bytes(weights),
+        gradients=tensor_bytes(p for p in model.parameters() if p.requires_grad),
+        optimizer_states=tensor_bytes(t for _, t in states),
+        projections=tensor_bytes(t for k, t in states if k.startswith("projection")),
+    )
+
+
+@contextmanager
+def measured_activations(model: nn.Module, into: Breakdown) -> Iterator[None]:
+    """Count what autograd keeps for the backward pass inside this block: `into.activations`.
+
+    Weights and views of what was counted already are not counted again.
+    """
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield
+    into.activations = sum(kept.values())

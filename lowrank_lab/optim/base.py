@@ -1,0 +1,194 @@
+"""One loop for all optimizers of this project: states, the Adam core, and what each method adds.
+
+A method is a subclass with one function, `update_`, called for each parameter of the groups that have
+a `rank`; all other groups are plain AdamW. Conventions are those of galore-torch: ε is added to √v
+*before* the bias correction, weight decay is decoupled and applied *after* the update.
+
+Adam keeps the weights of its two averages, w₁ ← β₁w₁ + 1 − β₁ and w₂ likewise, in place of a step
+count: from zero they are the usual 1 − βᵗ, and a momentum reset of any strength can scale them together
+with the averages, so that bias correction stays exact (`techniques.reset_momentum_`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# A step count at which Adam's 1 − βᵗ is 1 for every β: the fused kernel then corrects no bias.
+_LONG_AGO = 1e12
+
+
+def adam_update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step_size: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − step_size · m / (√v + ε), fused, in place.
+
+    Bias correction is in `step_size`. All tensors of one call share a dtype and a device.
+    """
+    long_ago = torch.full((), _LONG_AGO, dtype=torch.float32, device=params[0].device)
+    adamw(
+        params, grads, exp_avgs, exp_avg_sqs, [], [long_ago] * len(params),
+        fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=step_size,
+        weight_decay=0.0, eps=eps, maximize=False,
+    )  # fmt: skip
+
+
+def adam_direction(
+    g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """Update the averages with g and return N = m / (√v + ε), shaped like g; bias is not corrected."""
+    N = torch.zeros_like(g)
+    adam_update_([N], [g], [exp_avg], [exp_avg_sq], step_size=-1.0, betas=betas, eps=eps)
+    return N
+
+
+class ProjectedAdamW(torch.optim.Optimizer):
+    """AdamW whose groups with a `rank` are updated by the subclass's `update_`.
+
+    Args:
+        params: tensors or groups; a group without `rank` is plain AdamW.
+        lr: learning rate, absolute.
+        betas: decay rates of the two averages.
+        eps: added to √v before bias correction.
+        weight_decay: decoupled, applied after the update with lr · weight_decay.
+        correct_bias: False leaves out Adam's bias correction.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown or missing group key, or a parameter of
+            a ranked group that isn't a matrix or has a side shorter than the rank.
+    """
+
+    group_defaults: dict[str, Any] = {}  # keys of a ranked group and their defaults
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = False,
+    ) -> None:
+        del no_deprecation_warning  # accepted, since callers of galore-torch and fira pass it
+        _check("lr", lr, lr >= 0, "at least 0")
+        _check("betas", betas, all(0 <= b < 1 for b in betas), "each in [0, 1)")
+        _check("eps", eps, eps >= 0, "at least 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "rank" in param_group:
+            for key, default in self.group_defaults.items():
+                param_group.setdefault(key, default)
+            super().add_param_group(param_group)
+            try:
+                self.check_group(self.param_groups[-1])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+        else:
+            super().add_param_group(param_group)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuse a ranked group whose keys or parameters the method can't work with."""
+        rank = group["rank"]
+        _check("rank", rank, isinstance(rank, int) and rank >= 1, "a whole number from 1")
+        for p in group["params"]:
+            fits = p.ndim == 2 and rank <= min(p.shape)
+            _check("rank", rank, fits, f"at most the smaller side of each matrix, not {tuple(p.shape)}")
+
+    def update_(
+        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
+    ) -> None:
+        """One step of one matrix: change W (m×n), given its gradient G, in place."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimizer step. Parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError("sparse gradients are not supported; use a dense embedding")
+            if "rank" in group:
+                for p in params:
+                    state = self._advanced(p, group)
+                    self.update_(p, p.grad, state, group, _step_size(state, group))
+                    state["step"] += 1
+            else:
+                self._plain_adamw_(params, group)
+            if group["weight_decay"] > 0 and params:
+                torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+        return loss
+
+    def _advanced(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, with the weights of Adam's averages moved on by one step."""
+        state = self.state[p]
+        if "step" not in state:
+            state.update(step=0, exp_avg_weight=0.0, exp_avg_sq_weight=0.0)
+        beta1, beta2 = group["betas"]
+        state["exp_avg_weight"] = beta1 * state["exp_avg_weight"] + 1 - beta1
+        state["exp_avg_sq_weight"] = beta2 * state["exp_avg_sq_weight"] + 1 - beta2
+        return state
+
+    def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Fused AdamW on all parameters that share a dtype, a device and a step size."""
+        batches: dict[Any, list[Tensor]] = {}
+        for p in params:
+            state = self._advanced(p, group)
+            averages(state, p)
+            state["step"] += 1
+            batches.setdefault((p.dtype, p.device, _step_size(state, group)), []).append(p)
+        for (_, _, step_size), batch in batches.items():
+            states = [self.state[p] for p in batch]
+            adam_update_(
+                batch,
+                [p.grad for p in batch if p.grad is not None],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                step_size=step_size,
+                betas=group["betas"],
+                eps=group["eps"],
+            )
+
+
+def averages(state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's two averages m and v, created as zeros shaped like `like` when they aren't there yet."""
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def _step_size(state: dict[str, Any], group: dict[str, Any]) -> float:
+    """lr · √w₂ / w₁: the learning rate with both bias corrections in it."""
+    lr = float(group["lr"])
+    if not group["correct_bias"]:
+        return lr
+    return lr * math.sqrt(state["exp_avg_sq_weight"]) / float(state["exp_avg_weight"])
+
+
+def _check(field: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{field}: {value!r} is not allowed; {allowed}")

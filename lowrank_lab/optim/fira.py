@@ -1,0 +1,66 @@
+"""Fira (2410.01623): GaLore plus the part of the gradient outside the subspace, scaled and limited."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_lab.optim.base import ProjectedAdamW, adam_direction, averages
+from lowrank_lab.optim.projection import check_projection, lift_add_, project, refreshed
+
+NORM_GROWTH_LIMIT = 1.01  # γ
+EPS = 1e-8
+
+
+class Fira(ProjectedAdamW):
+    """Fira's AdamW, a drop-in for `fira.FiraAdamW`.
+
+    Keys of a ranked group: `rank`; `update_proj_gap` (200); `alpha`, which scales what comes back from
+    the subspace (1); `proj_type`, std | reverse_std | left | right; `refresh`, svd (exact, equal to the
+    package) | randomized.
+
+    As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G − alpha·P R.
+    `full` is refused: with both sides projected a channel has no rank axis to take its norm over.
+    """
+
+    group_defaults: ClassVar[dict[str, Any]] = {
+        "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "svd",
+    }  # fmt: skip
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_projection(group, allowed=("std", "reverse_std", "left", "right"))
+
+    def update_(
+        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
+    ) -> None:
+        left, right = refreshed(state, G, group)
+        R = project(G, left, right)
+        N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])
+        alpha, rank_axis = group["alpha"], 0 if right is None else 1
+        # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
+        R_norm, N_norm, G_norm = (
+            torch.linalg.vector_norm(X, dim=rank_axis, keepdim=True, dtype=torch.float32)
+            for X in (R, N, G)
+        )
+        phi = N_norm / (R_norm + EPS)
+        # P has orthonormal columns, so per channel ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖².
+        residual_sq = (G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()).clamp(min=0)
+        phi = phi / self._limiter(state, (residual_sq * phi.square()).sum().sqrt())
+        # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
+        phi = phi.to(G.dtype)
+        lift_add_(W, N.addcmul_(R, phi, value=-1), left, right, alpha=-step_size * alpha)
+        W.addcmul_(G, phi, value=-step_size)
+
+    @staticmethod
+    def _limiter(state: dict[str, Any], norm: Tensor) -> Tensor:
+        """max(‖S‖ / (‖S_prev‖ + ε), γ) / γ, where ‖S_prev‖ is the limited norm; 1 on the first step."""
+        if "residual_norm" not in state:
+            state["residual_norm"] = norm
+            return torch.ones_like(norm)
+        growth = norm / (state["residual_norm"] + EPS)
+        limiter = growth.clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
+        state["residual_norm"] = norm / limiter
+        return limiter

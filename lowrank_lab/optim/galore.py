@@ -1,0 +1,36 @@
+"""GaLore (2403.03507): Adam in a low-rank subspace of the gradient that is renewed now and then."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lowrank_lab.optim.base import ProjectedAdamW, adam_direction, averages
+from lowrank_lab.optim.projection import check_projection, lift_add_, project, refreshed
+
+
+class GaLore(ProjectedAdamW):
+    """GaLore's AdamW, a drop-in for `galore_torch.GaLoreAdamW`.
+
+    Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`, the
+    paper's α (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd (exact, equal
+    to the package) | randomized.
+    """
+
+    group_defaults: ClassVar[dict[str, Any]] = {
+        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd",
+    }  # fmt: skip
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_projection(group)
+
+    def update_(
+        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
+    ) -> None:
+        # P = leading singular vectors of G;  R = Pᵀ G or G P;  N = Adam(R);  W ← W − lr · scale · P N
+        left, right = refreshed(state, G, group)
+        R = project(G, left, right)
+        N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])
+        lift_add_(W, N, left, right, alpha=-step_size * group["scale"])

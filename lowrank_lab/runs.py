@@ -1,0 +1,201 @@
+"""Run folders: what a run writes while it trains, and the tables that are read from many of them.
+
+    config.json     the resolved configuration, and what it ran on
+    metrics.jsonl   one row a step, appended as it happens; evaluations and events in their step's row
+    spectra.jsonl   one row a layer and recorded step
+    memory.json     bytes by category, measured in the first step
+    checkpoints/    see checkpoint.py; gone when the run has ended well
+    progress.json   where a run in progress is
+    model.safetensors, result.json   written last: a folder with result.json is a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_lab.config import InputError, RunConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lowrank_lab.llama import Llama
+
+# Columns of a run's configuration that describe it in every table.
+DESCRIBES = (
+    "model", "corpus", "method", "rank", "init", "lr", "refactor_every", "reset_every",
+    "reset_strength", "seed",
+)  # fmt: skip
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    with partial.open("w") as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def cut_jsonl(path: Path, last_step: int) -> None:
+    """Drop the rows after `last_step`, so that a resumed run neither repeats nor skips one."""
+    rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+
+
+class Run:
+    """A run folder, finished or not."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "config.json").exists():
+            raise InputError("run", str(folder), "it is not a run folder: config.json is missing")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {'finished' if self.finished else 'unfinished'})"
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return RunConfig(**self._facts["config"])
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return facts
+
+    @property
+    def label(self) -> str:
+        """What figures call the run: its variant in a study, else its method and techniques."""
+        return self._facts.get("label") or describe(self.config)
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Final losses, sizes and times."""
+        if not self.finished:
+            raise InputError("run", str(self.folder), "it has not finished: result.json is missing")
+        result: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
+        return result
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row a step."""
+        import pandas as pd
+
+        return pd.DataFrame(read_jsonl(self.folder / "metrics.jsonl"))
+
+    @property
+    def spectra(self) -> pd.DataFrame:
+        """One row a singular value: step, layer, index, singular_value."""
+        import pandas as pd
+
+        rows = [
+            (row["step"], row["layer"], i, value)
+            for row in read_jsonl(self.folder / "spectra.jsonl")
+            for i, value in enumerate(row["singular_values"])
+        ]
+        return pd.DataFrame(rows, columns=["step", "layer", "index", "singular_value"])
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by category (memory.Breakdown)."""
+        memory: dict[str, int] = json.loads((self.folder / "memory.json").read_text())
+        return memory
+
+    @cached_property
+    def model(self) -> Llama:
+        """The trained model, on the CPU."""
+        from safetensors.torch import load_file
+
+        from lowrank_lab import methods
+
+        path = self.folder / "model.safetensors"
+        if not path.exists():
+            raise InputError("run", str(self.folder), "it has no trained model yet")
+        model, _ = methods.build(self.config)
+        model.load_state_dict(load_file(path))
+        return model.eval()
+
+
+def describe(config: RunConfig) -> str:
+    """A short name of what is trained: the method, its initialisation and its techniques."""
+    parts = [config.method]
+    if config.init == "spectral":
+        parts.append("spectral")
+    if config.refactor_every:
+        parts.append("refactor")
+    if config.reset_every:
+        parts.append("reset")
+    return " + ".join(parts)
+
+
+def find_runs(folder: Path | str) -> list[Run]:
+    """All run folders at or below `folder`, in the order of their names."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("folder", str(folder), "there is no such folder")
+    return [Run(path.parent) for path in sorted(folder.rglob("config.json"))]
+
+
+def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
+    """One tidy table of all runs at or below a folder: a row for each step of each run.
+
+    Columns: run (folder name), label, the configuration (model, corpus, method, rank, …, seed), what
+    metrics.jsonl holds, and, for finished runs, `final_*`: validation and test loss and perplexity,
+    parameters and bytes.
+
+    Args:
+        strict: raise on runs that have not finished; False takes what there is, for live views.
+
+    Raises:
+        InputError: no runs, or unfinished ones with `strict`.
+    """
+    import pandas as pd
+
+    runs = find_runs(folder)
+    if not runs:
+        raise InputError("folder", str(folder), "it holds no runs")
+    unfinished = [run.folder.name for run in runs if not run.finished]
+    if strict and unfinished:
+        raise InputError("folder", str(folder), f"runs have not finished: {', '.join(unfinished)}")
+    tables = []
+    for run in runs:
+        table = run.metrics
+        config = run.config.model_dump()
+        facts = {"run": run.folder.name, "label": run.label, **{k: config[k] for k in DESCRIBES}}
+        if run.finished:
+            facts |= {f"final_{key}": value for key, value in run.result.items()}
+        tables.append(table.assign(**facts))
+    return pd.concat(tables, ignore_index=True)
+
+
+def final_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a run of a `load_runs` table: what described it and how it ended."""
+    columns = ["run", "label", *DESCRIBES, *[c for c in runs.columns if c.startswith("final_")]]
+    return runs[columns].drop_duplicates("run").rename(columns=lambda c: c.removeprefix("final_"))

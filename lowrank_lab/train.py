@@ -1,0 +1,343 @@
+"""The training loop: corpus and configuration in, a run folder out."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_lab import checkpoint, memory
+from lowrank_lab.config import InputError, RunConfig, data_folder
+from lowrank_lab.corpus import Corpus, Split, prepare
+from lowrank_lab.llama import Llama
+from lowrank_lab.methods import build, resolve
+from lowrank_lab.runs import Run, append_jsonl, cut_jsonl, write_json
+from lowrank_lab.schedule import learning_rate
+from lowrank_lab.spectra import weight_spectra
+from lowrank_lab.step import Batch, autocast, gradients, update_
+
+PROGRESS_SECONDS = 0.5
+
+
+class TrainingError(RuntimeError):
+    """Training stopped because of what it computed, not because of its input."""
+
+
+def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
+    """The resolved configuration and its corpus, after every check that can be made before training.
+
+    Raises:
+        InputError: see `resolve` and `prepare`; also a run longer than its corpus without `repeat`, a
+            held-out part shorter than a sequence, or a device that isn't there.
+    """
+    config = resolve(config)
+    device_of(config)
+    corpus = prepare(config)
+    for split in ("validation", "test"):
+        if not corpus.num_windows(split, config.sequence_length):
+            most = len(corpus.tokens(split)) - 1
+            allowed = f"the {split} part of {config.corpus} has {most} tokens"
+            raise InputError("sequence_length", config.sequence_length, allowed)
+    once = corpus.num_windows("train", config.sequence_length) * config.sequence_length
+    needed = config.total_steps * config.tokens_per_step
+    if needed > once and not config.repeat:
+        name = "steps" if config.tokens is None else "tokens"
+        value = config.total_steps if config.tokens is None else config.tokens
+        allowed = f"{needed} tokens, but {config.corpus} has {once} to train on; or set repeat"
+        raise InputError(name, value, allowed)
+    return config, corpus
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The device a run computes on."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", "cuda", "there is no CUDA device here; auto or cpu")
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+@torch.no_grad()
+def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: RunConfig) -> float:
+    """Mean loss in nats a token over a fixed block: the first windows of a split, about `tokens` long.
+
+    Weighted by tokens, so that a ragged last batch counts for what it holds.
+    """
+    length = config.sequence_length
+    count = min(corpus.num_windows(split, length), max(1, tokens // length))
+    device = next(model.parameters()).device
+    total, seen = 0.0, 0
+    training = model.training
+    model.eval()
+    for start in range(0, count, config.batch):
+        indices = torch.arange(start, min(start + config.batch, count)).numpy()
+        inputs, targets = (t.to(device) for t in corpus.windows(split, indices, length))
+        with autocast(config, device):
+            total += float(model.loss(inputs, targets)) * targets.numel()
+        seen += targets.numel()
+    model.train(training)
+    return total / seen
+
+
+def train(
+    config: RunConfig,
+    folder: Path | str | None = None,
+    *,
+    label: str | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> Run:
+    """Train a configuration, or go on with a run that was interrupted, and return its folder as a Run.
+
+    Args:
+        folder: the run folder; by default data/runs/<run id>. A finished run is returned as it is.
+        label: what figures call the run.
+        on_step: called after every step with its row of metrics.jsonl.
+
+    Raises:
+        InputError: before anything is written.
+        TrainingError: the loss or a gradient is not finite; the last good state is in the folder.
+    """
+    config, corpus = check(config)
+    target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
+    if _is_finished(target, config):
+        return Run(target)
+    trainer = Trainer(config, corpus, target, label)
+    trainer.resume()
+    while trainer.updates < config.total_steps:
+        row = trainer.advance()
+        if on_step is not None:
+            on_step(row)
+    trainer.finish()
+    return Run(target)
+
+
+def _is_finished(folder: Path, config: RunConfig) -> bool:
+    """Whether this very run has ended there; a folder with anything else in it is refused."""
+    if folder.is_file():
+        raise InputError("out", str(folder), "it is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    try:
+        run = Run(folder)
+    except InputError:
+        if (folder / "checkpoints").exists() or all(p.name.startswith(".") for p in folder.iterdir()):
+            return False
+        raise InputError("out", str(folder), "it has files in it that are not a run") from None
+    if run.config.run_id != config.run_id:
+        ours, theirs = config.model_dump(), run.config.model_dump()
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        allowed = f"it holds another run, which differs in {', '.join(differing)}"
+        raise InputError("out", str(folder), allowed)
+    return run.finished
+
+
+class Trainer:
+    """A run in progress: the model, the optimizer, the clock and the folder."""
+
+    def __init__(
+        self, config: RunConfig, corpus: Corpus, folder: Path, label: str | None = None
+    ) -> None:
+        """Takes a resolved configuration; writes config.json."""
+        self.config, self.corpus, self.folder = config, corpus, folder
+        self.device = device_of(config)
+        self.model, self.optimizer = build(config)
+        self.model.to(self.device).train()
+        if config.compile:
+            for block in self.model.model.layers:
+                block.compile()
+        self.updates = 0
+        self.seconds = 0.0  # spent in training steps, evaluations not counted
+        self.bytes = memory.Breakdown()
+        self._progress_due = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").exists():
+            facts = {"label": label, "config": config.model_dump(), "ran_on": self._provenance()}
+            write_json(folder / "config.json", facts)
+
+    def _provenance(self) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "corpus_sha256": self.corpus.facts["sha256"],
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+        }
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, and cut the records back to its step."""
+        self.updates, extra = checkpoint.load(
+            self.folder / "checkpoints", self.model, self.optimizer
+        )
+        self.seconds = extra.get("seconds", 0.0)
+        if self.updates:
+            self.bytes = memory.persistent(self.model, self.optimizer)
+        for name in ("metrics.jsonl", "spectra.jsonl"):
+            cut_jsonl(self.folder / name, self.updates)
+        if self.updates == 0:
+            self._record_spectra()
+
+    def advance(self) -> dict[str, Any]:
+        """One step with its evaluation, spectra and checkpoint where they are due; its metrics row."""
+        config, started = self.config, time.perf_counter()
+        batches = self._batches()
+        if self.updates == 0:
+            with memory.measured_activations(self.model, self.bytes):
+                loss, norm = gradients(self.model, batches, config)
+        else:
+            loss, norm = gradients(self.model, batches, config)
+        values = self._finite(loss, norm)
+        done = update_(self.model, self.optimizer, config, self.updates)
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        self.updates += 1
+        if self.updates == 1:
+            self._record_memory()
+        row = self._row(*values, elapsed, done)
+        if self._due(config.cadence("eval_every")):
+            row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
+        append_jsonl(self.folder / "metrics.jsonl", [row])
+        if self._due(config.cadence("spectra_every")):
+            self._record_spectra()
+        if self.updates % config.cadence("checkpoint_every") == 0:
+            self.save_checkpoint()
+        self._report_progress(row)
+        return row
+
+    def finish(self) -> None:
+        """Final evaluations, the trained model and result.json."""
+        from safetensors.torch import save_file
+
+        losses = {
+            f"{split}_loss": self.evaluate(split, self.config.test_tokens)
+            for split in ("validation", "test")
+        }
+        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        partial = self.folder / ".model.safetensors"
+        save_file(weights, partial)
+        partial.replace(self.folder / "model.safetensors")
+        parameters = {p for p in self.model.parameters() if p.requires_grad}
+        ends = {*self.model.model.embed_tokens.parameters(), *self.model.lm_head.parameters()}
+        result = {
+            **losses,
+            "validation_perplexity": math.exp(losses["validation_loss"]),
+            "test_perplexity": math.exp(losses["test_loss"]),
+            "entropy": self.corpus.entropy,
+            "steps": self.updates,
+            "tokens_seen": self.updates * self.config.tokens_per_step,
+            "seconds": self.seconds,
+            "parameters": sum(p.numel() for p in parameters),
+            "parameters_without_embeddings": sum(p.numel() for p in parameters - ends),
+            "weight_bytes": self.bytes.weights,
+            "optimizer_state_bytes": self.bytes.optimizer_states,
+        }
+        write_json(self.folder / "result.json", result)
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def evaluate(self, split: Split, tokens: int) -> float:
+        return evaluate(self.model, self.corpus, split, tokens, self.config)
+
+    def save_checkpoint(self) -> None:
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, self.updates, self.model, self.optimizer, seconds=self.seconds)
+
+    def _batches(self) -> list[Batch]:
+        config = self.config
+        tokens, targets = self.corpus.batch(
+            "train", self.updates,
+            batch=config.batch, sequence_length=config.sequence_length, seed=config.seed,
+        )  # fmt: skip
+        tokens, targets = (self._to_device(t) for t in (tokens, targets))
+        pieces = config.gradient_accumulation
+        return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
+
+    def _to_device(self, t: Tensor) -> Tensor:
+        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
+
+    def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+        """Loss and gradient norm as numbers, fetched together; stops the run if one isn't finite."""
+        values = torch.stack([loss.float(), norm.float()]).tolist()
+        for name, value in zip(("loss", "gradient norm"), values, strict=True):
+            if not math.isfinite(value):
+                self.optimizer.zero_grad(set_to_none=True)
+                self.save_checkpoint()
+                raise TrainingError(
+                    f"the {name} of step {self.updates + 1} is {value}; the state after step "
+                    f"{self.updates} is kept in {self.folder / 'checkpoints'}; a lower lr may help"
+                )
+        return values[0], values[1]
+
+    def _row(
+        self, loss: float, norm: float, elapsed: float, done: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "step": self.updates,
+            "tokens_seen": self.updates * self.config.tokens_per_step,
+            "seconds": round(self.seconds, 4),
+            "loss": loss,
+            "lr": learning_rate(self.updates - 1, self.config),
+            "grad_norm": norm,
+            "tokens_per_second": round(self.config.tokens_per_step / elapsed, 1),
+            "weight_bytes": self.bytes.weights,
+            "gradient_bytes": self.bytes.gradients,
+            "optimizer_state_bytes": self.bytes.optimizer_states,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "events": done,
+        }
+
+    def _due(self, every: int) -> bool:
+        return self.updates % every == 0 or self.updates == self.config.total_steps
+
+    def _record_memory(self) -> None:
+        activations = self.bytes.activations
+        self.bytes = memory.persistent(self.model, self.optimizer)
+        self.bytes.activations = activations
+        write_json(self.folder / "memory.json", self.bytes.as_dict())
+
+    def _record_spectra(self) -> None:
+        found = weight_spectra(self.model, self.config.spectra_layers)
+        rows = ({"step": self.updates, "layer": k, "singular_values": v} for k, v in found.items())
+        append_jsonl(self.folder / "spectra.jsonl", rows)
+
+    def _report_progress(self, row: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now < self._progress_due:
+            return
+        self._progress_due = now + PROGRESS_SECONDS
+        left = (self.config.total_steps - self.updates) * self.seconds / self.updates
+        progress = {name: row[name] for name in ("step", "loss", "tokens_per_second")}
+        progress |= {"total_steps": self.config.total_steps, "seconds_left": round(left, 1)}
+        write_json(self.folder / "progress.json", progress)
+
+
+def sample(run: Run, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
+    """Text that a trained run goes on with after `prompt`.
+
+    Args:
+        tokens: how many to add.
+        temperature: of the softmax; 0 takes the likeliest token.
+    """
+    corpus = prepare(run.config)
+    ids = corpus.tokenizer.encode(prompt or "\n").ids
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _ in range(tokens):
+            context = torch.tensor([ids[-run.config.sequence_length :]])
+            logits = run.model(context)[0, -1].float()
+            if temperature == 0:
+                ids.append(int(logits.argmax()))
+            else:
+                p = (logits / temperature).softmax(0)
+                ids.append(int(torch.multinomial(p, 1, generator=generator)))
+    text: str = corpus.tokenizer.decode(ids)
+    return text
+
+
