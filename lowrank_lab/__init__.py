@@ -1,4 +1,4 @@
-"""lowrank_lab: methods that pretrain language models with less memory, to be run, seen and doubted."""
+"""lowrank_lab: methods that pretrain language models with less memory, run and doubted."""
 
 from lowrank_lab import optim
 from lowrank_lab.config import InputError, RunConfig

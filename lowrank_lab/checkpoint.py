@@ -1,7 +1,7 @@
-"""Checkpoints: tensors by torch.distributed.checkpoint, everything else as JSON, renamed into place.
+"""Checkpoints: tensors by torch.distributed.checkpoint, the rest as JSON, renamed into place.
 
-A checkpoint is a folder `step-00000040`. It is written under another name, fsynced and renamed, so that
-a folder with that name is always whole.
+A checkpoint is a folder `step-00000040`. It is written under another name, fsynced and renamed, so
+that a folder with that name is always whole.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 KEPT = 2
 
@@ -40,7 +43,9 @@ def save(
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
                 scalars[f"{name}/{key}"] = value
-    dcp.save(tensors, checkpoint_id=partial, no_dist=True)
+    with warnings.catch_warnings():  # that there is one process only is known here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp_save(tensors, checkpoint_id=partial, no_dist=True)
     facts = {"step": step, "optimizer": scalars, "extra": extra}
     (partial / "state.json").write_text(json.dumps(facts))
     for file in [*partial.iterdir(), partial]:
@@ -70,13 +75,15 @@ def load(
     if not found:
         return 0, {}
     facts = json.loads((found[-1] / "state.json").read_text())
-    stored = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+    stored = FileSystemReader(found[-1]).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype)
         for name, meta in stored.items()
         if isinstance(meta, TensorStorageMetadata)
     }
-    dcp.load(tensors, checkpoint_id=found[-1], no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp_load(tensors, checkpoint_id=found[-1], no_dist=True)
     model.load_state_dict(
         {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
     )

@@ -1,0 +1,219 @@
+"""`lowrank-lab …`: the command line. Flags of `train` are the fields of RunConfig.
+
+Exit status: 0 done, 1 the work failed, 2 wrong input (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import yaml
+
+from lowrank_lab.config import InputError, RunConfig
+
+
+class _OneLine(click.Group):
+    """A group whose every failure is one line and the right exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        kwargs["standalone_mode"] = False
+        try:
+            sys.exit(super().main(*args, **kwargs) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
+        except click.ClickException as error:
+            _fail(" ".join(error.format_message().split()), 2)
+        except InputError as error:
+            _fail(str(error), 2)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("interrupted; started again, it goes on from the last checkpoint", 130)
+        except BrokenPipeError:
+            sys.exit(0)
+        except (RuntimeError, OSError) as error:
+            _fail(f"failed: {' '.join(str(error).split())}", 1)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    click.echo(line, err=True)
+    sys.exit(status)
+
+
+def _config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for each field of RunConfig; what isn't given is left to its default."""
+    for name, field in reversed(RunConfig.model_fields.items()):
+        flag, text = f"--{name.replace('_', '-')}", field.description or ""
+        if field.annotation is bool:
+            option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+        elif name == "method_options":
+            text = "option of the method as NAME=VALUE; may be repeated"
+            option = click.option(flag, "--option", name, multiple=True, help=text)
+        else:
+            if field.default is not None:
+                text += f" [default: {field.default}]"
+            option = click.option(flag, name, default=None, metavar="VALUE", help=text)
+        command = option(command)
+    return command
+
+
+def _config(flags: dict[str, Any]) -> RunConfig:
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    options = {}
+    for pair in given.pop("method_options", ()):
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError("method_options", pair, "must be NAME=VALUE")
+        try:  # 1e-3 is text to YAML 1.1, a number to everyone else
+            options[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            options[name] = value
+    return RunConfig(**given, **({"method_options": options} if options else {}))
+
+
+@click.group(cls=_OneLine)
+@click.version_option(package_name="lowrank-lab")
+def main() -> None:
+    """Run, see and doubt methods that pretrain language models with less memory."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+def methods(as_json: bool) -> None:
+    """List the methods with their sources, options and defaults."""
+    from lowrank_lab.methods import METHODS
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": m.name,
+            "summary": m.summary,
+            "source": f"arXiv {m.source}",
+            "layers": m.layers or "dense",
+            "lr": m.lr,
+            "options": {name: option.default for name, option in m.options.items()},
+        }
+        for m in METHODS.values()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        click.echo(f"{row['name']:12} {row['summary']}  ({row['source']})")
+        options = ", ".join(f"{k} {v}" for k, v in row["options"].items() if v is not None)
+        click.echo(f"{'':12} lr {row['lr']:g}; {options}")
+
+
+@main.command()
+@click.option("--corpus", default="python", help="python | markov | text:PATH")
+@click.option("--vocab-size", default=None, help="BPE vocabulary, or byte; default: the model's")
+@click.option("--model", default="micro", help="model size whose vocabulary is the default")
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+def data(as_json: bool, **fields: Any) -> None:
+    """Prepare a corpus (once) and say what is in it."""
+    from lowrank_lab.corpus import prepare
+
+    corpus = prepare(RunConfig(**{k: v for k, v in fields.items() if v is not None}))
+    if as_json:
+        click.echo(json.dumps({"folder": str(corpus.folder), **corpus.facts}, indent=1))
+    else:
+        click.echo(f"{corpus.folder}\n\n{(corpus.folder / 'README.md').read_text()}", nl=False)
+
+
+@main.command()
+@_config_flags
+@click.option("--out", type=click.Path(path_type=Path), help="run folder; given again, it goes on")
+@click.option("--label", help="what figures call this run")
+def train(out: Path | None, label: str | None, **flags: Any) -> None:
+    """Train one run, or go on with it."""
+    from tqdm import tqdm
+
+    from lowrank_lab.train import train as train_run
+
+    config = _config(flags)
+    with tqdm(total=config.total_steps, unit="step", disable=None, smoothing=0.05) as bar:
+
+        def show(row: dict[str, Any]) -> None:
+            bar.update(row["step"] - bar.n)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
+
+        run = train_run(config, out, label=label, on_step=show)
+    result = run.result
+    click.echo(
+        f"test loss {result['test_loss']:.4f} (perplexity {result['test_perplexity']:.2f}), "
+        f"{result['seconds']:.0f} s, in {run.folder}"
+    )
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="folder of the study's runs")
+@click.option("--jobs", type=click.IntRange(1), help="notebooks at a time; default: one a core")
+@click.option("--retry", is_flag=True, help="execute again what failed before")
+def study(file: Path, out: Path | None, jobs: int | None, retry: bool) -> None:
+    """Run a study file by papermill; what is done already is not done again."""
+    from lowrank_lab.study import run_study
+    from lowrank_lab.study_view import View
+
+    view = View()
+    todo, page = run_study(file, out=out, jobs=jobs, retry=retry, report=view.show)
+    view.close()
+    failed = [job for job in todo if job.state == "failed"]
+    for job in failed:
+        click.echo(f"failed: {job.name}: {job.error}; see {job.folder}", err=True)
+    if page is None:
+        sys.exit(1)
+    _show_table(page.parent)
+    click.echo(f"\nreport   {page}\nfigures  {page.parent / 'figures'}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="where to write, if not in FOLDER")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="copy the runs' records there as well"
+)
+@click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
+def report(folder: Path, out: Path | None, keep: Path | None, as_json: bool) -> None:
+    """Table, figures and a self-contained HTML page from a folder of finished runs."""
+    from lowrank_lab import report as reporting
+
+    page = reporting.write_report(folder, out=out)
+    if keep is not None:
+        reporting.keep(folder, keep)
+    if as_json:
+        from lowrank_lab.runs import final_table, load_runs
+
+        table = reporting.summary(final_table(load_runs(folder)))
+        click.echo(table.to_json(orient="records", indent=1))
+    else:
+        _show_table(folder)
+        click.echo(f"\nreport   {page}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="text to go on with")
+@click.option("--tokens", type=click.IntRange(1, 100_000), default=200, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def sample(run: Path, **options: Any) -> None:
+    """Text from a trained run."""
+    from lowrank_lab.runs import Run
+    from lowrank_lab.train import sample as sample_text
+
+    click.echo(sample_text(Run(run), **options))
+
+
+def _show_table(folder: Path) -> None:
+    from lowrank_lab.report import formatted, summary
+    from lowrank_lab.runs import final_table, load_runs
+
+    click.echo(formatted(summary(final_table(load_runs(folder)))).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """A run is one frozen, validated value: `RunConfig`, and the model sizes it can name.
 
-What can be checked without looking at a method or a corpus is checked here; `methods.resolve` checks
-the rest and fills in what was left `None`. Every refusal is an `InputError`: one line that names the
-field, its value and what is allowed.
+What can be checked without looking at a method or a corpus is checked here; `methods.resolve`
+checks the rest and fills in what was left `None`. Every refusal is an `InputError`: one line that
+names the field, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ class RunConfig(BaseModel):
             raise InputError("vocab_size", self.vocab_size, "must be from 2 to 65536, or byte")
         if self.batch % self.gradient_accumulation:
             raise InputError(
-                "gradient_accumulation", self.gradient_accumulation, f"must divide batch {self.batch}"
+                "gradient_accumulation",
+                self.gradient_accumulation,
+                f"must divide batch {self.batch}",
             )
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise InputError("checkpoint_every", self.checkpoint_every, "must be at least 1")
@@ -182,12 +184,16 @@ class RunConfig(BaseModel):
             raise InputError("tokens", self.tokens, f"one step is {self.tokens_per_step} tokens")
         size = self.size
         if size.hidden_size % (2 * size.num_heads):
-            raise InputError("num_heads", size.num_heads, f"twice it must divide {size.hidden_size}")
+            raise InputError(
+                "num_heads", size.num_heads, f"twice it must divide {size.hidden_size}"
+            )
         for name in ("target", "spectra_layers"):
             try:
                 re.compile(getattr(self, name))
             except re.error as error:
-                raise InputError(name, getattr(self, name), f"not a regular expression: {error}") from None
+                raise InputError(
+                    name, getattr(self, name), f"not a regular expression: {error}"
+                ) from None
         self._check_periods()
         return self
 

@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import sys
 import sysconfig
@@ -73,7 +72,7 @@ class Corpus:
 
     @property
     def entropy(self) -> float | None:
-        """Exact entropy rate in nats a token, where the source is known: the floor of every loss."""
+        """Exact entropy rate in nats a token, where it is known: the floor of every loss."""
         return self.facts.get("entropy")
 
     def tokens(self, split: Split) -> np.ndarray:
@@ -110,8 +109,10 @@ class Corpus:
             raise InputError("sequence_length", sequence_length, f"too long for the {split} part")
         position = step * batch + np.arange(batch, dtype=np.int64)
         windows = np.concatenate(
-            [permute(position[position // count == e] % count, count, key=(seed, int(e)))
-             for e in np.unique(position // count)]
+            [
+                permute(position[position // count == e] % count, count, key=(seed, int(e)))
+                for e in np.unique(position // count)
+            ]
         )
         return self.windows(split, windows, sequence_length)
 
@@ -149,7 +150,7 @@ def permute(indices: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
 
 
 def vocabulary(config: RunConfig) -> int | Literal["byte"]:
-    """The vocabulary a configuration asks for: its own, else the corpus's, else its model size's."""
+    """The vocabulary asked for: the configuration's, else the corpus's, else the model size's."""
     if config.vocab_size is not None:
         return config.vocab_size
     return MARKOV_ALPHABET if config.corpus == "markov" else config.size.vocab_size
@@ -197,7 +198,10 @@ def python_documents() -> Iterator[tuple[str, str]]:
                 continue
             if NOT_EVERYWHERE.intersection(file.parts):
                 continue
-            yield f"{package}/{file.as_posix()}", Path(str(file.locate())).read_text("utf-8", "replace")
+            yield (
+                f"{package}/{file.as_posix()}",
+                Path(str(file.locate())).read_text("utf-8", "replace"),
+            )
 
 
 def text_documents(source: Path) -> Iterator[tuple[str, str]]:
@@ -254,7 +258,9 @@ def _prepare_text(
 ) -> Corpus:
     vocab = vocabulary(config)
     if isinstance(vocab, int) and vocab < 257:
-        raise InputError("vocab_size", vocab, "a BPE has at least 257 entries (256 bytes and an end)")
+        raise InputError(
+            "vocab_size", vocab, "a BPE has at least 257 entries (256 bytes and an end)"
+        )
     # `python` is decided by its pins, so its hash needs no look at 100 MB of text.
     pins = [sys.version_info[:3], [(p, importlib.metadata.version(p)) for p in PACKAGES]]
     found = None if name == "python" else _distinct(documents())
@@ -316,7 +322,7 @@ def _train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def _sample(texts: list[str], limit: int) -> Iterator[str]:
-    """Documents from the start, up to about `limit` characters (they are in random order already)."""
+    """The first documents, up to about `limit` characters (their order is random already)."""
     taken = 0
     for text in texts:
         if taken >= limit:
@@ -372,7 +378,9 @@ def _prepare_markov(config: RunConfig, root: Path) -> Corpus:
         for index, split in enumerate(SPLITS):
             a = b = 0
             sequence = []
-            for u in np.random.default_rng([FORMAT, alphabet, 1 + index]).random(MARKOV_TOKENS[split]):
+            for u in np.random.default_rng([FORMAT, alphabet, 1 + index]).random(
+                MARKOV_TOKENS[split]
+            ):
                 a, b = b, bisect_right(cumulative[a][b], u)
                 sequence.append(b)
             np.array(sequence, dtype=np.uint16).tofile(target / f"{split}.bin")
@@ -403,7 +411,7 @@ def _open_or_build(folder: Path, name: str, build: Callable[[Path], dict[str, An
             (target / "README.md").write_text(_readme(facts))
             target.chmod(0o755)
             try:
-                os.rename(target, folder)
+                target.rename(folder)
             except OSError:  # another process was faster; its corpus is the same
                 if not (folder / "corpus.json").exists():
                     raise
@@ -419,6 +427,8 @@ def _readme(facts: dict[str, Any]) -> str:
     lines += [f"| {s} | " + " | ".join(f"{facts[k][s]:,}" for k in kinds) + " |" for s in SPLITS]
     lines += ["", f"Vocabulary: {facts['vocab_size']}. SHA-256: `{facts['sha256']}`."]
     if "entropy" in facts:
-        lines += [f"Entropy rate {facts['entropy']:.6f}, of single symbols "
-                  f"{facts['unigram_entropy']:.6f} nats a token."]
+        lines += [
+            f"Entropy rate {facts['entropy']:.6f}, of single symbols "
+            f"{facts['unigram_entropy']:.6f} nats a token."
+        ]
     return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _RMSNorm.apply(x, self.weight)
+        out: Tensor = _RMSNorm.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -41,7 +41,8 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         s = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_().to(x.dtype)
         ctx.save_for_backward(x, s, weight)
-        return (x * s).mul_(weight.to(x.dtype))
+        out: Tensor = (x * s).mul_(weight.to(x.dtype))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos and sin are (T, head_size / 2).
     """
-    out: Tensor = _Rotate.apply(x, cos, sin)
+    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -82,7 +83,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad_outputs[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad_outputs[0], cos, sin, -1), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -106,7 +108,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = (*x.shape[:2], self.num_heads, -1)
-        q, k, v = (p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
@@ -207,14 +211,16 @@ class Llama(nn.Module):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of softmax(hidden @ weightᵀ) against targets, chunked over tokens.
 
-    hidden (N, d), weight (V, d), targets (N,) → a float32 scalar. Logits are computed in the compute
-    dtype, their softmax in float32; gradients are formed chunk by chunk in the forward pass.
+    hidden (N, d), weight (V, d), targets (N,) → a float32 scalar. Logits are computed in the
+    compute dtype, their softmax in float32; gradients are formed chunk by chunk in the forward
+    pass.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    apply: Any = _LinearCrossEntropy.apply
+    loss: Tensor = apply(hidden, weight, targets)
     return loss
 
 
@@ -242,7 +248,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(slope, weight, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
                 grad_weight += slope.T @ h
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        )
         return total / count
 
     @staticmethod

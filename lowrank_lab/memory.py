@@ -26,14 +26,18 @@ class Breakdown:
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the elements of all tensors, shared storage counted once."""
-    seen = {(t.untyped_storage().data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
+    seen = {
+        (t.untyped_storage().data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors
+    }
     return sum(seen.values())
 
 
 def persistent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Breakdown:
     """Measured bytes of the weights, of the gradients that training holds, and of the states."""
     weights = [*model.parameters(), *model.buffers()]
-    states = [(k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)]
+    states = [
+        (k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)
+    ]
     return Breakdown(
         weights=tensor_bytes(weights),
         gradients=tensor_bytes(p for p in model.parameters() if p.requires_grad),

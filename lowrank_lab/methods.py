@@ -1,8 +1,8 @@
 """METHODS: what each method is made of, and the only home of its defaults.
 
 A method is a row: which layers it replaces, which optimizer it trains with, its options with their
-defaults and its source. `resolve` fills a configuration from the row and checks what only the method
-can know; `build` makes the model and the optimizer.
+defaults and its source. `resolve` fills a configuration from the row and checks what only the
+method can know; `build` makes the model and the optimizer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ class Option:
     @classmethod
     def number(cls, default: float | None, low: float, high: float) -> Option:
         def check(value: Any) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+            return (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and low <= value <= high
+            )
 
         return cls(default, f"a number from {low:g} to {high:g}", check)
 
@@ -79,12 +83,12 @@ def _adamw(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torc
     )
 
 
-def _projected(
-    optimizer: Callable[..., torch.optim.Optimizer], *keys: str
-) -> OptimizerBuilder:
+def _projected(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> OptimizerBuilder:
     """An optimizer whose first group has a rank and the given options as group keys."""
 
-    def build(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+    def build(
+        targets: list[Tensor], rest: list[Tensor], config: RunConfig
+    ) -> torch.optim.Optimizer:
         options = config.method_options
         ranked = {"params": targets, "rank": config.rank, **{key: options[key] for key in keys}}
         return optimizer(
@@ -179,13 +183,15 @@ METHODS: dict[str, Method] = {
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with every `None` that the run needs filled in, and checked against the method.
+    """The configuration with every `None` that the run needs filled in, and checked against the
+    method.
 
-    Fields that the method has no use for (a rank for full-rank) become `None`, so that equal runs have
-    equal ids; asking for something that would then silently not happen is refused.
+    Fields that the method has no use for (a rank for full-rank) become `None`, so that equal runs
+    have equal ids; asking for something that would then silently not happen is refused.
 
     Raises:
-        InputError: an unknown method or option, a rank that doesn't fit every target layer, a technique
+        InputError: an unknown method or option, a rank that doesn't fit every target layer, a
+        technique
             that the method has nothing to apply to.
     """
     if config.method not in METHODS:
@@ -193,7 +199,7 @@ def resolve(config: RunConfig) -> RunConfig:
     method = METHODS[config.method]
     changes: dict[str, Any] = {"vocab_size": vocabulary(config), "lr": config.lr or method.lr}
     for name in ("eval_every", "spectra_every", "checkpoint_every"):
-        changes[name] = config.cadence(name)  # type: ignore[arg-type]
+        changes[name] = config.cadence(name)
     if method.layers is None:
         if config.refactor_every:
             allowed = f"{method.name} has no factors to refactorize; 0"
@@ -225,9 +231,7 @@ def _checked_rank(config: RunConfig, method: Method) -> int | None:
     return rank
 
 
-def _checked_options(
-    config: RunConfig, method: Method, changes: dict[str, Any]
-) -> dict[str, Any]:
+def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.method_options.items():
         if name not in method.options:
             known = nearest(name, method.options)

@@ -1,12 +1,12 @@
 """Run folders: what a run writes while it trains, and the tables that are read from many of them.
 
-    config.json     the resolved configuration, and what it ran on
-    metrics.jsonl   one row a step, appended as it happens; evaluations and events in their step's row
-    spectra.jsonl   one row a layer and recorded step
-    memory.json     bytes by category, measured in the first step
-    checkpoints/    see checkpoint.py; gone when the run has ended well
-    progress.json   where a run in progress is
-    model.safetensors, result.json   written last: a folder with result.json is a finished run
+config.json     the resolved configuration, and what it ran on
+metrics.jsonl   one row a step, appended as it happens; evaluations and events in their step's row
+spectra.jsonl   one row a layer and recorded step
+memory.json     bytes by category, measured in the first step
+checkpoints/    see checkpoint.py; gone when the run has ended well
+progress.json   where a run in progress is
+model.safetensors, result.json   written last: a folder with result.json is a finished run
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lowrank_lab.llama import Llama
+
+# What the study runner keeps in the same folder.
+RUNNER_FILES = frozenset({"notebook.ipynb", "papermill.log", "done.json", "failed.json"})
 
 # Columns of a run's configuration that describe it in every table.
 DESCRIBES = (
@@ -156,19 +159,21 @@ def describe(config: RunConfig) -> str:
 
 
 def find_runs(folder: Path | str) -> list[Run]:
-    """All run folders at or below `folder`, in the order of their names."""
+    """All run folders at or below `folder`, hidden ones left out, in the order of their names."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("folder", str(folder), "there is no such folder")
-    return [Run(path.parent) for path in sorted(folder.rglob("config.json"))]
+    found = sorted(folder.rglob("config.json"))
+    hidden = (any(part.startswith(".") for part in p.relative_to(folder).parts) for p in found)
+    return [Run(path.parent) for path, out in zip(found, hidden, strict=True) if not out]
 
 
 def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
     """One tidy table of all runs at or below a folder: a row for each step of each run.
 
-    Columns: run (folder name), label, the configuration (model, corpus, method, rank, …, seed), what
-    metrics.jsonl holds, and, for finished runs, `final_*`: validation and test loss and perplexity,
-    parameters and bytes.
+    Columns: run (folder name), label, the configuration (model, corpus, method, rank, …, seed),
+    what metrics.jsonl holds, and, for finished runs, `final_*`: validation and test loss and
+    perplexity, parameters and bytes.
 
     Args:
         strict: raise on runs that have not finished; False takes what there is, for live views.
@@ -186,7 +191,7 @@ def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
         raise InputError("folder", str(folder), f"runs have not finished: {', '.join(unfinished)}")
     tables = []
     for run in runs:
-        table = run.metrics
+        table = run.metrics.rename(columns={"lr": "lr_now"})
         config = run.config.model_dump()
         facts = {"run": run.folder.name, "label": run.label, **{k: config[k] for k in DESCRIBES}}
         if run.finished:

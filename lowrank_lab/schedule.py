@@ -18,7 +18,8 @@ def learning_rate(step: int, config: RunConfig) -> float:
     """The learning rate of update `step`, recovery after resets included (2505.22922).
 
     k steps after a reset at s, within `recovery_steps`:
-        lr = target · (0.001 + 0.999 · k / (recovery_steps − 1)),  target = schedule(s + recovery_steps)
+        lr = target · (0.001 + 0.999 · k / (recovery_steps − 1))
+        target = schedule(s + recovery_steps)
     """
     since_reset = step % config.reset_every if config.reset_every else step
     last_reset = step - since_reset

@@ -1,4 +1,4 @@
-"""Singular values of weights, from the factors where there are factors, and what they summarise to."""
+"""Singular values of weights, from the factors where there are any, and their summaries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from lowrank_lab.layers import FactorizedLinear, svd_of_product, target_layers
 
 @torch.no_grad()
 def singular_values(layer: nn.Linear | FactorizedLinear) -> Tensor:
-    """Singular values of a layer's weight, descending, float32: min(m, n) of them, or r from factors."""
+    """Singular values of a layer's weight, descending, float32: min(m, n), or r from factors."""
     if isinstance(layer, FactorizedLinear):
         B, A = layer.factors()
         return svd_of_product(B, A)[1].float() * abs(layer.scale)
-    return torch.linalg.svdvals(layer.weight.float())
+    values: Tensor = torch.linalg.svdvals(layer.weight.float())
+    return values
 
 
 def weight_spectra(model: nn.Module, layers: str) -> dict[str, list[float]]:
@@ -36,5 +37,7 @@ def effective_rank(singular: Tensor) -> Tensor:
 def stable_rank(singular: Tensor) -> Tensor:
     """Σσ² / σ₁² over the last dimension: from 1 to len(σ); 0 if all are zero."""
     largest = singular.amax(-1)
-    square = singular.square().sum(-1) / largest.square().clamp(min=torch.finfo(singular.dtype).tiny)
+    square = singular.square().sum(-1) / largest.square().clamp(
+        min=torch.finfo(singular.dtype).tiny
+    )
     return torch.where(largest > 0, square, torch.zeros_like(square))

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from lowrank_lab.layers import FactorizedLinear, svd_of_product
 
 # A layer is left alone while the smallest singular value of B·A is below this share of the largest.
-RANK_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+RANK_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-3,
+    torch.float16: 1e-4,
+}
 
 
 class Refactorization(NamedTuple):
@@ -29,9 +34,10 @@ class Refactorization(NamedTuple):
 def refactorize_(module: nn.Module) -> Refactorization:
     """Balance the factors of every factorised layer: B ← U√Σ, A ← √ΣVᵀ with B A = U Σ Vᵀ, in place.
 
-    The product stays the same to rounding, and BᵀB = AAᵀ = Σ, diagonal and descending. A scale in front
-    of the product and a sparse part beside it are left alone. Layers whose product is rank-deficient
-    (B = 0 at the start of LoRA; see RANK_TOLERANCE) are left alone and named in the result.
+    The product stays the same to rounding, and BᵀB = AAᵀ = Σ, diagonal and descending. A scale in
+    front of the product and a sparse part beside it are left alone. Layers whose product is
+    rank-deficient (B = 0 at the start of LoRA; see RANK_TOLERANCE) are left alone and named in the
+    result.
 
     Source: 2505.22922, weight refactorization, through the r×r core instead of the m×n product.
     """
@@ -68,13 +74,13 @@ def reset_momentum_(
 ) -> int:
     """Shrink Adam's moments, with their bias corrections, by the factor 1 − strength, in place.
 
-    Strength 1 is exactly a restart of Adam, 0 changes nothing; between them the past keeps a weight of
-    1 − strength. Projections, schedules and states of other kinds are left alone.
+    Strength 1 is exactly a restart of Adam, 0 changes nothing; between them the past keeps a weight
+    of 1 − strength. Projections, schedules and states of other kinds are left alone.
 
-    This project's optimizers keep a weight for each average, and those are scaled with the averages.
-    torch's Adam and AdamW have one step count t for both. There t′ is chosen so that 1 − β₂^t′ is
-    (1 − strength)(1 − β₂ᵗ), exact for the second moment, and the first moment is scaled so that its
-    corrected value stays the same: only how fast it then forgets differs.
+    This project's optimizers keep a weight for each average, and those are scaled with the
+    averages. torch's Adam and AdamW have one step count t for both. There t′ is chosen so that 1 −
+    β₂^t′ is (1 − strength)(1 − β₂ᵗ), exact for the second moment, and the first moment is scaled so
+    that its corrected value stays the same: only how fast it then forgets differs.
 
     Args:
         strength: s in [0, 1].

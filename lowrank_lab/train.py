@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import shutil
@@ -18,12 +19,33 @@ from lowrank_lab.config import InputError, RunConfig, data_folder
 from lowrank_lab.corpus import Corpus, Split, prepare
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
-from lowrank_lab.runs import Run, append_jsonl, cut_jsonl, write_json
+from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, write_json
 from lowrank_lab.schedule import learning_rate
 from lowrank_lab.spectra import weight_spectra
 from lowrank_lab.step import Batch, autocast, gradients, update_
 
 PROGRESS_SECONDS = 0.5
+PACKAGE = Path(__file__).resolve().parent
+# Rooms whose source decides what a run computes; a change elsewhere needs no new training.
+TRAINING_ROOMS = (
+    "config.py", "corpus.py", "layers", "llama.py", "optim", "techniques.py", "schedule.py",
+    "methods.py", "step.py", "train.py",
+)  # fmt: skip
+
+
+def source_hash(rooms: tuple[str, ...] = (".",)) -> str:
+    """SHA-256 of the library's own source, or of some of its rooms."""
+    digest = hashlib.sha256()
+    for room in rooms:
+        path = PACKAGE / room
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def training_source() -> str:
+    """SHA-256 of the source that decides what a run computes; kept with every run."""
+    return source_hash(TRAINING_ROOMS)
 
 
 class TrainingError(RuntimeError):
@@ -31,10 +53,12 @@ class TrainingError(RuntimeError):
 
 
 def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
-    """The resolved configuration and its corpus, after every check that can be made before training.
+    """The resolved configuration and its corpus, after every check that can be made before
+    training.
 
     Raises:
-        InputError: see `resolve` and `prepare`; also a run longer than its corpus without `repeat`, a
+        InputError: see `resolve` and `prepare`; also a run longer than its corpus without `repeat`,
+        a
             held-out part shorter than a sequence, or a device that isn't there.
     """
     config = resolve(config)
@@ -65,7 +89,8 @@ def device_of(config: RunConfig) -> torch.device:
 
 @torch.no_grad()
 def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: RunConfig) -> float:
-    """Mean loss in nats a token over a fixed block: the first windows of a split, about `tokens` long.
+    """Mean loss in nats a token over a fixed block: the first windows of a split, about `tokens`
+    long.
 
     Weighted by tokens, so that a ragged last batch counts for what it holds.
     """
@@ -92,7 +117,8 @@ def train(
     label: str | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Run:
-    """Train a configuration, or go on with a run that was interrupted, and return its folder as a Run.
+    """Train a configuration, or go on with a run that was interrupted, and return its folder as a
+    Run.
 
     Args:
         folder: the run folder; by default data/runs/<run id>. A finished run is returned as it is.
@@ -121,14 +147,12 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
     """Whether this very run has ended there; a folder with anything else in it is refused."""
     if folder.is_file():
         raise InputError("out", str(folder), "it is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not (folder / "config.json").exists():
+        names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        if any(name not in RUNNER_FILES and not name.startswith(".") for name in names):
+            raise InputError("out", str(folder), "it has files in it that are not a run")
         return False
-    try:
-        run = Run(folder)
-    except InputError:
-        if (folder / "checkpoints").exists() or all(p.name.startswith(".") for p in folder.iterdir()):
-            return False
-        raise InputError("out", str(folder), "it has files in it that are not a run") from None
+    run = Run(folder)
     if run.config.run_id != config.run_id:
         ours, theirs = config.model_dump(), run.config.model_dump()
         differing = [name for name in ours if ours[name] != theirs[name]]
@@ -163,6 +187,7 @@ class Trainer:
     def _provenance(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         return {
+            "training_source": training_source(),
             "corpus_sha256": self.corpus.facts["sha256"],
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -184,7 +209,7 @@ class Trainer:
             self._record_spectra()
 
     def advance(self) -> dict[str, Any]:
-        """One step with its evaluation, spectra and checkpoint where they are due; its metrics row."""
+        """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""
         config, started = self.config, time.perf_counter()
         batches = self._batches()
         if self.updates == 0:
@@ -259,10 +284,12 @@ class Trainer:
         return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
 
     def _to_device(self, t: Tensor) -> Tensor:
-        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
+        return (
+            t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
+        )
 
     def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-        """Loss and gradient norm as numbers, fetched together; stops the run if one isn't finite."""
+        """Loss and gradient norm as numbers, fetched at once; stops the run if one isn't finite."""
         values = torch.stack([loss.float(), norm.float()]).tolist()
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):
@@ -318,7 +345,9 @@ class Trainer:
         write_json(self.folder / "progress.json", progress)
 
 
-def sample(run: Run, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
+def sample(
+    run: Run, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 0
+) -> str:
     """Text that a trained run goes on with after `prompt`.
 
     Args:
@@ -339,5 +368,3 @@ def sample(run: Run, prompt: str = "", tokens: int = 200, temperature: float = 0
                 ids.append(int(torch.multinomial(p, 1, generator=generator)))
     text: str = corpus.tokenizer.decode(ids)
     return text
-
-

@@ -12,7 +12,14 @@ from lowrank_lab.config import TARGETS, nearest
 from lowrank_lab.layers.base import FactorizedLinear, svd_of_product
 from lowrank_lab.layers.low_rank import LowRankLinear
 
-__all__ = ["KINDS", "FactorizedLinear", "LowRankLinear", "factorize", "svd_of_product", "target_layers"]
+__all__ = [
+    "KINDS",
+    "FactorizedLinear",
+    "LowRankLinear",
+    "factorize",
+    "svd_of_product",
+    "target_layers",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 

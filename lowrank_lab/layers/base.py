@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class FactorizedLinear(nn.Module):
-    """A linear layer whose weight is `scale · B @ A`, with the factors as parameters `B` and `A`."""
+    """A linear layer with weight `scale · B @ A`; the factors are parameters `B` and `A`."""
 
     B: nn.Parameter
     A: nn.Parameter
@@ -19,10 +19,8 @@ class FactorizedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
-            limit = min(in_features, out_features)
-            raise ValueError(
-                f"rank: {rank} is not allowed; a {out_features}×{in_features} layer takes 1 to {limit}"
-            )
+            limit, shape = min(in_features, out_features), f"{out_features}×{in_features}"
+            raise ValueError(f"rank: {rank} is not allowed; a {shape} layer takes 1 to {limit}")
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.scale = rank, scale
 
@@ -44,7 +42,8 @@ class FactorizedLinear(nn.Module):
 def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (m×r), S (r), Vᵀ (r×n) of B A, without forming it; in float32 or wider.
 
-    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U′ Σ V′ᵀ (r×r, in float64)  ⇒  B A = (Q_B U′) Σ (Q_A V′)ᵀ
+    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U′ Σ V′ᵀ (r×r, in float64)
+    ⇒  B A = (Q_B U′) Σ (Q_A V′)ᵀ
     """
     wide = torch.promote_types(B.dtype, torch.float32)
     Q_B, R_B = torch.linalg.qr(B.to(wide))

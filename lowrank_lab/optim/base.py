@@ -1,19 +1,19 @@
 """One loop for all optimizers of this project: states, the Adam core, and what each method adds.
 
-A method is a subclass with one function, `update_`, called for each parameter of the groups that have
-a `rank`; all other groups are plain AdamW. Conventions are those of galore-torch: ε is added to √v
-*before* the bias correction, weight decay is decoupled and applied *after* the update.
+A method is a subclass with one function, `update_`, called for each parameter of the groups that
+have a `rank`; all other groups are plain AdamW. Conventions are those of galore-torch: ε is added
+to √v *before* the bias correction, weight decay is decoupled and applied *after* the update.
 
 Adam keeps the weights of its two averages, w₁ ← β₁w₁ + 1 − β₁ and w₂ likewise, in place of a step
-count: from zero they are the usual 1 − βᵗ, and a momentum reset of any strength can scale them together
-with the averages, so that bias correction stays exact (`techniques.reset_momentum_`).
+count: from zero they are the usual 1 − βᵗ, and a momentum reset of any strength can scale them
+together with the averages, so that bias correction stays exact (`techniques.reset_momentum_`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def adam_update_(
 def adam_direction(
     g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """Update the averages with g and return N = m / (√v + ε), shaped like g; bias is not corrected."""
+    """Update the averages with g; return N = m / (√v + ε), shaped like g, bias uncorrected."""
     N = torch.zeros_like(g)
     adam_update_([N], [g], [exp_avg], [exp_avg_sq], step_size=-1.0, betas=betas, eps=eps)
     return N
@@ -66,11 +66,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
         correct_bias: False leaves out Adam's bias correction.
 
     Raises:
-        ValueError: a hyperparameter out of range, an unknown or missing group key, or a parameter of
+        ValueError: a hyperparameter out of range, an unknown or missing group key, or a parameter
+        of
             a ranked group that isn't a matrix or has a side shorter than the rank.
     """
 
-    group_defaults: dict[str, Any] = {}  # keys of a ranked group and their defaults
+    group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
 
     def __init__(
         self,
@@ -112,7 +113,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
         _check("rank", rank, isinstance(rank, int) and rank >= 1, "a whole number from 1")
         for p in group["params"]:
             fits = p.ndim == 2 and rank <= min(p.shape)
-            _check("rank", rank, fits, f"at most the smaller side of each matrix, not {tuple(p.shape)}")
+            _check(
+                "rank", rank, fits, f"at most the smaller side of each matrix, not {tuple(p.shape)}"
+            )
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
@@ -121,7 +124,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. Parameters without a gradient are left alone."""
         loss = None
         if closure is not None:
@@ -144,7 +147,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def _advanced(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The parameter's state, with the weights of Adam's averages moved on by one step."""
-        state = self.state[p]
+        state: dict[str, Any] = self.state[p]
         if "step" not in state:
             state.update(step=0, exp_avg_weight=0.0, exp_avg_sq_weight=0.0)
         beta1, beta2 = group["betas"]
@@ -174,7 +177,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
 
 def averages(state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's two averages m and v, created as zeros shaped like `like` when they aren't there yet."""
+    """Adam's two averages m and v, created as zeros shaped like `like` if they aren't there."""
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(like, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(like, memory_format=torch.preserve_format)

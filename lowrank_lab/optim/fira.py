@@ -1,4 +1,4 @@
-"""Fira (2410.01623): GaLore plus the part of the gradient outside the subspace, scaled and limited."""
+"""Fira (2410.01623): GaLore plus the gradient outside the subspace, scaled and limited."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ EPS = 1e-8
 class Fira(ProjectedAdamW):
     """Fira's AdamW, a drop-in for `fira.FiraAdamW`.
 
-    Keys of a ranked group: `rank`; `update_proj_gap` (200); `alpha`, which scales what comes back from
-    the subspace (1); `proj_type`, std | reverse_std | left | right; `refresh`, svd (exact, equal to the
-    package) | randomized.
+    Keys of a ranked group: `rank`; `update_proj_gap` (200); `alpha`, which scales what comes back
+    from the subspace (1); `proj_type`, std | reverse_std | left | right; `refresh`, svd (exact,
+    equal to the package) | randomized.
 
-    As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G − alpha·P R.
-    `full` is refused: with both sides projected a channel has no rank axis to take its norm over.
+    As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G −
+    alpha·P R. `full` is refused: with both sides projected a channel has no rank axis to take its
+    norm over.
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
@@ -56,11 +57,11 @@ class Fira(ProjectedAdamW):
 
     @staticmethod
     def _limiter(state: dict[str, Any], norm: Tensor) -> Tensor:
-        """max(‖S‖ / (‖S_prev‖ + ε), γ) / γ, where ‖S_prev‖ is the limited norm; 1 on the first step."""
+        """max(‖S‖ / (‖S_prev‖ + ε), γ) / γ, ‖S_prev‖ the limited norm; 1 on the first step."""
         if "residual_norm" not in state:
             state["residual_norm"] = norm
             return torch.ones_like(norm)
         growth = norm / (state["residual_norm"] + EPS)
-        limiter = growth.clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
+        limiter: Tensor = growth.clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
         state["residual_norm"] = norm / limiter
         return limiter

@@ -13,9 +13,9 @@ from lowrank_lab.optim.projection import check_projection, lift_add_, project, r
 class GaLore(ProjectedAdamW):
     """GaLore's AdamW, a drop-in for `galore_torch.GaLoreAdamW`.
 
-    Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`, the
-    paper's α (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd (exact, equal
-    to the package) | randomized.
+    Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`,
+    the paper's α (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd
+    (exact, equal to the package) | randomized.
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
@@ -29,7 +29,7 @@ class GaLore(ProjectedAdamW):
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        # P = leading singular vectors of G;  R = Pᵀ G or G P;  N = Adam(R);  W ← W − lr · scale · P N
+        # P = leading singular vectors of G;  R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         left, right = refreshed(state, G, group)
         R = project(G, left, right)
         N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])

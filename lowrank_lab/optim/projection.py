@@ -1,13 +1,13 @@
 """The subspaces that gradient-projecting optimizers work in, shared by all of them.
 
-A gradient G is m×n. A left projection is an m×r matrix L with orthonormal columns, a right one an n×r
-matrix R: the projected gradient is Lᵀ G, G R, or Lᵀ G R with both. They live in the optimizer's state as
-`projection_left` and `projection_right`, so that checkpoints and byte counts see them.
+A gradient G is m×n. A left projection is an m×r matrix L with orthonormal columns, a right one an
+n×r matrix R: the projected gradient is Lᵀ G, G R, or Lᵀ G R with both. They live in the optimizer's
+state as `projection_left` and `projection_right`, so that checkpoints and byte counts see them.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +91,8 @@ def randomized_subspaces(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Approximate leading singular vectors of G by a randomized range finder (0909.4061, alg. 4.4).
 
-    They are rotated to ordered singular vectors, and their signs follow the old ones: Adam's averages
-    live in that basis. Deterministic in `seed`.
+    They are rotated to ordered singular vectors, and their signs follow the old ones: Adam's
+    averages live in that basis. Deterministic in `seed`.
     """
     G = G.float()
     left = _range_finder(G, rank, seed, old[0]) if which[0] else None
@@ -108,7 +108,7 @@ def _range_finder(G: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor
     Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q)[0])[0]
     core = Q.T @ G
     _, rotation = torch.linalg.eigh(core @ core.T)  # ascending
-    P = Q @ rotation.flip(1)[:, :rank]
+    P: Tensor = Q @ rotation.flip(1)[:, :rank]
     if old is not None:
         agreement = (P * old).sum(0)
         P = P * torch.where(agreement < 0, -1.0, 1.0)
@@ -124,6 +124,3 @@ def check_projection(group: dict[str, Any], allowed: tuple[str, ...] = PROJ_TYPE
     gap = group["update_proj_gap"]
     if not isinstance(gap, int) or gap < 1:
         raise ValueError(f"update_proj_gap: {gap!r} is not allowed; a whole number from 1")
-
-
-Refresh = Literal["svd", "randomized"]

@@ -1,0 +1,353 @@
+"""Tables → figures. Nothing here sees a model: every figure is made from saved runs.
+
+Each function takes a table and returns a `Figure` of matplotlib; `save` writes it as PNG and SVG
+with the table behind it as CSV. A method has the same colour everywhere; its techniques change the
+line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from lowrank_lab.config import InputError
+from lowrank_lab.spectra import effective_rank
+from lowrank_lab.stats import mean_interval
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart and which survive print.
+COLOURS = {
+    "full-rank": "#000000",
+    "low-rank": "#0072B2",
+    "galore": "#D55E00",
+    "fira": "#009E73",
+}
+OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+STYLE: Any = {
+    "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.axisbelow": True, "axes.titlesize": 10, "axes.labelsize": 9.5, "font.size": 9,
+    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "svg.hashsalt": "lowrank_lab",
+    "figure.dpi": 110, "savefig.dpi": 160,
+}  # fmt: skip
+CATEGORIES = {
+    "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",
+    "projections": "#56B4E9", "activations": "#E69F00",
+}  # fmt: skip
+MIB = 2**20
+
+
+def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
+    """Write `stem`.png, .svg and, with the numbers that were drawn, .csv."""
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv")]
+    with mpl.rc_context(STYLE):
+        figure.savefig(paths[0], bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None})
+    table.to_csv(paths[2], index=False)
+    return paths
+
+
+def look(label: str, labels: Sequence[str]) -> tuple[str, str]:
+    """Colour and line style of a run: the method decides the colour, its variant the line."""
+    method = label.split(" ")[0]
+    methods = list(dict.fromkeys(other.split(" ")[0] for other in labels))
+    unknown = [m for m in methods if m not in COLOURS]
+    if method in COLOURS:
+        colour = COLOURS[method]
+    else:
+        colour = OTHER_COLOURS[unknown.index(method) % len(OTHER_COLOURS)]
+    variants = [other for other in labels if other.split(" ")[0] == method]
+    return colour, ("-", "--", ":", "-.")[variants.index(label) % 4]
+
+
+def curve_table(
+    runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation_loss"
+) -> pd.DataFrame:
+    """Mean of y over the seeds of each label at each step: label, step, x, mean, half_width, n.
+
+    Raises:
+        InputError: a column that isn't there, or seeds that weren't recorded at the same steps.
+    """
+    for name, column in (("x", x), ("y", y)):
+        if column not in runs:
+            raise InputError(name, column, f"the table has {', '.join(map(str, runs.columns))}")
+    recorded = runs.dropna(subset=[y])
+    rows = []
+    for (label, step), group in recorded.groupby(["label", "step"], sort=False):
+        seeds = runs.loc[runs["label"] == label, "run"].nunique()
+        if len(group) != seeds:
+            raise InputError(
+                "runs", label, f"at step {step} {len(group)} of {seeds} seeds are there"
+            )
+        rows.append((label, step, group[x].mean(), *mean_interval(group[y].tolist())))
+    return pd.DataFrame(rows, columns=["label", "step", x, "mean", "half_width", "n"])
+
+
+def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation_loss") -> Figure:
+    """Loss against tokens or seconds, a line a label, 95 % intervals where there are seeds."""
+    table = curve_table(runs, x, y)
+    labels = list(dict.fromkeys(table["label"]))
+    figure, ax = _figure(6.4, 3.9)
+    ends: list[tuple[float, str, str]] = []
+    for label in labels:
+        part = table[table["label"] == label].sort_values("step")
+        colour, line = look(label, labels)
+        ax.plot(part[x], part["mean"], line, color=colour, lw=1.6)
+        low, high = part["mean"] - part["half_width"], part["mean"] + part["half_width"]
+        ax.fill_between(part[x], low, high, color=colour, alpha=0.15, lw=0)
+        ends.append((float(part["mean"].iloc[-1]), label, colour))
+    # What matters is where the curves end: leave the first, steep part out of the picture.
+    last = table.groupby("label")["mean"].last()
+    spread = max(last.max() - last.min(), 0.05)
+    ax.set_ylim(last.min() - 0.15 * spread, min(table["mean"].max(), last.max() + 3 * spread))
+    ax.set_xlabel("training tokens" if x == "tokens_seen" else "training time (s)")
+    ax.set_ylabel(f"{y.replace('_', ' ')} (nats a token)")
+    if x == "tokens_seen":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
+    _label_ends(ax, ends)
+    return figure
+
+
+def training_table(runs: pd.DataFrame, points: int = 400) -> pd.DataFrame:
+    """Training loss and learning rate of each run at about `points` of its steps."""
+    columns = ["label", "run", "step", "tokens_seen", "loss", "lr_now"]
+    table = runs[columns]
+    every = max(1, int(table["step"].max()) // points)
+    return table[(table["step"] % every == 0) | (table["step"] == 1)]
+
+
+def training_curves(runs: pd.DataFrame) -> Figure:
+    """Loss of every recorded training batch above the learning rate, a line a run."""
+    table = training_table(runs)
+    labels = list(dict.fromkeys(table["label"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    ends = []
+    for (label, _), part in table.groupby(["label", "run"], sort=False):
+        colour, line = look(str(label), labels)
+        loss.plot(part["step"], part["loss"], line, color=colour, lw=0.8)
+        rate.plot(part["step"], part["lr_now"], line, color=colour, lw=1.2)
+        ends.append((float(part["loss"].tail(10).mean()), str(label), colour))
+    loss.set_ylabel("training loss (nats a token)")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step")
+    _label_ends(loss, ends)
+    return figure
+
+
+def effective_rank_table(spectra: pd.DataFrame) -> pd.DataFrame:
+    """Effective rank of each layer at each recorded step: step, layer, kind, effective_rank."""
+    rows = []
+    for (step, layer), part in spectra.groupby(["step", "layer"], sort=False):
+        values = torch.tensor(part.sort_values("index")["singular_value"].to_numpy())
+        kind = str(layer).rsplit(".", 1)[-1]
+        rows.append((step, layer, kind, float(effective_rank(values))))
+    return pd.DataFrame(rows, columns=["step", "layer", "kind", "effective_rank"])
+
+
+def effective_rank_curves(spectra: pd.DataFrame) -> Figure:
+    """Effective rank over training, a line a kind of layer (mean over the recorded layers)."""
+    mean = (
+        effective_rank_table(spectra).groupby(["kind", "step"], sort=False)["effective_rank"].mean()
+    )
+    figure, ax = _figure(6.4, 3.4)
+    ends = []
+    palette = sns.color_palette("colorblind", mean.index.get_level_values(0).nunique())
+    for colour, (kind, part) in zip(palette, mean.groupby(level=0, sort=False), strict=True):
+        steps = part.index.get_level_values("step")
+        ax.plot(steps, part.to_numpy(), "o-", ms=3, lw=1.4, color=colour)
+        ends.append((float(part.iloc[-1]), str(kind), colour))
+    ax.set_xlabel("step")
+    ax.set_ylabel("effective rank")
+    ax.set_ylim(bottom=0)
+    _label_ends(ax, ends, digits=1)
+    return figure
+
+
+def tradeoff_table(finals: pd.DataFrame) -> pd.DataFrame:
+    """A row a label: bytes of weights + optimizer states, and test perplexity over its seeds."""
+    rows = []
+    for label, group in finals.groupby("label", sort=False):
+        size = group["weight_bytes"] + group["optimizer_state_bytes"]
+        perplexity = mean_interval(group["test_perplexity"].tolist())
+        rows.append((label, float(size.mean()) / MIB, *perplexity))
+    return pd.DataFrame(
+        rows, columns=["label", "weights_and_states_mib", "mean", "half_width", "n"]
+    )
+
+
+def tradeoff(finals: pd.DataFrame) -> Figure:
+    """Test perplexity against bytes of weights + optimizer states: the paper's picture."""
+    table = tradeoff_table(finals)
+    labels = table["label"].tolist()
+    figure, ax = _figure(6.4, 3.9)
+    for row in _rows(table):
+        colour, line = look(row.label, labels)
+        filled = colour if line == "-" else "white"
+        ax.errorbar(
+            row.weights_and_states_mib, row.mean, yerr=None if row.n == 1 else row.half_width,
+            fmt="o", ms=8, color=colour, mfc=filled, mew=1.8, capsize=3,
+        )  # fmt: skip
+    x = table["weights_and_states_mib"]
+    width = max(x.max() - x.min(), 0.1 * x.max())
+    ax.set_xlim(x.min() - 0.12 * width, x.max() + 0.42 * width)
+    ax.margins(y=0.15)
+    _label_points(ax, table, labels)
+    ax.set_xlabel("weights + optimizer states (MiB)")
+    ax.set_ylabel("test perplexity (lower is better)")
+    ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
+    return figure
+
+
+def memory_table(memory: pd.DataFrame) -> pd.DataFrame:
+    """Bytes by category → a row a label and category, in MiB; projections apart."""
+    table = memory.copy()
+    table["optimizer_states"] = table["optimizer_states"] - table["projections"]
+    mean = table.groupby("label", sort=False)[list(CATEGORIES)].mean() / MIB
+    return mean.reset_index().melt("label", var_name="category", value_name="mib")
+
+
+def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
+    """Stacked bytes of weights, gradients and optimizer states (and activations), a bar a label."""
+    table = memory_table(memory)
+    labels = list(dict.fromkeys(table["label"]))
+    figure, ax = _figure(6.4, 0.7 + 0.42 * len(labels))
+    left = np.zeros(len(labels))
+    for category, colour in CATEGORIES.items():
+        if category == "activations" and not activations:
+            continue
+        widths = table[table["category"] == category].set_index("label")["mib"].loc[labels]
+        if widths.sum() > 0:
+            name = category.replace("_", " ")
+            ax.barh(labels, widths, left=left, color=colour, label=name, height=0.65)
+        left += widths.to_numpy()
+    for y, total in enumerate(left):
+        ax.text(total, y, f" {total:.2f}", va="center", fontsize=8.5)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("MiB (measured)")
+    ax.legend(ncols=5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5)
+    return figure
+
+
+def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) -> Figure:
+    """Singular values by index, a panel a layer, a line a recorded step from light to dark.
+
+    Args:
+        spectra: step, layer, index, singular_value (`Run.spectra`).
+        layers: which; by default one of each projection, from the middle of the model.
+    """
+    names = list(layers) if layers is not None else middle_layers(spectra)
+    missing = set(names) - set(spectra["layer"])
+    if missing or not names:
+        raise InputError(
+            "layers", sorted(missing), f"recorded: {', '.join(spectra['layer'].unique())}"
+        )
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.15 * columns + 0.6, 1.95 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    steps = np.sort(spectra["step"].unique())
+    palette = sns.color_palette("crest", len(steps))
+    for ax, name in zip(axes.flat, names, strict=False):
+        part = spectra[spectra["layer"] == name]
+        for colour, step in zip(palette, steps, strict=True):
+            values = part.loc[part["step"] == step].sort_values("index")
+            # Values at rounding level are zeros of a rank-deficient layer: nothing to see there.
+            shown = values[values["singular_value"] > 1e-7]
+            ax.plot(shown["index"] + 1, shown["singular_value"], color=colour, lw=1.3)
+        ax.set_title(name.removeprefix("model."), fontsize=8)
+        ax.set_yscale("log")
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    norm = mpl.colors.Normalize(steps.min(), max(steps.max(), 1))
+    shades = mpl.cm.ScalarMappable(norm, sns.color_palette("crest", as_cmap=True))
+    figure.colorbar(shades, ax=axes, label="step", pad=0.01)
+    figure.supxlabel("index", fontsize=9.5)
+    figure.supylabel("singular value", fontsize=9.5)
+    return figure
+
+
+def middle_layers(spectra: pd.DataFrame) -> list[str]:
+    """One recorded layer of each kind, from the middle of the model."""
+    kinds: dict[str, list[str]] = {}
+    for name in spectra["layer"].unique():
+        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    return [names[len(names) // 2] for names in kinds.values()]
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure outside pyplot's registry: nothing to close, the same in threads and notebooks."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _label_ends(ax: Axes, ends: list[tuple[float, str, Any]], digits: int = 3) -> None:
+    """Names at the right end of each curve, pushed apart where they would overlap."""
+    low, high = ax.get_ylim()
+    gap = 0.062 * (high - low)
+    heights = _apart([value for value, _, _ in sorted(ends)], gap)
+    for height, (value, label, colour) in zip(heights, sorted(ends), strict=True):
+        ax.annotate(
+            f"{label}  {value:.{digits}f}", (1.0, height), xycoords=("axes fraction", "data"),
+            xytext=(6, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def _label_points(ax: Axes, table: pd.DataFrame, labels: list[str]) -> None:
+    low, high = ax.get_ylim()
+    ordered = table.sort_values("mean")
+    heights = _apart(ordered["mean"].tolist(), 0.065 * (high - low))
+    for height, row in zip(heights, _rows(ordered), strict=True):
+        colour, _ = look(row.label, labels)
+        ax.annotate(
+            f"{row.label}  {row.mean:.2f}", (row.weights_and_states_mib, height), xytext=(9, 0),
+            textcoords="offset points", color=colour, fontsize=8.5, va="center",
+        )  # fmt: skip
+
+
+def _rows(table: pd.DataFrame) -> Iterator[Any]:
+    """Rows as named tuples, typed loosely: pandas types an entry as all it could be."""
+    yield from table.itertuples(index=False)
+
+
+def _apart(values: list[float], gap: float) -> list[float]:
+    """Ascending positions near `values`, at least `gap` from each other."""
+    out = list(values)
+    for _ in range(200):
+        moved = False
+        for i, (a, b) in enumerate(pairwise(out)):
+            if b - a < gap * 0.999:
+                push = (gap - (b - a)) / 2
+                out[i], out[i + 1], moved = a - push, b + push, True
+        if not moved:
+            break
+    return out
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:g} M" if value >= 1e5 else f"{value / 1e3:g} k" if value else "0"
+
+
+def _seeds(n: pd.Series) -> str:
+    low, high = int(n.min()), int(n.max())
+    if high == 1:
+        return "one seed each"
+    return f"mean of {low if low == high else f'{low}–{high}'} seeds, 95 % interval"

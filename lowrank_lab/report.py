@@ -1,0 +1,255 @@
+"""A folder of runs → a table, figures and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lowrank_lab import figures
+from lowrank_lab.runs import append_jsonl, final_table, find_runs, load_runs, read_jsonl
+from lowrank_lab.stats import mean_interval
+
+KEPT_ROWS = 200  # rows of metrics.jsonl that `keep` copies of each run, evaluations not counted
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the table behind it, and what it shows in words."""
+
+    name: str
+    figure: Figure
+    table: pd.DataFrame
+    caption: str
+
+
+def summary(finals: pd.DataFrame) -> pd.DataFrame:
+    """One row a label, best first: n, test loss with interval, perplexity, sizes and time.
+
+    Args:
+        finals: `runs.final_table`.
+    """
+    rows = []
+    for label, group in finals.groupby("label", sort=False):
+        loss = mean_interval(group["test_loss"].tolist())
+        rows.append(
+            {
+                "label": label,
+                "n": loss.n,
+                "lr": "/".join(f"{lr:g}" for lr in sorted(group["lr"].unique())),
+                "test loss": loss.mean,
+                "±": loss.half_width,
+                "test perplexity": group["test_perplexity"].mean(),
+                "parameters": int(group["parameters"].mean()),
+                "without embeddings": int(group["parameters_without_embeddings"].mean()),
+                "weights + states (MiB)": (
+                    group["weight_bytes"] + group["optimizer_state_bytes"]
+                ).mean() / figures.MIB,
+                "tokens": int(group["tokens_seen"].mean()),
+                "seconds": group["seconds"].mean(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows).sort_values("test loss", ignore_index=True)
+
+
+def formatted(table: pd.DataFrame) -> pd.DataFrame:
+    """The summary as text, with the digits that mean something."""
+    digits = {"test loss": ".4f", "±": ".4f", "test perplexity": ".3f", "seconds": ".0f",
+              "weights + states (MiB)": ".2f", "parameters": ",", "without embeddings": ",",
+              "tokens": ","}  # fmt: skip
+    text = table.copy().astype(object)
+    for column, digit in digits.items():
+        text[column] = ["–" if pd.isna(v) else format(v, digit) for v in table[column]]
+    return text.astype(str)
+
+
+def pictures(folder: Path | str) -> Iterator[Picture]:
+    """The figures of a folder of finished runs, one after the other."""
+    runs = load_runs(folder)
+    finals = final_table(runs)
+    yield Picture(
+        "loss_by_tokens", figures.loss_curves(runs), figures.curve_table(runs),
+        "Validation loss against training tokens; the steep start is cut off.",
+    )  # fmt: skip
+    yield Picture(
+        "loss_by_time", figures.loss_curves(runs, "seconds"), figures.curve_table(runs, "seconds"),
+        "Validation loss against time spent in training steps.",
+    )  # fmt: skip
+    yield Picture(
+        "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),
+        "Test perplexity against the bytes of weights and optimizer states.",
+    )  # fmt: skip
+    memory = memory_of(folder)
+    yield Picture(
+        "memory", figures.memory_bars(memory), figures.memory_table(memory),
+        "Measured bytes of weights, gradients and optimizer states; projections apart.",
+    )  # fmt: skip
+    seen: set[str] = set()
+    for run in find_runs(folder):
+        spectra = run.spectra
+        if run.label in seen or spectra.empty:
+            continue
+        seen.add(run.label)
+        name = "".join(c if c.isalnum() else "_" for c in run.label)
+        yield Picture(
+            f"spectra_{name}", figures.spectrum_curves(spectra), spectra,
+            f"Singular values of the weights while {run.label} trains, from light to dark "
+            "(one layer of each kind; one seed).",
+        )  # fmt: skip
+
+
+def memory_of(folder: Path | str) -> pd.DataFrame:
+    """Bytes by category of every run that has trained a step, with its label."""
+    rows = [
+        {"label": r.label, **r.memory}
+        for r in find_runs(folder)
+        if (r.folder / "memory.json").exists()
+    ]
+    return pd.DataFrame(rows)
+
+
+def write_report(
+    folder: Path | str,
+    title: str | None = None,
+    description: str = "",
+    out: Path | str | None = None,
+) -> Path:
+    """Write report.html (self-contained), table.csv and figures/ beside the runs of a folder.
+
+    Args:
+        out: where to write instead of `folder`.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: no runs, or unfinished ones.
+    """
+    folder = Path(folder)
+    out = Path(out) if out is not None else folder
+    finals = final_table(load_runs(folder))
+    table = summary(finals)
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / "table.csv", index=False)
+    parts = [_heading(title or folder.name, description, finals), _html_table(formatted(table))]
+    for picture in pictures(folder):
+        figures.save(picture.figure, picture.table, out / "figures" / picture.name)
+        parts.append(_html_figure(picture))
+    parts.append(_runs_section(folder, out))
+    page = out / "report.html"
+    partial = out / ".report.html"
+    partial.write_text(_PAGE.format(title=html.escape(title or folder.name), body="\n".join(parts)))
+    partial.replace(page)
+    return page
+
+
+def keep(folder: Path | str, out: Path | str) -> int:
+    """Copy the records of finished runs, without weights and with metrics thinned, to keep in git.
+
+    Returns:
+        The number of runs kept.
+    """
+    runs = find_runs(folder)
+    load_runs(folder)  # raises on unfinished runs
+    for run in runs:
+        target = Path(out) / run.folder.name
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for name in ("config.json", "memory.json", "spectra.jsonl", "result.json"):
+            if (run.folder / name).exists():
+                shutil.copyfile(run.folder / name, target / name)
+        rows = read_jsonl(run.folder / "metrics.jsonl")
+        every = max(1, len(rows) // KEPT_ROWS)
+        wanted = (
+            r for r in rows if r["step"] % every == 0 or "validation_loss" in r or r["events"]
+        )
+        append_jsonl(target / "metrics.jsonl", wanted)
+    return len(runs)
+
+
+def _heading(title: str, description: str, finals: pd.DataFrame) -> str:
+    facts = [
+        f"{len(finals)} runs",
+        f"model {', '.join(sorted(finals['model'].unique()))}",
+        f"corpus {', '.join(sorted(finals['corpus'].unique()))}",
+        f"{finals['tokens_seen'].min():,}–{finals['tokens_seen'].max():,} tokens a run"
+        if finals["tokens_seen"].nunique() > 1
+        else f"{finals['tokens_seen'].iloc[0]:,} tokens a run",
+    ]
+    lines = [f"<p>{html.escape(part)}</p>" for part in description.split("\n\n") if part.strip()]
+    lines.append(f"<p>{html.escape('; '.join(facts))}.</p>")
+    return f"<h1>{html.escape(title)}</h1>\n" + "\n".join(lines)
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    return f'<div class="scroll">{table.to_html(index=False, border=0, escape=True)}</div>'
+
+
+def _html_figure(picture: Picture) -> str:
+    buffer = io.BytesIO()
+    with mpl.rc_context(figures.STYLE):
+        picture.figure.savefig(buffer, format="png", bbox_inches="tight")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    caption = html.escape(picture.caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption} Data: figures/{html.escape(picture.name)}.csv</figcaption></figure>"
+    )
+
+
+def _runs_section(folder: Path, out: Path) -> str:
+    """Every run's configuration, and its executed notebook where there is one."""
+    items = []
+    for run in find_runs(folder):
+        facts = json.loads((run.folder / "config.json").read_text())
+        notebook = run.folder / "notebook.ipynb"
+        link = ""
+        if notebook.exists() and notebook.is_relative_to(out):
+            href = html.escape(notebook.relative_to(out).as_posix(), quote=True)
+            link = f' · <a href="{href}">executed notebook</a>'
+        shown = html.escape(
+            json.dumps(_changed(facts["config"]) | {"ran_on": facts["ran_on"]}, indent=1)
+        )
+        items.append(
+            f"<details><summary>{html.escape(run.label)} · {html.escape(run.folder.name)}{link}"
+            f"</summary><pre>{shown}</pre></details>"
+        )
+    return "<h2>Runs</h2>\n" + "\n".join(items)
+
+
+def _changed(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that say something: those that aren't empty."""
+    return {k: v for k, v in config.items() if v not in (None, {}, False)}
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff; }}
+h1 {{ margin-bottom: 0; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 14px; margin: 1rem 0; }}
+th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space:
+nowrap; }} th:first-child, td:first-child {{ text-align: left; }}
+figure {{ margin: 2rem 0; }}
+img {{ max-width: 100%; height: auto; }}
+figcaption {{ color: #555; font-size: 14px; }}
+pre {{ background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: 12.5px; }}
+summary {{ cursor: pointer; padding: .15rem 0; }}
+</style></head>
+<body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,40 @@
+"""What all tests share: one thread, and a data folder of their own."""
+
+import random
+
+import pytest
+import torch
+
+WORDS = "the model a rank of weight and gradient is low when step moment factor to sum".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A folder of 120 small text files, about 240 kB."""
+    folder = tmp_path_factory.mktemp("texts")
+    chance = random.Random(0)
+    for index in range(120):
+        lines = [" ".join(chance.choices(WORDS, k=12)) + f" {index}." for _ in range(30)]
+        (folder / f"{index:03d}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_corpus(text_folder):
+    """The name of a small text corpus, as RunConfig takes it."""
+    return f"text:{text_folder}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data(tmp_path_factory):
+    """The data folder of this test session: corpora are built there once."""
+    folder = tmp_path_factory.mktemp("data")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LOWRANK_LAB_DATA", str(folder))
+    yield folder
+    patch.undo()
