@@ -173,15 +173,24 @@ def study(file: Path, out: Path | None, jobs: int | None, retry: bool) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="where to write, if not in FOLDER")
+@click.option("--figures", type=click.Path(path_type=Path), help="where the figures go")
+@click.option("--title", help="title of the page")
 @click.option(
     "--keep", type=click.Path(path_type=Path), help="copy the runs' records there as well"
 )
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
-def report(folder: Path, out: Path | None, keep: Path | None, as_json: bool) -> None:
+def report(
+    folder: Path,
+    out: Path | None,
+    figures: Path | None,
+    title: str | None,
+    keep: Path | None,
+    as_json: bool,
+) -> None:
     """Table, figures and a self-contained HTML page from a folder of finished runs."""
     from lowrank_lab import report as reporting
 
-    page = reporting.write_report(folder, out=out)
+    page = reporting.write_report(folder, title, out=out, figures_in=figures)
     if keep is not None:
         reporting.keep(folder, keep)
     if as_json:

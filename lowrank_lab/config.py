@@ -26,7 +26,9 @@ class InputError(ValueError):
     """Wrong input: one line that names the field, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+        shown = repr(value)
+        if len(shown) > 80:  # the end of a path says more than its middle
+            shown = f"{shown[:30]}…{shown[-49:]}"
         super().__init__(" ".join(f"{field}: {shown} is not allowed; {allowed}".split()))
         self.field, self.value, self.allowed = field, value, allowed
 

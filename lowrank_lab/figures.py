@@ -19,7 +19,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lowrank_lab.config import InputError
 from lowrank_lab.spectra import effective_rank
@@ -231,7 +231,7 @@ def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
             continue
         widths = table[table["category"] == category].set_index("label")["mib"].loc[labels]
         if widths.sum() > 0:
-            name = category.replace("_", " ")
+            name = category.replace("_", " ").replace("projections", "stored projections")
             ax.barh(labels, widths, left=left, color=colour, label=name, height=0.65)
         left += widths.to_numpy()
     for y, total in enumerate(left):
@@ -273,6 +273,9 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
             ax.plot(shown["index"] + 1, shown["singular_value"], color=colour, lw=1.3)
         ax.set_title(name.removeprefix("model."), fontsize=8)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     norm = mpl.colors.Normalize(steps.min(), max(steps.max(), 1))

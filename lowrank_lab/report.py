@@ -123,11 +123,13 @@ def write_report(
     title: str | None = None,
     description: str = "",
     out: Path | str | None = None,
+    figures_in: Path | str | None = None,
 ) -> Path:
     """Write report.html (self-contained), table.csv and figures/ beside the runs of a folder.
 
     Args:
         out: where to write instead of `folder`.
+        figures_in: where the figures go, if not into `out`/figures.
 
     Returns:
         The path of report.html.
@@ -137,13 +139,14 @@ def write_report(
     """
     folder = Path(folder)
     out = Path(out) if out is not None else folder
+    figures_in = Path(figures_in) if figures_in is not None else out / "figures"
     finals = final_table(load_runs(folder))
     table = summary(finals)
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "table.csv", index=False)
     parts = [_heading(title or folder.name, description, finals), _html_table(formatted(table))]
     for picture in pictures(folder):
-        figures.save(picture.figure, picture.table, out / "figures" / picture.name)
+        figures.save(picture.figure, picture.table, figures_in / picture.name)
         parts.append(_html_figure(picture))
     parts.append(_runs_section(folder, out))
     page = out / "report.html"
@@ -203,7 +206,7 @@ def _html_figure(picture: Picture) -> str:
     caption = html.escape(picture.caption)
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption} Data: figures/{html.escape(picture.name)}.csv</figcaption></figure>"
+        f"<figcaption>{caption} Data: {html.escape(picture.name)}.csv</figcaption></figure>"
     )
 
 

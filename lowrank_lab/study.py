@@ -355,7 +355,7 @@ def _papermill(job: Job, partial: Path, place: dict[str, str]) -> int:
     command = [
         sys.executable, "-c", DIE_WITH_PARENT,
         sys.executable, "-m", "papermill", str(job.notebook), str(partial), "-b", parameters,
-        "--kernel", "python3", "--no-progress-bar", "--cwd", str(job.folder),
+        "--kernel", "python3", "--language", "python", "--no-progress-bar", "--cwd", str(job.folder),
     ]  # fmt: skip
     environment = {**os.environ, **place, "LOWRANK_LAB_DATA": str(data_folder().resolve())}
     with (job.folder / "papermill.log").open("wb") as log:

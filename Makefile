@@ -1,0 +1,49 @@
+# make study   set up, run the default study, print its table      make lab      JupyterLab
+# make test    set up, run the tests                               make figures  figures from data/study
+# make lint    what CI checks beside the tests                     make clean    forget the environment
+
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: study test lab figures lint clean
+.DELETE_ON_ERROR:
+
+study: .venv/installed
+	$(BIN)/lowrank-lab study notebooks/studies/quick.yaml
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lab: .venv/installed
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+
+figures: .venv/installed
+	for study in data/study/*/; do \
+		name=$$(basename $$study); \
+		$(BIN)/lowrank-lab report $$study --title $$name \
+			--out data/runs/kept/$$name --figures figures/$$name || exit 1; \
+	done
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/nbstripout --verify $(NOTEBOOKS)
+
+clean:
+	rm -rf .venv *.egg-info
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/pip pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev]'
+	touch $@

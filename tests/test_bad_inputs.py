@@ -1,0 +1,165 @@
+"""One table of bad inputs: each gets one line on stderr, exit status 2, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from lowrank_lab.cli import main
+
+TRAIN = "train --corpus {text} --vocab-size 300 --model tiny --sequence-length 16 --batch 2"
+BAD = {
+    # what is wrong: (command line, words that the one line must hold)
+    "unknown field": ("train --rnak 3", ["--rnak", "--rank"]),
+    "unknown command": ("trian", ["trian"]),
+    "rank above a target layer": (f"{TRAIN} --method low-rank --rank 99", ["rank", "99", "1 to 32"]),
+    "rank 0": (f"{TRAIN} --method low-rank --rank 0", ["rank", "0", "1"]),
+    "rank not a number": (f"{TRAIN} --rank many", ["rank", "many", "integer"]),
+    "rank fractional": (f"{TRAIN} --rank 2.5", ["rank", "2.5", "integer"]),
+    "unknown method": (f"{TRAIN} --method galor", ["method", "galor", "galore"]),
+    "unknown model": ("train --model micr", ["model", "micr", "micro"]),
+    "unknown corpus": ("train --corpus pyhton", ["corpus", "pyhton", "python"]),
+    "unknown precision": (f"{TRAIN} --precision fp8", ["precision", "fp8", "bf16"]),
+    "unknown schedule": (f"{TRAIN} --schedule wavy", ["schedule", "wavy", "cosine"]),
+    "unknown init": (f"{TRAIN} --method low-rank --init zeros", ["init", "zeros", "spectral"]),
+    "unknown device": (f"{TRAIN} --device tpu", ["device", "tpu", "cuda"]),
+    "no CUDA here": (f"{TRAIN} --device cuda", ["device", "cuda"]),
+    "negative lr": (f"{TRAIN} --lr -1", ["lr", "-1", "greater than 0"]),
+    "lr nan": (f"{TRAIN} --lr nan", ["lr", "nan", "finite"]),
+    "lr inf": (f"{TRAIN} --lr inf", ["lr", "inf"]),
+    "lr not a number": (f"{TRAIN} --lr fast", ["lr", "fast", "number"]),
+    "zero steps": (f"{TRAIN} --steps 0", ["steps", "0"]),
+    "steps and tokens": (f"{TRAIN} --steps 9 --tokens 900", ["tokens", "900", "not both"]),
+    "tokens below one step": (f"{TRAIN} --tokens 9", ["tokens", "9", "32"]),
+    "more tokens than text": (f"{TRAIN} --tokens 999999999", ["tokens", "999999999", "repeat"]),
+    "more steps than text": (f"{TRAIN} --steps 9999999", ["steps", "9999999", "repeat"]),
+    "sequence longer than held-out": (
+        "train --corpus {text} --vocab-size 300 --model tiny --sequence-length 900000 --batch 1",
+        ["sequence_length", "900000", "validation"],
+    ),
+    "batch not divisible": (f"{TRAIN} --gradient-accumulation 3", ["gradient_accumulation", "3"]),
+    "refactor period beyond the run": (
+        f"{TRAIN} --method low-rank --steps 9 --refactor-every 9", ["refactor_every", "9"],
+    ),
+    "reset period beyond the run": (f"{TRAIN} --steps 9 --reset-every 50", ["reset_every", "50"]),
+    "negative period": (f"{TRAIN} --reset-every -5", ["reset_every", "-5"]),
+    "recovery of one step": (f"{TRAIN} --recovery-steps 1", ["recovery_steps", "1", "2"]),
+    "recovery longer than the period": (
+        f"{TRAIN} --reset-every 5 --recovery-steps 8", ["recovery_steps", "8", "5"],
+    ),
+    "strength above 1": (f"{TRAIN} --reset-strength 1.5", ["reset_strength", "1.5", "1"]),
+    "nothing to refactorize": (
+        f"{TRAIN} --method galore --refactor-every 5", ["refactor_every", "5", "galore"],
+    ),
+    "nothing to initialise": (f"{TRAIN} --init spectral", ["init", "spectral", "full-rank"]),
+    "unknown option": (f"{TRAIN} --method galore --option scal=1", ["scal", "scale"]),
+    "option out of range": (f"{TRAIN} --method galore --option scale=-1", ["scale", "-1", "0"]),
+    "option of another type": (
+        f"{TRAIN} --method galore --option update_proj_gap=often", ["update_proj_gap", "often"],
+    ),
+    "option without a value": (f"{TRAIN} --method galore --option scale", ["scale", "NAME=VALUE"]),
+    "Fira on both sides": (f"{TRAIN} --method fira --option proj_type=full", ["proj_type", "full"]),
+    "target matches nothing": (f"{TRAIN} --method low-rank --target nope", ["target", "nope"]),
+    "target not a pattern": (f"{TRAIN} --target (", ["target", "regular expression"]),
+    "heads that don't divide": (f"{TRAIN} --num-heads 5", ["num_heads", "5", "32"]),
+    "vocabulary below the bytes": (
+        "train --corpus {text} --vocab-size 100", ["vocab_size", "100", "257"],
+    ),
+    "vocabulary above uint16": ("train --vocab-size 70000", ["vocab_size", "70000", "65536"]),
+    "vocabulary not a number": ("train --vocab-size some", ["vocab_size", "some"]),
+    "vocabulary too large for the text": (
+        "train --corpus {text} --vocab-size 60000", ["vocab_size", "60000", "too short"],
+    ),
+    "markov alphabet": ("data --corpus markov --vocab-size 100", ["vocab_size", "100", "64"]),
+    "missing text": ("data --corpus text:{tmp}/none", ["corpus", "none", "no such file"]),
+    "text without a path": ("data --corpus text:", ["corpus", "no such file"]),
+    "empty text": ("data --corpus text:{tmp}/empty.txt", ["corpus", "empty.txt", "no text"]),
+    "binary text": ("data --corpus text:{tmp}/binary.txt", ["corpus", "binary.txt", "binary"]),
+    "text not UTF-8": ("data --corpus text:{tmp}/latin.txt", ["corpus", "latin.txt", "UTF-8"]),
+    "text too short": ("data --corpus text:{tmp}/short.txt", ["corpus", "short.txt", "too short"]),
+    "folder without text": ("data --corpus text:{tmp}/folder", ["corpus", "folder", "no text"]),
+    "out is a file": (f"{TRAIN} --out {{tmp}}/short.txt", ["out", "short.txt", "file"]),
+    "out holds other files": (f"{TRAIN} --out {{tmp}}", ["out", "not a run"]),
+    "sample of nothing": ("sample {tmp}/folder", ["run", "folder", "config.json"]),
+    "report on nothing": ("report {tmp}/folder", ["folder", "no runs"]),
+    "report on no folder": ("report {tmp}/none", ["folder", "none", "no such folder"]),
+    "missing study": ("study {tmp}/none.yaml", ["study", "none.yaml", "no such file"]),
+    "study not YAML": ("study {tmp}/studies/broken.yaml", ["study", "broken.yaml", "YAML"]),
+    "study not a mapping": ("study {tmp}/studies/list.yaml", ["study", "list.yaml", "mapping"]),
+    "study with an unknown key": ("study {tmp}/studies/key.yaml", ["gird", "grid"]),
+    "study with an unknown field": ("study {tmp}/studies/field.yaml", ["field.yaml", "rnak", "rank"]),
+    "study with a bad value": ("study {tmp}/studies/value.yaml", ["value.yaml", "mine", "rank", "99"]),
+    "study with an empty grid": ("study {tmp}/studies/grid.yaml", ["grid.yaml", "rank", "list"]),
+    "study with an unknown notebook": ("study {tmp}/studies/nb.yaml", ["nb.yaml", "02_rum"]),
+    "study with a notebook elsewhere": ("study {tmp}/studies/up.yaml", ["up.yaml", "secret"]),
+    "study with a name of other signs": ("study {tmp}/studies/a;b.yaml", ["a;b.yaml", "letters"]),
+}  # fmt: skip
+
+STUDIES = {
+    "broken": "base: [",
+    "list": "- base",
+    "key": "gird: {rank: [1]}",
+    "field": "base: {rnak: 3}",
+    "value": "variants: {mine: {method: low-rank, model: tiny, rank: 99}}",
+    "grid": "grid: {rank: []}",
+    "nb": "{notebook: 02_rum, base: {corpus: markov}}",
+    "up": "{notebook: ../../secret, base: {corpus: markov}}",
+    "a;b": "base: {}",
+}
+
+
+@pytest.fixture()
+def places(tmp_path, text_corpus):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
+    (tmp_path / "latin.txt").write_bytes("größer ".encode("latin-1") * 99)
+    (tmp_path / "short.txt").write_text("too short")
+    for name, text in STUDIES.items():
+        (tmp_path / "studies" / f"{name}.yaml").write_text(text)
+    return {"tmp": str(tmp_path), "text": text_corpus}
+
+
+def everything(*folders):
+    return {path for folder in folders for path in folder.rglob("*")}
+
+
+def is_of_whole_corpus(path):
+    """A corpus that was prepared on the way stays, for the corrected command to use."""
+    parts = path.parts
+    if "corpora" not in parts:
+        return False
+    inside = parts[parts.index("corpora") + 1 :]
+    folder = path if len(inside) < 2 else path.parents[len(inside) - 2]
+    return not inside or (folder / "corpus.json").exists() and not folder.name.startswith(".")
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(wrong, places, tmp_path, data):
+    line, words = BAD[wrong]
+    before = everything(tmp_path, data)
+    result = CliRunner().invoke(main, line.format(**places).split())
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert all(is_of_whole_corpus(path) for path in everything(tmp_path, data) - before)
+
+
+def test_bad_input_in_a_real_process_prints_no_traceback():
+    command = [sys.executable, "-m", "lowrank_lab.cli", "train", "--method", "galor"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "galore" in done.stderr
+
+
+def test_methods_lists_names_as_json():
+    result = CliRunner().invoke(main, ["methods", "--json"])
+    assert result.exit_code == 0
+    names = {row["name"] for row in json.loads(result.stdout)}
+    assert {"full-rank", "low-rank", "galore", "fira"} <= names

@@ -1,0 +1,109 @@
+"""The files around the library agree with each other: pins, environments, notebooks, documents."""
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def pins():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def test_every_requirement_is_pinned_to_a_version_it_allows(project, pins):
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *(r for extra in extras.values() for r in extra)]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_conda_users_get_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pip == ["--constraint constraints.txt", "--editable ."]
+    assert "python=3.11" in environment["dependencies"]
+
+
+def test_the_imports_of_the_library_are_requirements(project):
+    needed = {canonicalize_name(Requirement(r).name) for r in project["dependencies"]}
+    names = {"yaml": "pyyaml", "IPython": "ipykernel"}  # where import and package differ
+    standard = set(__import__("sys").stdlib_module_names) | {"lowrank_lab", "__future__"}
+    for file in (ROOT / "lowrank_lab").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            else:
+                continue
+            for module in {name.split(".")[0] for name in found} - standard:
+                assert canonicalize_name(names.get(module, module)) in needed, (file.name, module)
+
+
+def test_the_corpus_is_made_of_packages_that_are_pinned(pins):
+    from lowrank_lab.corpus import PACKAGES
+
+    assert {canonicalize_name(p) for p in PACKAGES} <= set(pins)
+
+
+def test_no_registry_host_is_named():
+    # assembled, so that this file doesn't name them either
+    hosts = ["py" + "pi.org", "python" + "hosted", "download." + "pytorch", "conda." + "anaconda"]
+    for name in ("README.md", "Makefile", "environment.yml", "constraints.txt", "pyproject.toml"):
+        text = (ROOT / name).read_text()
+        assert not [host for host in hosts if host in text], name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_clean_short_and_says_more_than_it_computes(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    assert not [c for c in code if c["outputs"] or c["execution_count"]]
+    assert [c for c in code if "parameters" in c["metadata"].get("tags", [])]
+    lengths = {c["id"]: len("".join(c["source"]).splitlines()) for c in code}
+    assert max(lengths.values()) <= 12, lengths
+    assert len(cells) - len(code) >= len(code) - 2
+    assert not [c["id"] for c in code if re.search(r"^\s*(def|class) ", "".join(c["source"]), re.M)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_papermill_can_inspect_each_parameter(path):
+    from papermill import inspect_notebook
+
+    for name, parameter in inspect_notebook(str(path)).items():
+        assert parameter["inferred_type_name"] not in ("", "None"), name
+        assert parameter["help"], name
+
+
+def test_commands_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"`make (\w+)`|^make (\w+)", text, re.M))
+    assert {"study", "test", "lab"} <= {a or b for a, b in named} <= targets
+    from lowrank_lab.cli import main
+
+    assert {"train", "study"} <= set(re.findall(r"lowrank-lab (\w+)", text)) <= set(main.commands)
+
+
+def test_files_that_the_readme_shows_exist():
+    text = (ROOT / "README.md").read_text()
+    links = [t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t]
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
