@@ -38,7 +38,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         s = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_().to(x.dtype)
         ctx.save_for_backward(x, s, weight)
         out: Tensor = (x * s).mul_(weight.to(x.dtype))
@@ -53,7 +54,8 @@ class _RMSNorm(torch.autograd.Function):
         g_x = g * x_hat
         w = weight.to(x.dtype)
         mean = (g_x @ w).unsqueeze(-1).div_(x.shape[-1])
-        grad_weight = g_x.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        grad_weight = g_x.reshape(-1, g_x.shape[-1]).sum(0, dtype=wide).to(weight.dtype)
         return (g * w).addcmul_(x_hat, mean, value=-1).mul_(s), grad_weight
 
 
@@ -107,7 +109,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = (*x.shape[:2], self.num_heads, -1)
+        heads = (*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads)
         q, k, v = (
             p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -204,7 +206,8 @@ class Llama(nn.Module):
         tables = self._tables
         if tables is None or tables[0].shape[0] < length or tables[0].device != device:
             head_size = self.size.hidden_size // self.size.num_heads
-            tables = self._tables = rotary_tables(length, head_size, device)
+            with torch.inference_mode(False):  # they are kept, and training may follow
+                tables = self._tables = rotary_tables(length, head_size, device)
         return tables[0][:length], tables[1][:length]
 
 

@@ -25,10 +25,8 @@ class Breakdown:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements of all tensors, shared storage counted once."""
-    seen = {
-        (t.untyped_storage().data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors
-    }
+    """Bytes of the storages behind the tensors, shared ones counted once."""
+    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(seen.values())
 
 

@@ -37,7 +37,5 @@ def effective_rank(singular: Tensor) -> Tensor:
 def stable_rank(singular: Tensor) -> Tensor:
     """Σσ² / σ₁² over the last dimension: from 1 to len(σ); 0 if all are zero."""
     largest = singular.amax(-1)
-    square = singular.square().sum(-1) / largest.square().clamp(
-        min=torch.finfo(singular.dtype).tiny
-    )
+    square = (singular / largest.unsqueeze(-1)).square().sum(-1)
     return torch.where(largest > 0, square, torch.zeros_like(square))

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 
-from lowrank_lab.study import Job, progress_of
+from lowrank_lab.jobs import Job, progress_of
 
 LOG_SECONDS = 15.0
 MARKS = {"queued": "·", "running": "▶", "done": "✓", "failed": "✗"}

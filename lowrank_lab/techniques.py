@@ -75,7 +75,8 @@ def reset_momentum_(
     """Shrink Adam's moments, with their bias corrections, by the factor 1 − strength, in place.
 
     Strength 1 is exactly a restart of Adam, 0 changes nothing; between them the past keeps a weight
-    of 1 − strength. Projections, schedules and states of other kinds are left alone.
+    of 1 − strength. Projections and schedules are left alone. A full restart also restarts Fira's
+    growth limiter, which compares with norms from before.
 
     This project's optimizers keep a weight for each average, and those are scaled with the
     averages. torch's Adam and AdamW have one step count t for both. There t′ is chosen so that 1 −
@@ -118,6 +119,8 @@ def _reset_state_(
         for name in moments:
             _scale_(state[name], keep)
             state[f"{name}_weight"] *= keep
+        if not keep and len(set(moments)) == 2:  # Adam starts anew, and so does Fira's limiter
+            state.pop("residual_norm", None)
         return
     if set(moments) != {"exp_avg", "exp_avg_sq"}:
         raise ValueError(
@@ -130,6 +133,8 @@ def _reset_state_(
         new_t = math.log1p(keep * math.expm1(t * math.log(beta2))) / math.log(beta2)
     _scale_(state["exp_avg"], (1 - beta1**new_t) / (1 - beta1**t) if new_t else 0.0)
     _scale_(state["exp_avg_sq"], keep)
+    if "max_exp_avg_sq" in state:
+        _scale_(state["max_exp_avg_sq"], keep)
     if isinstance(state["step"], Tensor):
         state["step"].fill_(new_t)
     else:

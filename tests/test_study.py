@@ -16,8 +16,9 @@ import yaml
 from click.testing import CliRunner
 
 from lowrank_lab.cli import main
+from lowrank_lab.jobs import parameter_names
 from lowrank_lab.runs import Run
-from lowrank_lab.study import load_study, parameter_names, run_study
+from lowrank_lab.study import load_study, run_study
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 BASE = {
@@ -37,7 +38,7 @@ def write_notebook(path, parameters, code):
     nbformat.write(notebook, path)
 
 
-@pytest.fixture()
+@pytest.fixture
 def study_file(tmp_path, text_corpus):
     """Writes a study file beside copies of the notebooks, and returns its path."""
     folder = tmp_path / "notebooks"
@@ -103,7 +104,8 @@ def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file
     assert str(out / "report.html") in result.stdout
     page = (out / "report.html").read_text()
     assert page.count("<figure>") == 6
-    assert 'src="http' not in page and 'href="http' not in page
+    assert 'src="http' not in page
+    assert 'href="http' not in page
     stems = {p.stem for p in (out / "figures").iterdir()}
     for stem in stems:
         assert all(

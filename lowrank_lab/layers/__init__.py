@@ -56,7 +56,9 @@ def factorize(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is not allowed; {nearest(kind, KINDS)}")
-    found = [(n, m) for n, m in target_layers(model, target) if isinstance(m, nn.Linear)]
+    found = [(n, m) for n, m in target_layers(model, target) if type(m) is nn.Linear]
+    if model in [m for _, m in found]:
+        raise ValueError("model: a bare linear layer can't be replaced in place")
     if not found:
         raise ValueError(f"target: {target!r} matches no linear layer of the model")
     replaced = [
@@ -70,8 +72,8 @@ def factorize(
 
 def _unshared(model: nn.Module, name: str, linear: nn.Linear) -> nn.Linear:
     """The layer, if its weight is its own: a factorised layer can't stay tied to another module."""
-    for other_name, other in model.named_modules():
+    for other_name, other in model.named_modules(remove_duplicate=False):
         shared = any(p is linear.weight for p in other.parameters(recurse=False))
-        if shared and other is not linear:
+        if shared and other_name != name:
             raise ValueError(f"target: {name} shares its weight with {other_name}; exclude it")
     return linear

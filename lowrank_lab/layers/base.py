@@ -42,11 +42,11 @@ class FactorizedLinear(nn.Module):
 def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (m×r), S (r), Vᵀ (r×n) of B A, without forming it; in float32 or wider.
 
-    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U′ Σ V′ᵀ (r×r, in float64)
+    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U′ Σ V′ᵀ (r×r), in float64
     ⇒  B A = (Q_B U′) Σ (Q_A V′)ᵀ
     """
     wide = torch.promote_types(B.dtype, torch.float32)
-    Q_B, R_B = torch.linalg.qr(B.to(wide))
-    Q_A, R_A = torch.linalg.qr(A.T.to(wide))
-    U, S, Vh = torch.linalg.svd(R_B.double() @ R_A.double().T)
-    return Q_B @ U.to(wide), S.to(wide), Vh.to(wide) @ Q_A.T
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.T.double())
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    return (Q_B @ U).to(wide), S.to(wide), (Vh @ Q_A.T).to(wide)

@@ -32,7 +32,7 @@ class LowRankLinear(FactorizedLinear):
     ) -> None:
         if alpha is None:
             alpha = 32.0 if init == "kaiming" else float(rank)
-        super().__init__(linear.in_features, linear.out_features, rank, alpha / rank)
+        super().__init__(linear.in_features, linear.out_features, rank, alpha / max(rank, 1))
         W = linear.weight
         self.B = nn.Parameter(W.new_empty(self.out_features, rank))
         self.A = nn.Parameter(W.new_empty(rank, self.in_features))

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+# Keys of a group that torch and its schedulers add.
+FOREIGN_KEYS = ("params", "param_names", "initial_lr")
 # A step count at which Adam's 1 − βᵗ is 1 for every β: the fused kernel then corrects no bias.
 _LONG_AGO = 1e12
 
@@ -96,6 +98,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "rank" in param_group:
+            known = {*FOREIGN_KEYS, "rank", *self.defaults, *self.group_defaults}
+            for key, value in param_group.items():
+                _check(key, value, key in known, f"no such key; known: {', '.join(sorted(known))}")
             for key, default in self.group_defaults.items():
                 param_group.setdefault(key, default)
             super().add_param_group(param_group)
@@ -106,6 +111,16 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 raise
         else:
             super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, except that every state keeps its own dtype instead of its parameter's."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
+                    self.state[p][key] = value.to(p.device, copy=True)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a ranked group whose keys or parameters the method can't work with."""

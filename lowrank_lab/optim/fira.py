@@ -47,8 +47,11 @@ class Fira(ProjectedAdamW):
             for X in (R, N, G)
         )
         phi = N_norm / (R_norm + EPS)
-        # P has orthonormal columns, so per channel ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖².
-        residual_sq = (G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()).clamp(min=0)
+        # P has orthonormal columns, so per channel ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖²; what is left
+        # at rounding level is a gradient that lies inside the subspace, not a residual.
+        residual_sq = G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()
+        rounding = max(8 * torch.finfo(torch.float32).eps, torch.finfo(G.dtype).eps)
+        residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
         phi = phi / self._limiter(state, (residual_sq * phi.square()).sum().sqrt())
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
         phi = phi.to(G.dtype)

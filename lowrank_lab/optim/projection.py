@@ -77,8 +77,9 @@ def lift_add_(
 def leading_subspaces(G: Tensor, rank: int, which: Sides) -> tuple[Tensor | None, Tensor | None]:
     """Leading singular vectors of G (m×n): L (m×r) and R (n×r), by an exact SVD in float32."""
     U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
-    left = U[:, :rank].contiguous() if which[0] else None
-    return left, Vh[:rank].T.contiguous() if which[1] else None
+    # Copies: a view would keep all of U or V alive.
+    left = U[:, :rank].clone(memory_format=torch.contiguous_format) if which[0] else None
+    return left, Vh[:rank].T.clone(memory_format=torch.contiguous_format) if which[1] else None
 
 
 def randomized_subspaces(
@@ -100,12 +101,13 @@ def randomized_subspaces(
 
 
 def _range_finder(G: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor:
-    """Leading left singular vectors (m×rank) of G (m×n), with one power iteration."""
+    """Leading left singular vectors (m×rank) of G (m×n), with two power iterations."""
     columns = min(rank + OVERSAMPLING, *G.shape)
     generator = torch.Generator(G.device).manual_seed(seed)
     noise = torch.randn(G.shape[1], columns, generator=generator, device=G.device)
     Q = torch.linalg.qr(G @ noise)[0]
-    Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q)[0])[0]
+    for _ in range(2):
+        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q)[0])[0]
     core = Q.T @ G
     _, rotation = torch.linalg.eigh(core @ core.T)  # ascending
     P: Tensor = Q @ rotation.flip(1)[:, :rank]

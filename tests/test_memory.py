@@ -1,0 +1,150 @@
+"""Bytes: measured ones against what can be counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_lab import RunConfig
+from lowrank_lab.memory import Breakdown, measured_activations, persistent, tensor_bytes
+from lowrank_lab.methods import build
+
+# The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 256.
+RANK, VOCABULARY = 4, 256
+EMBEDDINGS_AND_NORMS = 2 * VOCABULARY * 32 + 5 * 32
+MATRICES = 2 * (4 * [(32, 32)] + 2 * [(88, 32)] + [(32, 88)])  # q k v o, gate up, down
+DENSE = EMBEDDINGS_AND_NORMS + sum(m * n for m, n in MATRICES)
+FACTORS = EMBEDDINGS_AND_NORMS + sum(RANK * (m + n) for m, n in MATRICES)
+# A projection has r columns of the shorter side; the moments are r × the longer side.
+PROJECTIONS = sum(RANK * min(shape) for shape in MATRICES)
+PROJECTED_MOMENTS = 2 * (EMBEDDINGS_AND_NORMS + sum(RANK * max(shape) for shape in MATRICES))
+STEP = 4  # torch's step counts and Fira's limiter are one float32 each
+TENSORS, TENSORS_OF_FACTORS = 2 + 5 + len(MATRICES), 2 + 5 + 2 * len(MATRICES)
+
+# method → elements of weights, of states, of projections, and bytes of float32 scalars
+EXPECTED = {
+    "full-rank": (DENSE, 2 * DENSE, 0, STEP * TENSORS),
+    "low-rank": (FACTORS, 2 * FACTORS, 0, STEP * TENSORS_OF_FACTORS),
+    "galore": (DENSE, PROJECTED_MOMENTS + PROJECTIONS, PROJECTIONS, 0),
+    "fira": (DENSE, PROJECTED_MOMENTS + PROJECTIONS, PROJECTIONS, STEP * len(MATRICES)),
+}
+
+
+def built(method, precision, text_corpus):
+    rank = {} if method == "full-rank" else {"rank": RANK}
+    return build(
+        RunConfig(model="tiny", method=method, precision=precision, corpus=text_corpus, **rank)
+    )
+
+
+def step(model, optimizer):
+    chance = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=chance).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("amp-bf16", 4), ("bf16", 2)])
+@pytest.mark.parametrize("method", EXPECTED)
+def test_persistent_bytes_are_those_counted_by_hand(method, precision, size, text_corpus):
+    model, optimizer = built(method, precision, text_corpus)
+    step(model, optimizer)
+    weights, states, projections, scalars = EXPECTED[method]
+    measured = persistent(model, optimizer)
+    assert measured == Breakdown(
+        weights=size * weights,
+        gradients=size * weights,
+        optimizer_states=size * states + scalars,
+        projections=size * projections,
+    )
+
+
+def test_an_optimizer_that_has_not_stepped_holds_no_states(text_corpus):
+    model, optimizer = built("galore", "fp32", text_corpus)
+    measured = persistent(model, optimizer)
+    assert (measured.optimizer_states, measured.projections) == (0, 0)
+    assert measured.weights == 4 * DENSE
+
+
+def test_frozen_weights_have_no_gradients_and_tied_ones_count_once():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False))
+    net[0].weight = net[2].weight
+    net[1].requires_grad_(False)
+    measured = persistent(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    batch_norm = 4 * 4 * 3 + 8  # two parameters, two buffers, an int64 count
+    assert measured.weights == 4 * 9 + batch_norm
+    assert measured.gradients == 4 * 9
+
+
+def test_bytes_of_tensors_are_of_their_elements_and_shared_memory_counts_once():
+    x, half = torch.zeros(10), torch.zeros(3, dtype=torch.bfloat16)
+    assert tensor_bytes([]) == 0
+    assert tensor_bytes([torch.zeros(0), torch.tensor(1.0)]) == 4
+    assert tensor_bytes([x, half]) == 46
+    assert tensor_bytes([x, x, x.view(2, 5), x.view(2, 5).T]) == 40
+
+
+def test_two_halves_of_one_buffer_count_as_the_whole():
+    flat = torch.zeros(10)
+    assert tensor_bytes([flat[:5], flat[5:]]) == 40
+
+
+def test_a_view_of_a_tensor_counted_already_adds_nothing():
+    x = torch.zeros(10)
+    assert tensor_bytes([x, x[:4]]) == 40
+    assert tensor_bytes([x[:4], x]) == 40
+
+
+# Activations
+
+
+def activations(model, x, inside=lambda out: out):
+    breakdown = Breakdown()
+    with measured_activations(model, breakdown):
+        inside(model(x))
+    return breakdown.activations
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_a_linear_layer_and_a_relu_keep_input_and_output_only(dtype, size):
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU()).to(dtype)
+    x = torch.randn(3, 5, dtype=dtype)
+    assert activations(net, x) == size * (3 * 5 + 3 * 7)
+
+
+def test_a_tensor_kept_twice_is_counted_once():
+    net = nn.Sequential(nn.Linear(5, 5, bias=False))
+    x = torch.randn(3, 5)
+    assert activations(net, x, lambda out: net[0](x) + out) == 4 * 3 * 5
+    assert activations(net, x.view(1, 3, 5), lambda out: net[0](x) + out[0]) == 4 * 3 * 5
+
+
+def test_weights_are_not_activations():
+    net = nn.Sequential(nn.Linear(5, 7, bias=False))
+    net[0].weight.requires_grad_(False)
+    x = torch.randn(3, 5, requires_grad=True)
+    assert activations(net, x) == 0  # the gradient of x needs the weight alone
+
+
+def test_nothing_is_kept_without_gradients():
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU())
+    with torch.no_grad():
+        assert activations(net, torch.randn(3, 5)) == 0
+
+
+def test_activations_of_forward_and_backward_are_those_of_the_forward_pass():
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 7), nn.ReLU())
+    x = torch.randn(3, 5)
+    alone = activations(net, x)
+    assert alone == 4 * (3 * 5 + 2 * 3 * 7)
+    assert activations(net, x, lambda out: out.sum().backward()) == alone
+
+
+def test_a_checkpointed_model_keeps_less(text_corpus):
+    counted = []
+    for frugal in (False, True):
+        config = RunConfig(model="tiny", corpus=text_corpus, method="full-rank")
+        model, _ = build(config.replace(activation_checkpointing=frugal))
+        tokens = torch.zeros(2, 16, dtype=torch.long)
+        counted.append(activations(model, tokens))
+    assert counted[1] < 0.5 * counted[0]
