@@ -1,0 +1,98 @@
+"""The command line does what the README says."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lowrank_lab.cli import main
+from lowrank_lab.config import RunConfig
+from lowrank_lab.runs import Run
+
+SMALL = ["--model", "tiny", "--sequence-length", "16", "--batch", "2", "--vocab-size", "300"]
+SMALL += ["--eval-tokens", "64", "--test-tokens", "64"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_corpus):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    arguments = ["train", *SMALL, "--corpus", text_corpus, "--steps", "12", "--out", str(folder)]
+    arguments += ["--method", "low-rank", "--rank", "4", "--refactor-every", "4", "--label", "mine"]
+    return CliRunner().invoke(main, arguments), folder
+
+
+def test_train_writes_a_run_folder_and_says_where(trained):
+    result, folder = trained
+    assert result.exit_code == 0, result.output
+    assert str(folder) in result.stdout
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(isinstance(row["loss"], float) for row in rows)
+    assert Run(folder).label == "mine"
+
+
+def test_every_field_of_the_configuration_is_a_flag():
+    text = run("train", "--help").output
+    for name in RunConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_options_of_a_method_are_given_by_name(tmp_path, text_corpus):
+    arguments = ["train", *SMALL, "--corpus", text_corpus, "--steps", "2", "--method", "galore"]
+    done = run(
+        *arguments, "--option", "scale=1e-1", "--option", "proj_type=left", "--out", tmp_path
+    )
+    assert done.exit_code == 0, done.output
+    options = Run(tmp_path).config.method_options
+    assert (options["scale"], options["proj_type"], options["update_proj_gap"]) == (
+        0.1,
+        "left",
+        200,
+    )
+
+
+def test_sample_goes_on_with_a_prompt(trained):
+    done = run("sample", trained[1], "--prompt", "the model", "--tokens", "5")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("the model")
+
+
+def test_report_prints_the_table_as_json_too(trained, tmp_path):
+    done = run("report", trained[1], "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    assert [row["label"] for row in json.loads(done.stdout)] == ["mine"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_data_says_what_is_in_a_corpus(text_corpus):
+    done = run("data", "--corpus", text_corpus, "--vocab-size", "byte", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["vocab_size"] == 257
+    assert facts["tokens"]["train"] > facts["tokens"]["test"] > 0
+
+
+def test_methods_explains_each_method_with_its_source():
+    text = run("methods").stdout
+    for word in ("full-rank", "low-rank", "galore", "fira", "2505.22922", "update_proj_gap 200"):
+        assert word in text
+
+
+def test_work_that_fails_ends_with_status_1_and_one_line(tmp_path, text_corpus):
+    done = run(
+        "train", *SMALL, "--corpus", text_corpus, "--steps", 60, "--lr", 100, "--clip", 0,
+        "--initializer-range", 10, "--option", "eps=0", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.exit_code == 1, done.output
+    line = done.stderr.splitlines()[-1]
+    assert "is kept in" in line
+    assert "Traceback" not in done.output
+
+
+def test_no_arguments_shows_help():
+    done = run()
+    assert done.exit_code == 0
+    assert "Commands:" in done.output

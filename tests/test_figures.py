@@ -1,0 +1,159 @@
+"""Figures show what is in the table: the right numbers, colours and names, and no missing seed."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lowrank_lab import figures
+from lowrank_lab.config import InputError
+from lowrank_lab.stats import mean_interval
+
+LABELS = ("full-rank", "low-rank", "low-rank + both", "mine")
+
+
+def runs_table(labels=LABELS, seeds=(0, 1, 2), steps=(10, 20, 30)):
+    rows = [
+        {
+            "run": f"{label}-{seed}", "label": label, "step": step, "tokens_seen": 100 * step,
+            "seconds": step / 7, "loss": 5 - step / 10 + seed / 50, "lr_now": 0.01,
+            "validation_loss": 4 - step / 20 + i / 10 + seed / 100,
+        }
+        for i, label in enumerate(labels)
+        for seed in seeds
+        for step in steps
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def finals_table(labels=LABELS, seeds=(0, 1, 2)):
+    return pd.DataFrame(
+        [
+            {
+                "label": label, "weight_bytes": (i + 1) * 2**20, "optimizer_state_bytes": 2**21,
+                "test_perplexity": 20 - i + seed / 10,
+            }
+            for i, label in enumerate(labels)
+            for seed in seeds
+        ]
+    )  # fmt: skip
+
+
+def texts(figure):
+    return [t.get_text().strip() for ax in figure.axes for t in ax.texts]
+
+
+def spectra_table(layers=("model.layers.0.q_proj", "model.layers.1.q_proj"), steps=(0, 5)):
+    rows = [
+        (step, layer, i, 2.0 ** -(i + step)) for step in steps for layer in layers for i in range(4)
+    ]
+    return pd.DataFrame(rows, columns=["step", "layer", "index", "singular_value"])
+
+
+def test_curves_are_means_over_seeds_with_student_intervals():
+    table = figures.curve_table(runs_table())
+    row = table[(table["label"] == "low-rank") & (table["step"] == 20)].iloc[0]
+    expected = mean_interval([3.1, 3.11, 3.12])
+    assert (row["mean"], row["half_width"], row["n"]) == pytest.approx(expected)
+
+
+def test_a_seed_that_is_missing_at_a_step_is_refused():
+    runs = runs_table()
+    with pytest.raises(InputError, match="2 of 3 seeds"):
+        figures.loss_curves(runs.drop(runs.index[-1]))
+
+
+def test_a_column_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="wall_time"):
+        figures.curve_table(runs_table(), x="wall_time")
+
+
+@pytest.mark.parametrize("x", ["tokens_seen", "seconds"])
+def test_loss_curves_name_each_label_with_its_last_value(x):
+    figure = figures.loss_curves(runs_table(), x)
+    assert sorted(texts(figure)) == [
+        "full-rank  2.510", "low-rank  2.610", "low-rank + both  2.710", "mine  2.810",
+    ]  # fmt: skip
+
+
+def test_the_number_of_seeds_is_said():
+    title = figures.loss_curves(runs_table()).axes[0].get_title("right")
+    assert title == "mean of 3 seeds, 95 % interval"
+    assert figures.loss_curves(runs_table(seeds=(0,))).axes[0].get_title("right") == "one seed each"
+
+
+def test_the_tradeoff_puts_each_label_at_its_bytes_and_mean_perplexity():
+    table = figures.tradeoff_table(finals_table())
+    assert table["weights_and_states_mib"].tolist() == [3, 4, 5, 6]
+    assert table["mean"].tolist() == pytest.approx([20.1, 19.1, 18.1, 17.1])
+    figure = figures.tradeoff(finals_table())
+    assert sorted(texts(figure))[0] == "full-rank  20.10"
+
+
+def test_one_label_alone_can_be_drawn():
+    assert texts(figures.tradeoff(finals_table(["galore"], [0]))) == ["galore  20.00"]
+    assert texts(figures.loss_curves(runs_table(["galore"], [0], [10]))) == ["galore  3.500"]
+
+
+def test_a_method_keeps_its_colour_and_its_variants_differ_by_line():
+    colour, line = figures.look("low-rank", LABELS)
+    assert (colour, line) == (figures.COLOURS["low-rank"], "-")
+    assert figures.look("low-rank + both", LABELS) == (colour, "--")
+    assert figures.look("low-rank", ["galore", "low-rank"])[0] == colour
+    assert figures.look("mine", LABELS)[0] not in figures.COLOURS.values()
+
+
+def test_memory_bars_count_projections_once():
+    memory = pd.DataFrame(
+        [{"label": "galore", "weights": 4, "gradients": 4, "optimizer_states": 5, "projections": 2,
+          "activations": 100}]
+    )  # fmt: skip
+    memory.iloc[:, 1:] *= 2**20
+    table = figures.memory_table(memory).set_index("category")["mib"]
+    assert table["optimizer_states"] == 3
+    assert texts(figures.memory_bars(memory)) == ["13.00"]
+    assert texts(figures.memory_bars(memory, activations=True)) == ["113.00"]
+
+
+def test_spectra_draw_a_line_for_each_step_and_leave_out_zeros():
+    spectra = spectra_table()
+    spectra.loc[spectra["index"] == 3, "singular_value"] = 0.0
+    figure = figures.spectrum_curves(spectra, ["model.layers.0.q_proj"])
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == 2
+    np.testing.assert_allclose(lines[1].get_ydata(), [2**-5, 2**-6, 2**-7])
+    np.testing.assert_allclose(lines[1].get_xdata(), [1, 2, 3])
+
+
+def test_spectra_of_layers_that_were_not_recorded_are_refused():
+    with pytest.raises(InputError, match="nope"):
+        figures.spectrum_curves(spectra_table(), ["nope"])
+
+
+def test_effective_rank_is_a_line_a_kind():
+    table = figures.effective_rank_table(spectra_table())
+    p = np.array([8, 4, 2, 1]) / 15
+    assert table["effective_rank"].tolist() == pytest.approx([np.exp(-(p * np.log(p)).sum())] * 4)
+    assert len(figures.effective_rank_curves(spectra_table()).axes[0].get_lines()) == 1
+
+
+def test_training_curves_show_loss_and_learning_rate():
+    loss, rate = figures.training_curves(runs_table(seeds=(0,))).axes
+    assert len(loss.get_lines()) == len(rate.get_lines()) == len(LABELS)
+    np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), [4, 3, 2])
+
+
+def test_saved_figures_are_png_svg_and_csv_and_the_same_each_time(tmp_path):
+    table = figures.tradeoff_table(finals_table())
+    first, second = (
+        figures.save(figures.tradeoff(finals_table()), table, tmp_path / name / "tradeoff")
+        for name in ("a", "b")
+    )
+    assert [p.suffix for p in first] == [".png", ".svg", ".csv"]
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    pd.testing.assert_frame_equal(pd.read_csv(first[2]), table)
+
+
+def test_labels_that_would_overlap_are_pushed_apart():
+    positions = figures._apart([1.0, 1.0, 1.01, 5.0], 0.5)
+    assert all(b - a >= 0.49 for a, b in zip(positions, positions[1:], strict=False))
+    assert positions == sorted(positions)

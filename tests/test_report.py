@@ -1,0 +1,103 @@
+"""Reports: the table, a page that stands alone and escapes what it is given, records that are kept."""
+
+import json
+import re
+
+import pytest
+
+from lowrank_lab import report
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.methods import resolve
+from lowrank_lab.runs import append_jsonl, final_table, load_runs, write_json
+
+
+def write_run(folder, label, seed=0, loss=2.0, steps=1000, **fields):
+    """A finished run folder as training would have left it."""
+    config = resolve(RunConfig(model="tiny", corpus="markov", steps=steps, seed=seed, **fields))
+    folder.mkdir(parents=True)
+    facts = {"label": label, "config": config.model_dump(), "ran_on": {"torch": "2"}}
+    write_json(folder / "config.json", facts)
+    rows = [
+        {"step": s, "tokens_seen": s * 10, "seconds": s / 5, "loss": loss, "lr": 0.1, "events": []}
+        for s in range(1, steps + 1)
+    ]
+    for row in rows[99::100]:
+        row["validation_loss"] = loss + 1 / row["step"]
+    rows[332]["events"] = [{"event": "reset"}]
+    append_jsonl(folder / "metrics.jsonl", rows)
+    spectra = [
+        {"step": s, "layer": "model.layers.0.self_attn.q_proj", "singular_values": [2.0, 1.0]}
+        for s in (0, steps)
+    ]
+    append_jsonl(folder / "spectra.jsonl", spectra)
+    names = ("weights", "gradients", "optimizer_states", "projections", "activations")
+    write_json(folder / "memory.json", dict.fromkeys(names, 2**20))
+    result = {
+        "test_loss": loss, "validation_loss": loss, "test_perplexity": 2.718**loss, "seconds": 200,
+        "parameters": 58016, "parameters_without_embeddings": 25248, "weight_bytes": 2**20,
+        "optimizer_state_bytes": 2**21, "tokens_seen": steps * 10,
+    }  # fmt: skip
+    write_json(folder / "result.json", result)
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / "runs" / f"a{seed}", "worse", seed, 3 + seed / 10)
+        write_run(tmp_path / "runs" / f"b{seed}", "better", seed, 2 + seed / 10, method="galore")
+    return tmp_path / "runs"
+
+
+def test_the_summary_has_a_row_a_label_best_first_with_intervals(folder):
+    table = report.summary(final_table(load_runs(folder)))
+    assert table["label"].tolist() == ["better", "worse"]
+    assert table["n"].tolist() == [3, 3]
+    assert table["test loss"].tolist() == pytest.approx([2.1, 3.1])
+    assert table["±"].tolist() == pytest.approx([0.2484] * 2, abs=1e-4)  # t(0.975, 2)·0.1/√3
+    assert table["weights + states (MiB)"].tolist() == [3.0, 3.0]
+
+
+def test_one_seed_has_a_dash_for_its_interval(tmp_path):
+    write_run(tmp_path / "one", "alone")
+    table = report.formatted(report.summary(final_table(load_runs(tmp_path))))
+    assert table["±"].tolist() == ["–"]
+
+
+def test_the_page_stands_alone_and_each_picture_has_words(folder, tmp_path):
+    page = report.write_report(folder, "A study", "What is asked.", out=tmp_path / "out")
+    text = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "<script" not in text
+    assert "What is asked." in text
+    pictures = re.findall(r"<img alt=\"([^\"]+)\" src=\"data:image/png;base64,", text)
+    assert len(pictures) == 6
+    assert (tmp_path / "out" / "table.csv").exists()
+    assert len(list((tmp_path / "out" / "figures").iterdir())) == 18
+
+
+def test_what_came_from_outside_is_escaped(tmp_path):
+    write_run(tmp_path / "runs" / "x", "<script>alert(1)</script>")
+    text = report.write_report(tmp_path / "runs", "<b>t</b>", "<i>d</i>").read_text()
+    assert "<script" not in text
+    assert "<b>t" not in text
+    assert "<i>d" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_report_on_unfinished_runs_is_refused_and_writes_nothing(folder, tmp_path):
+    (folder / "a1" / "result.json").unlink()
+    with pytest.raises(InputError, match="a1"):
+        report.write_report(folder, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_kept_records_are_thin_and_give_the_same_report(folder, tmp_path):
+    assert report.keep(folder, tmp_path / "kept") == 6
+    assert not list((tmp_path / "kept").rglob("*.safetensors"))
+    rows = (tmp_path / "kept" / "a0" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 201
+    assert json.loads(rows[66])["events"] == [{"event": "reset"}]
+    first = report.write_report(folder, "t", out=tmp_path / "first")
+    second = report.write_report(tmp_path / "kept", "t", out=tmp_path / "second")
+    assert first.read_text() == second.read_text()
