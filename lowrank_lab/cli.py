@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the work failed, 2 wrong input (one line on stderr), 130 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,8 @@ def _config(flags: dict[str, Any]) -> RunConfig:
 @click.version_option(package_name="lowrank-lab")
 def main() -> None:
     """Run, see and doubt methods that pretrain language models with less memory."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lowrank_lab").setLevel(logging.INFO)
 
 
 @main.command()
@@ -143,7 +146,7 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
         run = train_run(config, out, label=label, on_step=show)
     result = run.result
     click.echo(
-        f"test loss {result['test_loss']:.4f} (perplexity {result['test_perplexity']:.2f}), "
+        f"test loss {result['test_loss']:.4f} (perplexity {result['test_perplexity']:.4g}), "
         f"{result['seconds']:.0f} s, in {run.folder}"
     )
 
@@ -212,7 +215,7 @@ def report(
 def sample(run: Path, **options: Any) -> None:
     """Text from a trained run."""
     from lowrank_lab.runs import Run
-    from lowrank_lab.train import sample as sample_text
+    from lowrank_lab.sample import sample as sample_text
 
     click.echo(sample_text(Run(run), **options))
 

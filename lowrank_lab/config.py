@@ -63,7 +63,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(32, 88, 2, 2, 256),
+    "tiny": Size(32, 88, 2, 2, 512),
     "micro": Size(64, 176, 2, 4, 1024),
     "mini": Size(128, 352, 4, 4, 2048),
     "9m": Size(128, 352, 4, 4),
@@ -116,20 +116,28 @@ class RunConfig(BaseModel):
     )
     sequence_length: int = help_field(256, "tokens in a sequence", ge=2, le=1 << 20)
     batch: int = help_field(16, "sequences in an optimizer step", ge=1, le=1 << 20)
-    gradient_accumulation: int = help_field(1, "pieces in which a batch is computed", ge=1)
-    steps: int | None = help_field(None, "optimizer steps (200 if tokens isn't given)", ge=1)
-    tokens: int | None = help_field(None, "training tokens, instead of steps", ge=1)
+    gradient_accumulation: int = help_field(
+        1, "pieces in which a batch is computed", ge=1, le=1 << 20
+    )
+    steps: int | None = help_field(
+        None, "optimizer steps (200 if tokens isn't given)", ge=1, le=1 << 50
+    )
+    tokens: int | None = help_field(None, "training tokens, instead of steps", ge=1, le=1 << 60)
     repeat: bool = help_field(False, "may training see the corpus more than once")
     # method
     method: str = help_field("full-rank", "see `lowrank-lab methods`")
-    rank: int | None = help_field(None, "rank r; default: a quarter of the hidden size", ge=1)
+    rank: int | None = help_field(
+        None, "rank r; default: a quarter of the hidden size", ge=1, le=1 << 50
+    )
     init: Literal["kaiming", "spectral"] | None = help_field(None, "initialisation of the factors")
     target: str = help_field(TARGETS, "regular expression of the layers the method acts on")
     method_options: dict[str, Any] = help_field({}, "options of the method, by name")
-    refactor_every: int = help_field(0, "refactorization period, 0 = never", ge=0)
-    reset_every: int = help_field(0, "momentum reset period, 0 = never", ge=0)
+    refactor_every: int = help_field(0, "refactorization period, 0 = never", ge=0, le=1 << 50)
+    reset_every: int = help_field(0, "momentum reset period, 0 = never", ge=0, le=1 << 50)
     reset_strength: float = help_field(1.0, "share of the momentum a reset removes", ge=0, le=1)
-    recovery_steps: int = help_field(10, "steps the learning rate takes to recover", ge=0)
+    recovery_steps: int = help_field(
+        10, "steps the learning rate takes to recover", ge=0, le=1 << 50
+    )
     # optimisation
     lr: float | None = help_field(None, "peak learning rate; default: the method's", gt=0, le=100)
     warmup: float = help_field(0.1, "warm-up as a share of all steps", ge=0, lt=1)
@@ -144,14 +152,20 @@ class RunConfig(BaseModel):
     seed: int = help_field(0, "decides initial weights and batch order", ge=0, lt=1 << 32)
     device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto takes CUDA where it is")
     # records
-    eval_every: int | None = help_field(None, "steps between evaluations; default steps/10", ge=1)
-    eval_tokens: int = help_field(65536, "tokens of the held-out block", ge=2)
-    test_tokens: int = help_field(262144, "tokens of the final evaluations", ge=2)
-    spectra_every: int | None = help_field(None, "steps between spectra; default steps/5", ge=1)
+    eval_every: int | None = help_field(
+        None, "steps between evaluations; default steps/10", ge=1, le=1 << 50
+    )
+    eval_tokens: int = help_field(65536, "tokens of the held-out block", ge=2, le=1 << 50)
+    test_tokens: int = help_field(262144, "tokens of the final evaluations", ge=2, le=1 << 50)
+    spectra_every: int | None = help_field(
+        None, "steps between spectra; default steps/5", ge=1, le=1 << 50
+    )
     spectra_layers: str = help_field(TARGETS, "regular expression of layers whose spectra are kept")
-    checkpoint_every: int | None = help_field(None, "steps between checkpoints; default steps/10")
+    checkpoint_every: int | None = help_field(
+        None, "steps between checkpoints; default steps/10", ge=1, le=1 << 50
+    )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -180,8 +194,6 @@ class RunConfig(BaseModel):
                 self.gradient_accumulation,
                 f"must divide batch {self.batch}",
             )
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise InputError("checkpoint_every", self.checkpoint_every, "must be at least 1")
         if self.tokens is not None and self.tokens < self.tokens_per_step:
             raise InputError("tokens", self.tokens, f"one step is {self.tokens_per_step} tokens")
         size = self.size
@@ -192,7 +204,7 @@ class RunConfig(BaseModel):
         for name in ("target", "spectra_layers"):
             try:
                 re.compile(getattr(self, name))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise InputError(
                     name, getattr(self, name), f"not a regular expression: {error}"
                 ) from None

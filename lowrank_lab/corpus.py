@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import shutil
 import sys
@@ -36,6 +37,8 @@ from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+LOG = logging.getLogger(__name__)
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_SHARE = {"validation": 0.025, "test": 0.025}
@@ -53,7 +56,8 @@ NOT_EVERYWHERE = frozenset(
     "site-packages dist-packages __pycache__ sitecustomize usercustomize antigravity".split()
 )
 TEXT_SUFFIXES = frozenset(".txt .md .rst .py .tex .csv .json .jsonl .html .xml .c .h .js".split())
-CHUNK_CHARACTERS = 8192  # a single long file is cut into documents of about this size, at line ends
+CHUNKS = 400  # a single file is cut into about as many documents, at line ends where it has them
+CHUNK_CHARACTERS = (256, 8192)  # their smallest and largest size
 
 MARKOV_ALPHABET = 16
 MARKOV_TOKENS = {"train": 4_000_000, "validation": 300_000, "test": 300_000}
@@ -224,16 +228,15 @@ def text_documents(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    lines: list[str] = []
-    length = 0
-    for line in text.splitlines(keepends=True):
-        lines.append(line)
-        length += len(line)
-        if length >= CHUNK_CHARACTERS:
-            yield "".join(lines)
-            lines, length = [], 0
-    if lines:
-        yield "".join(lines)
+    low, high = CHUNK_CHARACTERS
+    size = min(max(len(text) // CHUNKS, low), high)
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size) + 1
+        if end == 0 or end > start + 2 * size:  # no line end near
+            end = start + size
+        yield text[start:end]
+        start = end
 
 
 def split_of(name: str) -> Split:
@@ -268,6 +271,8 @@ def _prepare_text(
     folder = root / f"{name}-{_short_hash([FORMAT, name, vocab, content])}"
 
     def build(target: Path) -> dict[str, Any]:
+        if found is None:
+            LOG.info("building the %s corpus, once; it takes half a minute", name)
         texts = found if found is not None else _distinct(documents())
         if not texts:
             raise InputError("corpus", config.corpus, "it holds no text")
@@ -367,8 +372,8 @@ def markov_source(alphabet: int, seed: int = 0) -> tuple[np.ndarray, float, floa
 
 def _prepare_markov(config: RunConfig, root: Path) -> Corpus:
     alphabet = vocabulary(config)
-    if not isinstance(alphabet, int) or not 4 <= alphabet <= 64:
-        raise InputError("vocab_size", alphabet, "markov has an alphabet of 4 to 64 symbols")
+    if not isinstance(alphabet, int) or not 7 <= alphabet <= 64:
+        raise InputError("vocab_size", alphabet, "markov has an alphabet of 7 to 64 symbols")
 
     def build(target: Path) -> dict[str, Any]:
         P, rate, unigram = markov_source(alphabet)

@@ -28,8 +28,8 @@ from typing import Any, Literal
 import yaml
 
 from lowrank_lab.config import InputError, data_folder, nearest
+from lowrank_lab.provenance import source_hash, training_source
 from lowrank_lab.runs import read_jsonl, write_json
-from lowrank_lab.train import source_hash, training_source
 
 # Linux: the child dies with the runner, even when the runner is killed with SIGKILL.
 DIE_WITH_PARENT = (

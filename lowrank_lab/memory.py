@@ -46,19 +46,25 @@ def persistent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Breakdown:
 
 @contextmanager
 def measured_activations(model: nn.Module, into: Breakdown) -> Iterator[None]:
-    """Count what autograd keeps for the backward pass inside this block: `into.activations`.
+    """Count what autograd keeps for the first backward pass in this block: `into.activations`.
 
     Weights and views of what was counted already are not counted again.
     """
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
+    going_back = False  # from then on activations are freed, and their memory used again
 
     def keep(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and not going_back:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    def give_back(t: Tensor) -> Tensor:
+        nonlocal going_back
+        going_back = True
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
         yield
     into.activations = sum(kept.values())

@@ -32,6 +32,7 @@ class Option:
     default: Any
     allowed: str
     check: Callable[[Any], bool]
+    real: bool = False  # a real number, kept as a float
 
     @classmethod
     def number(cls, default: float | None, low: float, high: float) -> Option:
@@ -42,7 +43,7 @@ class Option:
                 and low <= value <= high
             )
 
-        return cls(default, f"a number from {low:g} to {high:g}", check)
+        return cls(default, f"a number from {low:g} to {high:g}", check, real=True)
 
     @classmethod
     def whole(cls, default: int, low: int) -> Option:
@@ -111,7 +112,7 @@ def _adam_options(eps: float) -> dict[str, Option]:
     return {
         "beta1": Option.number(0.9, 0, 0.999999),
         "beta2": Option.number(0.999, 1e-6, 0.999999),
-        "eps": Option.number(eps, 0, 1),
+        "eps": Option.number(eps, 1e-30, 1),
     }
 
 
@@ -145,11 +146,7 @@ METHODS: dict[str, Method] = {
             init="kaiming",
             options={
                 **_adam_options(eps=1e-8),
-                "alpha": Option(
-                    None,
-                    "a number above 0; by default 32 with kaiming, the rank with spectral",
-                    lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0,
-                ),
+                "alpha": Option.number(None, 1e-6, 1e6),  # 32 with kaiming, the rank with spectral
             },
         ),
         Method(
@@ -228,6 +225,8 @@ def _checked_rank(config: RunConfig, method: Method) -> int | None:
         if rank > limit:
             shape = f"{layer.out_features}×{layer.in_features}"
             raise InputError("rank", rank, f"must be from 1 to {limit}: {name} is {shape}")
+        if method.layers is not None and name == "lm_head":
+            raise InputError("target", config.target, "it matches lm_head, which stays full rank")
     return rank
 
 
@@ -239,7 +238,11 @@ def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any])
         option = method.options[name]
         if value is not None and not option.check(value):
             raise InputError(f"method_options.{name}", value, f"must be {option.allowed}")
-    options = {n: o.default for n, o in method.options.items()} | config.method_options
+    given = {n: v for n, v in config.method_options.items() if v is not None}
+    options = {n: o.default for n, o in method.options.items()} | given
+    for name, value in options.items():
+        if method.options[name].real and value is not None:
+            options[name] = float(value)  # 32 and 32.0 are the same run: one id
     if method.layers is not None and options["alpha"] is None:
         options["alpha"] = 32.0 if changes["init"] == "kaiming" else float(changes["rank"])
     return options

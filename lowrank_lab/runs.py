@@ -172,8 +172,8 @@ def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
     """One tidy table of all runs at or below a folder: a row for each step of each run.
 
     Columns: run (folder name), label, the configuration (model, corpus, method, rank, …, seed),
-    what metrics.jsonl holds, and, for finished runs, `final_*`: validation and test loss and
-    perplexity, parameters and bytes.
+    what metrics.jsonl holds (its `lr` as `lr_now`: `lr` is the peak), and, for finished runs,
+    `final_*`: validation and test loss and perplexity, parameters and bytes.
 
     Args:
         strict: raise on runs that have not finished; False takes what there is, for live views.
@@ -191,12 +191,21 @@ def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
         raise InputError("folder", str(folder), f"runs have not finished: {', '.join(unfinished)}")
     tables = []
     for run in runs:
+        if run.metrics.empty:  # it has just started
+            continue
         table = run.metrics.rename(columns={"lr": "lr_now"})
         config = run.config.model_dump()
-        facts = {"run": run.folder.name, "label": run.label, **{k: config[k] for k in DESCRIBES}}
+        inside = run.folder.relative_to(folder).as_posix()
+        facts = {
+            "run": run.folder.name if inside == "." else inside,
+            "label": run.label,
+            **{k: config[k] for k in DESCRIBES},
+        }
         if run.finished:
             facts |= {f"final_{key}": value for key, value in run.result.items()}
         tables.append(table.assign(**facts))
+    if not tables:
+        raise InputError("folder", str(folder), "no run in it has trained a step yet")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -33,7 +33,7 @@ def scheduled_rate(step: int, config: RunConfig) -> float:
     """Linear warm-up to the peak, then the decay to `min_lr_ratio` of it; no resets."""
     assert config.lr is not None, "resolve the configuration first"
     total = config.total_steps
-    warmup_steps = math.ceil(config.warmup * total)
+    warmup_steps = math.ceil(round(config.warmup * total, 6))  # 0.07 · 100 is 7, not 8
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
     if config.schedule == "constant":

@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lowrank_lab import checkpoint, memory
-from lowrank_lab.config import InputError, RunConfig, data_folder
+from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.corpus import Corpus, Split, prepare
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
+from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, write_json
 from lowrank_lab.schedule import learning_rate
 from lowrank_lab.spectra import weight_spectra
 from lowrank_lab.step import Batch, autocast, gradients, update_
 
 PROGRESS_SECONDS = 0.5
-PACKAGE = Path(__file__).resolve().parent
-# Rooms whose source decides what a run computes; a change elsewhere needs no new training.
-TRAINING_ROOMS = (
-    "config.py", "corpus.py", "layers", "llama.py", "optim", "techniques.py", "schedule.py",
-    "methods.py", "step.py", "train.py",
-)  # fmt: skip
-
-
-def source_hash(rooms: tuple[str, ...] = (".",)) -> str:
-    """SHA-256 of the library's own source, or of some of its rooms."""
-    digest = hashlib.sha256()
-    for room in rooms:
-        path = PACKAGE / room
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def training_source() -> str:
-    """SHA-256 of the source that decides what a run computes; kept with every run."""
-    return source_hash(TRAINING_ROOMS)
 
 
 class TrainingError(RuntimeError):
@@ -155,7 +133,7 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
     run = Run(folder)
     if run.config.run_id != config.run_id:
         ours, theirs = config.model_dump(), run.config.model_dump()
-        differing = [name for name in ours if ours[name] != theirs[name]]
+        differing = [n for n in ours if ours[n] != theirs[n] and n not in NOT_IN_RUN_ID]
         allowed = f"it holds another run, which differs in {', '.join(differing)}"
         raise InputError("out", str(folder), allowed)
     return run.finished
@@ -181,19 +159,12 @@ class Trainer:
         self._progress_due = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
-            facts = {"label": label, "config": config.model_dump(), "ran_on": self._provenance()}
+            facts = {
+                "label": label,
+                "config": config.model_dump(),
+                "ran_on": ran_on(self.device, corpus),
+            }
             write_json(folder / "config.json", facts)
-
-    def _provenance(self) -> dict[str, Any]:
-        cuda = self.device.type == "cuda"
-        return {
-            "training_source": training_source(),
-            "corpus_sha256": self.corpus.facts["sha256"],
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(),
-        }
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, and cut the records back to its step."""
@@ -201,10 +172,11 @@ class Trainer:
             self.folder / "checkpoints", self.model, self.optimizer
         )
         self.seconds = extra.get("seconds", 0.0)
+        last_kept = self.updates if self.updates else -1
         if self.updates:
             self.bytes = memory.persistent(self.model, self.optimizer)
         for name in ("metrics.jsonl", "spectra.jsonl"):
-            cut_jsonl(self.folder / name, self.updates)
+            cut_jsonl(self.folder / name, last_kept)
         if self.updates == 0:
             self._record_spectra()
 
@@ -251,8 +223,8 @@ class Trainer:
         ends = {*self.model.model.embed_tokens.parameters(), *self.model.lm_head.parameters()}
         result = {
             **losses,
-            "validation_perplexity": math.exp(losses["validation_loss"]),
-            "test_perplexity": math.exp(losses["test_loss"]),
+            "validation_perplexity": math.exp(min(losses["validation_loss"], 700.0)),
+            "test_perplexity": math.exp(min(losses["test_loss"], 700.0)),
             "entropy": self.corpus.entropy,
             "steps": self.updates,
             "tokens_seen": self.updates * self.config.tokens_per_step,
@@ -267,11 +239,24 @@ class Trainer:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def evaluate(self, split: Split, tokens: int) -> float:
-        return evaluate(self.model, self.corpus, split, tokens, self.config)
+        loss = evaluate(self.model, self.corpus, split, tokens, self.config)
+        if not math.isfinite(loss):
+            self._stop(f"the {split} loss after step {self.updates} is {loss}")
+        return loss
 
     def save_checkpoint(self) -> None:
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.updates, self.model, self.optimizer, seconds=self.seconds)
+        """Keep the present state, unless weights in it are no longer finite."""
+        if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            folder = self.folder / "checkpoints"
+            checkpoint.save(folder, self.updates, self.model, self.optimizer, seconds=self.seconds)
+
+    def _stop(self, reason: str) -> NoReturn:
+        """End the run, with the last good state kept."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.save_checkpoint()
+        kept = checkpoint.all_checkpoints(self.folder / "checkpoints")
+        where = f"the last good state is kept in {kept[-1]}" if kept else "no good state was kept"
+        raise TrainingError(f"{reason}; {where}; a lower lr may help")
 
     def _batches(self) -> list[Batch]:
         config = self.config
@@ -293,12 +278,7 @@ class Trainer:
         values = torch.stack([loss.float(), norm.float()]).tolist()
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):
-                self.optimizer.zero_grad(set_to_none=True)
-                self.save_checkpoint()
-                raise TrainingError(
-                    f"the {name} of step {self.updates + 1} is {value}; the state after step "
-                    f"{self.updates} is kept in {self.folder / 'checkpoints'}; a lower lr may help"
-                )
+                self._stop(f"the {name} of step {self.updates + 1} is {value}")
         return values[0], values[1]
 
     def _row(
@@ -343,28 +323,3 @@ class Trainer:
         progress = {name: row[name] for name in ("step", "loss", "tokens_per_second")}
         progress |= {"total_steps": self.config.total_steps, "seconds_left": round(left, 1)}
         write_json(self.folder / "progress.json", progress)
-
-
-def sample(
-    run: Run, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 0
-) -> str:
-    """Text that a trained run goes on with after `prompt`.
-
-    Args:
-        tokens: how many to add.
-        temperature: of the softmax; 0 takes the likeliest token.
-    """
-    corpus = prepare(run.config)
-    ids = corpus.tokenizer.encode(prompt or "\n").ids
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _ in range(tokens):
-            context = torch.tensor([ids[-run.config.sequence_length :]])
-            logits = run.model(context)[0, -1].float()
-            if temperature == 0:
-                ids.append(int(logits.argmax()))
-            else:
-                p = (logits / temperature).softmax(0)
-                ids.append(int(torch.multinomial(p, 1, generator=generator)))
-    text: str = corpus.tokenizer.decode(ids)
-    return text

@@ -1,4 +1,4 @@
-"""One table of bad inputs: each gets one line on stderr, exit status 2, and leaves nothing behind."""
+"""One table of bad inputs: each gets one line on stderr and status 2, and leaves nothing behind."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ BAD = {
     # what is wrong: (command line, words that the one line must hold)
     "unknown field": ("train --rnak 3", ["--rnak", "--rank"]),
     "unknown command": ("trian", ["trian"]),
-    "rank above a target layer": (f"{TRAIN} --method low-rank --rank 99", ["rank", "99", "1 to 32"]),
+    "rank above a layer": (f"{TRAIN} --method low-rank --rank 99", ["rank", "99", "1 to 32"]),
     "rank 0": (f"{TRAIN} --method low-rank --rank 0", ["rank", "0", "1"]),
     "rank not a number": (f"{TRAIN} --rank many", ["rank", "many", "integer"]),
     "rank fractional": (f"{TRAIN} --rank 2.5", ["rank", "2.5", "integer"]),
@@ -89,8 +89,8 @@ BAD = {
     "study not YAML": ("study {tmp}/studies/broken.yaml", ["study", "broken.yaml", "YAML"]),
     "study not a mapping": ("study {tmp}/studies/list.yaml", ["study", "list.yaml", "mapping"]),
     "study with an unknown key": ("study {tmp}/studies/key.yaml", ["gird", "grid"]),
-    "study with an unknown field": ("study {tmp}/studies/field.yaml", ["field.yaml", "rnak", "rank"]),
-    "study with a bad value": ("study {tmp}/studies/value.yaml", ["value.yaml", "mine", "rank", "99"]),
+    "study with unknown field": ("study {tmp}/studies/field.yaml", ["field.yaml", "rnak", "rank"]),
+    "study, bad value": ("study {tmp}/studies/value.yaml", ["value.yaml", "mine", "rank", "99"]),
     "study with an empty grid": ("study {tmp}/studies/grid.yaml", ["grid.yaml", "rank", "list"]),
     "study with an unknown notebook": ("study {tmp}/studies/nb.yaml", ["nb.yaml", "02_rum"]),
     "study with a notebook elsewhere": ("study {tmp}/studies/up.yaml", ["up.yaml", "secret"]),
@@ -110,7 +110,7 @@ STUDIES = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def places(tmp_path, text_corpus):
     (tmp_path / "folder").mkdir()
     (tmp_path / "studies").mkdir()
@@ -134,7 +134,8 @@ def is_of_whole_corpus(path):
         return False
     inside = parts[parts.index("corpora") + 1 :]
     folder = path if len(inside) < 2 else path.parents[len(inside) - 2]
-    return not inside or (folder / "corpus.json").exists() and not folder.name.startswith(".")
+    whole = (folder / "corpus.json").exists() and not folder.name.startswith(".")
+    return not inside or whole
 
 
 @pytest.mark.parametrize("wrong", BAD)

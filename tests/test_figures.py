@@ -1,5 +1,7 @@
 """Figures show what is in the table: the right numbers, colours and names, and no missing seed."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -155,5 +157,5 @@ def test_saved_figures_are_png_svg_and_csv_and_the_same_each_time(tmp_path):
 
 def test_labels_that_would_overlap_are_pushed_apart():
     positions = figures._apart([1.0, 1.0, 1.01, 5.0], 0.5)
-    assert all(b - a >= 0.49 for a, b in zip(positions, positions[1:], strict=False))
+    assert all(b - a >= 0.49 for a, b in pairwise(positions))
     assert positions == sorted(positions)

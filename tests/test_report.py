@@ -1,4 +1,4 @@
-"""Reports: the table, a page that stands alone and escapes what it is given, records that are kept."""
+"""Reports: the table, a page that stands alone and escapes its input, records that are kept."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def write_run(folder, label, seed=0, loss=2.0, steps=1000, **fields):
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path):
     for seed in (0, 1, 2):
         write_run(tmp_path / "runs" / f"a{seed}", "worse", seed, 3 + seed / 10)

@@ -1,0 +1,47 @@
+"""What a run was made from: the library's own source, the corpus, the versions, the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_lab.corpus import Corpus
+
+PACKAGE = Path(__file__).resolve().parent
+# Rooms whose source decides what a run computes; a change elsewhere needs no new training.
+TRAINING_ROOMS = (
+    "config.py", "corpus.py", "layers", "llama.py", "optim", "techniques.py", "schedule.py",
+    "methods.py", "step.py", "train.py",
+)  # fmt: skip
+
+
+def source_hash(rooms: tuple[str, ...] = (".",)) -> str:
+    """SHA-256 of the library's own source, or of some of its rooms."""
+    digest = hashlib.sha256()
+    for room in rooms:
+        path = PACKAGE / room
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def training_source() -> str:
+    """SHA-256 of the source that decides what a run computes; kept with every run."""
+    return source_hash(TRAINING_ROOMS)
+
+
+def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
+    """What config.json keeps beside the configuration."""
+    cuda = device.type == "cuda"
+    return {
+        "training_source": training_source(),
+        "corpus_sha256": corpus.facts["sha256"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,33 @@
+"""Text from a trained run."""
+
+from __future__ import annotations
+
+import torch
+
+from lowrank_lab.corpus import prepare
+from lowrank_lab.runs import Run
+
+
+def sample(
+    run: Run, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 0
+) -> str:
+    """Text that a trained run goes on with after `prompt`.
+
+    Args:
+        tokens: how many to add.
+        temperature: of the softmax; 0 takes the likeliest token.
+    """
+    corpus = prepare(run.config)
+    ids = corpus.tokenizer.encode(prompt or "\n").ids
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _ in range(tokens):
+            context = torch.tensor([ids[-run.config.sequence_length :]])
+            logits = run.model(context)[0, -1].float()
+            if temperature == 0:
+                ids.append(int(logits.argmax()))
+            else:
+                p = (logits / temperature).softmax(0)
+                ids.append(int(torch.multinomial(p, 1, generator=generator)))
+    text: str = corpus.tokenizer.decode(ids)
+    return text

@@ -1,0 +1,96 @@
+"""Imports go one way through the house, and importing the library stays cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowrank_lab
+
+PACKAGE = Path(lowrank_lab.__file__).parent
+# A module may import only modules before it.
+ORDER = (
+    "config corpus layers llama optim techniques schedule methods step memory spectra checkpoint "
+    "provenance runs train sample stats figures report widgets jobs study study_view cli"
+).split()
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers".split()
+
+
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def room_of(path):
+    """The module or subpackage of the library that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(tree, path):
+    """Modules of the library that a syntax tree imports, at any depth and under any condition."""
+    rooms = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                parts = path.relative_to(PACKAGE.parent).parts[: -node.level]
+                source = ".".join([*parts, *([source] if source else [])])
+            # from lowrank_lab import x: x is a module, or a name that __init__ took from one
+            names = [source] if source != "lowrank_lab" else []
+            names += [f"{source}.{alias.name}" for alias in node.names if not names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("lowrank_lab.")}
+        assert "lowrank_lab" not in names, f"{path.name} imports the whole package"
+    return rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_module_has_a_place_in_the_order(path):
+    assert room_of(path) in ORDER
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_module_imports_only_modules_before_it(path):
+    room = room_of(path)
+    allowed = {*ORDER[: ORDER.index(room)], *([room] if path.parent != PACKAGE else [])}
+    assert imported_rooms(ast.parse(path.read_text()), path) <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_the_library_prints_nothing(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = [call.func.id for call in calls if isinstance(call.func, ast.Name)]
+    assert "print" not in names
+
+
+@pytest.mark.parametrize(
+    ("source", "rooms"),
+    [
+        ("import lowrank_lab.train as t", {"train"}),
+        ("from lowrank_lab import memory, checkpoint", {"memory", "checkpoint"}),
+        ("from lowrank_lab.optim.base import averages", {"optim"}),
+        ("from .projection import sides", {"optim"}),
+        ("from ..corpus import prepare", {"corpus"}),
+        ("from .. import runs", {"runs"}),
+        ("if TYPE_CHECKING:\n    from lowrank_lab.llama import Llama", {"llama"}),
+        ("def f():\n    from lowrank_lab import study", {"study"}),
+        ("import torch.optim\nfrom torch import nn", set()),
+    ],
+)
+def test_every_way_to_import_is_seen(source, rooms):
+    assert imported_rooms(ast.parse(source), PACKAGE / "optim" / "galore.py") == rooms
+
+
+def test_importing_the_library_loads_nothing_it_may_not_need():
+    program = f"import sys, lowrank_lab; sys.exit(' '.join({set(HEAVY)} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_public_name_is_there():
+    assert sorted(lowrank_lab.__all__) == list(dict.fromkeys(sorted(lowrank_lab.__all__)))
+    assert all(hasattr(lowrank_lab, name) for name in lowrank_lab.__all__)

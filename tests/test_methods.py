@@ -1,0 +1,380 @@
+"""Rows of METHODS are whole, `resolve` and `build` keep their word, and 20 steps lose as before.
+
+`python tests/test_methods.py` writes tests/golden/ anew, after a change meant to move the losses.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.layers import FactorizedLinear, target_layers
+from lowrank_lab.llama import Llama
+from lowrank_lab.methods import METHODS, build, partition, resolve
+from lowrank_lab.step import gradients, update_
+
+GOLDEN = Path(__file__).parent / "golden"
+DENSE = [name for name, method in METHODS.items() if method.layers is None]
+FACTORIZED = [name for name, method in METHODS.items() if method.layers is not None]
+WITHOUT_RANK = [name for name, method in METHODS.items() if not method.uses_rank]
+TECHNIQUES = {"refactor_every": 5, "reset_every": 5, "recovery_steps": 3}
+
+
+def tiny(method="full-rank", **values):
+    return RunConfig(**{"model": "tiny", "steps": 20, "method": method, **values})
+
+
+def refusal(config):
+    """The one line that resolving a configuration is refused with."""
+    with pytest.raises(InputError) as caught:
+        resolve(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def state_equal(first, second):
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_row_says_what_it_is_and_where_it_comes_from(name):
+    method = METHODS[name]
+    assert method.name == name == name.lower()
+    assert method.summary
+    assert "\n" not in method.summary
+    assert re.fullmatch(r"\d{4}\.\d{4,5}", method.source)
+    assert 0 < method.lr < 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_default_of_an_option_is_allowed(name):
+    for option in METHODS[name].options.values():
+        assert option.allowed
+        assert option.default is None or option.check(option.default)
+
+
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_a_method_with_factors_has_a_rank_and_an_initialisation(name):
+    assert METHODS[name].uses_rank
+    assert METHODS[name].init in ("kaiming", "spectral")
+
+
+# resolve
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("values", [{}, {"reset_every": 5, "recovery_steps": 3}, {"rank": 1}])
+def test_resolving_twice_is_resolving_once(name, values):
+    once = resolve(tiny(name, **values))
+    assert resolve(once) == once
+    assert resolve(once).run_id == once.run_id
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resolve_fills_everything_a_run_needs(name):
+    config, method = resolve(tiny(name, steps=50)), METHODS[name]
+    assert config.lr == method.lr
+    assert config.vocab_size == 512
+    assert (config.eval_every, config.spectra_every, config.checkpoint_every) == (5, 10, 5)
+    assert config.rank == (8 if method.uses_rank else None)
+    assert config.init == method.init
+    assert config.method_options.keys() == method.options.keys()
+    assert None not in config.method_options.values()
+
+
+def test_resolve_keeps_what_was_given():
+    given = {"lr": 1e-4, "rank": 3, "init": "spectral", "eval_every": 7, "vocab_size": "byte"}
+    config = resolve(tiny("low-rank", method_options={"alpha": 2.0}, **given))
+    assert {name: getattr(config, name) for name in given} == given
+    assert config.method_options["alpha"] == 2.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_alphabet_of_markov_is_the_vocabulary(name):
+    assert resolve(tiny(name, corpus="markov")).vocab_size == 16
+
+
+@pytest.mark.parametrize("name", WITHOUT_RANK)
+def test_a_rank_that_a_method_has_no_use_for_is_dropped(name):
+    assert resolve(tiny(name, rank=5)).rank is None
+    assert resolve(tiny(name, rank=10**6)).run_id == resolve(tiny(name)).run_id
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("values", [{"reset_every": 0}, {"reset_strength": 0.0, "reset_every": 5}])
+def test_a_reset_that_never_happens_leaves_no_trace(name, values):
+    recovery = {"recovery_steps": 4, "reset_strength": 0.5}
+    config = resolve(tiny(name, **{**recovery, **values}))
+    assert config == resolve(tiny(name))
+    assert (config.reset_every, config.recovery_steps) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("init", "rank", "alpha"), [(None, 4, 32.0), ("kaiming", 4, 32.0), ("spectral", 4, 4.0)]
+)
+def test_alpha_follows_the_initialisation(init, rank, alpha):
+    config = resolve(tiny("low-rank", init=init, rank=rank))
+    assert config.method_options["alpha"] == alpha
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("low-rank", "alpha", 32),
+        ("galore", "scale", 1),
+        ("fira", "alpha", 1),
+        ("full-rank", "eps", 1),
+    ],
+)
+def test_runs_that_are_equal_have_equal_ids(name, option, value):
+    whole, fraction = (
+        resolve(tiny(name, method_options={option: kind(value)})) for kind in (int, float)
+    )
+    assert whole == fraction
+    assert whole.run_id == fraction.run_id
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("values", [{"refactor_every": 5}, {"init": "spectral"}])
+def test_dense_methods_refuse_what_needs_factors(name, values):
+    assert refusal(tiny(name, **values)).startswith(f"{next(iter(values))}: ")
+    assert name in refusal(tiny(name, **values))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_unknown_option_is_refused_with_the_nearest(name):
+    message = refusal(tiny(name, method_options={"bta1": 0.9}))
+    assert message.startswith("method_options: 'bta1' ")
+    assert name in message
+    assert "did you mean 'beta1'?" in message
+
+
+def test_an_option_of_another_method_is_refused():
+    assert "'scale' is not allowed" in refusal(tiny("low-rank", method_options={"scale": 1.0}))
+    assert "no such option" in refusal(tiny("galore", method_options={"alpha": 1.0}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_refuses_what_it_cannot_use(name):
+    for option in METHODS[name].options:
+        for value in ("nonsense", True, -1, math.nan, math.inf, [], {}):
+            message = refusal(tiny(name, method_options={option: value}))
+            assert message.startswith(f"method_options.{option}: ")
+            assert "must be" in message
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_epsilon_of_zero_which_makes_nan_of_zero_gradients_is_refused(name):
+    assert refusal(tiny(name, method_options={"eps": 0})).startswith("method_options.eps: ")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_option_left_empty_is_its_default(name):
+    empty = dict.fromkeys(METHODS[name].options)
+    assert resolve(tiny(name, method_options=empty)) == resolve(tiny(name))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("galor", "did you mean 'galore'?"), ("zzz", ", ".join(sorted(METHODS)))]
+)
+def test_an_unknown_method_is_refused_with_the_nearest(given, said):
+    message = refusal(tiny(given))
+    assert message.startswith(f"method: '{given}' ")
+    assert said in message
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].uses_rank])
+def test_the_rank_must_fit_every_layer_the_method_acts_on(name):
+    assert resolve(tiny(name, rank=32)).rank == 32  # q_proj is 32×32
+    assert "from 1 to 32" in refusal(tiny(name, rank=33))
+    narrow = tiny(name, rank=32, intermediate_size=20)
+    assert "model.layers.0.mlp.gate_proj is 20×32" in refusal(narrow)
+    assert resolve(narrow.replace(target="q_proj")).rank == 32
+    assert resolve(tiny(name, hidden_size=2, num_heads=1)).rank == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("target", ["nothing", "embed_tokens", "layernorm"])
+def test_a_target_without_a_linear_layer_is_refused(name, target):
+    assert refusal(tiny(name, target=target)).startswith("target: ")
+
+
+@pytest.mark.parametrize("name", FACTORIZED)
+@pytest.mark.parametrize("target", ["lm_head", "_proj|lm_head", "."])
+def test_factors_for_the_head_which_stays_full_rank_are_refused(name, target):
+    assert refusal(tiny(name, target=target)).startswith("target: ")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resolved_configuration_can_be_written_as_json(name):
+    config = resolve(tiny(name))
+    assert RunConfig(**json.loads(json.dumps(config.model_dump(), allow_nan=False))) == config
+
+
+# build and partition
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_seed_decides_the_initial_weights(name):
+    torch.manual_seed(1)
+    first = build(tiny(name, seed=7))[0]
+    torch.manual_seed(2)
+    assert state_equal(first, build(resolve(tiny(name, seed=7)))[0])
+    assert not state_equal(first, build(tiny(name, seed=8))[0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_building_leaves_the_global_random_state_alone(name):
+    before = torch.get_rng_state()
+    build(tiny(name))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_methods_with_one_seed_start_from_the_same_dense_weights():
+    full, galore = build(tiny())[0], build(tiny("galore"))[0]
+    assert state_equal(full, galore)
+    low_rank = build(tiny("low-rank"))[0]
+    assert torch.equal(low_rank.model.embed_tokens.weight, full.model.embed_tokens.weight)
+    assert torch.equal(low_rank.lm_head.weight, full.lm_head.weight)
+
+
+@pytest.mark.parametrize("rank", [1, 32])
+def test_spectral_factors_start_at_the_best_approximation_of_the_dense_weight(rank):
+    full = build(tiny())[0].model.layers[0].mlp.up_proj.weight.double()
+    layer = build(tiny("low-rank", rank=rank, init="spectral"))[0].model.layers[0].mlp.up_proj
+    best_error = torch.linalg.svdvals(full)[rank:].norm()  # Eckart and Young
+    error = (layer.dense_weight().double() - full).norm()
+    assert error <= best_error * (1 + 1e-6) + 1e-6 * full.norm()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("target", [None, "q_proj"])
+def test_each_trainable_parameter_is_in_exactly_one_group(name, target):
+    config = tiny(name, **({"target": target} if target else {}))
+    model, optimizer = build(config)
+    groups = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, groups)) == sorted(id(p) for p in model.parameters())
+    targets, rest = partition(model, config.target)
+    assert [id(p) for group in (targets, rest) for p in group] == [id(p) for p in groups]
+    factors = 2 if METHODS[name].layers else 1
+    assert len(targets) == factors * len(list(target_layers(model, config.target)))
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = Llama(tiny().size)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(False)
+    targets, rest = partition(model, tiny().target)
+    assert sorted(map(id, [*targets, *rest])) == sorted(
+        id(p) for p in model.parameters() if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_optimizer_has_the_configured_values(name):
+    options = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-5}
+    config = tiny(name, lr=3e-4, weight_decay=0.1, method_options=options)
+    for group in build(config)[1].param_groups:
+        assert (group["lr"], group["weight_decay"]) == (3e-4, 0.1)
+        assert (*group["betas"], group["eps"]) == (0.8, 0.95, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["galore", "fira"])
+def test_only_the_targets_of_a_projecting_method_have_a_rank(name):
+    options = {"update_proj_gap": 3, "proj_type": "left", "refresh": "randomized"}
+    ranked, plain = build(tiny(name, rank=5, method_options=options))[1].param_groups
+    assert {key: ranked[key] for key in options} == options
+    assert ranked["rank"] == 5
+    assert "rank" not in plain
+
+
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_only_target_layers_are_factorized(name):
+    model = build(tiny(name, rank=3, target=r"mlp\.up_proj$"))[0]
+    found = {n for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert found == {f"model.layers.{i}.mlp.up_proj" for i in range(2)}
+    assert all(m.rank == 3 for m in model.modules() if isinstance(m, FactorizedLinear))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bf16_weights_are_the_rounded_float_weights(name):
+    full, half = build(tiny(name))[0].state_dict(), build(tiny(name, precision="bf16"))[0]
+    for key, value in half.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, full[key].bfloat16())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_mixed_precision_keeps_float_weights(name):
+    assert {p.dtype for p in build(tiny(name, precision="amp-bf16"))[0].parameters()} == {
+        torch.float32
+    }
+
+
+# Golden losses
+
+
+def golden_configs():
+    """File name → configuration, each small enough to run often, each with a second projection."""
+    gap = {"update_proj_gap": 7}
+    options = {n: {k: gap[k] for k in gap if k in m.options} for n, m in METHODS.items()}
+    configs = {name: tiny(name, method_options=options[name]) for name in METHODS}
+    configs["low-rank-refactor-reset"] = tiny("low-rank", **TECHNIQUES)
+    return {name: config.replace(batch=8, sequence_length=32) for name, config in configs.items()}
+
+
+def losses_of(config):
+    """Losses of 20 steps on a stream in which each token mostly follows from the one before."""
+    config = resolve(config)
+    model, optimizer = build(config)
+    generator = torch.Generator().manual_seed(11)
+    losses = []
+    for step in range(20):
+        tokens = torch.randint(40, (8, 33), generator=generator)
+        follows = torch.rand(8, 32, generator=generator) < 0.8
+        for i in range(32):
+            following = (tokens[:, i] * 7 + 3) % 40
+            tokens[:, i + 1] = torch.where(follows[:, i], following, tokens[:, i + 1])
+        loss, _ = gradients(model, [(tokens[:, :-1], tokens[:, 1:])], config)
+        update_(model, optimizer, config, step)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", golden_configs())
+def test_twenty_steps_lose_what_they_lost_before(name):
+    losses = losses_of(golden_configs()[name])
+    golden = [float(line) for line in (GOLDEN / f"{name}.txt").read_text().splitlines()]
+    assert losses == pytest.approx(golden, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", golden_configs())
+def test_golden_losses_start_at_chance_and_fall(name):
+    golden = [float(line) for line in (GOLDEN / f"{name}.txt").read_text().splitlines()]
+    assert len(golden) == 20
+    assert golden[0] == pytest.approx(math.log(512), rel=0.02)
+    assert golden[-1] < golden[0] - 0.5
+
+
+def test_every_golden_file_belongs_to_a_method():
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(golden_configs())
+
+
+def write_golden():
+    torch.set_num_threads(1)
+    GOLDEN.mkdir(exist_ok=True)
+    for name, config in golden_configs().items():
+        text = "".join(f"{loss:.6f}\n" for loss in losses_of(config))
+        (GOLDEN / f"{name}.txt").write_text(text)
+
+
+if __name__ == "__main__":
+    write_golden()
