@@ -261,9 +261,7 @@ class RunConfig(BaseModel):
         Take it from a resolved configuration: there, fields that the method doesn't use are `None`.
         """
         used = {k: v for k, v in self.model_dump().items() if k not in NOT_IN_RUN_ID}
-        used["total_steps"] = self.total_steps
-        for name in ("steps", "tokens"):
-            del used[name]
+        used |= {"steps": self.total_steps, "tokens": None}
         digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:10]
         parts = [self.model, self.method]
         parts += [f"r{self.rank}"] if self.rank else []

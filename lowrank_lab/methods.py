@@ -195,6 +195,7 @@ def resolve(config: RunConfig) -> RunConfig:
         raise InputError("method", config.method, nearest(config.method, METHODS))
     method = METHODS[config.method]
     changes: dict[str, Any] = {"vocab_size": vocabulary(config), "lr": config.lr or method.lr}
+    changes |= {"steps": config.total_steps, "tokens": None}
     for name in ("eval_every", "spectra_every", "checkpoint_every"):
         changes[name] = config.cadence(name)
     if method.layers is None:

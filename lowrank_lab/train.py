@@ -39,7 +39,7 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
         a
             held-out part shorter than a sequence, or a device that isn't there.
     """
-    config = resolve(config)
+    given, config = config, resolve(config)
     device_of(config)
     corpus = prepare(config)
     for split in ("validation", "test"):
@@ -50,8 +50,8 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     once = corpus.num_windows("train", config.sequence_length) * config.sequence_length
     needed = config.total_steps * config.tokens_per_step
     if needed > once and not config.repeat:
-        name = "steps" if config.tokens is None else "tokens"
-        value = config.total_steps if config.tokens is None else config.tokens
+        name = "steps" if given.tokens is None else "tokens"
+        value = config.total_steps if given.tokens is None else given.tokens
         allowed = f"{needed} tokens, but {config.corpus} has {once} to train on; or set repeat"
         raise InputError(name, value, allowed)
     return config, corpus

@@ -22,7 +22,7 @@ from lowrank_lab.study import load_study, run_study
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 BASE = {
-    "model": "tiny", "vocab_size": 300, "sequence_length": 16, "batch": 2, "steps": 20,
+    "model": "tiny", "vocab_size": 300, "sequence_length": 16, "batch": 2, "tokens": 640,
     "eval_tokens": 64, "test_tokens": 64,
 }  # fmt: skip
 PARAMETERS = "seed: int = 0  # s\nlabel: str = ''  # l\nfolder: str = ''  # f\n"
@@ -169,7 +169,7 @@ def wait_for(condition, seconds=240):
 
 
 def test_a_killed_runner_leaves_no_process_and_goes_on_inside_the_run(study_file, tmp_path):
-    fields = {"steps": 400, "checkpoint_every": 20, "eval_every": 400, "spectra_every": 400}
+    fields = {"tokens": 12800, "checkpoint_every": 20, "eval_every": 400, "spectra_every": 400}
     path, out = study_file(base=fields, seeds=[0, 1]), tmp_path / "out"
     command = [sys.executable, "-m", "lowrank_lab.cli", "study", str(path), "--jobs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
