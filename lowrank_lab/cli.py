@@ -156,13 +156,19 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="folder of the study's runs")
 @click.option("--jobs", type=click.IntRange(1), help="notebooks at a time; default: one a core")
 @click.option("--retry", is_flag=True, help="execute again what failed before")
-def study(file: Path, out: Path | None, jobs: int | None, retry: bool) -> None:
+@click.option("--seeds", help="instead of those in the file, as 0,1,2")
+def study(file: Path, out: Path | None, jobs: int | None, retry: bool, seeds: str | None) -> None:
     """Run a study file by papermill; what is done already is not done again."""
     from lowrank_lab.study import run_study
     from lowrank_lab.study_view import View
 
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")] if seeds is not None else None
+    except ValueError:
+        raise InputError("seeds", seeds, "must be whole numbers with commas between") from None
     view = View()
-    todo, page = run_study(file, out=out, jobs=jobs, retry=retry, report=view.show)
+    options: dict[str, Any] = {"jobs": jobs, "retry": retry, "seeds": numbers}
+    todo, page = run_study(file, out=out, report=view.show, **options)
     view.close()
     failed = [job for job in todo if job.state == "failed"]
     for job in failed:

@@ -58,8 +58,8 @@ def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
     return paths
 
 
-def look(label: str, labels: Sequence[str]) -> tuple[str, str]:
-    """Colour and line style of a run: the method decides the colour, its variant the line."""
+def look(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
+    """Colour, line and marker of a run: the method decides the colour, its variant the others."""
     method = label.split(" ")[0]
     methods = list(dict.fromkeys(other.split(" ")[0] for other in labels))
     unknown = [m for m in methods if m not in COLOURS]
@@ -68,7 +68,9 @@ def look(label: str, labels: Sequence[str]) -> tuple[str, str]:
     else:
         colour = OTHER_COLOURS[unknown.index(method) % len(OTHER_COLOURS)]
     variants = [other for other in labels if other.split(" ")[0] == method]
-    return colour, ("-", "--", ":", "-.")[variants.index(label) % 4]
+    variants.sort(key=lambda other: other != method)  # the plain method has the plain line
+    index = variants.index(label) % 4
+    return colour, ("-", "--", ":", "-.")[index], "os^D"[index]
 
 
 def curve_table(
@@ -102,7 +104,7 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
     ends: list[tuple[float, str, str]] = []
     for label in labels:
         part = table[table["label"] == label].sort_values("step")
-        colour, line = look(label, labels)
+        colour, line, _ = look(label, labels)
         ax.plot(part[x], part["mean"], line, color=colour, lw=1.6)
         low, high = part["mean"] - part["half_width"], part["mean"] + part["half_width"]
         ax.fill_between(part[x], low, high, color=colour, alpha=0.15, lw=0)
@@ -137,7 +139,7 @@ def training_curves(runs: pd.DataFrame) -> Figure:
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     ends = []
     for (label, _), part in table.groupby(["label", "run"], sort=False):
-        colour, line = look(str(label), labels)
+        colour, line, _ = look(str(label), labels)
         loss.plot(part["step"], part["loss"], line, color=colour, lw=0.8)
         rate.plot(part["step"], part["lr_now"], line, color=colour, lw=1.2)
         ends.append((float(part["loss"].tail(10).mean()), str(label), colour))
@@ -195,11 +197,10 @@ def tradeoff(finals: pd.DataFrame) -> Figure:
     labels = table["label"].tolist()
     figure, ax = _figure(6.4, 3.9)
     for row in _rows(table):
-        colour, line = look(row.label, labels)
-        filled = colour if line == "-" else "white"
+        colour, _, marker = look(row.label, labels)
         ax.errorbar(
             row.weights_and_states_mib, row.mean, yerr=None if row.n == 1 else row.half_width,
-            fmt="o", ms=8, color=colour, mfc=filled, mew=1.8, capsize=3,
+            fmt=marker, ms=8, color=colour, capsize=3,
         )  # fmt: skip
     x = table["weights_and_states_mib"]
     width = max(x.max() - x.min(), 0.1 * x.max())
@@ -319,7 +320,7 @@ def _label_points(ax: Axes, table: pd.DataFrame, labels: list[str]) -> None:
     ordered = table.sort_values("mean")
     heights = _apart(ordered["mean"].tolist(), 0.065 * (high - low))
     for height, row in zip(heights, _rows(ordered), strict=True):
-        colour, _ = look(row.label, labels)
+        colour, *_ = look(row.label, labels)
         ax.annotate(
             f"{row.label}  {row.mean:.2f}", (row.weights_and_states_mib, height), xytext=(9, 0),
             textcoords="offset points", color=colour, fontsize=8.5, va="center",

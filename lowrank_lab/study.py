@@ -46,14 +46,17 @@ class Study:
     runs: dict[str, tuple[str, RunConfig]]  # run id → label, resolved configuration
 
 
-def load_study(path: Path | str) -> Study:
+def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
     """Read a study file and check every run in it, before anything starts.
+
+    Args:
+        seeds: instead of those in the file.
 
     Raises:
         InputError: one line that names the file, the key or field, and what is allowed.
     """
     path = Path(path)
-    content = _read_yaml(path)
+    content = _read_yaml(path) | ({} if seeds is None else {"seeds": seeds})
     for name in content:
         if name not in KEYS:
             raise InputError(
@@ -141,6 +144,7 @@ def run_study(
     out: Path | None = None,
     jobs: int | None = None,
     retry: bool = False,
+    seeds: list[int] | None = None,
     report: Callable[[list[Job]], None] = lambda jobs: None,
 ) -> tuple[list[Job], Path | None]:
     """Execute what a study file asks for and isn't done yet, then the comparison and the report.
@@ -149,12 +153,13 @@ def run_study(
         out: the study's folder; by default data/runs/<name of the file>.
         jobs: notebooks at a time; by default one a CPU core (each has one thread) or CUDA device.
         retry: execute again what failed before.
+        seeds: instead of those in the file.
         report: called about twice a second with all jobs.
 
     Returns:
         The jobs, and the path of report.html (None if a run failed).
     """
-    study = load_study(path)
+    study = load_study(path, seeds)
     folder = out if out is not None else data_folder() / "runs" / study.name
     folder.mkdir(parents=True, exist_ok=True)
     todo = [

@@ -92,6 +92,9 @@ BAD = {
     "study with unknown field": ("study {tmp}/studies/field.yaml", ["field.yaml", "rnak", "rank"]),
     "study, bad value": ("study {tmp}/studies/value.yaml", ["value.yaml", "mine", "rank", "99"]),
     "study with an empty grid": ("study {tmp}/studies/grid.yaml", ["grid.yaml", "rank", "list"]),
+    "seeds that aren't numbers": (
+        "study {tmp}/studies/nb.yaml --seeds 0;1", ["seeds", "0;1", "whole numbers"],
+    ),
     "study with an unknown notebook": ("study {tmp}/studies/nb.yaml", ["nb.yaml", "02_rum"]),
     "study with a notebook elsewhere": ("study {tmp}/studies/up.yaml", ["up.yaml", "secret"]),
     "study with a name of other signs": ("study {tmp}/studies/a;b.yaml", ["a;b.yaml", "letters"]),

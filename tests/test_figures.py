@@ -97,9 +97,10 @@ def test_one_label_alone_can_be_drawn():
 
 
 def test_a_method_keeps_its_colour_and_its_variants_differ_by_line():
-    colour, line = figures.look("low-rank", LABELS)
-    assert (colour, line) == (figures.COLOURS["low-rank"], "-")
-    assert figures.look("low-rank + both", LABELS) == (colour, "--")
+    labels = ["low-rank + both", *LABELS]
+    colour, line, marker = figures.look("low-rank", labels)
+    assert (colour, line, marker) == (figures.COLOURS["low-rank"], "-", "o")
+    assert figures.look("low-rank + both", labels) == (colour, "--", "s")
     assert figures.look("low-rank", ["galore", "low-rank"])[0] == colour
     assert figures.look("mine", LABELS)[0] not in figures.COLOURS.values()
 

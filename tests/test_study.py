@@ -66,6 +66,11 @@ def test_runs_are_variants_times_grid_times_seeds(study_file):
     ]
 
 
+def test_seeds_can_be_given_instead_of_those_in_the_file(study_file):
+    study = load_study(study_file(seeds=[0]), seeds=[3, 4])
+    assert [config.seed for _, config in study.runs.values()] == [3, 4]
+
+
 def test_points_that_train_the_same_are_run_once(study_file):
     study = load_study(study_file(base={"method": "full-rank"}, grid={"rank": [2, 4, 8]}))
     assert len(study.runs) == 1
