@@ -7,6 +7,7 @@ line.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,16 @@ CATEGORIES = {
     "projections": "#56B4E9", "activations": "#E69F00",
 }  # fmt: skip
 MIB = 2**20
+
+
+class Drawing(Figure):
+    """A figure that a notebook shows as it is, outside pyplot's registry: nothing to close."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            self.savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
 
 
 def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
@@ -135,7 +146,7 @@ def training_curves(runs: pd.DataFrame) -> Figure:
     table = training_table(runs)
     labels = list(dict.fromkeys(table["label"]))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        figure = Drawing(figsize=(6.4, 4.4), layout="constrained")
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     ends = []
     for (label, _), part in table.groupby(["label", "run"], sort=False):
@@ -241,7 +252,7 @@ def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
     ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("MiB (measured)")
-    ax.legend(ncols=5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5)
+    figure.legend(ncols=5, frameon=False, loc="outside upper center", fontsize=8.5)
     return figure
 
 
@@ -261,7 +272,7 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.15 * columns + 0.6, 1.95 * rows + 0.5), layout="constrained")
+        figure = Drawing(figsize=(2.15 * columns + 0.6, 1.95 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     steps = np.sort(spectra["step"].unique())
     palette = sns.color_palette("crest", len(steps))
@@ -274,11 +285,13 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
             ax.plot(shown["index"] + 1, shown["singular_value"], color=colour, lw=1.3)
         ax.set_title(name.removeprefix("model."), fontsize=8)
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
+    low, high = axes.flat[0].get_ylim()
+    for ax in axes.flat:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 200 * low else (1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     norm = mpl.colors.Normalize(steps.min(), max(steps.max(), 1))
     shades = mpl.cm.ScalarMappable(norm, sns.color_palette("crest", as_cmap=True))
     figure.colorbar(shades, ax=axes, label="step", pad=0.01)
@@ -296,9 +309,8 @@ def middle_layers(spectra: pd.DataFrame) -> list[str]:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure outside pyplot's registry: nothing to close, the same in threads and notebooks."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Drawing(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -146,8 +144,8 @@ def write_report(
     table.to_csv(out / "table.csv", index=False)
     parts = [_heading(title or folder.name, description, finals), _html_table(formatted(table))]
     for picture in pictures(folder):
-        figures.save(picture.figure, picture.table, figures_in / picture.name)
-        parts.append(_html_figure(picture))
+        png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
+        parts.append(_html_figure(picture, png))
     parts.append(_runs_section(folder, out))
     page = out / "report.html"
     partial = out / ".report.html"
@@ -198,11 +196,8 @@ def _html_table(table: pd.DataFrame) -> str:
     return f'<div class="scroll">{table.to_html(index=False, border=0, escape=True)}</div>'
 
 
-def _html_figure(picture: Picture) -> str:
-    buffer = io.BytesIO()
-    with mpl.rc_context(figures.STYLE):
-        picture.figure.savefig(buffer, format="png", bbox_inches="tight")
-    data = base64.b64encode(buffer.getvalue()).decode()
+def _html_figure(picture: Picture, png: Path) -> str:
+    data = base64.b64encode(png.read_bytes()).decode()
     caption = html.escape(picture.caption)
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
@@ -245,7 +240,9 @@ h1 {{ margin-bottom: 0; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 14px; margin: 1rem 0; }}
 th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space:
-nowrap; }} th:first-child, td:first-child {{ text-align: left; }}
+nowrap; }} td {{ white-space: nowrap; }}
+th {{ vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; }}
 figure {{ margin: 2rem 0; }}
 img {{ max-width: 100%; height: auto; }}
 figcaption {{ color: #555; font-size: 14px; }}

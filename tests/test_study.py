@@ -116,6 +116,13 @@ def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file
         assert all(
             (out / "figures" / f"{stem}.{kind}").stat().st_size for kind in ("png", "svg", "csv")
         )
+    for name, pictures in (("tiny-*/notebook.ipynb", 5), ("comparison/notebook.ipynb", 6)):
+        for notebook in out.glob(name):
+            cells = json.loads(notebook.read_text())["cells"]
+            shown = [
+                o for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
+            ]
+            assert len(shown) == pictures
     executed = {p: p.stat().st_mtime_ns for p in out.rglob("*.ipynb")}
     assert len(executed) == 3
     again = CliRunner().invoke(main, ["study", str(path), "--out", str(out)])
