@@ -239,8 +239,8 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
 h1 {{ margin-bottom: 0; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 14px; margin: 1rem 0; }}
-th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space:
-nowrap; }} td {{ white-space: nowrap; }}
+th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }}
+td {{ white-space: nowrap; }}
 th {{ vertical-align: bottom; }}
 th:first-child, td:first-child {{ text-align: left; }}
 figure {{ margin: 2rem 0; }}
