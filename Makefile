@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .PHONY: study test lab figures lint clean
@@ -16,7 +17,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 lab: .venv/installed
-	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. \
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(AS_ROOT) \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 figures: .venv/installed
