@@ -21,12 +21,11 @@ from lowrank_lab.corpus import (
     _byte_tokenizer,
     _train_bpe,
     _write_tokens,
-    markov_source,
     permute,
     prepare,
     split_of,
-    text_documents,
 )
+from lowrank_lab.sources import markov_source, text_documents
 
 
 def byte_config(path, **values):

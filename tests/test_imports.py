@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import lowrank_lab
+from lowrank_lab.provenance import TRAINING_ROOMS
 
 PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
-    "config corpus layers llama optim techniques schedule methods step memory spectra checkpoint "
-    "provenance runs train sample stats figures report widgets jobs study study_view cli"
+    "config sources corpus layers llama optim techniques schedule methods step memory spectra "
+    "checkpoint provenance runs train sample stats figures report widgets jobs study study_view cli"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers".split()
@@ -58,6 +59,24 @@ def test_a_module_imports_only_modules_before_it(path):
     room = room_of(path)
     allowed = {*ORDER[: ORDER.index(room)], *([room] if path.parent != PACKAGE else [])}
     assert imported_rooms(ast.parse(path.read_text()), path) <= allowed
+
+
+def test_the_rooms_that_decide_a_run_are_those_that_training_uses():
+    records = {
+        "memory",
+        "spectra",
+        "checkpoint",
+        "provenance",
+        "runs",
+    }  # written, not computed with
+    reached, todo = set(), {"train"}
+    while todo:
+        room = todo.pop()
+        reached.add(room)
+        files = [p for p in FILES if room_of(p) == room]
+        found = set().union(*(imported_rooms(ast.parse(p.read_text()), p) for p in files))
+        todo |= found - reached
+    assert {name.removesuffix(".py") for name in TRAINING_ROOMS} == reached - records
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

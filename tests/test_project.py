@@ -58,7 +58,7 @@ def test_the_imports_of_the_library_are_requirements(project):
 
 
 def test_the_corpus_is_made_of_packages_that_are_pinned(pins):
-    from lowrank_lab.corpus import PACKAGES
+    from lowrank_lab.sources import PACKAGES
 
     assert {canonicalize_name(p) for p in PACKAGES} <= set(pins)
 
