@@ -227,10 +227,14 @@ def sample(run: Path, **options: Any) -> None:
 
 
 def _show_table(folder: Path) -> None:
-    from lowrank_lab.report import formatted, summary
+    from lowrank_lab.report import differences, formatted, summary
     from lowrank_lab.runs import final_table, load_runs
 
-    click.echo(formatted(summary(final_table(load_runs(folder)))).to_string(index=False))
+    finals = final_table(load_runs(folder))
+    click.echo(formatted(summary(finals)).to_string(index=False))
+    pairs = differences(finals)
+    if len(pairs):
+        click.echo(f"\nseed by seed:\n{formatted(pairs).to_string(index=False)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import offset_copy
 
 from lowrank_lab.config import InputError
 from lowrank_lab.spectra import effective_rank
@@ -207,21 +208,42 @@ def tradeoff(finals: pd.DataFrame) -> Figure:
     table = tradeoff_table(finals)
     labels = table["label"].tolist()
     figure, ax = _figure(6.4, 3.9)
-    for row in _rows(table):
+    sizes = table["weights_and_states_mib"]
+    leftmost = sizes <= sizes.min() * 1.01
+    for row, shift in zip(_rows(table), _dodged(sizes.tolist()), strict=True):
         colour, _, marker = look(row.label, labels)
+        aside = offset_copy(ax.transData, figure, x=shift, units="points")
         ax.errorbar(
             row.weights_and_states_mib, row.mean, yerr=None if row.n == 1 else row.half_width,
-            fmt=marker, ms=8, color=colour, capsize=3,
+            fmt=marker, ms=7, color=colour, capsize=3, transform=aside,
         )  # fmt: skip
-    x = table["weights_and_states_mib"]
-    width = max(x.max() - x.min(), 0.1 * x.max())
-    ax.set_xlim(x.min() - 0.12 * width, x.max() + 0.42 * width)
-    ax.margins(y=0.15)
-    _label_points(ax, table, labels)
+        error = 0.0 if row.n == 1 else row.half_width
+        ax.update_datalim([(row.weights_and_states_mib, row.mean + s * error) for s in (-1, 1)])
+    width = max(sizes.max() - sizes.min(), 0.1 * sizes.max())
+    sides = ("left" if first and not leftmost.all() else "right" for first in leftmost)
+    table["side"] = list(sides)
+    shares = [_text_share(table.loc[table["side"] == s, "label"]) for s in ("left", "right")]
+    scale = width / (1 - min(0.8, sum(shares)))
+    ax.set_xlim(sizes.min() - shares[0] * scale, sizes.max() + shares[1] * scale)
+    ax.autoscale_view(scalex=False)
+    ax.margins(y=0.12)
+    for side, part in table.groupby("side"):
+        _label_points(ax, part, labels, str(side))
     ax.set_xlabel("weights + optimizer states (MiB)")
     ax.set_ylabel("test perplexity (lower is better)")
     ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
     return figure
+
+
+def _text_share(labels: pd.Series[str]) -> float:
+    """The share of a plot's width that names beside its points take, with room to breathe."""
+    return 0.05 + 0.0115 * (labels.str.len().max() + 7) if len(labels) else 0.08
+
+
+def _dodged(values: list[float]) -> list[float]:
+    """Shifts in points that part markers whose values are (nearly) the same."""
+    groups = [[i for i, v in enumerate(values) if abs(v - w) <= 0.01 * w] for w in values]
+    return [7.0 * (g.index(i) - (len(g) - 1) / 2) for i, g in enumerate(groups)]
 
 
 def memory_table(memory: pd.DataFrame) -> pd.DataFrame:
@@ -327,15 +349,17 @@ def _label_ends(ax: Axes, ends: list[tuple[float, str, Any]], digits: int = 3) -
         )  # fmt: skip
 
 
-def _label_points(ax: Axes, table: pd.DataFrame, labels: list[str]) -> None:
+def _label_points(ax: Axes, table: pd.DataFrame, labels: list[str], side: str) -> None:
+    """Names beside points of the same side, pushed apart where they would overlap."""
     low, high = ax.get_ylim()
     ordered = table.sort_values("mean")
     heights = _apart(ordered["mean"].tolist(), 0.065 * (high - low))
     for height, row in zip(heights, _rows(ordered), strict=True):
         colour, *_ = look(row.label, labels)
         ax.annotate(
-            f"{row.label}  {row.mean:.2f}", (row.weights_and_states_mib, height), xytext=(9, 0),
-            textcoords="offset points", color=colour, fontsize=8.5, va="center",
+            f"{row.label}  {row.mean:.2f}", (row.weights_and_states_mib, height),
+            xytext=(-17 if side == "left" else 17, 0), textcoords="offset points",
+            ha="right" if side == "left" else "left", va="center", color=colour, fontsize=8.5,
         )  # fmt: skip
 
 

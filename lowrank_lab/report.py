@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -60,13 +61,36 @@ def summary(finals: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("test loss", ignore_index=True)
 
 
+def differences(finals: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences of the test loss, A − B seed by seed, for every two labels.
+
+    A row a pair with at least two seeds in common: n, mean and half the width of its 95 % interval
+    (Student's t); `separated` where the interval leaves out 0. Pairs are not corrected for how many
+    there are. Labels that stand for several configurations are left out.
+    """
+    order = summary(finals)["label"].tolist()
+    unique = [a for a in order if finals[finals["label"] == a]["seed"].is_unique]
+    losses = finals[finals["label"].isin(unique)].pivot(
+        index="seed", columns="label", values="test_loss"
+    )
+    rows = []
+    for a, b in itertools.combinations(unique, 2):
+        both = losses[[a, b]].dropna()
+        if len(both) >= 2:
+            mean, half_width, n = mean_interval((both[a] - both[b]).tolist())
+            rows.append((a, b, n, mean, half_width, abs(mean) > half_width))
+    return pd.DataFrame(rows, columns=["A", "B", "n", "A − B", "±", "separated"])
+
+
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """The summary as text, with the digits that mean something."""
-    digits = {"test loss": ".4f", "±": ".4f", "test perplexity": ".3f", "seconds": ".0f",
-              "weights + states (MiB)": ".2f", "parameters": ",", "without embeddings": ",",
-              "tokens": ","}  # fmt: skip
+    """A summary or differences as text, with the digits that mean something."""
+    digits = {
+        "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "test perplexity": ".3f", "seconds": ".0f",
+        "weights + states (MiB)": ".2f", "parameters": ",", "without embeddings": ",",
+        "tokens": ",",
+    }  # fmt: skip
     text = table.copy().astype(object)
-    for column, digit in digits.items():
+    for column, digit in ((c, d) for c, d in digits.items() if c in table):
         text[column] = ["–" if pd.isna(v) else format(v, digit) for v in table[column]]
     return text.astype(str)
 
@@ -143,6 +167,10 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "table.csv", index=False)
     parts = [_heading(title or folder.name, description, finals), _html_table(formatted(table))]
+    pairs = differences(finals)
+    if len(pairs):
+        parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(pairs))]
+        pairs.to_csv(out / "differences.csv", index=False)
     for picture in pictures(folder):
         png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
         parts.append(_html_figure(picture, png))

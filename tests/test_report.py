@@ -58,6 +58,20 @@ def test_the_summary_has_a_row_a_label_best_first_with_intervals(folder):
     assert table["weights + states (MiB)"].tolist() == [3.0, 3.0]
 
 
+def test_differences_are_paired_by_seed(folder):
+    (row,) = report.differences(final_table(load_runs(folder))).itertuples(index=False)
+    assert (row.A, row.B, row.n) == ("better", "worse", 3)
+    assert row[3] == pytest.approx(-1.0)
+    assert row[4] == pytest.approx(0.0, abs=1e-9)  # the seeds move both alike
+    assert row.separated
+
+
+def test_differences_need_two_seeds_in_common(tmp_path):
+    write_run(tmp_path / "a", "one", seed=0)
+    write_run(tmp_path / "b", "other", seed=1, method="galore")
+    assert report.differences(final_table(load_runs(tmp_path))).empty
+
+
 def test_one_seed_has_a_dash_for_its_interval(tmp_path):
     write_run(tmp_path / "one", "alone")
     table = report.formatted(report.summary(final_table(load_runs(tmp_path))))
