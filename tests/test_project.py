@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -41,20 +42,31 @@ def test_conda_users_get_the_same_pins():
     assert "python=3.11" in environment["dependencies"]
 
 
-def test_the_imports_of_the_library_are_requirements(project):
-    needed = {canonicalize_name(Requirement(r).name) for r in project["dependencies"]}
-    names = {"yaml": "pyyaml", "IPython": "ipykernel"}  # where import and package differ
-    standard = set(__import__("sys").stdlib_module_names) | {"lowrank_lab", "__future__"}
-    for file in (ROOT / "lowrank_lab").rglob("*.py"):
+def imported_packages(folder):
+    """Names of the packages outside the standard library that the modules of a folder import."""
+    found = set()
+    for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                found = [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.split(".")[0])
             elif isinstance(node, ast.Import):
-                found = [alias.name for alias in node.names]
-            else:
-                continue
-            for module in {name.split(".")[0] for name in found} - standard:
-                assert canonicalize_name(names.get(module, module)) in needed, (file.name, module)
+                found |= {alias.name.split(".")[0] for alias in node.names}
+    names = {"yaml": "pyyaml", "IPython": "ipykernel"}  # where import and package differ
+    others = found - set(sys.stdlib_module_names) - {"lowrank_lab", "tests"}
+    return {canonicalize_name(names.get(name, name)) for name in others}
+
+
+def test_what_the_library_imports_is_required(project):
+    required = {canonicalize_name(Requirement(r).name) for r in project["dependencies"]}
+    assert imported_packages(ROOT / "lowrank_lab") <= required
+
+
+def test_what_the_tests_import_is_in_the_extras(project):
+    extras = project["optional-dependencies"]
+    texts = [*project["dependencies"], *extras["peers"], *extras["dev"]]
+    required = {canonicalize_name(Requirement(text).name) for text in texts}
+    own = {p.stem for p in (ROOT / "tests").glob("*.py")}
+    assert imported_packages(ROOT / "tests") - own <= required
 
 
 def test_the_corpus_is_made_of_packages_that_are_pinned(pins):
