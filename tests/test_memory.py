@@ -8,8 +8,8 @@ from lowrank_lab import RunConfig
 from lowrank_lab.memory import Breakdown, measured_activations, persistent, tensor_bytes
 from lowrank_lab.methods import build
 
-# The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 256.
-RANK, VOCABULARY = 4, 256
+# The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 512.
+RANK, VOCABULARY = 4, 512
 EMBEDDINGS_AND_NORMS = 2 * VOCABULARY * 32 + 5 * 32
 MATRICES = 2 * (4 * [(32, 32)] + 2 * [(88, 32)] + [(32, 88)])  # q k v o, gate up, down
 DENSE = EMBEDDINGS_AND_NORMS + sum(m * n for m, n in MATRICES)
