@@ -46,5 +46,5 @@ clean:
 	touch $@
 
 .venv/installed-dev: .venv/installed pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant]'
 	touch $@

@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from lowrank_lab.optim.base import is_quantized
 
 KEPT = 2
 
@@ -39,7 +41,13 @@ def save(
     scalars: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
+            if is_quantized(value):
+                parts, context = value.__tensor_flatten__()
+                signed, dtype = cast(tuple[bool, torch.dtype], context)
+                scalars[f"{name}/{key}"] = {"signed": signed, "dtype": str(dtype)}
+                for part in parts:
+                    tensors[f"optimizer/{name}/{key}#{part}"] = getattr(value, part)
+            elif isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
                 scalars[f"{name}/{key}"] = value
@@ -90,7 +98,11 @@ def load(
     parameters = dict(model.named_parameters())
     for key, value in {**_tensors_of_optimizer(tensors), **facts["optimizer"]}.items():
         name, _, entry = key.rpartition("/")
+        if "#" in entry:
+            continue  # a part of a quantized state, put together below
         parameter = parameters[name]
+        if isinstance(value, dict):
+            value = _quantized(tensors, f"optimizer/{key}", **value)
         on_device = value.to(parameter.device) if isinstance(value, Tensor) else value
         optimizer.state[parameter][entry] = on_device
     return facts["step"], facts["extra"]
@@ -99,6 +111,16 @@ def load(
 def _tensors_of_optimizer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = "optimizer/"
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _quantized(tensors: dict[str, Tensor], key: str, signed: bool, dtype: str) -> Tensor:
+    """A state of torchao's 8-bit optimizers, from its parts."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    parts = [tensors[f"{key}#{part}"] for part in OptimState8bit.tensor_attrs]
+    shown = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+    state: Tensor = OptimState8bit(*parts, signed, shown[dtype])
+    return state
 
 
 def _fsync(path: Path) -> None:

@@ -94,7 +94,7 @@ def methods(as_json: bool) -> None:
         {
             "name": m.name,
             "summary": m.summary,
-            "source": f"arXiv {m.source}",
+            "source": f"arXiv {m.source}" if m.source[:4].isdigit() else m.source,
             "layers": m.layers or "dense",
             "lr": m.lr,
             "options": {name: option.default for name, option in m.options.items()},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -135,6 +136,18 @@ class RunConfig(BaseModel):
     refactor_every: int = help_field(0, "refactorization period, 0 = never", ge=0, le=1 << 50)
     reset_every: int = help_field(0, "momentum reset period, 0 = never", ge=0, le=1 << 50)
     reset_strength: float = help_field(1.0, "share of the momentum a reset removes", ge=0, le=1)
+    reset_how: Literal["scale", "magnitude", "random"] = help_field(
+        "scale", "scale the moments, or prune their smallest or random entries"
+    )
+    reset_moments: Literal["both", "exp_avg", "exp_avg_sq"] = help_field(
+        "both", "which of Adam's averages a reset acts on"
+    )
+    reset_params: Literal["targets", "all"] = help_field(
+        "targets", "whose moments a reset acts on: the target layers' or all"
+    )
+    on_refactor: Literal["keep", "reset", "transport"] = help_field(
+        "keep", "what a refactorization does to the factors' moments"
+    )
     recovery_steps: int = help_field(
         10, "steps the learning rate takes to recover", ge=0, le=1 << 50
     )
@@ -143,6 +156,11 @@ class RunConfig(BaseModel):
     warmup: float = help_field(0.1, "warm-up as a share of all steps", ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = help_field("cosine", "decay after warm-up")
     min_lr_ratio: float = help_field(0.1, "final learning rate / peak", ge=0, le=1)
+    optimizer: str | None = help_field(
+        None, "another optimizer for methods that train with AdamW, as module.Class"
+    )
+    optimizer_options: dict[str, Any] = help_field({}, "keyword arguments of that optimizer")
+    per_layer: bool = help_field(False, "update each weight within the backward pass; needs clip 0")
     weight_decay: float = help_field(0.0, "decoupled weight decay", ge=0, le=10)
     clip: float = help_field(1.0, "largest global gradient norm, 0 = no clipping", ge=0)
     # execution
@@ -222,6 +240,11 @@ class RunConfig(BaseModel):
         if self.reset_every and self.recovery_steps > self.reset_every:
             allowed = f"must be at most reset_every {self.reset_every}"
             raise InputError("recovery_steps", self.recovery_steps, allowed)
+        both = math.lcm(self.refactor_every, self.reset_every) if self.reset_every else 0
+        restarts = self.reset_strength == 1 and self.reset_how == "scale"
+        if self.on_refactor == "transport" and 0 < both < total and restarts:
+            allowed = f"a full reset at step {both} would undo it; use keep, or a lower strength"
+            raise InputError("on_refactor", "transport", allowed)
 
     @property
     def size(self) -> Size:
@@ -260,7 +283,10 @@ class RunConfig(BaseModel):
 
         Take it from a resolved configuration: there, fields that the method doesn't use are `None`.
         """
-        used = {k: v for k, v in self.model_dump().items() if k not in NOT_IN_RUN_ID}
+        # Fields at their default are left out, so that a field that is added changes no id.
+        defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+        used = {k: v for k, v in self.model_dump().items() if v != defaults[k]}
+        used = {k: v for k, v in used.items() if k not in NOT_IN_RUN_ID}
         used |= {"steps": self.total_steps, "tokens": None}
         digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:10]
         parts = [self.model, self.method]

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.optim.base import is_quantized
+
 
 @dataclass
 class Breakdown:
@@ -26,8 +28,16 @@ class Breakdown:
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind the tensors, shared ones counted once."""
-    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(seen.values())
+    storages = [part.untyped_storage() for t in tensors for part in _parts(t)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _parts(t: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor consists of: several, if it is quantized."""
+    if not is_quantized(t):
+        return [t]
+    names: list[str] = t.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+    return [getattr(t, name) for name in names]
 
 
 def persistent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Breakdown:

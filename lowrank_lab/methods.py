@@ -1,60 +1,38 @@
 """METHODS: what each method is made of, and the only home of its defaults.
 
 A method is a row: which layers it replaces, which optimizer it trains with, its options with their
-defaults and its source. `resolve` fills a configuration from the row and checks what only the
-method can know; `build` makes the model and the optimizer.
+defaults and its source. `register_method` adds a row of one's own. `resolve` fills a configuration
+from the row and checks what only the method can know; `build` makes the model and the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.builders import (
+    OptimizerBuilder,
+    adamw,
+    adamw_8bit,
+    import_optimizer,
+    loro,
+    muon,
+    projected,
+    whole_model,
+)
 from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.corpus import vocabulary
-from lowrank_lab.layers import FactorizedLinear, factorize, target_layers
+from lowrank_lab.layers import factorize, target_layers, train_dense_
 from lowrank_lab.llama import Llama
-from lowrank_lab.optim import Fira, GaLore
+from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
+from lowrank_lab.options import Option, adam_options, projection_options
 
-# (parameters of the target layers, all other parameters, resolved configuration) → optimizer
-OptimizerBuilder = Callable[[list[Tensor], list[Tensor], RunConfig], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One method option: its default and what is allowed."""
-
-    default: Any
-    allowed: str
-    check: Callable[[Any], bool]
-    real: bool = False  # a real number, kept as a float
-
-    @classmethod
-    def number(cls, default: float | None, low: float, high: float) -> Option:
-        def check(value: Any) -> bool:
-            return (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and low <= value <= high
-            )
-
-        return cls(default, f"a number from {low:g} to {high:g}", check, real=True)
-
-    @classmethod
-    def whole(cls, default: int, low: int) -> Option:
-        def check(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-        return cls(default, f"a whole number from {low}", check)
-
-    @classmethod
-    def choice(cls, default: str, names: tuple[str, ...]) -> Option:
-        return cls(default, f"one of {', '.join(names)}", lambda value: value in names)
+ONE_SIDED = ("std", "reverse_std", "left", "right")
 
 
 @dataclass(frozen=True)
@@ -68,61 +46,25 @@ class Method:
     lr: float
     layers: str | None = None  # kind of factorised layer, None for dense weights
     uses_rank: bool = False
+    rank: int | None = None  # default rank; None is a quarter of the hidden size
     init: str | None = None  # default initialisation of the factors
     options: Mapping[str, Option] = field(default_factory=dict)
+    layer_options: tuple[str, ...] = ()  # options that are the layers' and not the optimizer's
+    per_layer: bool = True  # can each weight be updated by itself within the backward pass
+    states: str = ""  # elements of optimizer state of an m×n target weight, in words
 
 
-def _adamw(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
-    options = config.method_options
-    return torch.optim.AdamW(
-        [{"params": group} for group in (targets, rest) if group],
-        lr=_peak(config),
-        betas=(options["beta1"], options["beta2"]),
-        eps=options["eps"],
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-def _projected(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> OptimizerBuilder:
-    """An optimizer whose first group has a rank and the given options as group keys."""
-
-    def build(
-        targets: list[Tensor], rest: list[Tensor], config: RunConfig
-    ) -> torch.optim.Optimizer:
-        options = config.method_options
-        ranked = {"params": targets, "rank": config.rank, **{key: options[key] for key in keys}}
-        return optimizer(
-            [ranked, *([{"params": rest}] if rest else [])],
-            lr=_peak(config),
-            betas=(options["beta1"], options["beta2"]),
-            eps=options["eps"],
-            weight_decay=config.weight_decay,
-        )
-
-    return build
-
-
-def _peak(config: RunConfig) -> float:
-    assert config.lr is not None, "resolve the configuration first"
-    return config.lr
-
-
-def _adam_options(eps: float) -> dict[str, Option]:
-    return {
-        "beta1": Option.number(0.9, 0, 0.999999),
-        "beta2": Option.number(0.999, 1e-6, 0.999999),
-        "eps": Option.number(eps, 1e-30, 1),
-    }
-
-
-def _projection_options(proj_types: tuple[str, ...]) -> dict[str, Option]:
-    return {
-        "update_proj_gap": Option.whole(200, 1),
-        "proj_type": Option.choice("std", proj_types),
-        "refresh": Option.choice("svd", REFRESHES),
-    }
-
+_APOLLO = {
+    **adam_options(eps=1e-6),
+    **projection_options(ONE_SIDED),
+    "scale": Option.number(1.0, 0, 1e6),
+    "proj": Option.choice("random", ("random", "svd")),
+    "scale_type": Option.choice("channel", ("channel", "tensor")),
+    "scale_front": Option.flag(False),
+    "store_projection": Option.flag(True),
+}
+_APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
+_LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -131,65 +73,277 @@ METHODS: dict[str, Method] = {
             name="full-rank",
             summary="dense weights, AdamW: what all others are measured against",
             source="1711.05101",
-            optimizer=_adamw,
-            lr=5e-3,
-            options=_adam_options(eps=1e-8),
+            optimizer=adamw,
+            lr=2.5e-3,
+            options=adam_options(eps=1e-8),
+            states="2mn",
         ),
         Method(
             name="low-rank",
             summary="W = (α/r)·B·A from scratch, AdamW on the factors",
             source="2505.22922",
-            optimizer=_adamw,
+            optimizer=adamw,
+            lr=5e-3,
+            layers="low-rank",
+            uses_rank=True,
+            init="kaiming",
+            options={**adam_options(eps=1e-8), "alpha": Option.number(None, 1e-6, 1e6)},
+            layer_options=("alpha",),
+            states="2r(m+n)",
+        ),
+        Method(
+            name="lora",
+            summary="W = W₀ + (α/r)·B·A with W₀ frozen at its random start",
+            source="2106.09685",
+            optimizer=adamw,
+            lr=5e-3,
+            layers="lora",
+            uses_rank=True,
+            init="kaiming",
+            options=_LORA,
+            layer_options=("alpha",),
+            states="2r(m+n)",
+        ),
+        Method(
+            name="relora",
+            summary="LoRA whose factors are merged into W₀ and drawn anew every merge_every steps",
+            source="2307.05695",
+            optimizer=adamw,
+            lr=5e-3,
+            layers="lora",
+            uses_rank=True,
+            init="kaiming",
+            options={
+                **_LORA,
+                "merge_every": Option.whole(200, 1),
+                "merge_moments": Option.choice("scale", ("scale", "magnitude", "random")),
+                "merge_share": Option.number(1.0, 0, 1),
+                "warm_start": Option.whole(0, 0),
+            },
+            layer_options=("alpha",),
+            states="2r(m+n)",
+        ),
+        Method(
+            name="sltrain",
+            summary="W = (α/r)·B·A + S, with S sparse on a fixed random support",
+            source="2406.02214",
+            optimizer=adamw,
+            lr=5e-3,
+            layers="sltrain",
+            uses_rank=True,
+            init="kaiming",
+            options={
+                **_LORA,
+                "sparsity": Option.number(0.03, 0, 1),
+                "keep_weight": Option.flag(False),
+            },
+            layer_options=("alpha", "sparsity", "keep_weight"),
+            states="2(r(m+n) + ⌊δmn⌋)",
+        ),
+        Method(
+            name="loro",
+            summary="low-rank factors with exact Riemannian steps every update_k steps",
+            source="LORO (ICLR 2025)",
+            optimizer=loro,
             lr=5e-3,
             layers="low-rank",
             uses_rank=True,
             init="kaiming",
             options={
-                **_adam_options(eps=1e-8),
-                "alpha": Option.number(None, 1e-6, 1e6),  # 32 with kaiming, the rank with spectral
+                **adam_options(eps=1e-8),
+                "alpha": Option.number(None, 1e-6, 1e6),
+                "update_k": Option.whole(500, 1),
             },
+            layer_options=("alpha",),
+            per_layer=False,
+            states="2r(m+n)",
         ),
         Method(
             name="galore",
             summary="dense weights, Adam in a rank-r subspace of the gradient, renewed by SVD",
             source="2403.03507",
-            optimizer=_projected(GaLore, "update_proj_gap", "scale", "proj_type", "refresh"),
-            lr=5e-3,
+            optimizer=projected(GaLore, "update_proj_gap", "scale", "proj_type", "refresh"),
+            lr=1e-2,
             uses_rank=True,
             options={
-                **_adam_options(eps=1e-6),
-                **_projection_options(PROJ_TYPES),
+                **adam_options(eps=1e-6),
+                **projection_options(PROJ_TYPES, REFRESHES),
                 "scale": Option.number(0.25, 0, 1000),
             },
+            states="2r·max(m,n) + r·min(m,n)",
         ),
         Method(
             name="fira",
             summary="GaLore plus the gradient outside the subspace, scaled and growth-limited",
             source="2410.01623",
-            optimizer=_projected(Fira, "update_proj_gap", "alpha", "proj_type", "refresh"),
-            lr=5e-3,
+            optimizer=projected(Fira, "update_proj_gap", "alpha", "proj_type", "refresh"),
+            lr=1e-2,
             uses_rank=True,
             options={
-                **_adam_options(eps=1e-6),
-                **_projection_options(("std", "reverse_std", "left", "right")),
+                **adam_options(eps=1e-6),
+                **projection_options(ONE_SIDED, REFRESHES),
                 "alpha": Option.number(1.0, 0, 1000),
             },
+            states="2r·max(m,n) + r·min(m,n) + 1",
+        ),
+        Method(
+            name="apollo",
+            summary="the raw gradient, scaled by what Adam does to a random projection of it",
+            source="2412.05270",
+            optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
+            lr=1e-2,
+            uses_rank=True,
+            options=_APOLLO,
+            states="2r·max(m,n) + r·min(m,n) + 1; without store_projection r·min(m,n) less",
+        ),
+        Method(
+            name="apollo-mini",
+            summary="APOLLO at rank 1, with one scale a matrix",
+            source="2412.05270",
+            optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
+            lr=1e-2,
+            uses_rank=True,
+            rank=1,
+            options=_APOLLO
+            | {
+                "scale": Option.number(128.0, 0, 1e6),
+                "scale_type": Option.choice("tensor", ("channel", "tensor")),
+            },
+            states="2·max(m,n) + min(m,n) + 1; without store_projection min(m,n) less",
+        ),
+        Method(
+            name="golore",
+            summary="GaLore that turns to random subspaces, moments carried, at step `switch`",
+            source="2410.11289",
+            optimizer=projected(
+                GoLore, "update_proj_gap", "scale", "proj_type", "refresh", "switch", seeded=True
+            ),
+            lr=1e-2,
+            uses_rank=True,
+            options={
+                **adam_options(eps=1e-6),
+                **projection_options(PROJ_TYPES, REFRESHES),
+                "scale": Option.number(0.25, 0, 1000),
+                "switch": Option.whole(0, 0),
+            },
+            states="2r·max(m,n) + r·min(m,n)",
+        ),
+        Method(
+            name="spam",
+            summary="Adam with clipped gradient spikes and moments that restart",
+            source="2501.06842",
+            optimizer=whole_model(
+                Spam, "threshold", "update_proj_gap", "warmup", "grad_accu_steps", "density"
+            ),
+            lr=2.5e-3,
+            options={
+                **adam_options(eps=1e-6),
+                "threshold": Option.number(5000.0, 1e-6, 1e12),
+                "update_proj_gap": Option.whole(500, 1),
+                "warmup": Option.whole(150, 1),
+                "grad_accu_steps": Option.whole(20, 0),
+                "density": Option.number(1.0, 1e-6, 1),
+            },
+            states="2mn; with density d < 1 about 2dmn and a mask",
+        ),
+        Method(
+            name="stable-spam",
+            summary="Adam on gradients clipped by their running maximum and norm",
+            source="2502.17055",
+            optimizer=whole_model(StableSpam, "gamma1", "gamma2", "theta", "update_proj_gap"),
+            lr=2.5e-3,
+            options={
+                **adam_options(eps=1e-8),
+                "gamma1": Option.number(0.7, 0, 0.999999),
+                "gamma2": Option.number(0.9, 0, 0.999999),
+                "theta": Option.number(0.999, 0, 0.999999),
+                "update_proj_gap": Option.whole(1000, 1),
+            },
+            states="2mn + 3",
+        ),
+        Method(
+            name="adamw-8bit",
+            summary="dense weights, AdamW with moments of 8 bits (torchao)",
+            source="2110.02861",
+            optimizer=adamw_8bit,
+            lr=2.5e-3,
+            options=adam_options(eps=1e-8),
+            states="2mn of one byte, and a scale a block",
+        ),
+        Method(
+            name="muon",
+            summary="orthogonalised momentum for the matrices, AdamW for the rest (torch)",
+            source="Muon (K. Jordan 2024)",
+            optimizer=muon,
+            lr=2.5e-3,
+            options={
+                **adam_options(eps=1e-8),
+                "momentum": Option.number(0.95, 0, 0.999999),
+            },
+            states="mn",
         ),
     )
 }
 
 
+def register_method(
+    name: str,
+    *,
+    optimizer: OptimizerBuilder | None = None,
+    layers: str | None = None,
+    lr: float = 5e-3,
+    defaults: Mapping[str, Any] | None = None,
+    summary: str = "a method of one's own",
+    source: str = "your own",
+) -> Method:
+    """Add a method of one's own: studies, tables, figures and the command line then know it.
+
+    Args:
+        name: what to call it; a name that is there is replaced.
+        optimizer: (target parameters, other parameters, resolved configuration) → optimizer; AdamW
+            by default. Its options are in `config.method_options`, the rank in `config.rank`.
+        layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
+        lr: default peak learning rate.
+        defaults: the method's options with their defaults; numbers stay numbers.
+
+    Raises:
+        ValueError: an unknown kind of layer, or a name that couldn't be typed on a command line.
+    """
+    from lowrank_lab.layers import KINDS
+
+    if layers is not None and layers not in KINDS:
+        raise ValueError(f"layers: {layers!r} is not allowed; {nearest(layers, KINDS)}")
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        raise ValueError(f"name: {name!r} is not allowed; letters, digits, - and _")
+    options = {
+        **adam_options(eps=1e-8),
+        **({"alpha": Option.number(None, 1e-6, 1e6)} if layers else {}),
+        **{key: Option.like(value) for key, value in (defaults or {}).items()},
+    }
+    METHODS[name] = Method(
+        name=name,
+        summary=summary,
+        source=source,
+        optimizer=optimizer or adamw,
+        lr=lr,
+        layers=layers,
+        uses_rank=True,
+        init="kaiming" if layers else None,
+        options=options,
+        layer_options=("alpha",) if layers else (),
+    )
+    return METHODS[name]
+
+
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with every `None` that the run needs filled in, and checked against the
-    method.
+    """The configuration with every `None` that the run needs filled in, checked for the method.
 
     Fields that the method has no use for (a rank for full-rank) become `None`, so that equal runs
     have equal ids; asking for something that would then silently not happen is refused.
 
     Raises:
         InputError: an unknown method or option, a rank that doesn't fit every target layer, a
-        technique
-            that the method has nothing to apply to.
+            technique that the method has nothing to apply to.
     """
     if config.method not in METHODS:
         raise InputError("method", config.method, nearest(config.method, METHODS))
@@ -198,19 +352,60 @@ def resolve(config: RunConfig) -> RunConfig:
     changes |= {"steps": config.total_steps, "tokens": None}
     for name in ("eval_every", "spectra_every", "checkpoint_every"):
         changes[name] = config.cadence(name)
-    if method.layers is None:
-        if config.refactor_every:
-            allowed = f"{method.name} has no factors to refactorize; 0"
-            raise InputError("refactor_every", config.refactor_every, allowed)
-        if config.init is not None:
-            raise InputError("init", config.init, f"{method.name} has no factors to initialise")
-    else:
+    _check_techniques(config, method)
+    if method.layers is not None:
         changes["init"] = config.init or method.init
-    if not config.reset_every or not config.reset_strength:
-        changes |= {"reset_every": 0, "reset_strength": 1.0, "recovery_steps": 0}
     changes["rank"] = _checked_rank(config, method)
-    changes["method_options"] = _checked_options(config, method, changes)
+    changes["method_options"] = options = _checked_options(config, method, changes)
+    if not config.reset_every or not config.reset_strength:
+        changes |= {"reset_every": 0, "reset_strength": 1.0, "reset_how": "scale"}
+        changes |= {"reset_moments": "both", "reset_params": "targets"}
+        if not options.get("merge_every") and config.on_refactor != "reset":
+            changes["recovery_steps"] = 0
     return config.replace(**changes)
+
+
+def _check_techniques(config: RunConfig, method: Method) -> None:
+    """Refuse what the method has nothing to apply to, or what can't go together."""
+    dense = method.layers is None
+    if dense and config.refactor_every:
+        allowed = f"{method.name} has no factors to refactorize; 0"
+        raise InputError("refactor_every", config.refactor_every, allowed)
+    if dense and config.init is not None:
+        raise InputError("init", config.init, f"{method.name} has no factors to initialise")
+    if config.init == "spectral" and method.layers not in (None, "low-rank"):
+        allowed = f"the factors of {method.name} stand beside other weights; kaiming"
+        raise InputError("init", config.init, allowed)
+    if config.on_refactor != "keep" and not config.refactor_every:
+        raise InputError("on_refactor", config.on_refactor, "needs refactor_every; or keep")
+    if config.optimizer is not None:
+        if method.optimizer is not adamw:
+            allowed = f"{method.name} brings an optimizer of its own"
+            raise InputError("optimizer", config.optimizer, allowed)
+        import_optimizer(config.optimizer)
+    elif config.optimizer_options:
+        raise InputError("optimizer_options", config.optimizer_options, "needs an optimizer")
+    own = config.optimizer is not None and not config.optimizer.startswith("torch.optim.Adam")
+    if own and (config.reset_every or config.on_refactor != "keep"):
+        name = "reset_every" if config.reset_every else "on_refactor"
+        allowed = f"how {config.optimizer} corrects its moments isn't known here"
+        raise InputError(name, getattr(config, name), allowed)
+    if config.per_layer:
+        _check_per_layer(config, method)
+
+
+def _check_per_layer(config: RunConfig, method: Method) -> None:
+    if not method.per_layer:
+        raise InputError("per_layer", True, f"{method.name} updates its factors in pairs")
+    if config.method_options.get("warm_start"):
+        allowed = "which weights train changes after a warm start; without one"
+        raise InputError("per_layer", True, allowed)
+    if config.clip:
+        allowed = "with per_layer the norm of all gradients comes too late to clip them; 0"
+        raise InputError("clip", config.clip, allowed)
+    if config.gradient_accumulation > 1:
+        allowed = "with per_layer gradients are used up at once; 1"
+        raise InputError("gradient_accumulation", config.gradient_accumulation, allowed)
 
 
 def _checked_rank(config: RunConfig, method: Method) -> int | None:
@@ -220,7 +415,8 @@ def _checked_rank(config: RunConfig, method: Method) -> int | None:
         raise InputError("target", config.target, "must match a linear layer of the model")
     if not method.uses_rank:
         return None
-    rank = config.rank if config.rank is not None else max(1, config.size.hidden_size // 4)
+    default = method.rank or max(1, config.size.hidden_size // 4)
+    rank = config.rank if config.rank is not None else default
     for name, layer in layers:
         limit = min(layer.in_features, layer.out_features)
         if rank > limit:
@@ -246,6 +442,12 @@ def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any])
             options[name] = float(value)  # 32 and 32.0 are the same run: one id
     if method.layers is not None and options["alpha"] is None:
         options["alpha"] = 32.0 if changes["init"] == "kaiming" else float(changes["rank"])
+    if "merge_every" in options and "merge_every" not in given:  # short runs merge as well
+        options["merge_every"] = min(options["merge_every"], max(1, config.total_steps // 5))
+    for name in ("merge_every", "warm_start"):
+        if options.get(name, 0) >= config.total_steps:
+            allowed = f"must be below the {config.total_steps} steps of the run"
+            raise InputError(f"method_options.{name}", options[name], allowed)
     return options
 
 
@@ -256,28 +458,36 @@ def build(config: RunConfig) -> tuple[Llama, torch.optim.Optimizer]:
         config: resolved or not.
     """
     config = resolve(config)
-    method = METHODS[config.method]
+    method, options = METHODS[config.method], config.method_options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Llama(config.size, config.initializer_range, config.activation_checkpointing)
         if method.layers is not None:
             assert config.rank is not None
+            layer_options = {name: options[name] for name in method.layer_options}
             factorize(
                 model, method.layers, rank=config.rank, target=config.target,
-                init=config.init, alpha=config.method_options["alpha"],
+                init=config.init, **layer_options,
             )  # fmt: skip
     if config.precision == "bf16":
         model.to(torch.bfloat16)
     targets, rest = partition(model, config.target)
+    if options.get("warm_start"):  # W₀ trains first, and B and A after it
+        train_dense_(model, on=True)
+        targets += partition(model, config.target)[0]
     return model, method.optimizer(targets, rest, config)
 
 
 def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The trainable parameters of the target layers, and all others: each in exactly one list."""
+    """The trainable parameters of the target layers, and all others: each in exactly one list.
+
+    Biases of target layers are among the others.
+    """
     of_targets = {
         id(p)
         for _, layer in target_layers(model, target)
-        for p in (layer.factors() if isinstance(layer, FactorizedLinear) else (layer.weight,))
+        for name, p in layer.named_parameters(recurse=False)
+        if name != "bias"
     }
     trainable = [p for p in model.parameters() if p.requires_grad]
     targets: list[Tensor] = [p for p in trainable if id(p) in of_targets]

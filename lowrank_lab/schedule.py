@@ -11,7 +11,7 @@ from typing import Literal
 
 from lowrank_lab.config import RunConfig
 
-Event = Literal["refactor", "reset"]
+Event = Literal["warm-start-ends", "merge", "refactor", "reset"]
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -21,12 +21,30 @@ def learning_rate(step: int, config: RunConfig) -> float:
         lr = target · (0.001 + 0.999 · k / (recovery_steps − 1))
         target = schedule(s + recovery_steps)
     """
-    since_reset = step % config.reset_every if config.reset_every else step
-    last_reset = step - since_reset
-    if config.reset_every and last_reset > 0 and since_reset < config.recovery_steps:
+    resets = [step - step % period for period in restarting_periods(config) if step >= period]
+    last_reset = max(resets, default=0)
+    k = step - last_reset
+    if resets and k < config.recovery_steps:
         target = scheduled_rate(last_reset + config.recovery_steps, config)
-        return target * (0.001 + 0.999 * since_reset / (config.recovery_steps - 1))
+        return target * (0.001 + 0.999 * k / (config.recovery_steps - 1))
     return scheduled_rate(step, config)
+
+
+def restarting_periods(config: RunConfig) -> list[int]:
+    """Periods of all that restarts moments: resets, merges, and refactorizations that reset."""
+    periods = [config.reset_every, merge_period(config)]
+    periods += [config.refactor_every] if config.on_refactor == "reset" else []
+    return [period for period in periods if period]
+
+
+def merge_period(config: RunConfig) -> int:
+    """Steps between two merges of ReLoRA, 0 for methods that don't merge."""
+    return int(config.method_options.get("merge_every") or 0)
+
+
+def warm_start(config: RunConfig) -> int:
+    """Steps of ReLoRA's full-rank warm start."""
+    return int(config.method_options.get("warm_start") or 0)
 
 
 def scheduled_rate(step: int, config: RunConfig) -> float:
@@ -46,11 +64,14 @@ def scheduled_rate(step: int, config: RunConfig) -> float:
 
 def events(updates_done: int, config: RunConfig) -> tuple[Event, ...]:
     """What happens after `updates_done` updates, in order. Nothing happens at the very end."""
+    periods: dict[Event, int] = {
+        "merge": merge_period(config),
+        "refactor": config.refactor_every,
+        "reset": config.reset_every,
+    }
     if updates_done >= config.total_steps:
         return ()
-    due: list[Event] = []
-    if config.refactor_every and updates_done % config.refactor_every == 0:
-        due.append("refactor")
-    if config.reset_every and updates_done % config.reset_every == 0:
-        due.append("reset")
+    due: list[Event] = [name for name, p in periods.items() if p and updates_done % p == 0]
+    if warm_start(config) and updates_done <= warm_start(config):  # no factors are trained yet
+        due = ["warm-start-ends"] if updates_done == warm_start(config) else []
     return tuple(due)

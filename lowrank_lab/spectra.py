@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.layers import FactorizedLinear, svd_of_product, target_layers
+from lowrank_lab.layers import FactorizedLinear, core_of, target_layers
 
 
 @torch.no_grad()
 def singular_values(layer: nn.Linear | FactorizedLinear) -> Tensor:
     """Singular values of a layer's weight, descending, float32: min(m, n), or r from factors."""
     if isinstance(layer, FactorizedLinear):
+        if layer.has_other_weights:
+            dense: Tensor = torch.linalg.svdvals(layer.dense_weight().float())
+            return dense
         B, A = layer.factors()
-        return svd_of_product(B, A)[1].float() * abs(layer.scale)
+        return core_of(B, A).S.float() * abs(layer.scale)
     values: Tensor = torch.linalg.svdvals(layer.weight.float())
     return values
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_lab.config import RunConfig
+from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
-from lowrank_lab.schedule import events, learning_rate
-from lowrank_lab.techniques import refactorize_, reset_momentum_
+from lowrank_lab.schedule import Event, events, learning_rate
+from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, each (sequences, sequence_length)
 
@@ -22,8 +23,50 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "amp-bf16")
 
 
-def gradients(model: Llama, batches: Sequence[Batch], config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Fill the gradients from equal pieces of one batch, clipped.
+class PerLayerUpdates:
+    """Steps the optimizer for each weight as soon as its gradient is there, and frees the gradient.
+
+    Full gradients of all weights then never exist together. It works with every optimizer that
+    leaves parameters without a gradient alone; the learning rate has to be set before backward.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._squares: list[Tensor] = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]
+
+    def _update(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._squares.append(parameter.grad.float().square().sum())
+        self._optimizer.step()
+        parameter.grad = None
+
+    def norm(self) -> Tensor:
+        """Global norm of the gradients since the last call."""
+        total = torch.stack(self._squares).sum().sqrt()
+        self._squares.clear()
+        return total
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, step: int) -> None:
+    """The learning rate of update `step` (from 0) for all groups."""
+    rate = learning_rate(step, config)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # compiled steps keep it as one
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def gradients(
+    model: Llama,
+    batches: Sequence[Batch],
+    config: RunConfig,
+    per_layer: PerLayerUpdates | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill the gradients from equal pieces of one batch, clipped; with `per_layer`, use them up.
 
     Returns:
         The mean loss and the global gradient norm before clipping, float32 scalars on the device.
@@ -35,6 +78,8 @@ def gradients(model: Llama, batches: Sequence[Batch], config: RunConfig) -> tupl
         loss.backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
+    if per_layer is not None:
+        return total, per_layer.norm()
     limit = config.clip if config.clip > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return total, norm
@@ -48,17 +93,51 @@ def update_(
     Returns:
         What the events did, as they go into metrics.jsonl.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    optimizer.step()
+    if not config.per_layer:
+        set_learning_rate(optimizer, config, step)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    done: list[dict[str, Any]] = []
-    for event in events(step + 1, config):
-        if event == "refactor":
-            changed, deficient = refactorize_(model)
-            done.append({"event": event, "layers": len(changed), "rank_deficient": deficient})
-        else:
-            targets, _ = partition(model, config.target)
-            count = reset_momentum_(optimizer, config.reset_strength, params=targets)
-            done.append({"event": event, "strength": config.reset_strength, "parameters": count})
-    return done
+    return [apply_(event, model, optimizer, config, step + 1) for event in events(step + 1, config)]
+
+
+def apply_(
+    event: Event, model: Llama, optimizer: torch.optim.Optimizer, config: RunConfig, updates: int
+) -> dict[str, Any]:
+    """One event after `updates` updates, and what it did."""
+    if event == "refactor":
+        changed, deficient = refactorize_(model, optimizer, config.on_refactor)
+        return {"event": event, "layers": len(changed), "rank_deficient": deficient}
+    if event == "warm-start-ends":
+        names = train_dense_(model, on=False)
+        for _, layer in lora_layers(model):
+            optimizer.state.pop(layer.weight, None)  # W₀ is frozen from now on
+        return {"event": event, "layers": len(names)}
+    if event == "merge":
+        options = config.method_options
+        names = merge_(model, seed=config.seed * 1_000_003 + updates)
+        how, share = options["merge_moments"], options["merge_share"]
+        count = _forget_(model, optimizer, config, how, share, updates)
+        return {"event": event, "layers": len(names), "moments": how, "parameters": count}
+    how, strength = config.reset_how, config.reset_strength
+    count = _forget_(model, optimizer, config, how, strength, updates)
+    return {"event": event, "how": how, "strength": strength, "parameters": count}
+
+
+def _forget_(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    how: Literal["scale", "magnitude", "random"],
+    strength: float,
+    updates: int,
+) -> int:
+    """Scale or prune the moments that the configuration names; the number of parameters touched."""
+    both = ("exp_avg", "exp_avg_sq")
+    moments = both if config.reset_moments == "both" else (config.reset_moments,)
+    params = None if config.reset_params == "all" else partition(model, config.target)[0]
+    if how == "magnitude" or how == "random":
+        if params is None:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+        seed = config.seed * 1_000_003 + updates
+        return prune_moments_(optimizer, params, 1 - strength, how, seed, moments)
+    return reset_momentum_(optimizer, strength, moments, params)

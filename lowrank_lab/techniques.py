@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.layers import FactorizedLinear, svd_of_product
+from lowrank_lab.layers import Core, FactorizedLinear, core_of, generator_of
+from lowrank_lab.layers.base import RANK_TOLERANCE
+from lowrank_lab.optim.base import is_quantized
 
-# A layer is left alone while the smallest singular value of B·A is below this share of the largest.
-RANK_TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-6,
-    torch.bfloat16: 1e-3,
-    torch.float16: 1e-4,
-}
+PRUNINGS = ("magnitude", "random")
+PRUNED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Refactorization(NamedTuple):
@@ -31,7 +28,11 @@ class Refactorization(NamedTuple):
 
 
 @torch.no_grad()
-def refactorize_(module: nn.Module) -> Refactorization:
+def refactorize_(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    on_refactor: Literal["keep", "reset", "transport"] = "keep",
+) -> Refactorization:
     """Balance the factors of every factorised layer: B ← U√Σ, A ← √ΣVᵀ with B A = U Σ Vᵀ, in place.
 
     The product stays the same to rounding, and BᵀB = AAᵀ = Σ, diagonal and descending. A scale in
@@ -39,30 +40,63 @@ def refactorize_(module: nn.Module) -> Refactorization:
     rank-deficient (B = 0 at the start of LoRA; see RANK_TOLERANCE) are left alone and named in the
     result.
 
+    Args:
+        module: a factorised layer or any model that holds some.
+        optimizer: what trains the factors; needed to `reset` or `transport` their moments.
+        on_refactor: what becomes of the factors' moments: `keep` leaves them, `reset` restarts
+            them, `transport` carries them into the new factors (`transport_moments_`).
+
     Source: 2505.22922, weight refactorization, through the r×r core instead of the m×n product.
     """
+    if on_refactor != "keep" and optimizer is None:
+        raise ValueError(f"optimizer: None is not allowed; {on_refactor} acts on its moments")
     done = Refactorization([], [])
     for name, layer in module.named_modules():
-        if isinstance(layer, FactorizedLinear):
-            B, A = layer.factors()
-            balanced = balanced_factors(B, A)
-            if balanced is None:
-                done.rank_deficient.append(name)
-            else:
-                # copy_, not assignment: sharded and compiled models keep hold of the tensors.
-                B.copy_(balanced[0])
-                A.copy_(balanced[1])
-                done.changed.append(name)
+        if not isinstance(layer, FactorizedLinear):
+            continue
+        B, A = layer.factors()
+        core = core_of(B, A)
+        if not bool(core.S[-1] > RANK_TOLERANCE[B.dtype] * core.S[0]):
+            done.rank_deficient.append(name)
+            continue
+        root = core.S.sqrt()
+        # copy_, not assignment: sharded and compiled models keep hold of the tensors.
+        B.copy_(core.Q_B @ (core.U * root))
+        A.copy_((root[:, None] * core.V.T) @ core.Q_A.T)
+        done.changed.append(name)
+        if on_refactor == "reset":
+            assert optimizer is not None
+            reset_momentum_(optimizer, params=(B, A))
+        elif on_refactor == "transport":
+            assert optimizer is not None
+            transport_moments_(optimizer.state.get(B, {}), optimizer.state.get(A, {}), core)
     return done
 
 
-def balanced_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor] | None:
-    """U√Σ (m×r) and √ΣVᵀ (r×n) of B A = U Σ Vᵀ, or None if the product is rank-deficient."""
-    U, S, Vh = svd_of_product(B, A)
-    if not bool(S[-1] > RANK_TOLERANCE[B.dtype] * S[0]):
-        return None
-    root = S.sqrt()
-    return U * root, root[:, None] * Vh
+def transport_moments_(state_B: dict[str, Any], state_A: dict[str, Any], core: Core) -> None:
+    """Carry Adam's moments of B and A into the balanced factors B T and T⁻¹A, in place.
+
+    Gradients go with the factors: G_B ← G_B T⁻ᵀ and G_A ← Tᵀ G_A. First moments, being averages of
+    gradients, follow exactly; second moments approximately, by the squares of T's entries:
+        m_B ← m_B T⁻ᵀ,  m_A ← Tᵀ m_A,  v_B ← v_B (T⁻ᵀ)∘²,  v_A ← (Tᵀ)∘² v_A
+    T = R_Aᵀ V Σ^(−½) and T⁻ᵀ = R_Bᵀ U Σ^(−½), so that nothing is inverted.
+
+    Raises:
+        ValueError: the moments are not shaped like the factors (the optimizer projects).
+    """
+    inverse_root = core.S.rsqrt()
+    T = core.R_A.T @ core.V * inverse_root
+    T_inv_t = core.R_B.T @ core.U * inverse_root
+    r = len(core.S)
+    for state, on_right, matrix in ((state_B, True, T_inv_t), (state_A, False, T.T)):
+        for name, factor in (("exp_avg", matrix), ("exp_avg_sq", matrix.square())):
+            if name not in state:
+                continue
+            moment = state[name]
+            if moment.ndim != 2 or moment.shape[1 if on_right else 0] != r:
+                raise ValueError("on_refactor: 'transport' is not allowed; moments are projected")
+            wide = moment.double()
+            moment.copy_(wide @ factor if on_right else factor @ wide)
 
 
 @torch.no_grad()
@@ -101,15 +135,10 @@ def reset_momentum_(
         raise ValueError(f"moments: {moments!r} is not allowed; one or both of {', '.join(known)}")
     if strength == 0:
         return 0
-    chosen = None if params is None else {id(p) for p in params}
-    count = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            if (chosen is None or id(p) in chosen) and "exp_avg" in state:
-                _reset_state_(state, group, 1 - strength, moments)
-                count += 1
-    return count
+    chosen = _with_moments(optimizer, params)
+    for group, state in chosen:
+        _reset_state_(state, group, 1 - strength, moments)
+    return len(chosen)
 
 
 def _reset_state_(
@@ -141,6 +170,86 @@ def _reset_state_(
         state["step"] = new_t
 
 
+@torch.no_grad()
+def prune_moments_(
+    optimizer: torch.optim.Optimizer,
+    params: Iterable[Tensor],
+    keep: float,
+    how: Literal["magnitude", "random"] = "magnitude",
+    seed: int = 0,
+    moments: Sequence[str] = PRUNED,
+) -> int:
+    """Zero most entries of Adam's moments, in place: ReLoRA's softer form of a momentum reset.
+
+    In each tensor round(keep · entries) entries survive, the same ones in all its moments;
+    bias corrections stay as they are. Works with any optimizer whose states are `exp_avg` and
+    `exp_avg_sq`, torchao's 8-bit ones included.
+
+    Args:
+        params: the parameters whose moments are pruned; those without moments are skipped.
+        keep: the share of entries that survive, in [0, 1]; ReLoRA keeps 0.1 or less.
+        how: `magnitude` keeps the entries with the largest |exp_avg|, the first of equal ones;
+            `random` keeps a random choice.
+        seed: of the random choice, which is the same on any device.
+        moments: which of the moments lose their entries.
+
+    Returns:
+        The number of parameters whose moments were pruned.
+
+    Raises:
+        ValueError: `keep` or `how` is not allowed.
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep: {keep!r} is not allowed; from 0 to 1")
+    if how not in PRUNINGS:
+        raise ValueError(f"how: {how!r} is not allowed; {' or '.join(PRUNINGS)}")
+    count = 0
+    for index, p in enumerate(params):
+        state = optimizer.state.get(p, {})
+        if "exp_avg" not in state:
+            continue
+        dropped = _dropped(_plain(state["exp_avg"]), keep, how, generator_of(seed, index))
+        for name in moments:
+            if name in state:
+                state[name].copy_(_plain(state[name]).masked_fill_(dropped, 0))
+        count += 1
+    return count
+
+
+def _dropped(moment: Tensor, keep: float, how: str, generator: torch.Generator) -> Tensor:
+    """Where the moment is pruned (bool, its shape)."""
+    if how == "magnitude":
+        order = moment.abs().flatten().argsort(descending=True, stable=True)
+    else:
+        order = torch.randperm(moment.numel(), generator=generator).to(moment.device)
+    dropped = torch.zeros(moment.numel(), dtype=torch.bool, device=moment.device)
+    dropped[order[round(keep * moment.numel()) :]] = True
+    return dropped.view(moment.shape)
+
+
+def _plain(moment: Tensor) -> Tensor:
+    """A copy as an ordinary tensor: quantized moments know `copy_` and little else."""
+    return torch.empty(moment.shape, dtype=moment.dtype, device=moment.device).copy_(moment)
+
+
+def _with_moments(
+    optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | None
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Group and state of each of the parameters (all by default) that has Adam's moments."""
+    chosen = None if params is None else {id(p) for p in params}
+    return [
+        (group, optimizer.state[p])
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if (chosen is None or id(p) in chosen) and "exp_avg" in optimizer.state.get(p, {})
+    ]
+
+
 def _scale_(moment: Tensor, factor: float) -> None:
     """moment · factor; a factor of 0 clears it, inf and NaN included."""
-    moment.mul_(factor) if factor else moment.zero_()
+    if is_quantized(moment):  # quantized: it knows copy_ and little else
+        moment.copy_(_plain(moment) * factor if factor else torch.zeros(moment.shape))
+    elif factor:
+        moment.mul_(factor)
+    else:
+        moment.zero_()

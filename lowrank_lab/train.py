@@ -15,13 +15,21 @@ from torch import Tensor
 from lowrank_lab import checkpoint, memory
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.corpus import Corpus, Split, prepare
+from lowrank_lab.layers import train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, write_json
-from lowrank_lab.schedule import learning_rate
+from lowrank_lab.schedule import learning_rate, warm_start
 from lowrank_lab.spectra import weight_spectra
-from lowrank_lab.step import Batch, autocast, gradients, update_
+from lowrank_lab.step import (
+    Batch,
+    PerLayerUpdates,
+    autocast,
+    gradients,
+    set_learning_rate,
+    update_,
+)
 
 PROGRESS_SECONDS = 0.5
 
@@ -156,6 +164,7 @@ class Trainer:
         self.updates = 0
         self.seconds = 0.0  # spent in training steps, evaluations not counted
         self.bytes = memory.Breakdown()
+        self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._progress_due = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
@@ -172,6 +181,8 @@ class Trainer:
             self.folder / "checkpoints", self.model, self.optimizer
         )
         self.seconds = extra.get("seconds", 0.0)
+        if warm_start(self.config):
+            train_dense_(self.model, on=self.updates < warm_start(self.config))
         last_kept = self.updates if self.updates else -1
         if self.updates:
             self.bytes = memory.persistent(self.model, self.optimizer)
@@ -184,11 +195,13 @@ class Trainer:
         """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""
         config, started = self.config, time.perf_counter()
         batches = self._batches()
+        if self._per_layer is not None:
+            set_learning_rate(self.optimizer, config, self.updates)
         if self.updates == 0:
             with memory.measured_activations(self.model, self.bytes):
-                loss, norm = gradients(self.model, batches, config)
+                loss, norm = gradients(self.model, batches, config, self._per_layer)
         else:
-            loss, norm = gradients(self.model, batches, config)
+            loss, norm = gradients(self.model, batches, config, self._per_layer)
         values = self._finite(loss, norm)
         done = update_(self.model, self.optimizer, config, self.updates)
         elapsed = time.perf_counter() - started

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from short import QUICK, short_options
 
 from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoint
 from lowrank_lab.corpus import prepare
@@ -35,7 +36,7 @@ def config(text_corpus):
 
     def make(method="full-rank", **values):
         row = METHODS[method]
-        options = {"update_proj_gap": 4} if "update_proj_gap" in row.options else {}
+        options = short_options(method, 4)
         return RunConfig(
             **{
                 **{"model": "tiny", "corpus": text_corpus, "vocab_size": "byte", "steps": STEPS},
@@ -226,7 +227,7 @@ def test_the_first_row_is_the_loss_and_gradient_of_the_initial_model(config, tmp
     assert (row["loss"], row["grad_norm"]) == pytest.approx((loss.item(), norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_loss_falls(config, tmp_path, method):
     run = train(config(method, steps=40, lr=1e-2, reset_every=0, checkpoint_every=40), tmp_path)
     losses = [row["loss"] for row in rows_of(run.folder)]
@@ -265,7 +266,7 @@ def test_the_result_is_the_loss_of_the_saved_model(finished):
         assert finished.result[f"{split}_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_a_run_is_decided_by_its_configuration_alone(config, trained, tmp_path, method):
     whole = trained(config(method))
     torch.manual_seed(time.monotonic_ns())
@@ -284,12 +285,13 @@ FRUGAL = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 @pytest.mark.parametrize("change", FRUGAL, ids=str)
 def test_ways_to_save_memory_do_not_change_the_losses(config, trained, method, change):
     runs = trained(config(method)), trained(config(method, **change))
     losses = [[row["loss"] for row in rows_of(run.folder)] for run in runs]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    # SLTrain's B starts at zero, where Adam divides rounding by rounding
+    assert losses[1] == pytest.approx(losses[0], rel=3e-5 if method == "sltrain" else 1e-5)
 
 
 def test_activation_checkpointing_saves_activations(config, trained):
@@ -304,7 +306,7 @@ def test_a_batch_in_pieces_keeps_the_activations_of_one_piece(config, trained, p
     assert in_pieces == pytest.approx(one_piece, rel=0.01)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("amp-bf16", torch.float32), ("bf16", torch.bfloat16)]
 )
@@ -313,7 +315,8 @@ def test_lower_precisions_train_as_the_full_one_does(config, trained, method, pr
     low = trained(config(method, lr=1e-2, precision=precision))
     assert low.result["test_loss"] == pytest.approx(full, rel=0.03)
     assert full < math.log(257) - 0.5
-    assert {w.dtype for w in load_file(low.folder / "model.safetensors").values()} == {dtype}
+    weights = load_file(low.folder / "model.safetensors").values()
+    assert {w.dtype for w in weights if w.is_floating_point()} == {dtype}
 
 
 def test_a_markov_run_comes_within_two_percent_of_the_known_entropy(tmp_path):
@@ -331,7 +334,7 @@ def test_a_markov_run_comes_within_two_percent_of_the_known_entropy(tmp_path):
 
 
 @pytest.mark.parametrize("at", [2, 5, 8, 11])  # before a checkpoint, after a reset, on one, late
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     config, trained, tmp_path, method, at
 ):
@@ -561,7 +564,7 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_not_kept(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_a_run_that_blows_up_ends_as_a_result_or_in_one_line(config, tmp_path, method, wild):
     try:
         run = train(config(method, **wild), tmp_path)

@@ -9,21 +9,34 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lowrank_lab.config import TARGETS, nearest
-from lowrank_lab.layers.base import FactorizedLinear, svd_of_product
+from lowrank_lab.layers.base import Core, FactorizedLinear, core_of
+from lowrank_lab.layers.lora import LoRALinear, generator_of, lora_layers, merge_, train_dense_
 from lowrank_lab.layers.low_rank import LowRankLinear
+from lowrank_lab.layers.sltrain import SLTrainLinear
 
 __all__ = [
     "KINDS",
+    "Core",
     "FactorizedLinear",
+    "LoRALinear",
     "LowRankLinear",
+    "SLTrainLinear",
+    "core_of",
     "factorize",
-    "svd_of_product",
+    "generator_of",
+    "lora_layers",
+    "merge_",
     "target_layers",
+    "train_dense_",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-KINDS: dict[str, type[Any]] = {"low-rank": LowRankLinear}
+KINDS: dict[str, type[Any]] = {
+    "low-rank": LowRankLinear,
+    "lora": LoRALinear,
+    "sltrain": SLTrainLinear,
+}
 
 
 def target_layers(

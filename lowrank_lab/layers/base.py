@@ -5,12 +5,24 @@ Shapes in this folder: m = out features, n = in features, r = rank; B is m×r, A
 
 from __future__ import annotations
 
+from typing import ClassVar, NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+# B·A counts as rank-deficient while its smallest singular value is below this share of the largest.
+RANK_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-3,
+    torch.float16: 1e-4,
+}
 
 
 class FactorizedLinear(nn.Module):
     """A linear layer with weight `scale · B @ A`; the factors are parameters `B` and `A`."""
+
+    has_other_weights: ClassVar[bool] = False  # is there more to the weight than scale · B A
 
     B: nn.Parameter
     A: nn.Parameter
@@ -39,14 +51,24 @@ class FactorizedLinear(nn.Module):
         )
 
 
-def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m×r), S (r), Vᵀ (r×n) of B A, without forming it; in float32 or wider.
+class Core(NamedTuple):
+    """B A (m×n) through its r×r core, in float64: the product itself is never formed.
 
-    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U′ Σ V′ᵀ (r×r), in float64
-    ⇒  B A = (Q_B U′) Σ (Q_A V′)ᵀ
+    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U Σ Vᵀ  ⇒  B A = (Q_B U) Σ (Q_A V)ᵀ
     """
-    wide = torch.promote_types(B.dtype, torch.float32)
+
+    Q_B: Tensor  # m×r
+    R_B: Tensor  # r×r
+    Q_A: Tensor  # n×r
+    R_A: Tensor  # r×r
+    U: Tensor  # r×r
+    S: Tensor  # r, descending: the singular values of B A
+    V: Tensor  # r×r
+
+
+def core_of(B: Tensor, A: Tensor) -> Core:
+    """The r×r core of B (m×r) times A (r×n)."""
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.T.double())
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
-    return (Q_B @ U).to(wide), S.to(wide), (Vh @ Q_A.T).to(wide)
+    return Core(Q_B, R_B, Q_A, R_A, U, S, Vh.T)

@@ -1,7 +1,23 @@
 """Optimizers: ordinary `torch.optim.Optimizer`s, usable on any model."""
 
+from lowrank_lab.optim.apollo import Apollo
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.combined import Combined
 from lowrank_lab.optim.fira import Fira
 from lowrank_lab.optim.galore import GaLore
+from lowrank_lab.optim.golore import GoLore
+from lowrank_lab.optim.loro import Loro
+from lowrank_lab.optim.spam import Spam
+from lowrank_lab.optim.stable_spam import StableSpam
 
-__all__ = ["Fira", "GaLore", "ProjectedAdamW"]
+__all__ = [
+    "Apollo",
+    "Combined",
+    "Fira",
+    "GaLore",
+    "GoLore",
+    "Loro",
+    "ProjectedAdamW",
+    "Spam",
+    "StableSpam",
+]

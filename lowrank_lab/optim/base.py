@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Keys of a group that torch and its schedulers add.
 FOREIGN_KEYS = ("params", "param_names", "initial_lr")
@@ -149,16 +150,24 @@ class ProjectedAdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("sparse gradients are not supported; use a dense embedding")
-            if "rank" in group:
-                for p in params:
-                    state = self._advanced(p, group)
-                    self.update_(p, p.grad, state, group, _step_size(state, group))
-                    state["step"] += 1
-            else:
-                self._plain_adamw_(params, group)
-            if group["weight_decay"] > 0 and params:
-                torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+            self.step_group_(params, group)
         return loss
+
+    def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the parameters of a group that have a gradient."""
+        if "rank" in group:
+            self._update_each_(params, group)
+        else:
+            self._plain_adamw_(params, group)
+        if group["weight_decay"] > 0 and params:
+            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+
+    def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            assert p.grad is not None
+            state = self._advanced(p, group)
+            self.update_(p, p.grad, state, group, _step_size(state, group))
+            state["step"] += 1
 
     def _advanced(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The parameter's state, with the weights of Adam's averages moved on by one step."""
@@ -199,6 +208,11 @@ def averages(state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
     return state["exp_avg"], state["exp_avg_sq"]
 
 
+def is_quantized(t: Any) -> bool:
+    """Whether a state is a tensor made of several, such as torchao's 8-bit ones."""
+    return bool(is_traceable_wrapper_subclass(t))
+
+
 def _step_size(state: dict[str, Any], group: dict[str, Any]) -> float:
     """lr · √w₂ / w₁: the learning rate with both bias corrections in it."""
     lr = float(group["lr"])
@@ -210,3 +224,25 @@ def _step_size(state: dict[str, Any], group: dict[str, Any]) -> float:
 def _check(field: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{field}: {value!r} is not allowed; {allowed}")
+
+
+def place(optimizer: torch.optim.Optimizer, W: Tensor) -> int:
+    """The number of W among all parameters of the optimizer, from 1."""
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    return next(i for i, p in enumerate(params, 1) if p is W)
+
+
+def is_whole(value: object) -> bool:
+    """A whole number from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: object) -> bool:
+    """A real number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def refuse(key: str, value: object, bad: bool, allowed: str) -> None:
+    """Raise in the words of all refusals if `bad`."""
+    if bad:
+        raise ValueError(f"{key}: {value!r} is not allowed; {allowed}")

@@ -41,30 +41,38 @@ class Fira(ProjectedAdamW):
         R = project(G, left, right)
         N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])
         alpha, rank_axis = group["alpha"], 0 if right is None else 1
+        precise = torch.promote_types(G.dtype, torch.float32)
         # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
         R_norm, N_norm, G_norm = (
-            torch.linalg.vector_norm(X, dim=rank_axis, keepdim=True, dtype=torch.float32)
+            torch.linalg.vector_norm(X, dim=rank_axis, keepdim=True, dtype=precise)
             for X in (R, N, G)
         )
         phi = N_norm / (R_norm + EPS)
         # P has orthonormal columns, so per channel ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖²; what is left
         # at rounding level is a gradient that lies inside the subspace, not a residual.
         residual_sq = G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()
-        rounding = max(8 * torch.finfo(torch.float32).eps, torch.finfo(G.dtype).eps)
+        rounding = max(8 * torch.finfo(precise).eps, torch.finfo(G.dtype).eps)
         residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
-        phi = phi / self._limiter(state, (residual_sq * phi.square()).sum().sqrt())
+        phi = phi / growth_limiter(state, (residual_sq * phi.square()).sum().sqrt())
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
         phi = phi.to(G.dtype)
         lift_add_(W, N.addcmul_(R, phi, value=-1), left, right, alpha=-step_size * alpha)
         W.addcmul_(G, phi, value=-step_size)
 
-    @staticmethod
-    def _limiter(state: dict[str, Any], norm: Tensor) -> Tensor:
-        """max(‖S‖ / (‖S_prev‖ + ε), γ) / γ, ‖S_prev‖ the limited norm; 1 on the first step."""
-        if "residual_norm" not in state:
-            state["residual_norm"] = norm
-            return torch.ones_like(norm)
-        growth = norm / (state["residual_norm"] + EPS)
-        limiter: Tensor = growth.clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
-        state["residual_norm"] = norm / limiter
-        return limiter
+
+def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = False) -> Tensor:
+    """max(‖S‖ / (‖S_prev‖ + ε), γ) / γ, ‖S_prev‖ the limited norm; 1 on the first step.
+
+    Args:
+        forgive_zero: don't limit after a norm of zero, from which by the published rule nothing
+            grows again for some 1800 steps.
+    """
+    if "residual_norm" not in state:
+        state["residual_norm"] = norm
+        return torch.ones_like(norm)
+    previous = state["residual_norm"]
+    limiter = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
+    if forgive_zero:
+        limiter = torch.where(previous > 0, limiter, 1.0)
+    state["residual_norm"] = norm / limiter
+    return limiter

@@ -20,7 +20,7 @@ Sides = tuple[bool, bool]  # (left, right)
 
 
 def sides(proj_type: str, shape: tuple[int, int] | torch.Size) -> Sides:
-    """Which sides of an m×n gradient are projected. `std` projects the longer side's axis away."""
+    """Which sides of an m×n gradient are projected. `std` leaves the longer side as it is."""
     tall = shape[0] >= shape[1]
     return {
         "std": (not tall, tall),
@@ -121,7 +121,7 @@ def check_projection(group: dict[str, Any], allowed: tuple[str, ...] = PROJ_TYPE
     """Refuse a ranked group whose projection keys are not allowed."""
     choices: dict[str, tuple[str, ...]] = {"proj_type": allowed, "refresh": REFRESHES}
     for key, known in choices.items():
-        if group[key] not in known:
+        if key in group and group[key] not in known:
             raise ValueError(f"{key}: {group[key]!r} is not allowed; one of {', '.join(known)}")
     gap = group["update_proj_gap"]
     if not isinstance(gap, int) or gap < 1:

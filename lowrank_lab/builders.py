@@ -1,0 +1,127 @@
+"""From parameters and a resolved configuration to an optimizer, for each method."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.optim import Combined, Loro
+
+# (parameters of the target layers, all other parameters, resolved configuration) → optimizer
+OptimizerBuilder = Callable[[list[Tensor], list[Tensor], RunConfig], torch.optim.Optimizer]
+
+
+def adamw(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or the optimizer that the configuration names, for all parameters."""
+    groups = _groups(targets, rest)
+    if config.optimizer is not None:
+        named = import_optimizer(config.optimizer)
+        try:
+            return named(groups, **{"lr": peak(config), **config.optimizer_options})
+        except (TypeError, ValueError) as error:
+            raise InputError("optimizer_options", config.optimizer_options, str(error)) from None
+    return torch.optim.AdamW(groups, fused=True, **_adam(config))
+
+
+def projected(
+    optimizer: Callable[..., torch.optim.Optimizer], *keys: str, seeded: bool = False
+) -> OptimizerBuilder:
+    """An optimizer whose target group has a rank and the given options as group keys."""
+
+    def build(
+        targets: list[Tensor], rest: list[Tensor], config: RunConfig
+    ) -> torch.optim.Optimizer:
+        ranked = {"rank": config.rank, **{key: config.method_options[key] for key in keys}}
+        ranked |= {"seed": config.seed} if seeded else {}
+        return optimizer(_groups(targets, rest, ranked), **_adam(config))
+
+    return build
+
+
+def whole_model(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> OptimizerBuilder:
+    """An optimizer that treats all parameters alike and takes the given options."""
+
+    def build(
+        targets: list[Tensor], rest: list[Tensor], config: RunConfig
+    ) -> torch.optim.Optimizer:
+        options = {key: config.method_options[key] for key in keys}
+        return optimizer(_groups(targets, rest), **_adam(config), **options)
+
+    return build
+
+
+def loro(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+    """LORO: the factors of the target layers in pairs B, A."""
+    ranked = {"rank": config.rank, "update_k": config.method_options["update_k"]}
+    return Loro(_groups(targets, rest, ranked), **_adam(config))
+
+
+def muon(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+    """torch's Muon for the target matrices and fused AdamW for the rest, as one optimizer."""
+    options = config.method_options
+    matrices = torch.optim.Muon(
+        targets,
+        lr=peak(config),
+        momentum=options["momentum"],
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Combined(matrices, torch.optim.AdamW(rest, fused=True, **_adam(config)))
+
+
+def adamw_8bit(
+    targets: list[Tensor], rest: list[Tensor], config: RunConfig
+) -> torch.optim.Optimizer:
+    """torchao's AdamW with 8-bit moments; it compiles its step when it is first taken."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        allowed = "it needs torchao: pip install 'lowrank-lab[quant]'"
+        raise InputError("method", config.method, allowed) from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(_groups(targets, rest), **_adam(config))
+    return optimizer
+
+
+def import_optimizer(path: str) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer class at `module.Class`.
+
+    Raises:
+        InputError: there is no such module or class, or it isn't an optimizer.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError("optimizer", path, f"can't be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise InputError("optimizer", path, "must name a class of torch.optim.Optimizer")
+    return found
+
+
+def peak(config: RunConfig) -> float:
+    """The peak learning rate of a resolved configuration."""
+    assert config.lr is not None, "resolve the configuration first"
+    return config.lr
+
+
+def _groups(
+    targets: list[Tensor], rest: list[Tensor], keys: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The targets, with `keys`, and all other parameters; empty groups are left out."""
+    groups = [{"params": targets, **(keys or {})}, {"params": rest}]
+    return [group for group in groups if group["params"]]
+
+
+def _adam(config: RunConfig) -> dict[str, Any]:
+    options = config.method_options
+    return {
+        "lr": peak(config),
+        "betas": (options["beta1"], options["beta2"]),
+        "eps": options["eps"],
+        "weight_decay": config.weight_decay,
+    }

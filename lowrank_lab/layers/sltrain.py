@@ -1,0 +1,164 @@
+"""SLTrain (2406.02214): W = (α/r) · B A + S, low rank plus sparse, both trained from scratch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from lowrank_lab.layers.base import FactorizedLinear
+
+
+class SLTrainLinear(FactorizedLinear):
+    """y = ((α/r) · B A + S) x + bias; S is zero but for a fixed random support of ⌊δmn⌋ entries.
+
+    For the backward pass the layer keeps its input alone: the weight is formed again.
+
+    Args:
+        linear: the dense layer to replace; its dtype, device and bias are taken, its weight is not.
+        rank: r, from 1 to min(m, n).
+        alpha: α; default 32.
+        sparsity: δ, the share of entries that S has; 0.03 in the paper, 0 leaves B A alone.
+        init: `kaiming` draws A Kaiming-uniform(a=√5) and S uniform, both within ±1/√n; B is zero.
+        keep_weight: keep the weight for the backward pass instead of forming it twice: faster, for
+            m·n more entries of activation memory a layer.
+        generator: a CPU generator that the support is drawn from; torch's default one if None. The
+            support is the same on any device.
+
+    Raises:
+        ValueError: a rank, sparsity or init that is not allowed; a layer of 2³¹ entries or more.
+    """
+
+    has_other_weights: ClassVar[bool] = True
+
+    indices: Tensor  # k = ⌊δmn⌋ flat positions i·n + j, ascending; int32
+    values: nn.Parameter  # the entries of S there
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None = None,
+        sparsity: float = 0.03,
+        init: Literal["kaiming"] = "kaiming",
+        *,
+        keep_weight: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        m, n = linear.out_features, linear.in_features
+        alpha = 32.0 if alpha is None else alpha
+        super().__init__(n, m, rank, alpha / max(rank, 1))
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"sparsity: {sparsity!r} is not allowed; from 0 to 1")
+        if init != "kaiming":
+            raise ValueError(f"init: {init!r} is not allowed; kaiming, as B starts at zero")
+        if m * n >= 2**31:
+            raise ValueError(f"linear: {m}×{n} is not allowed; int32 indices end at 2³¹ entries")
+        W, count = linear.weight, math.floor(sparsity * m * n)
+        self.keep_weight = keep_weight
+        self.B = nn.Parameter(W.new_zeros(m, rank))
+        self.A = nn.Parameter(W.new_empty(rank, n))
+        self.values = nn.Parameter(W.new_empty(count))
+        self.bias = linear.bias
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.uniform_(self.values, -1 / math.sqrt(n), 1 / math.sqrt(n))
+        if W.is_meta or isinstance(W, FakeTensor):  # only the shape counts there
+            indices = W.new_empty(count, dtype=torch.int32)
+        else:
+            indices = random_support(m * n, count, generator).to(W.device)
+        self.register_buffer("indices", indices)
+
+    def dense_weight(self) -> Tensor:
+        """scale · B A + S, m×n."""
+        return _weight(self.B, self.A, self.values, self.indices, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) → (..., m)."""
+        device, dtype = x.device.type, None
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        out: Tensor = _SparsePlusLowRank.apply(  # type: ignore[no-untyped-call]
+            x, self.B, self.A, self.values, self.bias,
+            self.indices, self.scale, dtype, self.keep_weight,
+        )  # fmt: skip
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sparse_entries={self.values.numel()}"
+
+
+def random_support(size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """`count` distinct numbers below `size`, ascending, int32, each set equally likely.
+
+    Draws what is missing, with replacement, until nothing is: which numbers are met first does not
+    depend on their names, so every set is equally likely. Memory is a few times `count`. The rarer
+    half is drawn: above half of `size`, the numbers left out.
+    """
+    if 2 * count > size:
+        inside = torch.ones(size, dtype=torch.bool, device="cpu")
+        inside[random_support(size, size - count, generator)] = False
+        return inside.nonzero().squeeze(1).int()
+    found = torch.empty(0, dtype=torch.int32, device="cpu")
+    while missing := count - found.numel():
+        drawn = torch.randint(
+            size, (missing,), generator=generator, dtype=torch.int32, device="cpu"
+        )
+        found = torch.unique(torch.cat([found, drawn]))  # sorted
+    return found
+
+
+class _SparsePlusLowRank(torch.autograd.Function):
+    """Y = X Wᵀ + bias with W = scale · B A + S, keeping X for the backward pass, and not W.
+
+    X (..., n) is kept as it comes, before autocast: layers that read the same X share one tensor.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, B: Tensor, A: Tensor, values: Tensor, bias: Tensor | None,
+        indices: Tensor, scale: float, dtype: torch.dtype | None, keep_weight: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.scale, ctx.dtype = scale, dtype
+        kept = [x, B, A, values]
+        X, B, A, values = (_cast(t, dtype) for t in kept)
+        W = _weight(B, A, values, indices, scale)
+        ctx.save_for_backward(*kept, indices, W if keep_weight else None)
+        return F.linear(X, W, None if bias is None else _cast(bias, dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, indices, W = ctx.saved_tensors
+        needs_x, needs_B, needs_A, needs_values, needs_bias, *_ = ctx.needs_input_grad
+        dx = dB = dA = dvalues = None
+        with torch.autocast(grad.device.type, enabled=False):
+            X, B, A, values = (_cast(t, ctx.dtype) for t in kept)
+            if needs_x:  # dX = dY · W
+                dx = grad @ (_weight(B, A, values, indices, ctx.scale) if W is None else W)
+            dY = grad.reshape(-1, grad.shape[-1])
+            if needs_B or needs_A or needs_values:  # G = dYᵀ · X, the gradient of W, once
+                G = dY.T @ X.reshape(-1, X.shape[-1])
+                dB = _scaled_mm(ctx.scale, G, A.T) if needs_B else None  # dB = scale · G · Aᵀ
+                dA = _scaled_mm(ctx.scale, B.T, G) if needs_A else None  # dA = scale · Bᵀ · G
+                dvalues = G.flatten().index_select(0, indices) if needs_values else None
+        return dx, dB, dA, dvalues, dY.sum(0) if needs_bias else None, None, None, None, None
+
+
+def _weight(B: Tensor, A: Tensor, values: Tensor, indices: Tensor, scale: float) -> Tensor:
+    """W (m×n) = scale · B A, then += values at the flat positions `indices`."""
+    W = _scaled_mm(scale, B, A)
+    W.view(-1).index_add_(0, indices, values.to(W.dtype))
+    return W
+
+
+def _scaled_mm(scale: float, left: Tensor, right: Tensor) -> Tensor:
+    """scale · left @ right, rounded once."""
+    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
+
+
+def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return t if dtype is None else t.to(dtype)

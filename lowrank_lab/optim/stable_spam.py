@@ -1,0 +1,123 @@
+"""Stable-SPAM (2502.17055): Adam on gradients whose spikes and norms are tamed, with resets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_lab.optim.base import _check, adam_update_, averages
+from lowrank_lab.optim.spam import UniformAdam
+
+# Running averages of one number a parameter: max|g|, ‖g‖ and ‖g‖² (0-dimensional, float32 or wider)
+AVERAGES = ("max_average", "norm_average", "norm_sq_average")
+
+
+class StableSpam(UniformAdam):
+    """Stable-SPAM, equal to `pytorch_optimizer.StableSPAM` without its `t_max`.
+
+    ε is added to √v̂ after the bias correction and weight decay is applied before the update, as in
+    torch's AdamW. Each parameter counts its own steps T = 1, 2, …; Adam is restarted, averages and
+    bias correction, where T is a multiple of update_proj_gap; the averages of AdaClip and AdaGN and
+    their counter go on, then as after `techniques.reset_momentum_`.
+
+    A gradient of zeros is a gradient like any other: it enters all averages, and the parameter
+    moves on with its momentum. (pytorch_optimizer skips the parameter in such a step but counts
+    the step in its bias corrections.)
+
+    Args:
+        params: tensors or groups; every option below is also a key of a group.
+        lr: learning rate, absolute.
+        betas: decay rates of Adam's two averages.
+        eps: added to √v̂ and to √ŝ, both after bias correction.
+        weight_decay: decoupled, lr · weight_decay.
+        gamma1: γ₁, decay rate of the average of ‖g‖.
+        gamma2: γ₂, decay rate of the average of ‖g‖².
+        theta: θ, decay rate of the average of max|g|.
+        update_proj_gap: steps between two resets of the moments.
+
+    Raises:
+        ValueError: a value out of range or an unknown key of a group.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma1: float = 0.7,
+        gamma2: float = 0.9,
+        theta: float = 0.999,
+        update_proj_gap: int = 1000,
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "gamma1": gamma1,
+            "gamma2": gamma2, "theta": theta, "update_proj_gap": update_proj_gap,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        for key in ("gamma1", "gamma2", "theta"):
+            _check(key, group[key], 0 <= group[key] < 1, "in [0, 1)")
+
+    def _advanced(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[p]
+        if "exp_avg" in state and (state["step"] + 1) % group["update_proj_gap"] == 0:
+            for name in ("exp_avg", "exp_avg_sq"):  # in place: these are the ones updated next
+                state[name].zero_()
+                state[f"{name}_weight"] = 0.0
+        return super()._advanced(p, group)
+
+    def update_(
+        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
+    ) -> None:
+        g = tamed(G, self._scalars(state, W), state["step"] + 1, group)
+        m, v = averages(state, W)
+        if group["weight_decay"] > 0:
+            W.mul_(1.0 - group["lr"] * group["weight_decay"])
+        # W ← W − lr · m̂ / (√v̂ + ε) = W − lr · √w₂/w₁ · m / (√v + ε·√w₂)
+        eps = group["eps"] * math.sqrt(state["exp_avg_sq_weight"])
+        adam_update_([W], [g], [m], [v], step_size=step_size, betas=group["betas"], eps=eps)
+
+    @staticmethod
+    def _scalars(state: dict[str, Any], W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The averages of max|g|, ‖g‖ and ‖g‖², created as zeros if they aren't there."""
+        if AVERAGES[0] not in state:
+            wide = torch.promote_types(W.dtype, torch.float32)
+            for name in AVERAGES:
+                state[name] = torch.zeros((), dtype=wide, device=W.device)
+        peak, norm, norm_sq = (state[name] for name in AVERAGES)
+        return peak, norm, norm_sq
+
+
+def tamed(
+    G: Tensor, scalars: tuple[Tensor, Tensor, Tensor], T: int, group: dict[str, Any]
+) -> Tensor:
+    """The gradient after AdaClip and AdaGN, shaped like G; the averages move on in place.
+
+    Args:
+        G: the gradient, of any shape, not changed.
+        scalars: the running averages m, n, s of max|g|, ‖g‖ and ‖g‖².
+        T: the number of this step, from 1, for their bias corrections.
+        group: has gamma1, gamma2, theta and eps.
+    """
+    m, n, s = scalars
+    gamma1, gamma2, theta = group["gamma1"], group["gamma2"], group["theta"]
+    tiny = torch.finfo(m.dtype).tiny
+    # AdaClip: m ← θm + (1−θ) max|g|;  m̂ = m / (1 − θᵀ);  g ← g · m̂ / max|g| where |g| > m̂
+    size = G.abs()
+    peak = size.max().to(m.dtype)
+    m_hat = m.lerp_(peak, 1 - theta) / (1 - theta**T)
+    g = torch.where(size > m_hat, G * (m_hat / peak.clamp(min=tiny)), G)
+    # AdaGN: n ← γ₁n + (1−γ₁)‖g‖;  s ← γ₂s + (1−γ₂)‖g‖²;  g ← g/‖g‖ · n̂ / (√ŝ + ε)
+    norm = torch.linalg.vector_norm(g, dtype=m.dtype)
+    n_hat = n.lerp_(norm, 1 - gamma1) / (1 - gamma1**T)
+    s_hat = s.lerp_(norm.square(), 1 - gamma2) / (1 - gamma2**T)
+    return g.mul_(n_hat / (s_hat.sqrt_() + group["eps"]) / norm.clamp(min=tiny))

@@ -1,0 +1,80 @@
+"""Options of methods: a default, what is allowed, and the check that both describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """One method option."""
+
+    default: Any
+    allowed: str
+    check: Callable[[Any], bool]
+    real: bool = False  # a real number, kept as a float
+
+    @classmethod
+    def number(cls, default: float | None, low: float, high: float) -> Option:
+        def check(value: Any) -> bool:
+            return (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and low <= value <= high
+            )
+
+        return cls(default, f"a number from {low:g} to {high:g}", check, real=True)
+
+    @classmethod
+    def whole(cls, default: int, low: int) -> Option:
+        def check(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+        return cls(default, f"a whole number from {low}", check)
+
+    @classmethod
+    def choice(cls, default: str, names: tuple[str, ...]) -> Option:
+        return cls(default, f"one of {', '.join(names)}", lambda value: value in names)
+
+    @classmethod
+    def flag(cls, default: bool) -> Option:
+        return cls(default, "true or false", lambda value: isinstance(value, bool))
+
+    @classmethod
+    def like(cls, default: Any) -> Option:
+        """An option of the same kind as its default: true or false, a number, or anything."""
+        if isinstance(default, bool):
+            return cls.flag(default)
+        if isinstance(default, int | float):
+            return (
+                cls.number(default, -1e300, 1e300)
+                if isinstance(default, float)
+                else cls(
+                    default,
+                    "a whole number",
+                    lambda v: isinstance(v, int) and not isinstance(v, bool),
+                )
+            )
+        return cls(default, f"like {default!r}", lambda value: isinstance(value, type(default)))
+
+
+def adam_options(eps: float) -> dict[str, Option]:
+    """Adam's β₁, β₂ and ε."""
+    return {
+        "beta1": Option.number(0.9, 0, 0.999999),
+        "beta2": Option.number(0.999, 1e-6, 0.999999),
+        "eps": Option.number(eps, 1e-30, 1),
+    }
+
+
+def projection_options(
+    proj_types: tuple[str, ...], refreshes: tuple[str, ...] = ()
+) -> dict[str, Option]:
+    """How the gradient is projected, and when anew."""
+    options = {
+        "update_proj_gap": Option.whole(200, 1),
+        "proj_type": Option.choice("std", proj_types),
+    }
+    return options | ({"refresh": Option.choice("svd", refreshes)} if refreshes else {})

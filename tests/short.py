@@ -1,0 +1,14 @@
+"""Options that make a method's rare events happen within a few steps."""
+
+from lowrank_lab.methods import METHODS
+
+# adamw-8bit compiles its step for a quarter of a minute: it has a test file of its own.
+QUICK = [name for name in METHODS if name != "adamw-8bit"]
+PERIODS = ("update_proj_gap", "merge_every", "update_k", "switch")
+
+
+def short_options(method, period):
+    """Refreshes, merges, exact steps and resets every `period` steps, where the method has them."""
+    options = METHODS[method].options
+    found = {name: period for name in PERIODS if name in options}
+    return found | ({"warmup": 2, "grad_accu_steps": 5} if method == "spam" else {})
