@@ -96,6 +96,7 @@ def methods(as_json: bool) -> None:
             "summary": m.summary,
             "source": f"arXiv {m.source}" if m.source[:4].isdigit() else m.source,
             "layers": m.layers or "dense",
+            "states": m.states,
             "lr": m.lr,
             "options": {name: option.default for name, option in m.options.items()},
         }
@@ -107,6 +108,7 @@ def methods(as_json: bool) -> None:
     for row in rows:
         click.echo(f"{row['name']:12} {row['summary']}  ({row['source']})")
         options = ", ".join(f"{k} {v}" for k, v in row["options"].items() if v is not None)
+        click.echo(f"{'':12} states of an m×n weight: {row['states'] or 'not known'}")
         click.echo(f"{'':12} lr {row['lr']:g}; {options}")
 
 

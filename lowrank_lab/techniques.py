@@ -144,6 +144,10 @@ def reset_momentum_(
 def _reset_state_(
     state: dict[str, Any], group: dict[str, Any], keep: float, moments: Sequence[str]
 ) -> None:
+    if "momentum_buffer" in state:  # SGD and Muon: nothing is bias-corrected
+        if isinstance(state["momentum_buffer"], Tensor):
+            _scale_(state["momentum_buffer"], keep)
+        return
     if "exp_avg_weight" in state:
         for name in moments:
             _scale_(state[name], keep)
@@ -241,7 +245,8 @@ def _with_moments(
         (group, optimizer.state[p])
         for group in optimizer.param_groups
         for p in group["params"]
-        if (chosen is None or id(p) in chosen) and "exp_avg" in optimizer.state.get(p, {})
+        if (chosen is None or id(p) in chosen)
+        and any(name in optimizer.state.get(p, {}) for name in ("exp_avg", "momentum_buffer"))
     ]
 
 

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from short import QUICK
 from torch import nn
 
-from lowrank_lab import RunConfig
-from lowrank_lab.memory import Breakdown, measured_activations, persistent, tensor_bytes
-from lowrank_lab.methods import build
+from lowrank_lab import InputError, RunConfig
+from lowrank_lab.memory import (
+    Breakdown,
+    measured_activations,
+    optimizer_state_bytes,
+    persistent,
+    tensor_bytes,
+)
+from lowrank_lab.methods import METHODS, build
 
 # The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 512.
 RANK, VOCABULARY = 4, 512
@@ -30,7 +37,7 @@ EXPECTED = {
 
 
 def built(method, precision, text_corpus):
-    rank = {} if method == "full-rank" else {"rank": RANK}
+    rank = {"rank": RANK} if METHODS[method].uses_rank else {}
     return build(
         RunConfig(model="tiny", method=method, precision=precision, corpus=text_corpus, **rank)
     )
@@ -40,6 +47,8 @@ def step(model, optimizer):
     chance = torch.Generator().manual_seed(0)
     for _ in range(2):
         for p in model.parameters():
+            if not p.requires_grad:
+                continue
             p.grad = torch.randn(p.shape, generator=chance).to(p.dtype)
         optimizer.step()
 
@@ -148,3 +157,34 @@ def test_a_checkpointed_model_keeps_less(text_corpus):
         tokens = torch.zeros(2, 16, dtype=torch.long)
         counted.append(activations(model, tokens))
     assert counted[1] < 0.5 * counted[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", QUICK)
+def test_states_are_the_bytes_of_the_formula(method, precision, text_corpus):
+    model, optimizer = built(method, precision, text_corpus)
+    step(model, optimizer)
+    config = RunConfig(
+        model="tiny", method=method, precision=precision, corpus=text_corpus, rank=RANK
+    )
+    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(config)
+
+
+OTHERS = [
+    ("galore", {"proj_type": "left"}), ("galore", {"proj_type": "full"}),
+    ("fira", {"proj_type": "reverse_std"}), ("apollo", {"store_projection": False}),
+    ("apollo-mini", {"proj_type": "right"}), ("spam", {"density": 0.3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "options"), OTHERS, ids=str)
+def test_states_follow_the_options_of_the_method(method, options, text_corpus):
+    config = RunConfig(model="tiny", method=method, method_options=options, rank=RANK)
+    model, optimizer = build(config)
+    step(model, optimizer)
+    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(config)
+
+
+def test_states_of_an_unknown_optimizer_have_no_formula():
+    with pytest.raises(InputError, match="no formula"):
+        optimizer_state_bytes(RunConfig(model="tiny", optimizer="torch.optim.NAdam"))

@@ -71,7 +71,7 @@ def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = Fal
         state["residual_norm"] = norm
         return torch.ones_like(norm)
     previous = state["residual_norm"]
-    limiter = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
+    limiter: Tensor = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
     if forgive_zero:
         limiter = torch.where(previous > 0, limiter, 1.0)
     state["residual_norm"] = norm / limiter
