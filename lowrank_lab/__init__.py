@@ -3,7 +3,7 @@
 from lowrank_lab import optim
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import factorize
-from lowrank_lab.methods import METHODS, register_method
+from lowrank_lab.methods import METHODS, load_own_methods, register_method
 from lowrank_lab.runs import Run, load_runs
 from lowrank_lab.techniques import refactorize_, reset_momentum_
 from lowrank_lab.train import TrainingError, train
@@ -22,3 +22,5 @@ __all__ = [
     "reset_momentum_",
     "train",
 ]
+
+load_own_methods()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,10 +79,20 @@ def _config(flags: dict[str, Any]) -> RunConfig:
 
 @click.group(cls=_OneLine)
 @click.version_option(package_name="lowrank-lab")
-def main() -> None:
+@click.option(
+    "--methods-from",
+    type=click.Path(path_type=Path),
+    help="Python file that registers methods of your own; may be repeated",
+    multiple=True,
+)
+def main(methods_from: tuple[Path, ...]) -> None:
     """Run, see and doubt methods that pretrain language models with less memory."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lowrank_lab").setLevel(logging.INFO)
+    if methods_from:
+        from lowrank_lab.methods import load_own_methods
+
+        load_own_methods(os.pathsep.join(str(path.resolve()) for path in methods_from))
 
 
 @main.command()

@@ -7,8 +7,11 @@ from the row and checks what only the method can know; `build` makes the model a
 
 from __future__ import annotations
 
+import os
+import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 from lowrank_lab.options import Option, adam_options, projection_options
 
+OWN_METHODS = "LOWRANK_LAB_METHODS"
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 
 
@@ -333,6 +337,26 @@ def register_method(
         layer_options=("alpha",) if layers else (),
     )
     return METHODS[name]
+
+
+def load_own_methods(files: str | None = None) -> None:
+    """Run Python files that register methods of one's own: those in $LOWRANK_LAB_METHODS.
+
+    So the command line and the notebooks of a study know them too.
+
+    Args:
+        files: paths with os.pathsep between, instead of the variable, which is then set to them.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    named = files if files is not None else os.environ.get(OWN_METHODS, "")
+    for path in filter(None, named.split(os.pathsep)):
+        if not Path(path).is_file():
+            raise InputError(OWN_METHODS, path, "there is no such file")
+        runpy.run_path(path)
+    if files is not None:
+        os.environ[OWN_METHODS] = files
 
 
 def resolve(config: RunConfig) -> RunConfig:

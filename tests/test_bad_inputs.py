@@ -14,6 +14,25 @@ BAD = {
     # what is wrong: (command line, words that the one line must hold)
     "unknown field": ("train --rnak 3", ["--rnak", "--rank"]),
     "unknown command": ("trian", ["trian"]),
+    "methods from no file": ("--methods-from none.py methods", ["METHODS", "none.py", "no such"]),
+    "kaiming only": (f"{TRAIN} --method lora --init spectral", ["init", "spectral", "kaiming"]),
+    "nothing refactorized": (f"{TRAIN} --on-refactor reset", ["on_refactor", "refactor_every"]),
+    "transport undone by a reset": (
+        f"{TRAIN} --method low-rank --steps 40 --refactor-every 10 --reset-every 20 "
+        "--on-refactor transport", ["on_refactor", "transport", "step 20"],
+    ),
+    "per-layer with clipping": (f"{TRAIN} --per-layer", ["clip", "1.0", "per_layer"]),
+    "per-layer with pairs": (f"{TRAIN} --method loro --per-layer --clip 0", ["per_layer", "loro"]),
+    "unknown optimizer": (f"{TRAIN} --optimizer torch.optim.Adom", ["optimizer", "Adom"]),
+    "optimizer of a method that has one": (
+        f"{TRAIN} --method galore --optimizer torch.optim.NAdam", ["optimizer", "galore"],
+    ),
+    "reset of an unknown optimizer": (
+        f"{TRAIN} --optimizer torch.optim.Adagrad --reset-every 20", ["reset_every", "Adagrad"],
+    ),
+    "merge beyond the run": (
+        f"{TRAIN} --method relora --steps 9 --option merge_every=9", ["merge_every", "9"],
+    ),
     "rank above a layer": (f"{TRAIN} --method low-rank --rank 99", ["rank", "99", "1 to 32"]),
     "rank 0": (f"{TRAIN} --method low-rank --rank 0", ["rank", "0", "1"]),
     "rank not a number": (f"{TRAIN} --rank many", ["rank", "many", "integer"]),
