@@ -150,7 +150,8 @@ def _reset_state_(
         return
     if "exp_avg_weight" in state:
         for name in moments:
-            _scale_(state[name], keep)
+            if name in state:  # a method of one's own may keep one average only
+                _scale_(state[name], keep)
             state[f"{name}_weight"] *= keep
         if not keep and len(set(moments)) == 2:  # Adam starts anew, and so does Fira's limiter
             state.pop("residual_norm", None)

@@ -6,18 +6,12 @@ from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.optim.projection import lift_add_, project, refreshed
 
 
-STD = {"proj_type": "std", "refresh": "svd"}
-
-
 class SignGaLore(ProjectedAdamW):
     """W ← W − lr · scale · P sign(β₁m + (1−β₁)R), with R = Pᵀ G and m an average of R."""
 
     group_defaults: ClassVar = {
-        "update_proj_gap": 100,
-        "scale": 1.0,
-        "proj_type": "std",
-        "refresh": "svd",
-    }
+        "update_proj_gap": 100, "scale": 1.0, "proj_type": "std", "refresh": "svd",
+    }  # fmt: skip
 
     def update_(self, W, G, state, group, step_size):
         left, right = refreshed(state, G, group)
