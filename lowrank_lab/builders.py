@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,11 @@ def adamw(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch
     if config.optimizer is not None:
         named = import_optimizer(config.optimizer)
         try:
-            return named(groups, **{"lr": peak(config), **config.optimizer_options})
-        except (TypeError, ValueError) as error:
+            shared: dict[str, Any] = {"lr": peak(config)}
+            if "weight_decay" in inspect.signature(named).parameters:
+                shared["weight_decay"] = config.weight_decay
+            return named(groups, **{**shared, **config.optimizer_options})
+        except Exception as error:  # whatever a foreign class raises
             raise InputError("optimizer_options", config.optimizer_options, str(error)) from None
     return torch.optim.AdamW(groups, fused=True, **_adam(config))
 
@@ -96,7 +100,7 @@ def import_optimizer(path: str) -> Callable[..., torch.optim.Optimizer]:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a foreign module raises
         raise InputError("optimizer", path, f"can't be imported: {error}") from None
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise InputError("optimizer", path, "must name a class of torch.optim.Optimizer")

@@ -49,12 +49,21 @@ def save(
                     tensors[f"optimizer/{name}/{key}#{part}"] = getattr(value, part)
             elif isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
+            elif isinstance(value, list | tuple):  # foreign optimizers keep lists of tensors
+                plain = [None if isinstance(v, Tensor) else v for v in value]
+                scalars[f"{name}/{key}"] = {"items": plain}
+                listed = {f"#{i}": v for i, v in enumerate(value) if isinstance(v, Tensor)}
+                tensors |= {f"optimizer/{name}/{key}{place}": v for place, v in listed.items()}
             else:
                 scalars[f"{name}/{key}"] = value
     with warnings.catch_warnings():  # that there is one process only is known here
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp_save(tensors, checkpoint_id=partial, no_dist=True)
-    facts = {"step": step, "optimizer": scalars, "extra": extra}
+    groups = [
+        {k: v for k, v in group.items() if isinstance(v, int | float | str | None)}
+        for group in optimizer.param_groups
+    ]
+    facts = {"step": step, "optimizer": scalars, "groups": groups, "extra": extra}
     (partial / "state.json").write_text(json.dumps(facts))
     for file in [*partial.iterdir(), partial]:
         _fsync(file)
@@ -101,10 +110,15 @@ def load(
         if "#" in entry:
             continue  # a part of a quantized state, put together below
         parameter = parameters[name]
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "items" in value:
+            parts = [tensors.get(f"optimizer/{key}#{i}") for i in range(len(value["items"]))]
+            value = [p if v is None else v for p, v in zip(parts, value["items"], strict=True)]
+        elif isinstance(value, dict):
             value = _quantized(tensors, f"optimizer/{key}", **value)
         on_device = value.to(parameter.device) if isinstance(value, Tensor) else value
         optimizer.state[parameter][entry] = on_device
+    for group, kept in zip(optimizer.param_groups, facts["groups"], strict=True):
+        group.update(kept)  # foreign optimizers count steps there
     return facts["step"], facts["extra"]
 
 

@@ -36,6 +36,7 @@ from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 from lowrank_lab.options import Option, adam_options, projection_options
 
 OWN_METHODS = "LOWRANK_LAB_METHODS"
+ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 
 
@@ -407,9 +408,19 @@ def _check_techniques(config: RunConfig, method: Method) -> None:
             allowed = f"{method.name} brings an optimizer of its own"
             raise InputError("optimizer", config.optimizer, allowed)
         import_optimizer(config.optimizer)
+        if "lr" in config.optimizer_options:
+            allowed = "lr is a field of the run, which the schedule follows"
+            raise InputError("optimizer_options", config.optimizer_options, allowed)
     elif config.optimizer_options:
         raise InputError("optimizer_options", config.optimizer_options, "needs an optimizer")
-    own = config.optimizer is not None and not config.optimizer.startswith("torch.optim.Adam")
+    own = config.optimizer is not None and config.optimizer not in ADAMS
+    if own and "merge_every" in method.options:
+        allowed = f"{method.name} resets moments, and how it corrects its own isn't known"
+        raise InputError("optimizer", config.optimizer, allowed)
+    one_count = method.optimizer in (adamw, adamw_8bit) and config.reset_how == "scale"
+    if config.reset_every and one_count and config.reset_moments != "both":
+        allowed = "torch's AdamW has one step count for both moments; both, or prune them"
+        raise InputError("reset_moments", config.reset_moments, allowed)
     if own and (config.reset_every or config.on_refactor != "keep"):
         name = "reset_every" if config.reset_every else "on_refactor"
         allowed = f"how {config.optimizer} corrects its moments isn't known here"

@@ -19,6 +19,7 @@ from lowrank_lab import figures
 from lowrank_lab.runs import append_jsonl, final_table, find_runs, load_runs, read_jsonl
 from lowrank_lab.stats import mean_interval
 
+MOST_LABELS = 12  # in one figure
 KEPT_ROWS = 200  # rows of metrics.jsonl that `keep` copies of each run, evaluations not counted
 
 
@@ -95,28 +96,38 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     return text.astype(str)
 
 
+def best(runs: pd.DataFrame, most: int = MOST_LABELS) -> pd.DataFrame:
+    """The runs of the labels with the lowest test loss: a figure can't name more than `most`."""
+    labels = summary(final_table(runs))["label"].head(most)
+    return runs[runs["label"].isin(labels)]
+
+
 def pictures(folder: Path | str) -> Iterator[Picture]:
-    """The figures of a folder of finished runs, one after the other."""
+    """The figures of a folder of finished runs, one after the other; the best labels of many."""
     runs = load_runs(folder)
+    count = runs["label"].nunique()
+    runs = best(runs)
     finals = final_table(runs)
+    which = f" The {MOST_LABELS} best of {count}." if count > MOST_LABELS else ""
     yield Picture(
         "loss_by_tokens", figures.loss_curves(runs), figures.curve_table(runs),
-        "Validation loss against training tokens; the steep start is cut off.",
+        f"Validation loss against training tokens; the steep start is cut off.{which}",
     )  # fmt: skip
     yield Picture(
         "loss_by_time", figures.loss_curves(runs, "seconds"), figures.curve_table(runs, "seconds"),
-        "Validation loss against time spent in training steps.",
+        f"Validation loss against time spent in training steps.{which}",
     )  # fmt: skip
     yield Picture(
         "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),
-        "Test perplexity against the bytes of weights and optimizer states.",
+        f"Test perplexity against the bytes of weights and optimizer states.{which}",
     )  # fmt: skip
     memory = memory_of(folder)
+    memory = memory[memory["label"].isin(finals["label"])]
     yield Picture(
         "memory", figures.memory_bars(memory), figures.memory_table(memory),
         "Measured bytes of weights, gradients and optimizer states; projections apart.",
     )  # fmt: skip
-    seen: set[str] = set()
+    seen = {label for label in memory_of(folder)["label"] if label not in set(finals["label"])}
     for run in find_runs(folder):
         spectra = run.spectra
         if run.label in seen or spectra.empty:

@@ -22,6 +22,7 @@ def learning_rate(step: int, config: RunConfig) -> float:
         target = schedule(s + recovery_steps)
     """
     resets = [step - step % period for period in restarting_periods(config) if step >= period]
+    resets = [reset for reset in resets if reset > warm_start(config)]
     last_reset = max(resets, default=0)
     k = step - last_reset
     if resets and k < config.recovery_steps:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.config import RunConfig
+from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
@@ -116,10 +116,13 @@ def apply_(
         options = config.method_options
         names = merge_(model, seed=config.seed * 1_000_003 + updates)
         how, share = options["merge_moments"], options["merge_share"]
-        count = _forget_(model, optimizer, config, how, share, updates)
+        factors = config.replace(reset_moments="both", reset_params="targets")
+        count = _forget_(model, optimizer, factors, how, share, updates)
         return {"event": event, "layers": len(names), "moments": how, "parameters": count}
     how, strength = config.reset_how, config.reset_strength
     count = _forget_(model, optimizer, config, how, strength, updates)
+    if strength and not count:
+        raise InputError("reset_every", config.reset_every, "this optimizer keeps no moments; 0")
     return {"event": event, "how": how, "strength": strength, "parameters": count}
 
 

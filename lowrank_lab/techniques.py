@@ -48,8 +48,13 @@ def refactorize_(
 
     Source: 2505.22922, weight refactorization, through the r×r core instead of the m×n product.
     """
+    if on_refactor not in ("keep", "reset", "transport"):
+        raise ValueError(f"on_refactor: {on_refactor!r} is not allowed; keep, reset or transport")
     if on_refactor != "keep" and optimizer is None:
         raise ValueError(f"optimizer: None is not allowed; {on_refactor} acts on its moments")
+    if on_refactor == "transport":
+        assert optimizer is not None
+        _refuse_projected(module, optimizer)
     done = Refactorization([], [])
     for name, layer in module.named_modules():
         if not isinstance(layer, FactorizedLinear):
@@ -73,6 +78,16 @@ def refactorize_(
     return done
 
 
+def _refuse_projected(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Moments that live in a subspace of the factors can't be carried along with them."""
+    for layer in module.modules():
+        for factor in layer.factors() if isinstance(layer, FactorizedLinear) else ():
+            state = optimizer.state.get(factor, {})
+            projected = state.keys() & {"projection_left", "projection_right"}
+            if projected or ("exp_avg" in state and state["exp_avg"].shape != factor.shape):
+                raise ValueError("on_refactor: 'transport' is not allowed; moments are projected")
+
+
 def transport_moments_(state_B: dict[str, Any], state_A: dict[str, Any], core: Core) -> None:
     """Carry Adam's moments of B and A into the balanced factors B T and T⁻¹A, in place.
 
@@ -89,7 +104,9 @@ def transport_moments_(state_B: dict[str, Any], state_A: dict[str, Any], core: C
     T_inv_t = core.R_B.T @ core.U * inverse_root
     r = len(core.S)
     for state, on_right, matrix in ((state_B, True, T_inv_t), (state_A, False, T.T)):
-        for name, factor in (("exp_avg", matrix), ("exp_avg_sq", matrix.square())):
+        squares = matrix.square()
+        carriers = {"exp_avg": matrix, "exp_avg_sq": squares, "max_exp_avg_sq": squares}
+        for name, factor in carriers.items():
             if name not in state:
                 continue
             moment = state[name]

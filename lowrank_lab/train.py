@@ -320,6 +320,9 @@ class Trainer:
         activations = self.bytes.activations
         self.bytes = memory.persistent(self.model, self.optimizer)
         self.bytes.activations = activations
+        if self._per_layer is not None:  # one gradient at a time
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+            self.bytes.gradients = max(memory.tensor_bytes([p]) for p in trained)
         write_json(self.folder / "memory.json", self.bytes.as_dict())
 
     def _record_spectra(self) -> None:
