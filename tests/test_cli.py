@@ -1,6 +1,8 @@
 """The command line does what the README says."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import RunConfig
+from lowrank_lab.methods import METHODS, OWN_METHODS
 from lowrank_lab.runs import Run
 
 SMALL = ["--model", "tiny", "--sequence-length", "16", "--batch", "2", "--vocab-size", "300"]
@@ -98,3 +101,21 @@ def test_no_arguments_shows_help():
     done = run()
     assert done.exit_code == 0
     assert "Commands:" in done.output
+
+
+def test_a_file_of_ones_own_methods_is_known_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv(OWN_METHODS, "")
+    file = tmp_path / "own.py"
+    file.write_text("import lowrank_lab as lab\nlab.register_method('mine', defaults={'gap': 3})\n")
+    try:
+        done = run("--methods-from", file, "methods", "--json")
+        assert done.exit_code == 0, done.output
+        (row,) = [row for row in json.loads(done.stdout) if row["name"] == "mine"]
+        assert row["options"]["gap"] == 3
+        kernels = subprocess.run(  # what a notebook of a study sees
+            [sys.executable, "-c", "import lowrank_lab as lab; assert 'mine' in lab.METHODS"],
+            env={**os.environ},
+        )
+        assert kernels.returncode == 0
+    finally:
+        METHODS.pop("mine", None)
