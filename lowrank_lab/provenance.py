@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent
 # Rooms whose source decides what a run computes; a change elsewhere needs no new training.
 TRAINING_ROOMS = (
     "config.py", "sources.py", "corpus.py", "layers", "llama.py", "optim", "techniques.py",
-    "schedule.py", "options.py", "builders.py", "methods.py", "step.py", "train.py",
+    "schedule.py", "options.py", "builders.py", "catalogue.py", "methods.py", "step.py", "train.py",
 )  # fmt: skip
 
 

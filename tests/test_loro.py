@@ -445,3 +445,11 @@ def test_sparse_gradients_are_refused():
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         Loro(table.parameters()).step()
+
+
+@cases
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_float32_weights_follow_the_equations_across_exact_steps(m, n, r, weight_decay):
+    B, A, optimizer = made(m, n, r, weight_decay=weight_decay)
+    advance(B, A, optimizer, gradients(m, n))
+    assert relative((B @ A).detach(), by_equations(m, n, r, weight_decay)) <= 1e-5

@@ -1,0 +1,269 @@
+"""The built-in methods: one row each, with all defaults. Adding a method adds a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lowrank_lab.builders import (
+    OptimizerBuilder,
+    adamw,
+    adamw_8bit,
+    loro,
+    muon,
+    projected,
+    whole_model,
+)
+from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
+from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
+from lowrank_lab.options import Option, adam_options, projection_options
+
+ONE_SIDED = ("std", "reverse_std", "left", "right")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS."""
+
+    name: str
+    summary: str
+    source: str
+    optimizer: OptimizerBuilder
+    lr: float
+    layers: str | None = None  # kind of factorised layer, None for dense weights
+    uses_rank: bool = False
+    rank: int | None = None  # default rank; None is a quarter of the hidden size
+    init: str | None = None  # default initialisation of the factors
+    options: Mapping[str, Option] = field(default_factory=dict)
+    layer_options: tuple[str, ...] = ()  # options that are the layers' and not the optimizer's
+    per_layer: bool = True  # can each weight be updated by itself within the backward pass
+    states: str = ""  # elements of optimizer state of an m×n target weight, in words
+
+
+_APOLLO = {
+    **adam_options(eps=1e-6),
+    **projection_options(ONE_SIDED),
+    "scale": Option.number(1.0, 0, 1e6),
+    "proj": Option.choice("random", ("random", "svd")),
+    "scale_type": Option.choice("channel", ("channel", "tensor")),
+    "scale_front": Option.flag(False),
+    "store_projection": Option.flag(True),
+}
+_APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
+_LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
+
+BUILT_IN = (
+    Method(
+        name="full-rank",
+        summary="dense weights, AdamW: what all others are measured against",
+        source="1711.05101",
+        optimizer=adamw,
+        lr=2.5e-3,
+        options=adam_options(eps=1e-8),
+        states="2mn",
+    ),
+    Method(
+        name="low-rank",
+        summary="W = (α/r)·B·A from scratch, AdamW on the factors",
+        source="2505.22922",
+        optimizer=adamw,
+        lr=5e-3,
+        layers="low-rank",
+        uses_rank=True,
+        init="kaiming",
+        options={**adam_options(eps=1e-8), "alpha": Option.number(None, 1e-6, 1e6)},
+        layer_options=("alpha",),
+        states="2r(m+n)",
+    ),
+    Method(
+        name="lora",
+        summary="W = W₀ + (α/r)·B·A with W₀ frozen at its random start",
+        source="2106.09685",
+        optimizer=adamw,
+        lr=5e-3,
+        layers="lora",
+        uses_rank=True,
+        init="kaiming",
+        options=_LORA,
+        layer_options=("alpha",),
+        states="2r(m+n)",
+    ),
+    Method(
+        name="relora",
+        summary="LoRA whose factors are merged into W₀ and drawn anew every merge_every steps",
+        source="2307.05695",
+        optimizer=adamw,
+        lr=5e-3,
+        layers="lora",
+        uses_rank=True,
+        init="kaiming",
+        options={
+            **_LORA,
+            "merge_every": Option.whole(200, 1),
+            "merge_moments": Option.choice("scale", ("scale", "magnitude", "random")),
+            "merge_share": Option.number(1.0, 0, 1),
+            "warm_start": Option.whole(0, 0),
+        },
+        layer_options=("alpha",),
+        states="2r(m+n)",
+    ),
+    Method(
+        name="sltrain",
+        summary="W = (α/r)·B·A + S, with S sparse on a fixed random support",
+        source="2406.02214",
+        optimizer=adamw,
+        lr=5e-3,
+        layers="sltrain",
+        uses_rank=True,
+        init="kaiming",
+        options={
+            **_LORA,
+            "sparsity": Option.number(0.03, 0, 1),
+            "keep_weight": Option.flag(False),
+        },
+        layer_options=("alpha", "sparsity", "keep_weight"),
+        states="2(r(m+n) + ⌊δmn⌋)",
+    ),
+    Method(
+        name="loro",
+        summary="low-rank factors with exact Riemannian steps every update_k steps",
+        source="LORO (ICLR 2025)",
+        optimizer=loro,
+        lr=5e-3,
+        layers="low-rank",
+        uses_rank=True,
+        init="kaiming",
+        options={
+            **adam_options(eps=1e-8),
+            "alpha": Option.number(None, 1e-6, 1e6),
+            "update_k": Option.whole(500, 1),
+        },
+        layer_options=("alpha",),
+        per_layer=False,
+        states="2r(m+n)",
+    ),
+    Method(
+        name="galore",
+        summary="dense weights, Adam in a rank-r subspace of the gradient, renewed by SVD",
+        source="2403.03507",
+        optimizer=projected(GaLore, "update_proj_gap", "scale", "proj_type", "refresh"),
+        lr=1e-2,
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-6),
+            **projection_options(PROJ_TYPES, REFRESHES),
+            "scale": Option.number(0.25, 0, 1000),
+        },
+        states="2r·max(m,n) + r·min(m,n)",
+    ),
+    Method(
+        name="fira",
+        summary="GaLore plus the gradient outside the subspace, scaled and growth-limited",
+        source="2410.01623",
+        optimizer=projected(Fira, "update_proj_gap", "alpha", "proj_type", "refresh"),
+        lr=1e-2,
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-6),
+            **projection_options(ONE_SIDED, REFRESHES),
+            "alpha": Option.number(1.0, 0, 1000),
+        },
+        states="2r·max(m,n) + r·min(m,n) + 1",
+    ),
+    Method(
+        name="apollo",
+        summary="the raw gradient, scaled by what Adam does to a random projection of it",
+        source="2412.05270",
+        optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
+        lr=1e-2,
+        uses_rank=True,
+        options=_APOLLO,
+        states="2r·max(m,n) + r·min(m,n) + 1; without store_projection r·min(m,n) less",
+    ),
+    Method(
+        name="apollo-mini",
+        summary="APOLLO at rank 1, with one scale a matrix",
+        source="2412.05270",
+        optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
+        lr=1e-2,
+        uses_rank=True,
+        rank=1,
+        options=_APOLLO
+        | {
+            "scale": Option.number(128.0, 0, 1e6),
+            "scale_type": Option.choice("tensor", ("channel", "tensor")),
+        },
+        states="2·max(m,n) + min(m,n) + 1; without store_projection min(m,n) less",
+    ),
+    Method(
+        name="golore",
+        summary="GaLore that turns to random subspaces, moments carried, at step `switch`",
+        source="2410.11289",
+        optimizer=projected(
+            GoLore, "update_proj_gap", "scale", "proj_type", "refresh", "switch", seeded=True
+        ),
+        lr=1e-2,
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-6),
+            **projection_options(PROJ_TYPES, REFRESHES),
+            "scale": Option.number(0.25, 0, 1000),
+            "switch": Option.whole(0, 0),
+        },
+        states="2r·max(m,n) + r·min(m,n)",
+    ),
+    Method(
+        name="spam",
+        summary="Adam with clipped gradient spikes and moments that restart",
+        source="2501.06842",
+        optimizer=whole_model(
+            Spam, "threshold", "update_proj_gap", "warmup", "grad_accu_steps", "density"
+        ),
+        lr=2.5e-3,
+        options={
+            **adam_options(eps=1e-6),
+            "threshold": Option.number(5000.0, 1e-6, 1e12),
+            "update_proj_gap": Option.whole(500, 1),
+            "warmup": Option.whole(150, 1),
+            "grad_accu_steps": Option.whole(20, 0),
+            "density": Option.number(1.0, 1e-6, 1),
+        },
+        states="2mn; with density d < 1 about 2dmn and a mask",
+    ),
+    Method(
+        name="stable-spam",
+        summary="Adam on gradients clipped by their running maximum and norm",
+        source="2502.17055",
+        optimizer=whole_model(StableSpam, "gamma1", "gamma2", "theta", "update_proj_gap"),
+        lr=2.5e-3,
+        options={
+            **adam_options(eps=1e-8),
+            "gamma1": Option.number(0.7, 0, 0.999999),
+            "gamma2": Option.number(0.9, 0, 0.999999),
+            "theta": Option.number(0.999, 0, 0.999999),
+            "update_proj_gap": Option.whole(1000, 1),
+        },
+        states="2mn + 3",
+    ),
+    Method(
+        name="adamw-8bit",
+        summary="dense weights, AdamW with moments of 8 bits (torchao)",
+        source="2110.02861",
+        optimizer=adamw_8bit,
+        lr=2.5e-3,
+        options=adam_options(eps=1e-8),
+        states="2mn of one byte, and a scale a block",
+    ),
+    Method(
+        name="muon",
+        summary="orthogonalised momentum for the matrices, AdamW for the rest (torch)",
+        source="Muon (K. Jordan 2024)",
+        optimizer=muon,
+        lr=2.5e-3,
+        options={
+            **adam_options(eps=1e-8),
+            "momentum": Option.number(0.95, 0, 0.999999),
+        },
+        states="mn",
+    ),
+)
