@@ -7,7 +7,7 @@ import torch
 
 from lowrank_lab.checkpoint import load, save
 from lowrank_lab.config import RunConfig
-from lowrank_lab.memory import tensor_bytes
+from lowrank_lab.memory import optimizer_state_bytes, persistent, tensor_bytes
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.step import gradients, update_
 from lowrank_lab.techniques import reset_momentum_
@@ -63,3 +63,11 @@ def test_a_full_reset_clears_the_quantized_moments(config):
             moment = state[name]
             plain = moment.dequantize() if hasattr(moment, "dequantize") else moment
             assert plain.abs().max() == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_states_are_the_bytes_of_the_formula(config, precision):
+    config = config.replace(precision=precision)
+    model, optimizer = build(config)
+    train(model, optimizer, config, 0, 1)
+    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(config)
