@@ -117,10 +117,11 @@ def methods(as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=1))
         return
     for row in rows:
-        click.echo(f"{row['name']:12} {row['summary']}  ({row['source']})")
         options = ", ".join(f"{k} {v}" for k, v in row["options"].items() if v is not None)
-        click.echo(f"{'':12} states of an m×n weight: {row['states'] or 'not known'}")
-        click.echo(f"{'':12} lr {row['lr']:g}; {options}")
+        click.echo(
+            f"{row['name']:12} {row['summary']} ({row['source']}); states of an m×n weight: "
+            f"{row['states'] or 'not known'}; lr {row['lr']:g}, {options}"
+        )
 
 
 @main.command()
