@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.layers import FactorizedLinear, core_of, target_layers
+from lowrank_lab.layers import FactorizedLinear, product_singular_values, target_layers
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def singular_values(layer: nn.Linear | FactorizedLinear) -> Tensor:
             dense: Tensor = torch.linalg.svdvals(layer.dense_weight().float())
             return dense
         B, A = layer.factors()
-        return core_of(B, A).S.float() * abs(layer.scale)
+        return product_singular_values(B, A).float() * abs(layer.scale)
     values: Tensor = torch.linalg.svdvals(layer.weight.float())
     return values
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.layers import Core, FactorizedLinear, core_of, generator_of
+from lowrank_lab.layers import Balance, FactorizedLinear, balance, generator_of
 from lowrank_lab.layers.base import RANK_TOLERANCE
 from lowrank_lab.optim.base import is_quantized
 
@@ -60,22 +60,31 @@ def refactorize_(
         if not isinstance(layer, FactorizedLinear):
             continue
         B, A = layer.factors()
-        core = core_of(B, A)
-        if not bool(core.S[-1] > RANK_TOLERANCE[B.dtype] * core.S[0]):
+        found = balance(B, A)
+        if not bool(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0]):
             done.rank_deficient.append(name)
             continue
-        root = core.S.sqrt()
-        # copy_, not assignment: sharded and compiled models keep hold of the tensors.
-        B.copy_(core.Q_B @ (core.U * root))
-        A.copy_((root[:, None] * core.V.T) @ core.Q_A.T)
+        _balance_(B, A, found)
         done.changed.append(name)
         if on_refactor == "reset":
             assert optimizer is not None
             reset_momentum_(optimizer, params=(B, A))
         elif on_refactor == "transport":
             assert optimizer is not None
-            transport_moments_(optimizer.state.get(B, {}), optimizer.state.get(A, {}), core)
+            transport_moments_(optimizer.state.get(B, {}), optimizer.state.get(A, {}), found)
     return done
+
+
+def _balance_(B: Tensor, A: Tensor, found: Balance) -> None:
+    """B ← B T and A ← T⁻¹ A, rounded once: in float64, or in float32 where nothing cancels."""
+    # The norms of both results are √ΣS; how far those of their factors exceed it is what float32
+    # would lose.
+    result = (found.S.sum() * len(found.S)).sqrt()
+    growth = torch.maximum(B.norm() * found.T.norm(), found.T_inverse.norm() * A.norm()) / result
+    wide = torch.promote_types(B.dtype, torch.float32 if growth < 4 else torch.float64)
+    # copy_, not assignment: sharded and compiled models keep hold of the tensors.
+    B.copy_(B.to(wide) @ found.T.to(wide))
+    A.copy_(found.T_inverse.to(wide) @ A.to(wide))
 
 
 def _refuse_projected(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -88,22 +97,20 @@ def _refuse_projected(module: nn.Module, optimizer: torch.optim.Optimizer) -> No
                 raise ValueError("on_refactor: 'transport' is not allowed; moments are projected")
 
 
-def transport_moments_(state_B: dict[str, Any], state_A: dict[str, Any], core: Core) -> None:
+def transport_moments_(state_B: dict[str, Any], state_A: dict[str, Any], found: Balance) -> None:
     """Carry Adam's moments of B and A into the balanced factors B T and T⁻¹A, in place.
 
     Gradients go with the factors: G_B ← G_B T⁻ᵀ and G_A ← Tᵀ G_A. First moments, being averages of
     gradients, follow exactly; second moments approximately, by the squares of T's entries:
         m_B ← m_B T⁻ᵀ,  m_A ← Tᵀ m_A,  v_B ← v_B (T⁻ᵀ)∘²,  v_A ← (Tᵀ)∘² v_A
-    T = R_Aᵀ V Σ^(−½) and T⁻ᵀ = R_Bᵀ U Σ^(−½), so that nothing is inverted.
 
     Raises:
         ValueError: the moments are not shaped like the factors (the optimizer projects).
     """
-    inverse_root = core.S.rsqrt()
-    T = core.R_A.T @ core.V * inverse_root
-    T_inv_t = core.R_B.T @ core.U * inverse_root
-    r = len(core.S)
-    for state, on_right, matrix in ((state_B, True, T_inv_t), (state_A, False, T.T)):
+    r = len(found.S)
+    for state, on_right, matrix in (
+        (state_B, True, found.T_inverse.T), (state_A, False, found.T.T),
+    ):  # fmt: skip
         squares = matrix.square()
         carriers = {"exp_avg": matrix, "exp_avg_sq": squares, "max_exp_avg_sq": squares}
         for name, factor in carriers.items():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowrank_lab import factorize, refactorize_
-from lowrank_lab.layers import FactorizedLinear, LoRALinear, LowRankLinear, core_of
+from lowrank_lab.layers import FactorizedLinear, LoRALinear, LowRankLinear, balance
 from lowrank_lab.optim import Fira, GaLore
 from lowrank_lab.techniques import transport_moments_
 
@@ -29,9 +29,9 @@ def balanced(B, A):
     """The balanced factors by a full SVD, and T with B′ = B T."""
     r = B.shape[1]
     U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
-    # The signs of singular vectors are arbitrary: those of the core are taken.
-    core = core_of(B, A)
-    signs = ((core.Q_B @ core.U) * U[:, :r]).sum(0).sign()
+    # The signs of singular vectors are arbitrary: those of `balance` are taken.
+    found = balance(B, A)
+    signs = ((B @ found.T) * U[:, :r]).sum(0).sign()
     new_B, new_A = signs * U[:, :r] * S[:r].sqrt(), (signs * S[:r].sqrt())[:, None] * Vh[:r]
     return new_B, new_A, torch.linalg.lstsq(B, new_B).solution
 
@@ -96,7 +96,7 @@ def test_transported_gradients_are_the_gradients_of_the_new_factors(m, n, r, sca
     B, A = factors(m, n, r)
     G_B, G_A = gradients(B, A, scale)
     state_B, state_A = {"exp_avg": G_B}, {"exp_avg": G_A}
-    transport_moments_(state_B, state_A, core_of(B, A))
+    transport_moments_(state_B, state_A, balance(B, A))
     new_B, new_A, _ = balanced(B, A)
     expected_B, expected_A = gradients(new_B, new_A, scale)
     assert relative(state_B["exp_avg"], expected_B) <= 1e-10
@@ -108,7 +108,7 @@ def test_moments_follow_by_the_inverse_of_t_and_second_ones_by_its_squares(m, n,
     B, A = factors(m, n, r)
     state_B, state_A = states(m, n, r)
     before_B, before_A = copy.deepcopy(state_B), copy.deepcopy(state_A)
-    transport_moments_(state_B, state_A, core_of(B, A))
+    transport_moments_(state_B, state_A, balance(B, A))
     T = balanced(B, A)[2]
     inverse = torch.linalg.inv(T)
     expected = [
@@ -121,13 +121,13 @@ def test_moments_follow_by_the_inverse_of_t_and_second_ones_by_its_squares(m, n,
 
 
 def test_second_moments_stay_positive_and_zero_moments_stay_zero():
-    core = core_of(*factors(40, 24, 6))
+    found = balance(*factors(40, 24, 6))
     state_B, state_A = states(40, 24, 6)
-    transport_moments_(state_B, state_A, core)
+    transport_moments_(state_B, state_A, found)
     assert (state_B["exp_avg_sq"] > 0).all()
     assert (state_A["exp_avg_sq"] > 0).all()
     zeros = [{k: torch.zeros_like(v) for k, v in s.items()} for s in (state_B, state_A)]
-    transport_moments_(*zeros, core)
+    transport_moments_(*zeros, found)
     assert not any(v.any() for s in zeros for v in s.values())
 
 
@@ -137,7 +137,7 @@ def test_moments_of_balanced_factors_stay_what_they_are():
     signs = (new_B * B).sum(0).sign()
     state_B, state_A = states(40, 24, 6)
     before_B, before_A = copy.deepcopy(state_B), copy.deepcopy(state_A)
-    transport_moments_(state_B, state_A, core_of(B, A))
+    transport_moments_(state_B, state_A, balance(B, A))
     assert relative(state_B["exp_avg"], before_B["exp_avg"] * signs) <= 1e-10
     assert relative(state_A["exp_avg"], signs[:, None] * before_A["exp_avg"]) <= 1e-10
     assert relative(state_B["exp_avg_sq"], before_B["exp_avg_sq"]) <= 1e-10
@@ -145,12 +145,12 @@ def test_moments_of_balanced_factors_stay_what_they_are():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_lower_precisions_are_rounded_once(dtype, tolerance):
-    core = core_of(*factors(40, 24, 6))
+    found = balance(*factors(40, 24, 6))
     rounded = [{k: v.to(dtype) for k, v in s.items()} for s in states(40, 24, 6)]
     exact = [{k: v.double() for k, v in s.items()} for s in rounded]
     kept = [v for s in rounded for v in s.values()]
-    transport_moments_(*rounded, core)
-    transport_moments_(*exact, core)
+    transport_moments_(*rounded, found)
+    transport_moments_(*exact, found)
     assert all(a is b for a, b in zip(kept, [v for s in rounded for v in s.values()], strict=True))
     for ours, reference in zip(rounded, exact, strict=True):
         assert {v.dtype for v in ours.values()} == {dtype}
@@ -343,7 +343,7 @@ def test_the_change_of_loss_that_gradients_promise_a_step_is_kept():
     before = (G_B * step_B).sum() + (G_A * step_A).sum()
     T = balanced(B, A)[2]
     moments = {"exp_avg": G_B}, {"exp_avg": G_A}
-    transport_moments_(*moments, core_of(B, A))
+    transport_moments_(*moments, balance(B, A))
     after = (moments[0]["exp_avg"] * (step_B @ T)).sum()
     after += (moments[1]["exp_avg"] * (torch.linalg.inv(T) @ step_A)).sum()
     assert after.item() == pytest.approx(before.item(), rel=1e-10)

@@ -9,19 +9,24 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lowrank_lab.config import TARGETS, nearest
-from lowrank_lab.layers.base import Core, FactorizedLinear, core_of
+from lowrank_lab.layers.base import (
+    Balance,
+    FactorizedLinear,
+    balance,
+    product_singular_values,
+)
 from lowrank_lab.layers.lora import LoRALinear, generator_of, lora_layers, merge_, train_dense_
 from lowrank_lab.layers.low_rank import LowRankLinear
 from lowrank_lab.layers.sltrain import SLTrainLinear
 
 __all__ = [
     "KINDS",
-    "Core",
+    "Balance",
     "FactorizedLinear",
     "LoRALinear",
     "LowRankLinear",
     "SLTrainLinear",
-    "core_of",
+    "balance",
     "factorize",
     "generator_of",
     "lora_layers",

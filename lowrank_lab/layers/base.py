@@ -17,6 +17,7 @@ RANK_TOLERANCE = {
     torch.bfloat16: 1e-3,
     torch.float16: 1e-4,
 }
+GRAM_TOLERANCE = 1e-8  # smallest share of squared singular values that Gram matrices get right
 
 
 class FactorizedLinear(nn.Module):
@@ -51,24 +52,54 @@ class FactorizedLinear(nn.Module):
         )
 
 
-class Core(NamedTuple):
-    """B A (m×n) through its r×r core, in float64: the product itself is never formed.
+class Balance(NamedTuple):
+    """B A = (B T) (T⁻¹ A), where (B T)ᵀ (B T) = (T⁻¹ A) (T⁻¹ A)ᵀ = Σ. All of it in float64."""
 
-    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U Σ Vᵀ  ⇒  B A = (Q_B U) Σ (Q_A V)ᵀ
-    """
-
-    Q_B: Tensor  # m×r
-    R_B: Tensor  # r×r
-    Q_A: Tensor  # n×r
-    R_A: Tensor  # r×r
-    U: Tensor  # r×r
     S: Tensor  # r, descending: the singular values of B A
-    V: Tensor  # r×r
+    T: Tensor  # r×r; where B A is rank-deficient (RANK_TOLERANCE), T and T⁻¹ mean nothing
+    T_inverse: Tensor  # r×r
 
 
-def core_of(B: Tensor, A: Tensor) -> Core:
-    """The r×r core of B (m×r) times A (r×n)."""
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.T.double())
+def balance(B: Tensor, A: Tensor) -> Balance:
+    """What balances B (m×r) and A (r×n), from r×r matrices: the product is never formed.
+
+    BᵀB = L Lᵀ,  Lᵀ (A Aᵀ) L = U Σ² Uᵀ  ⇒  T = L⁻ᵀ U Σ^½,  T⁻¹ = Σ^(−½) Uᵀ Lᵀ. Gram matrices square
+    the condition number: where they lose the small singular values, QR takes their place.
+    """
+    B, A = B.double(), A.double()
+    L, failed = torch.linalg.cholesky_ex(_gram(B))
+    if not failed:
+        squares, U = torch.linalg.eigh(L.T @ _gram(A.T) @ L)  # ascending
+        if bool(squares[0] > GRAM_TOLERANCE * squares[-1]):
+            S, U = squares.flip(0).sqrt(), U.flip(1)
+            root = S.sqrt()
+            T = torch.linalg.solve_triangular(L.T, U * root, upper=True)
+            return Balance(S, T, (U / root).T @ L.T)
+    # B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U Σ Vᵀ  ⇒  T = R_Aᵀ V Σ^(−½),  T⁻¹ = Σ^(−½) Uᵀ R_B
+    R_B, R_A = _triangular(B), _triangular(A.T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
-    return Core(Q_B, R_B, Q_A, R_A, U, S, Vh.T)
+    inverse_root = S.rsqrt()
+    return Balance(S, R_A.T @ Vh.T * inverse_root, (U * inverse_root).T @ R_B)
+
+
+def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """The r singular values of B (m×r) times A (r×n), descending, float64."""
+    S: Tensor = torch.linalg.svdvals(_triangular(B.double()) @ _triangular(A.T.double()).T)
+    return S
+
+
+def _triangular(X: Tensor) -> Tensor:
+    """R (r×r) of X = Q R."""
+    R: Tensor = torch.linalg.qr(X, mode="r")[1]
+    return R
+
+
+def _gram(X: Tensor) -> Tensor:
+    """Xᵀ X (r×r) of X (p×r), half of it computed and half mirrored."""
+    r, width = X.shape[1], 128
+    G = X.new_empty(r, r)
+    for i in range(0, r, width):
+        block = X[:, i : i + width].T @ X[:, i:]
+        G[i:, i : i + width] = block.T
+        G[i : i + width, i:] = block
+    return G

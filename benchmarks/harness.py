@@ -1,0 +1,151 @@
+"""Paired timings: contestants take turns in one process, and ratios are taken round by round.
+
+Absolute times drift with the machine's other tenants by half; a ratio of two things that ran one
+right after the other does not.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Row:
+    """One comparison. `ratio` is what the target is about, and which way is better is in its sign.
+
+    ours, peer and floor are in `unit`; the floor is what the arithmetic or the bytes alone take.
+    """
+
+    name: str
+    ours: float
+    peer: float | None
+    floor: float | None
+    unit: str
+    ratio: float
+    target: str  # "≥ 2.2" or "≤ 0.6"
+    peer_name: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        sign, limit = self.target.split()
+        return self.ratio >= float(limit) if sign == "≥" else self.ratio <= float(limit)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"met": self.met}
+
+
+Contestant = Callable[[], Any]
+
+
+def take_turns(
+    contestants: Mapping[str, Contestant],
+    rounds: int,
+    *,
+    before: Callable[[], Any] = lambda: None,
+    warm_up: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds of every round of each contestant; the order turns round from round to round.
+
+    Args:
+        before: called before each timing, untimed: puts fresh inputs in place.
+        warm_up: rounds that are not counted.
+    """
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(-warm_up, rounds):
+            for name in names if r % 2 else names[::-1]:
+                before()
+                started = time.perf_counter()
+                contestants[name]()
+                if r >= 0:
+                    seconds[name].append(time.perf_counter() - started)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median over the rounds of above / below."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's number of threads in this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check(name: str, error: float, limit: float) -> None:
+    """Refuse to time two things that don't compute the same."""
+    if not error <= limit:
+        raise RuntimeError(f"{name}: ours and the peer differ by {error:.2e}; allowed is {limit:g}")
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """‖ours − theirs‖ / ‖theirs‖."""
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def machine() -> dict[str, Any]:
+    """What the timings were taken on."""
+    packages = (
+        "torch",
+        "galore-torch",
+        "fira",
+        "apollo-torch",
+        "pytorch-optimizer",
+        "transformers",
+    )
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "gemm_gflops": {
+            str(d).removeprefix("torch."): round(gemm_rate(d) / 1e9)
+            for d in (torch.float32, torch.bfloat16)
+        },
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Measured peak of a square matrix product, floating point operations a second."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best = min(sum(take_turns({"mm": lambda: torch.mm(a, b, out=out)}, 1)["mm"]) for _ in range(8))
+    return 2 * size**3 / best
