@@ -42,7 +42,13 @@ def projected(
     ) -> torch.optim.Optimizer:
         ranked = {"rank": config.rank, **{key: config.method_options[key] for key in keys}}
         ranked |= {"seed": config.seed} if seeded else {}
-        return optimizer(_groups(targets, rest, ranked), **_adam(config))
+        choices = {
+            "state_precision": config.state_precision,
+            "stochastic_rounding": config.stochastic_rounding,
+        }
+        usual = {"state_precision": "same", "stochastic_rounding": False}
+        given = {key: value for key, value in choices.items() if value != usual[key]}
+        return optimizer(_groups(targets, rest, ranked), **_adam(config), **given)
 
     return build
 

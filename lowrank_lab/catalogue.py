@@ -146,12 +146,14 @@ BUILT_IN = (
         name="galore",
         summary="dense weights, Adam in a rank-r subspace of the gradient, renewed by SVD",
         source="2403.03507",
-        optimizer=projected(GaLore, "update_proj_gap", "scale", "proj_type", "refresh"),
+        optimizer=projected(
+            GaLore, "update_proj_gap", "scale", "proj_type", "refresh", "spread_refresh"
+        ),
         lr=1e-2,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(PROJ_TYPES, REFRESHES),
+            **projection_options(PROJ_TYPES, REFRESHES, spread=True),
             "scale": Option.number(0.25, 0, 1000),
         },
         states="2r·max(m,n) + r·min(m,n)",
@@ -160,12 +162,14 @@ BUILT_IN = (
         name="fira",
         summary="GaLore plus the gradient outside the subspace, scaled and growth-limited",
         source="2410.01623",
-        optimizer=projected(Fira, "update_proj_gap", "alpha", "proj_type", "refresh"),
+        optimizer=projected(
+            Fira, "update_proj_gap", "alpha", "proj_type", "refresh", "spread_refresh"
+        ),
         lr=1e-2,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(ONE_SIDED, REFRESHES),
+            **projection_options(ONE_SIDED, REFRESHES, spread=True),
             "alpha": Option.number(1.0, 0, 1000),
         },
         states="2r·max(m,n) + r·min(m,n) + 1",

@@ -165,6 +165,12 @@ class RunConfig(BaseModel):
     clip: float = help_field(1.0, "largest global gradient norm, 0 = no clipping", ge=0)
     # execution
     precision: Literal["fp32", "bf16", "amp-bf16"] = help_field("fp32", "weights and compute dtype")
+    state_precision: Literal["same", "fp32"] = help_field(
+        "same", "averages of projected optimizers: in the dtype of the weights, or fp32"
+    )
+    stochastic_rounding: bool = help_field(
+        False, "round bf16 weights up or down at random (projected optimizers)"
+    )
     compile: bool = help_field(False, "torch.compile each block (needs a C++ compiler)")
     activation_checkpointing: bool = help_field(False, "recompute blocks in the backward pass")
     seed: int = help_field(0, "decides initial weights and batch order", ge=0, lt=1 << 32)

@@ -116,15 +116,16 @@ def _adamw(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
 
 def _projected(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
     """m and v of the projected gradient, and the projections; plain Adam for the other weights."""
+    of_states = 4 if config.state_precision == "fp32" else b
     if not target:
-        return 2 * p.numel() * b
+        return 2 * p.numel() * of_states
     assert config.rank is not None
     m, n = p.shape
     left, right = sides(config.method_options["proj_type"], p.shape)
     rows, columns = (config.rank if left else m), (config.rank if right else n)
     projections = config.rank * (m * left + n * right)
     stored = config.method_options.get("store_projection", True)
-    return int(2 * rows * columns + projections * stored) * b
+    return int(2 * rows * columns * of_states + projections * stored * b)
 
 
 def _limited(p: Tensor, target: bool, b: int, config: RunConfig) -> int:

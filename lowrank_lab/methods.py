@@ -169,8 +169,21 @@ def _check_techniques(config: RunConfig, method: Method) -> None:
         name = "reset_every" if config.reset_every else "on_refactor"
         allowed = f"how {config.optimizer} corrects its moments isn't known here"
         raise InputError(name, getattr(config, name), allowed)
+    _check_precision(config, method)
     if config.per_layer:
         _check_per_layer(config, method)
+
+
+def _check_precision(config: RunConfig, method: Method) -> None:
+    """States in float32 and random rounding are for bfloat16 weights, and not every optimizer's."""
+    for name, usual in (("state_precision", "same"), ("stochastic_rounding", False)):
+        value = getattr(config, name)
+        if value == usual:
+            continue
+        if "proj_type" not in method.options:
+            raise InputError(name, value, f"the optimizer of {method.name} has no such choice")
+        if config.precision != "bf16":
+            raise InputError(name, value, f"needs precision bf16, not {config.precision}")
 
 
 def _check_per_layer(config: RunConfig, method: Method) -> None:

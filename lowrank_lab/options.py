@@ -70,11 +70,12 @@ def adam_options(eps: float) -> dict[str, Option]:
 
 
 def projection_options(
-    proj_types: tuple[str, ...], refreshes: tuple[str, ...] = ()
+    proj_types: tuple[str, ...], refreshes: tuple[str, ...] = (), *, spread: bool = False
 ) -> dict[str, Option]:
     """How the gradient is projected, and when anew."""
     options = {
         "update_proj_gap": Option.whole(200, 1),
         "proj_type": Option.choice("std", proj_types),
     }
-    return options | ({"refresh": Option.choice("svd", refreshes)} if refreshes else {})
+    options |= {"refresh": Option.choice("svd", refreshes)} if refreshes else {}
+    return options | ({"spread_refresh": Option.flag(False)} if spread else {})

@@ -12,15 +12,19 @@ from torch import Tensor
 
 from lowrank_lab.optim.base import (
     ProjectedAdamW,
-    adam_direction,
-    averages,
     is_number,
     is_whole,
     place,
     refuse,
 )
 from lowrank_lab.optim.fira import EPS, growth_limiter
-from lowrank_lab.optim.projection import check_projection, project, refreshed, sides
+from lowrank_lab.optim.projection import (
+    channel_norms,
+    check_projection,
+    projected,
+    refreshed,
+    sides,
+)
 
 SEED_STRIDE = 1_000_003  # keeps the parameters of two seeds apart
 
@@ -46,6 +50,7 @@ class Apollo(ProjectedAdamW):
 
     Args:
         scale_front, disable_nl: as in the package, for all groups that don't have these keys.
+        precision: `state_precision` and `stochastic_rounding`, see ProjectedAdamW.
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
@@ -65,10 +70,11 @@ class Apollo(ProjectedAdamW):
         scale_front: bool = False,
         disable_nl: bool = False,
         no_deprecation_warning: bool = True,
+        **precision: Any,
     ) -> None:
         keys = {"scale_front": scale_front, "disable_nl": disable_nl}
         groups = [keys | g if isinstance(g, dict) and "rank" in g else g for g in params]
-        super().__init__(groups, lr, betas, eps, weight_decay, correct_bias, no_deprecation_warning)
+        super().__init__(groups, lr, betas, eps, weight_decay, correct_bias, **precision)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -89,15 +95,12 @@ class Apollo(ProjectedAdamW):
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        left, right = self._projections(W, G, state, group)
-        R = project(G, left, right)
-        N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])
+        left, right = self._projections(G, state, group)
+        R = projected(self, G, left, right, group)
+        N = self.adam_direction(R, state, group)
         # φ = ‖N‖ / (‖R‖ + ε), per channel (over the rank axis) or once for the tensor
         axis = None if group["scale_type"] == "tensor" else 0 if right is None else 1
-        precise = torch.promote_types(G.dtype, torch.float32)
-        R_norm, N_norm, G_norm = (
-            torch.linalg.vector_norm(X, dim=axis, keepdim=True, dtype=precise) for X in (R, N, G)
-        )
+        R_norm, N_norm, G_norm = (channel_norms(X, axis) for X in (R, N, G))
         phi, root = N_norm / (R_norm + EPS), math.sqrt(group["scale"])
         # S = φ∘G, whose norm follows from G's: ‖S‖² = Σ φ²‖G‖² over the channels
         if not group["disable_nl"]:
@@ -109,14 +112,14 @@ class Apollo(ProjectedAdamW):
         W.addcmul_(G, (root * phi).to(G.dtype), value=-step_size)
 
     def _projections(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any]
+        self, G: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor | None]:
         """(L, None) or (None, R) for this step; `seed` in the state is the current one's."""
         if group["proj"] == "svd":
-            return refreshed(state, G, group | {"refresh": "svd"})
+            return refreshed(self, state, G, group | {"refresh": "svd"})
         due = state["step"] % group["update_proj_gap"] == 0
         if "seed" not in state:
-            state["seed"] = (group["seed"] * SEED_STRIDE + place(self, W)) % 2**63
+            state["seed"] = (group["seed"] * SEED_STRIDE + place(self, state)) % 2**63
         elif due:
             state["seed"] = next_seed(state["seed"])
         left = sides(group["proj_type"], G.shape)[0]

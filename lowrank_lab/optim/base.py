@@ -12,18 +12,20 @@ together with the averages, so that bias correction stays exact (`techniques.res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Keys of a group that torch and its schedulers add.
 FOREIGN_KEYS = ("params", "param_names", "initial_lr")
 # A step count at which Adam's 1 − βᵗ is 1 for every β: the fused kernel then corrects no bias.
 _LONG_AGO = 1e12
+_SEED_STRIDE = 1_000_003  # keeps the random roundings of two parameters apart
+PRECISIONS = ("same", "fp32")  # of Adam's averages
 
 
 def adam_update_(
@@ -38,22 +40,28 @@ def adam_update_(
 ) -> None:
     """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − step_size · m / (√v + ε), fused, in place.
 
-    Bias correction is in `step_size`. All tensors of one call share a dtype and a device.
+    Bias correction is in `step_size`. All tensors of one call share a dtype and a device: the
+    kernel is called without torch's sorting by both, which takes as long as the kernel itself.
     """
     long_ago = torch.full((), _LONG_AGO, dtype=torch.float32, device=params[0].device)
-    adamw(
+    torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], [long_ago] * len(params),
-        fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=step_size,
-        weight_decay=0.0, eps=eps, maximize=False,
+        lr=step_size, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps,
+        amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
 def adam_direction(
-    g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float
+    g: Tensor,
+    state: dict[str, Any],
+    betas: tuple[float, float],
+    eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Update the averages with g; return N = m / (√v + ε), shaped like g, bias uncorrected."""
-    N = torch.zeros_like(g)
-    adam_update_([N], [g], [exp_avg], [exp_avg_sq], step_size=-1.0, betas=betas, eps=eps)
+    N = torch.zeros_like(g) if out is None else out.zero_()
+    m, v = averages(state, g)
+    adam_update_([N], [g], [m], [v], step_size=-1.0, betas=betas, eps=eps)
     return N
 
 
@@ -67,11 +75,13 @@ class ProjectedAdamW(torch.optim.Optimizer):
         eps: added to √v before bias correction.
         weight_decay: decoupled, applied after the update with lr · weight_decay.
         correct_bias: False leaves out Adam's bias correction.
+        state_precision: `same` keeps the averages in the dtype of the weights, `fp32` in float32.
+        stochastic_rounding: round bfloat16 weights up or down at random, so that on average they
+            also follow updates below their precision. Deterministic: drawn from the step.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown or missing group key, or a parameter
-        of
-            a ranked group that isn't a matrix or has a side shorter than the rank.
+            of a ranked group that isn't a matrix or has a side shorter than the rank.
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
@@ -85,6 +95,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
         no_deprecation_warning: bool = False,
+        *,
+        state_precision: str = "same",
+        stochastic_rounding: bool = False,
     ) -> None:
         del no_deprecation_warning  # accepted, since callers of galore-torch and fira pass it
         _check("lr", lr, lr >= 0, "at least 0")
@@ -93,11 +106,14 @@ class ProjectedAdamW(torch.optim.Optimizer):
         _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "correct_bias": correct_bias,
+            "correct_bias": correct_bias, "state_precision": state_precision,
+            "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        precision = (self.defaults | param_group).get("state_precision", "same")
+        refuse("state_precision", precision, precision not in PRECISIONS, " or ".join(PRECISIONS))
         if "rank" in param_group:
             known = {*FOREIGN_KEYS, "rank", *self.defaults, *self.group_defaults}
             for key, value in param_group.items():
@@ -159,14 +175,15 @@ class ProjectedAdamW(torch.optim.Optimizer):
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
-        if group["weight_decay"] > 0 and params:
+        if group["weight_decay"] > 0 and params and not group.get("stochastic_rounding"):
             torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             assert p.grad is not None
             state = self._advanced(p, group)
-            self.update_(p, p.grad, state, group, _step_size(state, group))
+            with self._written(p, state, group) as W:
+                self.update_(W, p.grad, state, group, _step_size(state, group))
             state["step"] += 1
 
     def _advanced(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -179,8 +196,37 @@ class ProjectedAdamW(torch.optim.Optimizer):
         state["exp_avg_sq_weight"] = beta2 * state["exp_avg_sq_weight"] + 1 - beta2
         return state
 
+    @contextmanager
+    def _written(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Iterator[Tensor]:
+        """What an update of p changes: p, or a float32 copy that is rounded into p at random."""
+        if not group.get("stochastic_rounding") or p.dtype != torch.bfloat16:
+            yield p
+            return
+        W = p.float()
+        yield W
+        W.mul_(1.0 - group["lr"] * group["weight_decay"])
+        seed = (place(self, state) * _SEED_STRIDE + state["step"]) % 2**63
+        p.copy_(stochastically_rounded(W, seed))
+
+    def adam_direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """`adam_direction` of a projected gradient, into a buffer that is used again."""
+        N = self.buffer("direction", R.shape, R)
+        return adam_direction(R, state, group["betas"], group["eps"], out=N)
+
+    def buffer(self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+        """An uninitialised tensor of that shape and of like's dtype and device, used again."""
+        buffers = self.__dict__.setdefault("_buffers", {})  # copies of an optimizer have none
+        key = (name, tuple(shape), like.dtype, like.device)
+        if key not in buffers:
+            buffers[key] = like.new_empty(shape)
+        found: Tensor = buffers[key]
+        return found
+
     def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Fused AdamW on all parameters that share a dtype, a device and a step size."""
+        if group.get("stochastic_rounding") or group.get("state_precision") == "fp32":
+            self._precise_adamw_(params, group)
+            return
         batches: dict[Any, list[Tensor]] = {}
         for p in params:
             state = self._advanced(p, group)
@@ -198,6 +244,31 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 betas=group["betas"],
                 eps=group["eps"],
             )
+
+    def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """AdamW one by one, for averages of another dtype or weights that are rounded at random."""
+        for p in params:
+            assert p.grad is not None
+            state = self._advanced(p, group)
+            g = in_state_precision(p.grad, group)
+            N = adam_direction(g, state, group["betas"], group["eps"])
+            with self._written(p, state, group) as W:
+                W.add_(N, alpha=-_step_size(state, group))
+            state["step"] += 1
+
+
+def in_state_precision(g: Tensor, group: dict[str, Any]) -> Tensor:
+    """A gradient in the dtype of Adam's averages."""
+    wide = group.get("state_precision") == "fp32"
+    return g.to(torch.promote_types(g.dtype, torch.float32)) if wide else g
+
+
+def stochastically_rounded(W: Tensor, seed: int) -> Tensor:
+    """W (float32) rounded to bfloat16 up or down, with the chances that keep its expectation."""
+    # bfloat16 is the upper half of float32: a random lower half carries into it or not.
+    generator = torch.Generator(W.device).manual_seed(seed)
+    noise = torch.randint(1 << 16, W.shape, generator=generator, dtype=torch.int32, device=W.device)
+    return (W.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
 def averages(state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,10 +297,10 @@ def _check(field: str, value: object, holds: bool, allowed: str) -> None:
         raise ValueError(f"{field}: {value!r} is not allowed; {allowed}")
 
 
-def place(optimizer: torch.optim.Optimizer, W: Tensor) -> int:
-    """The number of W among all parameters of the optimizer, from 1."""
+def place(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
+    """The number of a state's parameter among all parameters of the optimizer, from 1."""
     params = (p for group in optimizer.param_groups for p in group["params"])
-    return next(i for i, p in enumerate(params, 1) if p is W)
+    return next(i for i, p in enumerate(params, 1) if optimizer.state.get(p) is state)
 
 
 def is_whole(value: object) -> bool:

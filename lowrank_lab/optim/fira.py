@@ -7,8 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import ProjectedAdamW, adam_direction, averages
-from lowrank_lab.optim.projection import check_projection, lift_add_, project, refreshed
+from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.projection import (
+    channel_norms,
+    check_projection,
+    lift_add_,
+    projected,
+    refreshed,
+)
 
 NORM_GROWTH_LIMIT = 1.01  # γ
 EPS = 1e-8
@@ -19,7 +25,8 @@ class Fira(ProjectedAdamW):
 
     Keys of a ranked group: `rank`; `update_proj_gap` (200); `alpha`, which scales what comes back
     from the subspace (1); `proj_type`, std | reverse_std | left | right; `refresh`, svd (exact,
-    equal to the package) | randomized.
+    equal to the package) | randomized; `spread_refresh`, whether each matrix is refreshed
+    at another step of the gap (False, as in the package).
 
     As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G −
     alpha·P R. `full` is refused: with both sides projected a channel has no rank axis to take its
@@ -28,6 +35,7 @@ class Fira(ProjectedAdamW):
 
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "svd",
+        "spread_refresh": False,
     }  # fmt: skip
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -37,27 +45,24 @@ class Fira(ProjectedAdamW):
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        left, right = refreshed(state, G, group)
-        R = project(G, left, right)
-        N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])
+        left, right = refreshed(self, state, G, group)
+        R = projected(self, G, left, right, group)
+        N = self.adam_direction(R, state, group)
         alpha, rank_axis = group["alpha"], 0 if right is None else 1
-        precise = torch.promote_types(G.dtype, torch.float32)
         # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
-        R_norm, N_norm, G_norm = (
-            torch.linalg.vector_norm(X, dim=rank_axis, keepdim=True, dtype=precise)
-            for X in (R, N, G)
-        )
+        R_norm, N_norm, G_norm = (channel_norms(X, rank_axis) for X in (R, N, G))
         phi = N_norm / (R_norm + EPS)
         # P has orthonormal columns, so per channel ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖²; what is left
         # at rounding level is a gradient that lies inside the subspace, not a residual.
         residual_sq = G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()
-        rounding = max(8 * torch.finfo(precise).eps, torch.finfo(G.dtype).eps)
+        rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
         residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
         phi = phi / growth_limiter(state, (residual_sq * phi.square()).sum().sqrt())
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
-        phi = phi.to(G.dtype)
-        lift_add_(W, N.addcmul_(R, phi, value=-1), left, right, alpha=-step_size * alpha)
-        W.addcmul_(G, phi, value=-step_size)
+        lift_add_(
+            W, N.addcmul_(R, phi.to(N.dtype), value=-1), left, right, alpha=-step_size * alpha
+        )
+        W.addcmul_(G, phi.to(G.dtype), value=-step_size)
 
 
 def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = False) -> Tensor:

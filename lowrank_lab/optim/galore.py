@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lowrank_lab.optim.base import ProjectedAdamW, adam_direction, averages
-from lowrank_lab.optim.projection import check_projection, lift_add_, project, refreshed
+from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.projection import check_projection, lift_add_, projected, refreshed
 
 
 class GaLore(ProjectedAdamW):
@@ -15,11 +15,13 @@ class GaLore(ProjectedAdamW):
 
     Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`,
     the paper's α (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd
-    (exact, equal to the package) | randomized.
+    (exact, equal to the package) | randomized; `spread_refresh`, whether each matrix is refreshed
+    at another step of the gap (False, as in the package).
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd",
+        "spread_refresh": False,
     }  # fmt: skip
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -30,7 +32,7 @@ class GaLore(ProjectedAdamW):
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
         # P = leading singular vectors of G;  R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
-        left, right = refreshed(state, G, group)
-        R = project(G, left, right)
-        N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])
+        left, right = refreshed(self, state, G, group)
+        R = projected(self, G, left, right, group)
+        N = self.adam_direction(R, state, group)
         lift_add_(W, N, left, right, alpha=-step_size * group["scale"])

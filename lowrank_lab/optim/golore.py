@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import ProjectedAdamW, adam_direction, averages, is_whole, place, refuse
-from lowrank_lab.optim.projection import check_projection, lift_add_, project, refreshed, sides
+from lowrank_lab.optim.base import ProjectedAdamW, is_whole, place, refuse
+from lowrank_lab.optim.projection import check_projection, lift_add_, projected, refreshed, sides
 
 Projections = tuple[Tensor | None, Tensor | None]  # L (m×r), R (n×r)
 
@@ -44,27 +44,25 @@ class GoLore(ProjectedAdamW):
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
         old = state.get("projection_left"), state.get("projection_right")
-        left, right = new = self._projections(W, G, state, group)
+        left, right = new = self._projections(G, state, group)
         if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
             state["exp_avg"].copy_(carried(state["exp_avg"], old, new))
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
-        R = project(G, left, right)
-        N = adam_direction(R, *averages(state, R), group["betas"], group["eps"])
+        R = projected(self, G, left, right, group)
+        N = self.adam_direction(R, state, group)
         lift_add_(W, N, left, right, alpha=-step_size * group["scale"])
 
-    def _projections(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> Projections:
+    def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
         """(L, R) for this step: GaLore's before the switch, random orthonormal ones after it."""
         step = state["step"]
         if step % group["update_proj_gap"] == 0 and step >= group["switch"]:
             which = sides(group["proj_type"], G.shape)
             for side, name in enumerate(("projection_left", "projection_right")):
                 if which[side]:
-                    key = (group["seed"], place(self, W), step, side)
+                    key = (group["seed"], place(self, state), step, side)
                     state[name] = random_orthonormal(G, G.shape[side], group["rank"], key)
             return state.get("projection_left"), state.get("projection_right")
-        return refreshed(state, G, group)
+        return refreshed(self, state, G, group)
 
 
 def carried(m: Tensor, old: Projections, new: Projections) -> Tensor:

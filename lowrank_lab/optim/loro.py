@@ -92,6 +92,8 @@ class Loro(ProjectedAdamW):
         _check("rank", rank, isinstance(rank, int) and rank >= 1, "a whole number from 1")
         whole = isinstance(period, int) and period >= 1
         _check("update_k", period, whole, "a whole number from 1")
+        for key, only in (("state_precision", "same"), ("stochastic_rounding", False)):
+            _check(key, group[key], group[key] == only, f"{only} is all that LORO has")
         _check("scale", scale, scale is None or scale > 0, "None (r/m) or above 0")
         _check("params", len(params), len(params) % 2 == 0, "pairs of factors: B1, A1, B2, A2, …")
         for B, A in _pairs(params):
@@ -177,8 +179,7 @@ def _exact_(
     lr, directions = group["lr"], []
     for X, state in zip(factors, states, strict=True):
         assert X.grad is not None
-        m, v = averages(state, X)
-        N = adam_direction(X.grad, m, v, group["betas"], _eps(state, group))
+        N = adam_direction(X.grad, state, group["betas"], _eps(state, group))
         # m̂ / (√v̂ + ε) = √w₂/w₁ · N
         directions.append(N.double() * _step_size(state, {**group, "lr": 1.0}))
         for name in ("exp_avg", "exp_avg_sq"):

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.optim.base import ProjectedAdamW, in_state_precision, place
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 REFRESHES = ("svd", "randomized")
-OVERSAMPLING = 8  # random columns beyond the rank, in the randomized refresh
+OVERSAMPLING = 16  # random columns beyond the rank, in the randomized refresh
 
 Sides = tuple[bool, bool]  # (left, right)
 
@@ -32,10 +34,18 @@ def sides(proj_type: str, shape: tuple[int, int] | torch.Size) -> Sides:
 
 
 def refreshed(
-    state: dict[str, Any], G: Tensor, group: dict[str, Any]
+    optimizer: ProjectedAdamW, state: dict[str, Any], G: Tensor, group: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The projections for this step, (L, R), recomputed from G when step % update_proj_gap == 0."""
-    if state["step"] % group["update_proj_gap"] == 0 or not _stored(state):
+    """The projections for this step, (L, R), recomputed from G every update_proj_gap steps.
+
+    With `spread_refresh` each weight has its turn at another step of the gap, so that no step has
+    to wait for all of them; all have their first one at once.
+    """
+    gap = group["update_proj_gap"]
+    if group.get("spread_refresh") and "refresh_offset" not in state:
+        count = sum(len(g["params"]) for g in optimizer.param_groups)
+        state["refresh_offset"] = place(optimizer, state) * gap // (count + 1)
+    if (state["step"] + state.get("refresh_offset", 0)) % gap == 0 or not _stored(state):
         which = sides(group["proj_type"], G.shape)
         if group["refresh"] == "svd":
             left, right = leading_subspaces(G, group["rank"], which)
@@ -57,21 +67,54 @@ def _stored(state: dict[str, Any]) -> bool:
     return "projection_left" in state or "projection_right" in state
 
 
-def project(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def project(
+    G: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """Lᵀ G, G R or Lᵀ G R."""
-    if left is not None:
-        G = left.T @ G
-    return G if right is None else G @ right
+    # For both sides (Lᵀ G) R, as in galore-torch: right after a refresh the other order differs in
+    # the off-diagonal entries, which are rounding noise that Adam blows up.
+    X, Y = (G, right) if left is None else (left.T, G) if right is None else (left.T @ G, right)
+    assert Y is not None
+    return torch.mm(X, Y, out=out)
+
+
+def projected(
+    optimizer: ProjectedAdamW,
+    G: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    group: dict[str, Any],
+) -> Tensor:
+    """`project` in the dtype of Adam's averages, into a buffer that is used again."""
+    rows = G.shape[0] if left is None else left.shape[1]
+    columns = G.shape[1] if right is None else right.shape[1]
+    out = optimizer.buffer("projected", (rows, columns), G)
+    return in_state_precision(project(G, left, right, out), group)
 
 
 def lift_add_(
     W: Tensor, N: Tensor, left: Tensor | None, right: Tensor | None, alpha: float
 ) -> Tensor:
-    """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place."""
-    if left is None:
-        assert right is not None
-        return W.addmm_(N, right.T, alpha=alpha)
-    return W.addmm_(left, N if right is None else N @ right.T, alpha=alpha)
+    """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place; the product in the projection's dtype."""
+    P = right if left is None else left
+    assert P is not None
+    N = N.to(P.dtype)
+    X = N if left is None else left
+    Y = N if right is None else right.T if left is None else N @ right.T
+    return W.addmm_(X, Y, alpha=alpha) if W.dtype == P.dtype else W.add_(X @ Y, alpha=alpha)
+
+
+def channel_norms(X: Tensor, axis: int | None) -> Tensor:
+    """‖X‖ along an axis of a matrix, which is kept, or of all of it; in float32 or wider."""
+    wide = torch.promote_types(X.dtype, torch.float32)
+    if axis != 0:
+        norms: Tensor = torch.linalg.vector_norm(X, dim=axis, keepdim=True, dtype=wide)
+        return norms
+    # torch's norm of columns takes four times as long on a CPU
+    squares: Tensor = torch.zeros((1, X.shape[1]), dtype=wide, device=X.device)
+    for i in range(0, X.shape[0], 512):
+        squares += X[i : i + 512].to(wide).square().sum(0, keepdim=True)
+    return squares.sqrt_()
 
 
 def leading_subspaces(G: Tensor, rank: int, which: Sides) -> tuple[Tensor | None, Tensor | None]:
@@ -92,8 +135,9 @@ def randomized_subspaces(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Approximate leading singular vectors of G by a randomized range finder (0909.4061, alg. 4.4).
 
-    They are rotated to ordered singular vectors, and their signs follow the old ones: Adam's
-    averages live in that basis. Deterministic in `seed`.
+    From old projections one power iteration is enough, from nothing it takes two. The result is
+    rotated to ordered singular vectors, and its signs follow the old ones: Adam's averages live in
+    that basis. Deterministic in `seed`.
     """
     G = G.float()
     left = _range_finder(G, rank, seed, old[0]) if which[0] else None
@@ -101,13 +145,16 @@ def randomized_subspaces(
 
 
 def _range_finder(G: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor:
-    """Leading left singular vectors (m×rank) of G (m×n), with two power iterations."""
-    columns = min(rank + OVERSAMPLING, *G.shape)
+    """Leading left singular vectors (m×rank) of G (m×n)."""
+    columns = min(rank + OVERSAMPLING, *G.shape) - (0 if old is None else rank)
     generator = torch.Generator(G.device).manual_seed(seed)
     noise = torch.randn(G.shape[1], columns, generator=generator, device=G.device)
-    Q = torch.linalg.qr(G @ noise)[0]
-    for _ in range(2):
-        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q)[0])[0]
+    Y = G @ noise
+    if old is not None:
+        Y = torch.cat([old.float(), Y], 1)
+    for _ in range(2 if old is None else 1):
+        Y = G @ torch.linalg.qr(G.T @ Y)[0]  # n×columns, orthonormal, then m×columns
+    Q = torch.linalg.qr(Y)[0]
     core = Q.T @ G
     _, rotation = torch.linalg.eigh(core @ core.T)  # ascending
     P: Tensor = Q @ rotation.flip(1)[:, :rank]
@@ -123,6 +170,9 @@ def check_projection(group: dict[str, Any], allowed: tuple[str, ...] = PROJ_TYPE
     for key, known in choices.items():
         if key in group and group[key] not in known:
             raise ValueError(f"{key}: {group[key]!r} is not allowed; one of {', '.join(known)}")
+    spread = group.get("spread_refresh", False)
+    if not isinstance(spread, bool):
+        raise ValueError(f"spread_refresh: {spread!r} is not allowed; True or False")
     gap = group["update_proj_gap"]
     if not isinstance(gap, int) or gap < 1:
         raise ValueError(f"update_proj_gap: {gap!r} is not allowed; a whole number from 1")
