@@ -1,6 +1,7 @@
 """Low-rank layers and `factorize`: against dense weights, and models that it must refuse."""
 
 import copy
+import itertools
 import math
 from contextlib import suppress
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab import factorize
-from lowrank_lab.layers import LowRankLinear
+from lowrank_lab.layers import LoRALinear, LowRankLinear
+from lowrank_lab.layers.association import association_flops, cheapest
 
 SHAPES = [(7, 5, 1), (7, 5, 3), (5, 7, 5), (6, 6, 6), (1, 4, 1)]  # out, in, rank
 inits = pytest.mark.parametrize("init", ["kaiming", "spectral"])
@@ -122,6 +126,160 @@ def test_a_rank_that_does_not_fit_the_layer_is_refused(rank):
 def test_an_unknown_initialisation_is_refused():
     with pytest.raises(ValueError, match=r"^init: 'zeros' "):
         LowRankLinear(dense(7, 5), 2, init="zeros")
+
+
+# The association of products
+
+ASSOCIATIONS = ["factors", "weight", "gradient"]
+associations = pytest.mark.parametrize("association", ASSOCIATIONS)
+based = pytest.mark.parametrize("base", [False, True])
+
+
+def layer_with(association, base, m=7, n=5, rank=3, dtype=torch.float64):
+    """A layer that is computed by the given association whatever the shapes."""
+    layer = (LoRALinear if base else LowRankLinear)(dense(m, n, True, dtype), rank)
+    nn.init.normal_(layer.B, std=0.1)
+    layer.association = lambda x, base=False: association
+    return layer
+
+
+def gradients(layer, x, call=lambda layer, x: layer(x)):
+    """The output and the gradients of x and the trained parameters."""
+    x = x.detach().requires_grad_()
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    out = call(layer, x)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return out, *torch.autograd.grad((out * weights).sum(), inputs)
+
+
+def assert_close(ours, reference, tolerance):
+    for a, b in zip(ours, reference, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a.double(), b.double()) <= tolerance
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@based
+@associations
+def test_the_flops_of_an_association_are_those_that_are_counted(association, base, trains):
+    layer = layer_with(association, base, 24, 40, 16)
+    layer.B.requires_grad_(trains), layer.A.requires_grad_(trains)
+    x = torch.randn(2, 9, 40, dtype=torch.float64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    expected = association_flops(18, 24, 40, 16, base=base, trains=trains)[association]
+    assert counter.get_total_flops() == expected
+
+
+def test_the_cheapest_association_is_the_one_of_fewest_flops():
+    sizes = itertools.product(
+        [1, 64, 4096], [32, 48], [32, 200], [1, 16, 24, 32], *[[False, True]] * 2
+    )
+    chosen = set()
+    for t, m, n, rank, base, trains in sizes:
+        flops = association_flops(t, m, n, rank, base=base, trains=trains)
+        best = cheapest(t, m, n, rank, base=base, trains=trains)
+        assert flops[best] == min(flops.values())
+        chosen.add((base, best))
+    assert {(False, "factors"), (False, "gradient")} <= chosen
+    assert chosen >= {(True, name) for name in ASSOCIATIONS}
+
+
+def test_layers_choose_by_the_number_of_tokens():
+    low_rank, lora = LowRankLinear(dense(64, 64), 48), LoRALinear(dense(64, 64), 16)
+    assert [low_rank.association(torch.ones(t, 64)) for t in (0, 1, 1000)] == [
+        "factors", "factors", "gradient",
+    ]  # fmt: skip
+    assert [lora.association(torch.ones(2, t, 64), base=True) for t in (1, 1000)] == [
+        "factors", "weight",
+    ]  # fmt: skip
+
+
+@based
+@associations
+def test_every_association_gives_the_dense_weights_outputs_and_gradients(association, base):
+    layer = layer_with(association, base)
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    expected = gradients(layer, x, lambda k, x: F.linear(x, k.dense_weight(), k.bias))
+    assert_close(gradients(layer, x), expected, 1e-13)
+
+
+@associations
+def test_a_dense_weight_that_trains_gets_its_gradient_by_every_association(association):
+    layer = layer_with(association, True)
+    layer.weight.requires_grad_()
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    expected = gradients(layer, x, lambda k, x: F.linear(x, k.dense_weight(), k.bias))
+    assert_close(gradients(layer, x), expected, 1e-13)
+
+
+@based
+@associations
+def test_second_derivatives_are_right_by_every_association(association, base):
+    layer = layer_with(association, base, 3, 4, 2)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*((k, p) for k, p in layer.named_parameters()), strict=True)
+    values = [p.detach().requires_grad_() for p in values]
+
+    def forward(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
+
+    assert torch.autograd.gradgradcheck(forward, (x, *values))
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+@pytest.mark.parametrize("autocast", [False, True])
+@based
+@associations
+def test_every_association_can_be_checkpointed_and_compiled(association, base, autocast, how):
+    layer = layer_with(association, base, 16, 24, 8, torch.float32)
+    x = torch.randn(2, 5, 24)
+    torch._dynamo.reset()
+    call = {
+        "checkpoint": lambda layer, x: checkpoint(layer, x, use_reentrant=False),
+        "compile": torch.compile(lambda k, x: k(x), backend="aot_eager", fullgraph=True),
+    }[how]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, ours = gradients(layer, x), gradients(layer, x, call)
+    assert_close(ours, expected, 2**-7 if autocast else 1e-6)
+
+
+@based
+def test_under_autocast_associations_differ_by_rounding_and_keep_dtypes(base):
+    x, results = torch.randn(40, 24), []
+    for association in ASSOCIATIONS:
+        layer = layer_with(association, base, 16, 24, 8, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(gradients(layer, x))
+    assert results[0][0].dtype == torch.bfloat16
+    for result in results[1:]:
+        assert_close(result, results[0], 2**-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_weight_that_is_formed_is_not_kept(autocast):
+    layer = layer_with("gradient", False, 16, 24, 8, torch.float32)
+    own, kept = {p.data_ptr() for p in layer.parameters()}, {}
+    x = torch.randn(40, 24, requires_grad=True)
+
+    def keep(t):
+        kept[t.data_ptr()] = t.nbytes
+        return t
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), hooks:
+        layer(x)
+    assert sum(nbytes for at, nbytes in kept.items() if at not in own) == x.nbytes
+
+
+def test_lora_does_not_round_its_sum_to_half_precision():
+    layer = LoRALinear(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16), 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1, -1]).repeat(32))
+        layer.A.fill_(1), layer.B.fill_(2**-15)  # scale · B A = 2⁻¹⁰ everywhere
+    x = torch.ones(1000, 64, dtype=torch.bfloat16)
+    assert layer.association(x, base=True) != "factors"
+    assert torch.equal(layer(x), torch.full_like(x, 64 * 2**-10))
 
 
 # factorize

@@ -31,6 +31,7 @@ __all__ = [
     "generator_of",
     "lora_layers",
     "merge_",
+    "product_singular_values",
     "target_layers",
     "train_dense_",
 ]

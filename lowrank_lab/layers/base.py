@@ -10,6 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.layers.association import Association, cheapest
+
 # B·A counts as rank-deficient while its smallest singular value is below this share of the largest.
 RANK_TOLERANCE = {
     torch.float64: 1e-12,
@@ -44,6 +46,14 @@ class FactorizedLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The whole m×n weight, scale included. Forms the product: for tests and export."""
         return self.scale * (self.B @ self.A)
+
+    def association(self, x: Tensor, *, base: bool = False) -> Association:
+        """The cheapest order of products for an input x (..., n); `base`: is there a dense W₀."""
+        tokens = x.numel() // self.in_features
+        trains = self.B.requires_grad or self.A.requires_grad
+        return cheapest(
+            tokens, self.out_features, self.in_features, self.rank, base=base, trains=trains
+        )
 
     def extra_repr(self) -> str:
         return (

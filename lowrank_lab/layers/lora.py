@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_lab.layers.association import autocast_dtype, linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear
 
 
@@ -57,7 +58,17 @@ class LoRALinear(FactorizedLinear):
         return self.weight + super().dense_weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) → (..., m); the scale is applied on r channels."""
+        """x (..., n) → (..., m), by the cheapest association; the scale acts on r channels.
+
+        W₀ + (α/r) · B A is formed in float32 or wider only: rounding the sum to half precision
+        would lose every entry of B A below 2⁻⁹ of that of W₀, again in each step.
+        """
+        association = self.association(x, base=True)
+        dtype = autocast_dtype(x) or self.weight.dtype
+        if association != "factors" and dtype.itemsize >= 4:
+            return linear_through_weight(
+                x, self.B, self.A, self.weight, self.bias, self.scale, association
+            )
         return F.linear(x, self.weight, self.bias) + F.linear(
             F.linear(x, self.A) * self.scale, self.B
         )

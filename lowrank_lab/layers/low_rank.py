@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_lab.layers.association import linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear
 
 
@@ -54,5 +55,10 @@ class LowRankLinear(FactorizedLinear):
         self.A.copy_(root[:, None] * Vh[: self.rank])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) → (..., m); the scale is applied where it is cheapest, on r channels."""
+        """x (..., n) → (..., m), by the cheaper association; the scale acts on r channels."""
+        association = self.association(x)
+        if association != "factors":
+            return linear_through_weight(
+                x, self.B, self.A, None, self.bias, self.scale, association
+            )
         return F.linear(F.linear(x, self.A) * self.scale, self.B, self.bias)

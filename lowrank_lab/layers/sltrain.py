@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from lowrank_lab.layers.association import autocast_dtype, cast, scaled_mm, weight_gradient
 from lowrank_lab.layers.base import FactorizedLinear
 
 
@@ -78,12 +79,9 @@ class SLTrainLinear(FactorizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) → (..., m)."""
-        device, dtype = x.device.type, None
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
         out: Tensor = _SparsePlusLowRank.apply(  # type: ignore[no-untyped-call]
             x, self.B, self.A, self.values, self.bias,
-            self.indices, self.scale, dtype, self.keep_weight,
+            self.indices, self.scale, autocast_dtype(x), self.keep_weight,
         )  # fmt: skip
         return out
 
@@ -124,41 +122,41 @@ class _SparsePlusLowRank(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.scale, ctx.dtype = scale, dtype
         kept = [x, B, A, values]
-        X, B, A, values = (_cast(t, dtype) for t in kept)
+        X, B, A, values = (cast(t, dtype) for t in kept)
         W = _weight(B, A, values, indices, scale)
         ctx.save_for_backward(*kept, indices, W if keep_weight else None)
-        return F.linear(X, W, None if bias is None else _cast(bias, dtype))
+        return F.linear(X, W, cast(bias, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, indices, W = ctx.saved_tensors
+        x, *kept, indices, W = ctx.saved_tensors
         needs_x, needs_B, needs_A, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = dB = dA = dvalues = None
         with torch.autocast(grad.device.type, enabled=False):
-            X, B, A, values = (_cast(t, ctx.dtype) for t in kept)
-            if needs_x:  # dX = dY · W
-                dx = grad @ (_weight(B, A, values, indices, ctx.scale) if W is None else W)
+            B, A, values = (cast(t, ctx.dtype) for t in kept)
             dY = grad.reshape(-1, grad.shape[-1])
             if needs_B or needs_A or needs_values:  # G = dYᵀ · X, the gradient of W, once
-                G = dY.T @ X.reshape(-1, X.shape[-1])
-                dB = _scaled_mm(ctx.scale, G, A.T) if needs_B else None  # dB = scale · G · Aᵀ
-                dA = _scaled_mm(ctx.scale, B.T, G) if needs_A else None  # dA = scale · Bᵀ · G
-                dvalues = G.flatten().index_select(0, indices) if needs_values else None
+                G = weight_gradient(dY, cast(x, ctx.dtype).reshape(-1, x.shape[-1]))
+                dB = scaled_mm(ctx.scale, G, A.T) if needs_B else None  # dB = scale · G · Aᵀ
+                dA = scaled_mm(ctx.scale, B.T, G) if needs_A else None  # dA = scale · Bᵀ · G
+                dvalues = _entries(G, indices) if needs_values else None
+                del G  # before W and dX take memory
+            if needs_x:  # dX = dY · W
+                dx = grad @ (_weight(B, A, values, indices, ctx.scale) if W is None else W)
         return dx, dB, dA, dvalues, dY.sum(0) if needs_bias else None, None, None, None, None
 
 
 def _weight(B: Tensor, A: Tensor, values: Tensor, indices: Tensor, scale: float) -> Tensor:
     """W (m×n) = scale · B A, then += values at the flat positions `indices`."""
-    W = _scaled_mm(scale, B, A)
+    W = scaled_mm(scale, B, A)
     W.view(-1).index_add_(0, indices, values.to(W.dtype))
     return W
 
 
-def _scaled_mm(scale: float, left: Tensor, right: Tensor) -> Tensor:
-    """scale · left @ right, rounded once."""
-    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
-
-
-def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return t if dtype is None else t.to(dtype)
+def _entries(G: Tensor, indices: Tensor) -> Tensor:
+    """The entries of G (m×n, or its transpose's view) at the flat positions `indices` of m×n."""
+    if G.is_contiguous():
+        return G.view(-1).index_select(0, indices)
+    m, n = G.shape
+    return G.T.reshape(-1).index_select(0, indices % n * m + indices // n)
