@@ -15,10 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lowrank_lab.optim.base import is_quantized
 
@@ -33,6 +29,9 @@ def save(
     Args:
         extra: anything JSON can hold, given back by `load`.
     """
+    # Imported where it is used: it takes as long as half of torch.
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
     target = folder / f"step-{step:08d}"
     partial = folder / f".partial-{target.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -88,6 +87,10 @@ def load(
     Returns:
         The number of updates done, and what was saved as extra; (0, {}) if there is no checkpoint.
     """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
     found = all_checkpoints(folder)
     if not found:
         return 0, {}
