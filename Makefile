@@ -1,13 +1,14 @@
 # make study   set up, run the default study, print its table      make lab      JupyterLab
 # make test    set up, run the tests                               make figures  figures from data/study
-# make lint    what CI checks beside the tests                     make clean    forget the environment
+# make bench   time ours against the published packages            make lint     what CI checks beside the tests
+# make clean   forget the environment
 
 PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: study test lab figures lint clean
+.PHONY: study test lab figures bench lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
@@ -26,6 +27,9 @@ figures: .venv/installed
 		$(BIN)/lowrank-lab report $$study --title $$name \
 			--out data/runs/kept/$$name --figures figures/$$name || exit 1; \
 	done
+
+bench: .venv/installed-dev
+	$(BIN)/lowrank-lab bench
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +34,14 @@ class Row:
     floor: float | None
     unit: str
     ratio: float
-    target: str  # "≥ 2.2" or "≤ 0.6"
+    target: str  # "≥ 2.2" or "≤ 0.6"; "" where the row only reports
     peer_name: str = ""
     note: str = ""
 
     @property
-    def met(self) -> bool:
+    def met(self) -> bool | None:
+        if not self.target:
+            return None
         sign, limit = self.target.split()
         return self.ratio >= float(limit) if sign == "≥" else self.ratio <= float(limit)
 
@@ -123,7 +126,9 @@ def machine() -> dict[str, Any]:
     )
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -136,10 +141,10 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    facts = Path("/proc/cpuinfo")
+    for line in facts.read_text().splitlines() if facts.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor()
 
 

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the work failed, 2 wrong input (one line on stderr), 130 
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -238,6 +239,25 @@ def sample(run: Path, **options: Any) -> None:
     from lowrank_lab.sample import sample as sample_text
 
     click.echo(sample_text(Run(run), **options))
+
+
+@main.command()
+@click.argument("suites", nargs=-1)
+@click.option("--quick", is_flag=True, help="tiny sizes: only shows that everything runs")
+@click.option("--json", "as_json", is_flag=True, help="print the rows as JSON")
+def bench(suites: tuple[str, ...], quick: bool, as_json: bool) -> None:
+    """Time ours against the packages people would pick instead (from a checkout)."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "run.py").exists():
+        raise InputError("bench", str(root), "there is no benchmarks folder; use a checkout")
+    sys.path.insert(0, str(root))
+    running = importlib.import_module("benchmarks.run")
+    unknown = [name for name in suites if name not in running.SUITES]
+    if unknown:
+        raise InputError("suites", unknown[0], f"one of {', '.join(running.SUITES)}")
+    found = running.run(suites, quick, lambda row: click.echo(running.line(row), err=as_json))
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
 
 
 def _show_table(folder: Path) -> None:

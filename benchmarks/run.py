@@ -1,0 +1,96 @@
+"""All comparisons, one after the other: rows as they come, then results.json, table and picture."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Row, machine
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+README = HERE.parent / "README.md"
+TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+SUITES = (
+    "imports", "study_growth", "layers", "subspaces", "optimizers", "training", "growth",
+)  # fmt: skip
+
+
+def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
+    """The rows of the named suites (all by default), with the machine's facts.
+
+    A run of all suites in earnest is kept: results.json, the README's table, the picture. A run of
+    some of them replaces their rows in results.json.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in names or SUITES:
+        found[name] = []
+        for row in importlib.import_module(f"benchmarks.{name}").rows(quick):
+            report(row)
+            found[name].append(row.as_dict() | {"suite": name})
+    facts = machine()
+    if not quick:
+        kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        merged = [r for s in SUITES for r in found.get(s, [k for k in kept if k["suite"] == s])]
+        RESULTS.write_text(
+            json.dumps({"machine": facts, "rows": merged}, indent=1, ensure_ascii=False) + "\n"
+        )
+        write_table(merged)
+        draw(merged)
+        return {"machine": facts, "rows": merged}
+    return {"machine": facts, "rows": [row for rows in found.values() for row in rows]}
+
+
+def line(row: Row) -> str:
+    """One row for the terminal."""
+    parts = [f"{row.name}: {_number(row.ours)} {row.unit}"]
+    if row.peer is not None:
+        parts.append(f"{row.peer_name} {_number(row.peer)}")
+    if row.floor is not None:
+        parts.append(f"floor {_number(row.floor)}")
+    parts.append(f"ratio {row.ratio:.2f}")
+    if row.target:
+        parts.append(f"target {row.target}: {'met' if row.met else 'NOT met'}")
+    return ", ".join(parts) + (f" ({row.note})" if row.note else "")
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """The rows with a target, between the two marks in the README."""
+    head = ("", "ours", "against", "theirs", "floor", "ratio", "target", "")
+    cells = [head, ("---",) * len(head)]
+    for row in rows:
+        if row["target"]:
+            peer, floor = (_number(row[key]) for key in ("peer", "floor"))
+            ours, met = f"{_number(row['ours'])} {row['unit']}", "met" if row["met"] else "not met"
+            ratio = f"{row['ratio']:.2f}"
+            cells.append(
+                (row["name"], ours, row["peer_name"], peer, floor, ratio, row["target"], met)
+            )
+    lines = [f"| {' | '.join(line)} |" for line in cells]
+    text = README.read_text()
+    if all(mark in text for mark in TABLE):
+        before, rest = text.split(TABLE[0], 1)
+        after = rest.split(TABLE[1], 1)[1]
+        table = "\n".join(lines)
+        README.write_text(f"{before}{TABLE[0]}\n{table}\n{TABLE[1]}{after}")
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Ratios against their targets, and growth: figures/benchmarks/*.png."""
+    from benchmarks.pictures import growth, ratios
+
+    folder = HERE.parent / "figures" / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in {"ratios": ratios, "growth": growth}.items():
+        figure = picture(rows)
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=140)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

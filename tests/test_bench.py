@@ -1,0 +1,27 @@
+"""The benchmarks run, compare like with like, and say what they found."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lowrank_lab.cli import main
+
+
+@pytest.mark.parametrize("suite", ["imports", "layers", "subspaces", "optimizers"])
+def test_a_suite_runs_and_its_rows_have_what_others_rely_on(suite):
+    result = CliRunner().invoke(main, ["bench", suite, "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert "cpu" in found["machine"]
+    assert found["rows"]
+    for row in found["rows"]:
+        assert row.keys() >= {"name", "ours", "peer", "floor", "ratio", "target", "met"}
+        assert row["ours"] > 0
+        assert row["ratio"] > 0
+
+
+def test_an_unknown_suite_is_refused_by_name():
+    result = CliRunner().invoke(main, ["bench", "optimisers"])
+    assert result.exit_code == 2
+    assert "optimisers" in result.output
