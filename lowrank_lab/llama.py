@@ -17,8 +17,9 @@ from lowrank_lab.config import Size
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
-LOGITS_IN_FLIGHT = 1 << 18  # elements of float32 logits alive at a time: what a core's cache holds
-SMALLEST_CHUNK = 256  # tokens; below that the matrix products lose more than the cache gains
+LOGITS_IN_CHUNK = 1 << 26  # bytes; more, smaller chunks have more gradients to add up
+SMALLEST_CHUNK = 256  # tokens; below that the matrix products lose more than the memory gains
+LOGITS_IN_FLIGHT = 1 << 18  # elements in float32 at a time: what a core's cache holds
 
 
 class RMSNorm(nn.Module):
@@ -178,6 +179,11 @@ class Llama(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=initializer_range)
 
+    def compile_blocks(self) -> None:
+        """Compile each block from its next call on; parameters and their names stay as they are."""
+        for block in self.model.layers:
+            block.compile()
+
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) → normalised hidden states (B, T, d)."""
         x: Tensor = self.model.embed_tokens(tokens)
@@ -230,38 +236,62 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        count = hidden.shape[0]
-        chunk = max(SMALLEST_CHUNK, LOGITS_IN_FLIGHT // weight.shape[0])
+        count, vocabulary = hidden.shape[0], weight.shape[0]
+        fitting = LOGITS_IN_CHUNK // (vocabulary * hidden.element_size())
+        chunk = min(count, max(SMALLEST_CHUNK, fitting))
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_weight = None
+        losses = hidden.new_empty((count, 1), dtype=torch.float32)
+        buffer = hidden.new_empty((chunk, vocabulary))
         for start in range(0, count, chunk):
             h, y = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = F.linear(h, weight).float()
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_sum - logits.gather(1, y)).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            # d loss / d logits = (softmax − one_hot(target)) / N
-            slope = logits.sub_(log_sum).exp_()
-            slope.scatter_add_(1, y, slope.new_full((1, 1), -1.0).expand_as(y))
-            slope = slope.div_(count).to(h.dtype)
+            logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
+            _losses_(logits, y, losses[start : start + chunk], wants_hidden or wants_weight)
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[start : start + chunk])
-            if grad_weight is not None:
-                grad_weight += slope.T @ h
+                torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
+            if wants_weight:
+                product = logits.T @ h
+                if chunk == count:
+                    grad_weight = product
+                elif grad_weight is None:
+                    grad_weight = product.float()
+                else:
+                    grad_weight += product
+        ctx.count = count
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )
-        return total / count
+        return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grad_outputs
+        grad = grad_outputs[0] / ctx.count
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
             None,
         )
+
+
+def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
+    """Fill `losses` (n, 1); with `slopes`, turn logits (n, V) into softmax − one_hot(target).
+
+    Goes over a few rows at a time, whose float32 copies stay in a core's cache.
+    """
+    rows = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
+    for piece, y, loss in zip(
+        logits.split(rows), targets.split(rows), losses.split(rows), strict=True
+    ):
+        wide = piece.float()
+        own = wide.gather(1, y)
+        if not slopes:
+            torch.sub(wide.logsumexp(1, keepdim=True), own, out=loss)
+            continue
+        top = wide.amax(1, keepdim=True)
+        p = wide.softmax(1)
+        # log Σ exp(l) = top + log Σ exp(l − top), and the largest p is 1 / Σ exp(l − top)
+        torch.sub(top, p.amax(1, keepdim=True).log_(), out=loss).sub_(own)
+        p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
+        piece.copy_(p)

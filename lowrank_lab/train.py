@@ -159,8 +159,7 @@ class Trainer:
         self.model, self.optimizer = build(config)
         self.model.to(self.device).train()
         if config.compile:
-            for block in self.model.model.layers:
-                block.compile()
+            self.model.compile_blocks()
         self.updates = 0
         self.seconds = 0.0  # spent in training steps, evaluations not counted
         self.bytes = memory.Breakdown()

@@ -127,7 +127,7 @@ def loss_inputs(dtype=torch.float32, count=50, size=12, vocabulary=31):
 @pytest.fixture(params=[1, 7, 50, 1000])
 def chunk(request, monkeypatch):
     """Tokens in a chunk: one at a time, unevenly, all at once, more than there are."""
-    monkeypatch.setattr(llama, "LOGITS_IN_FLIGHT", request.param * 31)
+    monkeypatch.setattr(llama, "LOGITS_IN_CHUNK", 4 * request.param * 31)
     monkeypatch.setattr(llama, "SMALLEST_CHUNK", 1)
     return request.param
 
