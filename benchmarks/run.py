@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Row, machine
+from lowrank_lab.config import InputError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 README = HERE.parent / "README.md"
+PEERS = ("galore_torch", "fira", "apollo_torch", "pytorch_optimizer", "transformers")
 TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 SUITES = (
     "imports", "study_growth", "layers", "subspaces", "optimizers", "training", "growth",
@@ -25,6 +28,9 @@ def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> d
     A run of all suites in earnest is kept: results.json, the README's table, the picture. A run of
     some of them replaces their rows in results.json.
     """
+    for peer in PEERS:
+        if find_spec(peer) is None:
+            raise InputError("bench", peer, "isn't installed: pip install -e '.[peers]'")
     found: dict[str, list[dict[str, Any]]] = {}
     for name in names or SUITES:
         found[name] = []

@@ -1,6 +1,7 @@
 """Moments that follow the factors through a refactorization, against gradients in float64."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -87,7 +88,41 @@ def same(ours, theirs):
     )
 
 
+def conditioned(condition, m=60, n=90, r=12):
+    """Factors whose product's singular values fall by `condition`, each factor's by as much."""
+    sizes = torch.logspace(0, -math.log10(condition) / 2, r, dtype=torch.float64)
+    left = torch.linalg.qr(normal(m, r))[0] * sizes
+    right = sizes[:, None] * torch.linalg.qr(normal(n, r, seed=1))[0].T
+    mixed = normal(r, r, seed=2)
+    return left @ mixed, torch.linalg.inv(mixed) @ right
+
+
 # The formulas
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e8, 1e11])
+def test_balance_is_right_where_gram_matrices_are_and_where_they_lose_digits(condition):
+    B, A = conditioned(condition)
+    found = balance(B, A)
+    S = torch.linalg.svdvals(B @ A)[:12]
+    assert relative(found.S, S) <= 1e-12
+    assert ((found.S - S) / S).abs().max() <= 1e-7 * max(1, condition / 1e5)
+    new_B, new_A = B @ found.T, found.T_inverse @ A
+    assert relative(new_B @ new_A, B @ A) <= 1e-10
+    assert relative(new_B.T @ new_B, S.diag()) <= 1e-6
+    assert relative(new_A @ new_A.T, S.diag()) <= 1e-6
+
+
+def test_float32_factors_are_balanced_to_rounding_where_terms_cancel_and_where_not():
+    for condition in (10, 1e6):
+        B, A = (X.float() for X in conditioned(condition))
+        model = LowRankLinear(nn.Linear(90, 60, bias=False), 12, alpha=12)
+        with torch.no_grad():
+            model.B.copy_(B)
+            model.A.copy_(A)
+        exact = B.double() @ A.double()
+        assert refactorize_(model).changed
+        assert relative(model.B.detach().double() @ model.A.detach().double(), exact) <= 1e-6
 
 
 @pytest.mark.parametrize("scale", [1.0, 32 / 6])
