@@ -176,7 +176,7 @@ def time_associations(
     for name, result in results.items():
         label = f"{kind.__name__} {m}×{n}, r {rank}, {tokens} tokens, {name}"
         check(label, worst_error(result, results["factors"]), ROUNDING[dtype])
-    rounds = 1 if quick else 12 if flops[chosen] < 4e9 else 6
+    rounds = 1 if quick else 8 if flops[chosen] < 4e9 else 4
     return chosen, take_turns(contestants, rounds)
 
 
