@@ -20,6 +20,6 @@ def rows(quick: bool = False) -> list[Row]:
     return [
         Row(
             "import lowrank_lab", seconds["ours"], seconds["peer"], seconds["floor"], "s",
-            median(beyond), "≤ 0.3", "import torch", "ratio: seconds beyond torch; floor: with pydantic",
+            median(beyond), "≤ 0.3", "import torch", "ratio: seconds beyond torch",
         )
     ]  # fmt: skip
