@@ -281,9 +281,8 @@ def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> N
     Goes over a few rows at a time, whose float32 copies stay in a core's cache.
     """
     rows = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
-    for piece, y, loss in zip(
-        logits.split(rows), targets.split(rows), losses.split(rows), strict=True
-    ):
+    pieces = (torch.split(t, rows) for t in (logits, targets, losses))
+    for piece, y, loss in zip(*pieces, strict=True):
         wide = piece.float()
         own = wide.gather(1, y)
         if not slopes:
