@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lowrank_lab.attention import causal_attention
 from lowrank_lab.config import Size
 
 NORM_EPS = 1e-6
@@ -92,10 +93,10 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     a, b = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
+    out = x * torch.cat([cos, cos], dim=-1)
     first, second = out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
+    first.addcmul_(b, sin, value=-sign)
+    second.addcmul_(a, sin, value=sign)
     return out
 
 
@@ -115,7 +116,7 @@ class Attention(nn.Module):
             p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = causal_attention(q, k, v)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
         return out
 

@@ -1,0 +1,118 @@
+"""Causal attention, with kernels of its own for bfloat16 on a CPU.
+
+There torch's flash kernels stay far below the speed of matrix products. Ours take a few heads and
+a block of query rows at a time, so that their scores stay in a core's cache, and never touch keys
+after the block. Scores and their softmax are float32; the backward pass forms them again.
+Shapes in this file: B = batch, h = heads, T = sequence, D = head size; g heads and R rows in a
+block, which see C keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_ROWS = 128  # in a block; of the square on the diagonal half is computed for nothing
+SCORES_IN_FLIGHT = 1 << 19  # elements of scores in a block, so that they stay in cache
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D + causal mask) v for q, k, v (B, h, T, D) → (B, h, T, D)."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.numel():
+        out: Tensor = _attention(q, k, v)
+        return out
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@torch.library.custom_op("lowrank_lab::causal_attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = q.new_empty(q.shape)
+    Q, K, V, mixed = (_heads(t) for t in (q, k, v, out))
+    for heads in _groups(Q.shape):
+        K_wide = _wide(K[heads])
+        for rows, keys in _blocks(q.shape[2]):
+            P = _probabilities(Q[heads, rows], K_wide[:, keys]).to(q.dtype)
+            mixed[heads, rows] = P @ V[heads, keys]
+    return out
+
+
+@torch.library.custom_op("lowrank_lab::causal_attention_backward", mutates_args=())
+def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [q.new_empty(q.shape) for _ in range(3)]
+    Q, K, V, dO, dQ, dK, dV = (_heads(t) for t in (q, k, v, grad, *grads))
+    scale = 1 / math.sqrt(q.shape[-1])
+    for heads in _groups(Q.shape):
+        K_wide = _wide(K[heads])
+        dK_sum, dV_sum = torch.zeros_like(K_wide), torch.zeros_like(K_wide)
+        for rows, keys in _blocks(q.shape[2]):
+            P = _probabilities(Q[heads, rows], K_wide[:, keys])
+            # dV = Pᵀ dO,  dS = P ∘ (dP − rowsum(P ∘ dP)) with dP = dO Vᵀ,  and S = scale · Q Kᵀ
+            dV_sum[:, keys] += P.to(q.dtype).mT @ dO[heads, rows]
+            dP = _wide(dO[heads, rows] @ V[heads, keys].mT)
+            dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(scale).to(q.dtype)
+            dQ[heads, rows] = dS @ K[heads, keys]
+            dK_sum[:, keys] += dS.mT @ Q[heads, rows]
+        dK[heads], dV[heads] = dK_sum, dV_sum
+    return grads[0], grads[1], grads[2]
+
+
+def _heads(t: Tensor) -> Tensor:
+    """(B, h, T, D) → (B·h, T, D), contiguous."""
+    return t.contiguous().flatten(0, 1)
+
+
+def _groups(shape: torch.Size) -> Iterator[slice]:
+    """As many heads at a time as fit into the cache; shape is (B·h, T, D)."""
+    count, length, _ = shape
+    size = max(1, SCORES_IN_FLIGHT // (min(QUERY_ROWS, length) * length))
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of query rows, and the keys that these see."""
+    for start in range(0, length, QUERY_ROWS):
+        stop = min(start + QUERY_ROWS, length)
+        yield slice(start, stop), slice(0, stop)
+
+
+def _probabilities(Q: Tensor, K: Tensor) -> Tensor:
+    """Softmax of scale · Q Kᵀ + mask, (g, R, C).
+
+    Q (g, R, D) are the queries of the last R of the positions of K (g, C, D), which is wide.
+    """
+    rows, keys = Q.shape[1], K.shape[1]
+    mask = K.new_full((rows, keys), -math.inf).triu_(1 + keys - rows)
+    scale = 1 / math.sqrt(Q.shape[2])
+    return torch.baddbmm(mask, _wide(Q), K.mT, alpha=scale).softmax(-1)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In float32, or float64 if it is that."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_gradients.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor] = _gradients(*ctx.saved_tensors, grad)
+    return grads
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
