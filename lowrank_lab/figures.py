@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -19,9 +20,10 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from matplotlib.transforms import offset_copy
+from matplotlib.transforms import Bbox, offset_copy
 
 from lowrank_lab.config import InputError
 from lowrank_lab.spectra import effective_rank
@@ -63,11 +65,31 @@ def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv")]
-    with mpl.rc_context(STYLE):
-        figure.savefig(paths[0], bbox_inches="tight", metadata={"Software": None})
-        figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None})
+    with mpl.rc_context(STYLE), _laid_out(figure) as box:
+        figure.savefig(paths[0], bbox_inches=box, metadata={"Software": None})
+        figure.savefig(paths[1], bbox_inches=box, metadata={"Date": None})
     table.to_csv(paths[2], index=False)
     return paths
+
+
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[Bbox]:
+    """The tight box around a figure (inches), whose layout is found once and kept in this block.
+
+    Left to itself, each `savefig` finds both again, which takes longer than to draw the figure.
+    """
+    canvas, engine, dpi = FigureCanvasAgg(figure), figure.get_layout_engine(), figure.dpi
+    try:
+        figure.dpi = mpl.rcParams["savefig.dpi"]
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine("none")
+        box = figure.get_tightbbox(canvas.get_renderer())  # type: ignore[no-untyped-call]
+        figure.dpi = dpi
+        yield box.padded(mpl.rcParams["savefig.pad_inches"])
+    finally:
+        figure.dpi = dpi
+        figure.set_layout_engine(engine)
 
 
 def look(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
@@ -97,14 +119,17 @@ def curve_table(
         if column not in runs:
             raise InputError(name, column, f"the table has {', '.join(map(str, runs.columns))}")
     recorded = runs.dropna(subset=[y])
+    seeds = runs.groupby("label")["run"].nunique()
+    grouped = recorded.groupby(["label", "step"], sort=False)
+    middles = grouped[x].mean().tolist()
     rows = []
-    for (label, step), group in recorded.groupby(["label", "step"], sort=False):
-        seeds = runs.loc[runs["label"] == label, "run"].nunique()
-        if len(group) != seeds:
+    for (key, values), middle in zip(grouped[y], middles, strict=True):
+        label, step = cast(tuple[str, int], key)
+        if len(values) != seeds[label]:
             raise InputError(
-                "runs", label, f"at step {step} {len(group)} of {seeds} seeds are there"
+                "runs", label, f"at step {step} {len(values)} of {seeds[label]} seeds are there"
             )
-        rows.append((label, step, group[x].mean(), *mean_interval(group[y].tolist())))
+        rows.append((label, step, middle, *mean_interval(values.tolist())))
     return pd.DataFrame(rows, columns=["label", "step", x, "mean", "half_width", "n"])
 
 
@@ -305,7 +330,7 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
             # Values at rounding level are zeros of a rank-deficient layer: nothing to see there.
             shown = values[values["singular_value"] > 1e-7]
             ax.plot(shown["index"] + 1, shown["singular_value"], color=colour, lw=1.3)
-        ax.set_title(name.removeprefix("model."), fontsize=8)
+        ax.set_title(name.removeprefix("model."), fontsize=8, y=1)
         ax.set_yscale("log")
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
@@ -314,6 +339,8 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
         ax.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 200 * low else (1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
+        for axis in (ax.xaxis, ax.yaxis):  # without labels: to seek room for them takes long
+            axis.set_label_coords(0, 0)
     norm = mpl.colors.Normalize(steps.min(), max(steps.max(), 1))
     shades = mpl.cm.ScalarMappable(norm, sns.color_palette("crest", as_cmap=True))
     figure.colorbar(shades, ax=axes, label="step", pad=0.01)

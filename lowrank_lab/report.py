@@ -7,16 +7,26 @@ import html
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab import figures
-from lowrank_lab.runs import append_jsonl, final_table, find_runs, load_runs, read_jsonl
+from lowrank_lab.runs import (
+    Run,
+    append_jsonl,
+    complete_runs,
+    final_table,
+    finals_of,
+    find_runs,
+    read_jsonl,
+    table_of,
+)
 from lowrank_lab.stats import mean_interval
 
 MOST_LABELS = 12  # in one figure
@@ -69,16 +79,22 @@ def differences(finals: pd.DataFrame) -> pd.DataFrame:
     (Student's t); `separated` where the interval leaves out 0. Pairs are not corrected for how many
     there are. Labels that stand for several configurations are left out.
     """
-    order = summary(finals)["label"].tolist()
-    unique = [a for a in order if finals[finals["label"] == a]["seed"].is_unique]
+    return _differences(finals, summary(finals)["label"].tolist())
+
+
+def _differences(finals: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
+    unique = [label for label in order if label not in repeated]
     losses = finals[finals["label"].isin(unique)].pivot(
         index="seed", columns="label", values="test_loss"
     )
+    columns = {label: losses[label].to_numpy() for label in unique}
     rows = []
     for a, b in itertools.combinations(unique, 2):
-        both = losses[[a, b]].dropna()
-        if len(both) >= 2:
-            mean, half_width, n = mean_interval((both[a] - both[b]).tolist())
+        paired = columns[a] - columns[b]
+        paired = paired[~np.isnan(paired)]
+        if len(paired) >= 2:
+            mean, half_width, n = mean_interval(paired.tolist())
             rows.append((a, b, n, mean, half_width, abs(mean) > half_width))
     return pd.DataFrame(rows, columns=["A", "B", "n", "A − B", "±", "separated"])
 
@@ -104,33 +120,40 @@ def best(runs: pd.DataFrame, most: int = MOST_LABELS) -> pd.DataFrame:
 
 def pictures(folder: Path | str) -> Iterator[Picture]:
     """The figures of a folder of finished runs, one after the other; the best labels of many."""
-    runs = load_runs(folder)
-    count = runs["label"].nunique()
-    runs = best(runs)
-    finals = final_table(runs)
-    which = f" The {MOST_LABELS} best of {count}." if count > MOST_LABELS else ""
+    runs = complete_runs(folder)
+    finals = finals_of(runs, folder)
+    yield from _pictures(runs, finals, summary(finals)["label"], folder)
+
+
+def _pictures(
+    runs: Sequence[Run], finals: pd.DataFrame, ranking: pd.Series[str], folder: Path | str
+) -> Iterator[Picture]:
+    """The figures of runs whose labels are ranked; only what they show is read."""
+    labels = set(ranking.head(MOST_LABELS))
+    shown = [run for run in runs if run.label in labels]
+    table, finals = table_of(shown, folder), finals[finals["label"].isin(labels)]
+    which = f" The {MOST_LABELS} best of {len(ranking)}." if len(ranking) > MOST_LABELS else ""
     yield Picture(
-        "loss_by_tokens", figures.loss_curves(runs), figures.curve_table(runs),
+        "loss_by_tokens", figures.loss_curves(table), figures.curve_table(table),
         f"Validation loss against training tokens; the steep start is cut off.{which}",
     )  # fmt: skip
     yield Picture(
-        "loss_by_time", figures.loss_curves(runs, "seconds"), figures.curve_table(runs, "seconds"),
+        "loss_by_time", figures.loss_curves(table, "seconds"),
+        figures.curve_table(table, "seconds"),
         f"Validation loss against time spent in training steps.{which}",
     )  # fmt: skip
     yield Picture(
         "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),
         f"Test perplexity against the bytes of weights and optimizer states.{which}",
     )  # fmt: skip
-    memory = memory_of(folder)
-    memory = memory[memory["label"].isin(finals["label"])]
+    memory = _memory_of(shown)
     yield Picture(
         "memory", figures.memory_bars(memory), figures.memory_table(memory),
         "Measured bytes of weights, gradients and optimizer states; projections apart.",
     )  # fmt: skip
-    seen = {label for label in memory_of(folder)["label"] if label not in set(finals["label"])}
-    for run in find_runs(folder):
-        spectra = run.spectra
-        if run.label in seen or spectra.empty:
+    seen = set()
+    for run in shown:
+        if run.label in seen or (spectra := run.spectra).empty:
             continue
         seen.add(run.label)
         name = "".join(c if c.isalnum() else "_" for c in run.label)
@@ -143,12 +166,12 @@ def pictures(folder: Path | str) -> Iterator[Picture]:
 
 def memory_of(folder: Path | str) -> pd.DataFrame:
     """Bytes by category of every run that has trained a step, with its label."""
-    rows = [
-        {"label": r.label, **r.memory}
-        for r in find_runs(folder)
-        if (r.folder / "memory.json").exists()
-    ]
-    return pd.DataFrame(rows)
+    return _memory_of(find_runs(folder))
+
+
+def _memory_of(runs: Sequence[Run]) -> pd.DataFrame:
+    measured = [run for run in runs if (run.folder / "memory.json").exists()]
+    return pd.DataFrame([{"label": run.label, **run.memory} for run in measured])
 
 
 def write_report(
@@ -173,19 +196,20 @@ def write_report(
     folder = Path(folder)
     out = Path(out) if out is not None else folder
     figures_in = Path(figures_in) if figures_in is not None else out / "figures"
-    finals = final_table(load_runs(folder))
+    runs = complete_runs(folder)
+    finals = finals_of(runs, folder)
     table = summary(finals)
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "table.csv", index=False)
     parts = [_heading(title or folder.name, description, finals), _html_table(formatted(table))]
-    pairs = differences(finals)
+    pairs = _differences(finals, table["label"].tolist())
     if len(pairs):
         parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(pairs))]
         pairs.to_csv(out / "differences.csv", index=False)
-    for picture in pictures(folder):
+    for picture in _pictures(runs, finals, table["label"], folder):
         png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
         parts.append(_html_figure(picture, png))
-    parts.append(_runs_section(folder, out))
+    parts.append(_runs_section(runs, out))
     page = out / "report.html"
     partial = out / ".report.html"
     partial.write_text(_PAGE.format(title=html.escape(title or folder.name), body="\n".join(parts)))
@@ -200,7 +224,7 @@ def keep(folder: Path | str, out: Path | str) -> int:
         The number of runs kept.
     """
     runs = find_runs(folder)
-    load_runs(folder)  # raises on unfinished runs
+    complete_runs(folder)  # raises on unfinished runs
     for run in runs:
         target = Path(out) / run.folder.name
         shutil.rmtree(target, ignore_errors=True)
@@ -244,10 +268,10 @@ def _html_figure(picture: Picture, png: Path) -> str:
     )
 
 
-def _runs_section(folder: Path, out: Path) -> str:
+def _runs_section(runs: Sequence[Run], out: Path) -> str:
     """Every run's configuration, and its executed notebook where there is one."""
     items = []
-    for run in find_runs(folder):
+    for run in runs:
         facts = json.loads((run.folder / "config.json").read_text())
         notebook = run.folder / "notebook.ipynb"
         link = ""

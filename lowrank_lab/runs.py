@@ -12,8 +12,9 @@ model.safetensors, result.json   written last: a folder with result.json is a fi
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,17 @@ def write_json(path: Path, value: object) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole rows; a last line that was cut off is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    if all(line[:1] == "{" and line[-1:] == "}" for line in lines):
+        try:  # all at once: a call a line takes longer
+            rows: list[dict[str, Any]] = json.loads(f"[{','.join(lines)}]")
+        except json.JSONDecodeError:
+            pass
+        else:
+            if len(rows) == len(lines):
+                return rows
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -112,6 +122,19 @@ class Run:
         import pandas as pd
 
         return pd.DataFrame(read_jsonl(self.folder / "metrics.jsonl"))
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it has trained a step: whether `metrics` has a row."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return False
+        with path.open() as file:
+            try:
+                json.loads(file.readline())
+            except json.JSONDecodeError:
+                return False
+        return True
 
     @property
     def spectra(self) -> pd.DataFrame:
@@ -181,32 +204,63 @@ def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
     Raises:
         InputError: no runs, or unfinished ones with `strict`.
     """
-    import pandas as pd
+    return table_of(complete_runs(folder, strict), folder)
 
+
+def complete_runs(folder: Path | str, strict: bool = True) -> list[Run]:
+    """The runs at or below a folder that have trained a step; raises as `load_runs` does."""
     runs = find_runs(folder)
     if not runs:
         raise InputError("folder", str(folder), "it holds no runs")
     unfinished = [run.folder.name for run in runs if not run.finished]
     if strict and unfinished:
         raise InputError("folder", str(folder), f"runs have not finished: {', '.join(unfinished)}")
-    tables = []
-    for run in runs:
-        if run.metrics.empty:  # it has just started
-            continue
-        table = run.metrics.rename(columns={"lr": "lr_now"})
-        config = run.config.model_dump()
-        inside = run.folder.relative_to(folder).as_posix()
-        facts = {
-            "run": run.folder.name if inside == "." else inside,
-            "label": run.label,
-            **{k: config[k] for k in DESCRIBES},
-        }
-        if run.finished:
-            facts |= {f"final_{key}": value for key, value in run.result.items()}
-        tables.append(table.assign(**facts))
-    if not tables:
+    trained = [run for run in runs if run.has_metrics]
+    if not trained:
         raise InputError("folder", str(folder), "no run in it has trained a step yet")
-    return pd.concat(tables, ignore_index=True)
+    return trained
+
+
+def table_of(runs: Sequence[Run], folder: Path | str) -> pd.DataFrame:
+    """The table of `load_runs` for these runs, which are at or below a folder."""
+    import pandas as pd
+
+    metrics, facts = [run.metrics for run in runs], [_facts_of(run, folder) for run in runs]
+    new_names = {"lr": "lr_now"}
+    order: dict[str, None] = {}  # of the columns: as they are met, run by run
+    for table, fact in zip(metrics, facts, strict=True):
+        order |= dict.fromkeys([*(new_names.get(str(c), str(c)) for c in table), *fact])
+    described = _described(facts)
+    repeated = described.loc[described.index.repeat([len(table) for table in metrics])]
+    steps = pd.concat(metrics, ignore_index=True).rename(columns=new_names)
+    steps = steps.drop(columns=described.columns, errors="ignore")
+    return pd.concat([steps, repeated.reset_index(drop=True)], axis="columns")[list(order)]
+
+
+def finals_of(runs: Sequence[Run], folder: Path | str) -> pd.DataFrame:
+    """`final_table` of `table_of`, from config.json and result.json alone."""
+    return final_table(_described([_facts_of(run, folder) for run in runs]))
+
+
+def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
+    """What is the same in all rows of a run."""
+    inside = run.folder.relative_to(folder).as_posix()
+    config = run.config
+    facts = {"run": run.folder.name if inside == "." else inside, "label": run.label}
+    facts |= {name: getattr(config, name) for name in DESCRIBES}
+    return facts | {f"final_{k}": v for k, v in (run.result if run.finished else {}).items()}
+
+
+def _described(facts: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row a run. A number that may be None stays what it is, and does not become a float."""
+    import pandas as pd
+
+    table = pd.DataFrame(facts)
+    for column in table:
+        values = [row.get(str(column), math.nan) for row in facts]
+        if None in values:
+            table[column] = pd.Series(values, dtype=object)
+    return table
 
 
 def final_table(runs: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -154,6 +155,19 @@ def test_saved_figures_are_png_svg_and_csv_and_the_same_each_time(tmp_path):
     assert [p.suffix for p in first] == [".png", ".svg", ".csv"]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     pd.testing.assert_frame_equal(pd.read_csv(first[2]), table)
+
+
+def test_saving_leaves_a_figure_as_it_was_and_cuts_nothing_off(tmp_path):
+    table = spectra_table()
+    figure = figures.spectrum_curves(table)
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    png, svg, _ = figures.save(figure, table, tmp_path / "once")
+    assert (figure.get_layout_engine(), figure.dpi) == (engine, dpi)
+    drawn = figures.spectrum_curves(table)
+    with mpl.rc_context(figures.STYLE):  # the layout and the box that matplotlib itself finds
+        drawn.savefig(tmp_path / "plain.png", bbox_inches="tight", metadata={"Software": None})
+    assert png.read_bytes() == (tmp_path / "plain.png").read_bytes()
+    assert "<svg" in svg.read_text()
 
 
 def test_labels_that_would_overlap_are_pushed_apart():

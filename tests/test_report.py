@@ -90,6 +90,18 @@ def test_the_page_stands_alone_and_each_picture_has_words(folder, tmp_path):
     assert len(list((tmp_path / "out" / "figures").iterdir())) == 18
 
 
+def test_a_report_reads_only_what_its_figures_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_LABELS", 2)
+    for i in range(4):
+        write_run(tmp_path / f"{i}", f"galore {i}", loss=2 + i / 10)
+    for i in (2, 3):
+        (tmp_path / f"{i}" / "spectra.jsonl").write_text('[{"not": "a spectrum"}]\n')
+    found = list(report.pictures(tmp_path))
+    assert [p.name for p in found[4:]] == ["spectra_galore_0", "spectra_galore_1"]
+    assert found[0].caption.endswith("The 2 best of 4.")
+    assert all(set(p.table["label"]) == {"galore 0", "galore 1"} for p in found[:4])
+
+
 def test_what_came_from_outside_is_escaped(tmp_path):
     write_run(tmp_path / "runs" / "x", "<script>alert(1)</script>")
     text = report.write_report(tmp_path / "runs", "<b>t</b>", "<i>d</i>").read_text()

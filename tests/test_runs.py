@@ -12,9 +12,11 @@ from lowrank_lab.runs import (
     DESCRIBES,
     Run,
     append_jsonl,
+    complete_runs,
     cut_jsonl,
     describe,
     final_table,
+    finals_of,
     find_runs,
     load_runs,
     read_jsonl,
@@ -120,6 +122,68 @@ def test_runs_of_one_name_in_two_folders_stay_two_runs(tmp_path):
 
 def test_one_run_folder_is_a_table_too(study):
     assert load_runs(study / "full-0")["run"].nunique() == 1
+
+
+def plain_table(folder):
+    """The table of load_runs, read line by line and run by run."""
+    tables = []
+    for path in sorted(folder.rglob("metrics.jsonl")):
+        rows = []
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        if not rows:
+            continue
+        known = json.loads((path.parent / "config.json").read_text())
+        config = RunConfig(**known["config"])
+        facts = {"run": path.parent.relative_to(folder).as_posix()}
+        facts["label"] = known["label"] or describe(config)
+        facts |= {name: getattr(config, name) for name in DESCRIBES}
+        if (result := path.with_name("result.json")).exists():
+            facts |= {f"final_{k}": v for k, v in json.loads(result.read_text()).items()}
+        tables.append(pd.DataFrame(rows).rename(columns={"lr": "lr_now"}).assign(**facts))
+    return pd.concat(tables, ignore_index=True)
+
+
+def uneven(folder):
+    """Runs that differ in columns, in nulls, in types and in how their files end."""
+    events = [{"event": "reset", "parameters": [1, {"deep": None}]}]
+    pretend(folder / "a", method="low-rank", rank=4)
+    cut = pretend(folder / "b", seed=1, finished=False)
+    rows = [
+        {"step": 4, "loss": 0.1 + 0.2, "lr": 1e-300, "events": events, "peak_memory_bytes": None},
+        {"step": 5, "loss": 1, "lr": 0.1, "events": [], "validation_loss": 2.5, "name": "ü\u2028"},
+    ]
+    append_jsonl(cut / "metrics.jsonl", rows)
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "events": [{"event": "reset"}')
+    append_jsonl(pretend(folder / "c" / "d", steps=2) / "metrics.jsonl", [{"step": 3, "lr": None}])
+    result = {"test_loss": 1, "entropy": None, "steps": 2**40}
+    write_json(folder / "c" / "d" / "result.json", result)
+    empty = pretend(folder / "e", finished=False)
+    (empty / "metrics.jsonl").write_text('{"step": 1')
+    (pretend(folder / "f") / "metrics.jsonl").write_text('{"step": 1}\n\n{"step": 2}\n')
+    (pretend(folder / "g") / "metrics.jsonl").write_text('{"step": 1}, {"step": 2}\n')
+    (pretend(folder / "h") / "metrics.jsonl").write_text('{"step": 1, "events": [{}\n{}]}\n')
+
+
+def test_the_table_is_that_of_a_plain_reading_row_by_row(study, tmp_path):
+    pd.testing.assert_frame_equal(load_runs(study), plain_table(study), check_exact=True)
+    uneven(tmp_path)
+    table = load_runs(tmp_path, strict=False)
+    pd.testing.assert_frame_equal(table, plain_table(tmp_path), check_exact=True)
+    assert list(dict.fromkeys(table["run"])) == ["a", "b", "c/d", "f"]
+    assert table.loc[table["run"] == "b", "step"].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_the_final_table_needs_no_metrics(study, tmp_path):
+    uneven(tmp_path)
+    for folder in (study, tmp_path):
+        finals = finals_of(complete_runs(folder, strict=False), folder)
+        expected = final_table(plain_table(folder)).reset_index(drop=True)
+        pd.testing.assert_frame_equal(finals, expected, check_exact=True)
 
 
 def test_a_strict_table_refuses_unfinished_runs_by_name(tmp_path):
