@@ -13,7 +13,7 @@ from lowrank_lab.provenance import TRAINING_ROOMS
 PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
-    "config sources corpus layers llama optim techniques schedule options builders catalogue "
+    "config sources corpus layers attention llama optim techniques schedule options builders catalogue "
     "methods step memory spectra checkpoint provenance runs train sample stats figures report "
     "widgets jobs study study_view cli"
 ).split()
