@@ -39,7 +39,7 @@ def rows(quick: bool = False) -> list[Row]:
     """Seconds of load_runs + final_table + write_report, a row a number of runs."""
     found = []
     for count in (5,) if quick else COUNTS:
-        seconds = growth(count, rounds=1 if quick else 3)
+        seconds = growth(count, rounds=1 if quick or count >= 1000 else 3)
         total = seconds["load_runs"] + seconds["write_report"]
         note = "; ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
         found.append(
