@@ -24,7 +24,8 @@ SCORES_IN_FLIGHT = 1 << 19  # elements of scores in a block, so that they stay i
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D + causal mask) v for q, k, v (B, h, T, D) → (B, h, T, D)."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.numel():
-        out: Tensor = _attention(q, k, v)
+        # here, where a compiler can write them so in the first place, and only once
+        out: Tensor = _attention(q.contiguous(), k.contiguous(), v.contiguous())
         return out
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
