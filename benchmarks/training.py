@@ -7,6 +7,7 @@ Both keep float32 weights and compute under torch.autocast in bfloat16; ours is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,83 +28,85 @@ from lowrank_lab.llama import NORM_EPS, ROPE_BASE, Llama
 from lowrank_lab.step import gradients, update_
 
 MODELS = {"1M": SIZES["mini"], "5M": Size(256, 688, 4, 4, 4096), "60m": SIZES["60m"]}
+ROUNDS = {"1M": 20, "5M": 15, "60m": 5}
 PEER = "transformers + AdamW(fused)"
 BATCH, LENGTH = 16, 256  # 4096 tokens
 LR = 1e-4
 
+Shape = tuple[int, int]  # sequences in a batch, tokens in a sequence
 Step = Callable[[Tensor, Tensor], float]
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Three rows of speed, one of peak memory and one of model FLOPs utilisation."""
+    """Speed of each size, then model FLOPs utilisation and peak memory of the largest."""
     models = {"tiny": SIZES["tiny"]} if quick else MODELS
-    batch, length = (2, 32) if quick else (BATCH, LENGTH)
+    shape = (2, 32) if quick else (BATCH, LENGTH)
     peak = gemm_rate(torch.bfloat16, 256 if quick else 2048)
     found = []
     for name, size in models.items():
-        large = name == "60m"
-        rounds = 2 if quick else 5 if large else 20
         ours, theirs = pair(size)
-        check_same(ours, theirs, size, batch, length)
-        tokens = batch * length
-        step, peer_step = our_step(ours, batch, length), their_step(theirs)
-        inputs: list[Tensor] = []
-
-        def fresh(size: Size = size, inputs: list[Tensor] = inputs) -> None:
-            inputs[:] = some_tokens(size, batch, length)
-
-        seconds = take_turns(
-            {
-                "ours": lambda step=step, inputs=inputs: step(*inputs),
-                "peer": lambda step=peer_step, inputs=inputs: step(*inputs),
-            },
-            rounds,
-            before=fresh,
-            warm_up=2,
-        )
-        per_second = {k: tokens / median(v) for k, v in seconds.items()}
-        flops = model_flops(size, length)
+        check_same(ours, theirs, shape)
         found.append(
-            Row(
-                name=f"training, {name}, full rank, bf16",
-                ours=per_second["ours"],
-                peer=per_second["peer"],
-                floor=peak / flops,
-                unit="tokens/s",
-                ratio=ratio(seconds["peer"], seconds["ours"]),
-                target="≥ 1.3" if large else "≥ 1.6",
-                peer_name=PEER,
-                note=f"{tokens} tokens a step; amp-bf16 with compile",
-            )
+            speed_row(name, ours, theirs, shape, peak, rounds=2 if quick else ROUNDS[name])
         )
-    utilisation = per_second["ours"] * flops / peak
-    found.append(
-        Row(
-            name=f"model FLOPs utilisation, {name}, bf16",
-            ours=per_second["ours"] * flops / 1e9,
-            peer=per_second["peer"] * flops / 1e9,
-            floor=peak / 1e9,
-            unit="GFLOP/s",
-            ratio=utilisation,
-            target="≥ 0.4",
-            peer_name=PEER,
-            note="6 FLOPs a token and matrix weight (embeddings not counted), causal attention",
-        )
-    )
-    found.append(peak_row(name, ours, theirs, batch, length))
+    found.append(utilisation_row(name, found[-1], size, shape[1], peak))
+    found.append(peak_row(name, ours, theirs, shape))
     return found
 
 
-def peak_row(name: str, ours: Llama, theirs: nn.Module, batch: int, length: int) -> Row:
-    """Peak bytes of a step, weights and optimizer states included, from the allocator's events."""
-    tokens, targets = some_tokens(ours.size, batch, length)
-    peaks = [
-        peak_bytes(model, lambda step=step: step(tokens, targets))
-        for model, step in ((ours, our_step(ours, batch, length)), (theirs, their_step(theirs)))
-    ]
-    mine, others = (p / 2**20 for p in peaks)
+def speed_row(
+    name: str, ours: Llama, theirs: nn.Module, shape: Shape, peak: float, rounds: int
+) -> Row:
+    """Tokens a second; the floor is the model's FLOPs at the measured matmul peak (FLOP/s)."""
+    step, peer_step = our_step(ours, shape), their_step(theirs)
+    inputs: list[Tensor] = []
+
+    def fresh() -> None:
+        inputs[:] = some_tokens(ours.size, shape)
+
+    contestants = {"ours": lambda: step(*inputs), "peer": lambda: peer_step(*inputs)}
+    seconds = take_turns(contestants, rounds, before=fresh, warm_up=2)
+    tokens = shape[0] * shape[1]
     return Row(
-        name=f"training peak memory, {name}, {batch * length} tokens, bf16",
+        name=f"training, {name}, full rank, bf16",
+        ours=tokens / median(seconds["ours"]),
+        peer=tokens / median(seconds["peer"]),
+        floor=peak / model_flops(ours.size, shape[1]),
+        unit="tokens/s",
+        ratio=ratio(seconds["peer"], seconds["ours"]),
+        target="≥ 1.3" if name == "60m" else "≥ 1.6",
+        peer_name=PEER,
+        note=f"{tokens} tokens a step; amp-bf16 with compile; floor: FLOPs at the matmul peak",
+    )
+
+
+def utilisation_row(name: str, speed: Row, size: Size, length: int, peak: float) -> Row:
+    """Model FLOPs a second as a share of the measured matmul peak."""
+    flops = model_flops(size, length)
+    assert speed.peer is not None
+    return Row(
+        name=f"model FLOPs utilisation, {name}, bf16",
+        ours=speed.ours * flops / 1e9,
+        peer=speed.peer * flops / 1e9,
+        floor=peak / 1e9,
+        unit="GFLOP/s",
+        ratio=speed.ours * flops / peak,
+        target="≥ 0.4",
+        peer_name=PEER,
+        note="6 FLOPs a token and matrix weight (embeddings not counted), causal attention",
+    )
+
+
+def peak_row(name: str, ours: Llama, theirs: nn.Module, shape: Shape) -> Row:
+    """Peak bytes of a step, weights and optimizer states included, from the allocator's events."""
+    tokens, targets = some_tokens(ours.size, shape)
+    steps = (
+        partial(our_step(ours, shape), tokens, targets),
+        partial(their_step(theirs), tokens, targets),
+    )
+    mine, others = (peak_bytes(m, s) / 2**20 for m, s in zip((ours, theirs), steps, strict=True))
+    return Row(
+        name=f"training peak memory, {name}, {shape[0] * shape[1]} tokens, bf16",
         ours=mine,
         peer=others,
         floor=16 * sum(p.numel() for p in ours.parameters()) / 2**20,
@@ -133,27 +136,28 @@ def pair(size: Size) -> tuple[Llama, LlamaForCausalLM]:
         attention_bias=False,
         mlp_bias=False,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     theirs = LlamaForCausalLM(config)
     theirs.load_state_dict(ours.state_dict())
     return ours.train(), theirs.train()
 
 
-def some_tokens(size: Size, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Random inputs and targets, each (batch, length)."""
-    drawn = torch.randint(size.vocab_size, (batch, length + 1))
+def some_tokens(size: Size, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Random inputs and targets, each of that shape."""
+    drawn = torch.randint(size.vocab_size, (shape[0], shape[1] + 1))
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
-def check_same(ours: Llama, theirs: nn.Module, size: Size, batch: int, length: int) -> None:
+def check_same(ours: Llama, theirs: nn.Module, shape: Shape) -> None:
     """Loss and gradients from the same weights and tokens: exact in float32, near in bfloat16."""
-    for half, limit, shape in ((False, 1e-5, (2, min(length, 32))), (True, 5e-2, (batch, length))):
-        tokens, targets = some_tokens(size, *shape)
+    small = (2, min(shape[1], 32))
+    for half, limit, piece in ((False, 1e-5, small), (True, 5e-2, shape)):
+        tokens, targets = some_tokens(ours.size, piece)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             losses = ours.loss(tokens, targets), their_loss(theirs, tokens, targets)
         for loss in losses:
-            loss.backward()
+            torch.autograd.backward(loss)
         check("loss", relative_error(losses[0].detach(), losses[1].detach()), limit / 50)
         theirs_by_name = dict(theirs.named_parameters())
         for name, p in ours.named_parameters():
@@ -171,9 +175,9 @@ def their_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def our_step(model: Llama, batch: int, length: int) -> Step:
+def our_step(model: Llama, shape: Shape) -> Step:
     """One step as `train` takes it, compiled per block."""
-    config = RunConfig(batch=batch, sequence_length=length, precision="amp-bf16", lr=LR)
+    config = RunConfig(batch=shape[0], sequence_length=shape[1], precision="amp-bf16", lr=LR)
     model.compile_blocks()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
@@ -193,7 +197,7 @@ def their_step(model: nn.Module) -> Step:
     def step(tokens: Tensor, targets: Tensor) -> float:
         with torch.autocast("cpu", torch.bfloat16):
             loss = their_loss(model, tokens, targets)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         values: list[float] = torch.stack([loss.detach(), norm]).tolist()
         optimizer.step()
