@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from benchmarks.harness import Row, median, take_turns
+from benchmarks.harness import Row, gemm_rate, median, peak_bytes, take_turns
 from lowrank_lab.config import SIZES, RunConfig
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.step import gradients, update_
@@ -19,16 +18,16 @@ def rows(quick: bool = False) -> list[Row]:
     Names read `growth MODEL METHOD rRANK tTOKENS`; peak memory is in the note, in MiB.
     """
     sizes = ("tiny",) if quick else ("9m", "20m", "35m", "60m", "130m")
-    tokens = 256 if quick else 512
-    found = [step(size, method, None, tokens) for size in sizes for method in METHODS]
+    tokens, rate = 256 if quick else 512, gemm_rate(torch.float32, 256 if quick else 2048)
+    found = [step(size, method, None, tokens, rate) for size in sizes for method in METHODS]
     if not quick:
-        found += [step("9m", m, r, tokens) for m in METHODS[1:] for r in (8, 16, 32, 128)]
-        found += [step("9m", m, None, t) for m in METHODS for t in (256, 1024, 2048)]
+        found += [step("9m", m, r, tokens, rate) for m in METHODS[1:] for r in (8, 16, 32, 128)]
+        found += [step("9m", m, None, t, rate) for m in METHODS for t in (256, 1024, 2048)]
     return found
 
 
-def step(size: str, method: str, rank: int | None, tokens: int) -> Row:
-    """Median time and peak memory of one whole training step in float32."""
+def step(size: str, method: str, rank: int | None, tokens: int, rate: float) -> Row:
+    """Median time and peak memory of one whole training step in float32; rate is in FLOP/s."""
     length = min(tokens, 256)
     config = RunConfig(
         model=size, method=method, rank=rank, steps=100, batch=tokens // length,
@@ -50,40 +49,10 @@ def step(size: str, method: str, rank: int | None, tokens: int) -> Row:
     whole()  # the first one makes the states and projections
     seconds = median(take_turns({"ours": whole}, 2, warm_up=0)["ours"])
     peak = peak_bytes(whole)
-    flops = 6 * sum(p.numel() for p in model.parameters()) * tokens
-    floor = flops / _rate()
+    parameters = sum(p.numel() for p in model.parameters())
+    floor = 6 * parameters * tokens / rate
     return Row(
         f"growth {size} {method} r{rank or config.size.hidden_size // 4} t{tokens}",
         seconds, None, floor, "s", seconds / floor, "", "6·N·tokens at the rate of GEMMs",
-        f"peak {peak / 2**20:.0f} MiB; {_parameters(model)} parameters",
+        f"peak {peak / 2**20:.0f} MiB; {parameters} parameters",
     )  # fmt: skip
-
-
-def peak_bytes(step: object) -> int:
-    """Peak of live bytes in a step by the allocator's events, above what was there before it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    assert callable(step)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        step()
-    live = peak = 0
-    for event in events.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-_RATE: list[float] = []
-
-
-def _rate() -> float:
-    from benchmarks.harness import gemm_rate
-
-    if not _RATE:
-        _RATE.append(gemm_rate(torch.float32))
-    return _RATE[0]

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass
 class Row:
-    """One comparison. `ratio` is what the target is about, and which way is better is in its sign.
+    """One comparison. `ratio` is what the target is about; the target's sign says what is better.
 
     ours, peer and floor are in `unit`; the floor is what the arithmetic or the bytes alone take.
     """
@@ -112,6 +113,18 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """‖ours − theirs‖ / ‖theirs‖."""
     ours, theirs = ours.double(), theirs.double()
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def peak_bytes(run: Contestant) -> int:
+    """Most bytes that were allocated at one time during the run, above those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+    running = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        running += event.nbytes()
+        peak = max(peak, running)
+    return peak
 
 
 def machine() -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import (
     Row,
     check,
     gemm_rate,
     median,
+    peak_bytes,
     ratio,
     relative_error,
     take_turns,
@@ -206,18 +206,6 @@ def forward_backward(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], 
 
 def worst_error(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
     return max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes that were allocated at one time during the run, above those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = record.profiler.kineto_results.events()
-    running = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        running += event.nbytes()
-        peak = max(peak, running)
-    return peak
 
 
 def short(dtype: torch.dtype) -> str:

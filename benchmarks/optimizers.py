@@ -42,16 +42,15 @@ class Contestant:
         self.start = [p.detach().clone() for p in self.params]
         self.optimizer = build(targets, rest)
 
-    def draw(self, seed: int) -> None:
-        """Fresh gradients, the same for every contestant."""
-        torch.manual_seed(seed)
-        for p in self.params:
-            if p.grad is None:
-                p.grad = torch.empty_like(p)
-            p.grad.normal_()
-
     def step(self) -> None:
         self.optimizer.step()
+
+
+def fresh_gradients(contestants: tuple[Contestant, Contestant]) -> None:
+    """New random gradients, the same tensors for both."""
+    for p, q in zip(*(c.params for c in contestants), strict=True):
+        p.grad = torch.empty_like(p) if p.grad is None else p.grad
+        q.grad = p.grad.normal_()
 
 
 def packages() -> dict[str, tuple[Any, dict[str, Any], list[tuple[str, Any]]]]:
@@ -83,17 +82,12 @@ def _pytorch_optimizer(rank: int) -> Any:
     from pytorch_optimizer import GaLore
 
     def build(targets: list[Tensor], rest: list[Tensor]) -> torch.optim.Optimizer:
-        ranked = {
-            "params": targets,
-            "rank": rank,
-            "update_proj_gap": 200,
-            "scale": 0.25,
-            "projection_type": "std",
-        }
+        keys = {name.replace("proj_type", "projection_type"): v for name, v in GALORE.items()}
+        ranked = {"params": targets, "rank": rank, **keys}
         made: torch.optim.Optimizer = GaLore([ranked, {"params": rest}], lr=1e-3)
         return made
 
-    return build  # fmt: skip
+    return build
 
 
 TARGET = {"GaLore": "2.2", "Fira": "2.3", "APOLLO": "2.3"}
@@ -109,7 +103,7 @@ def rows(quick: bool = False) -> list[Row]:
                 found += _compare(
                     name, ours, keys, peer_name, builder(rank), size, rank, dtype, rounds
                 )
-    return found  # fmt: skip
+    return found
 
 
 def _compare(
@@ -123,18 +117,21 @@ def _compare(
 
     a, b = Contestant(mine, size, dtype), Contestant(peer, size, dtype)
     floor, projected = floor_of(a, rank, name), projected_part(a)
-    for seed in range(2):
-        for contestant in (a, b):
-            contestant.draw(seed)
-            contestant.step()
-    if peer_name != "pytorch_optimizer":  # another ε and another scale: the same work, not the same
-        limit = 1e-5 if dtype == torch.float32 else 0.1  # bf16 weights round away most of an update
-        error = max(
-            relative_error(p.detach() - s, q.detach() - t)
-            for p, s, q, t in zip(a.params, a.start, b.params, b.start, strict=True)
-        )
-        check(f"{name} {dtype}", error, limit)
-    seconds = take_turns({"ours": a.step, "peer": b.step, "floor": floor}, rounds)
+    for _ in range(2):
+        fresh_gradients((a, b))
+        a.step()
+        b.step()
+    limit = 1e-5 if dtype == torch.float32 else 0.1  # bf16 weights round away most of an update
+    error = max(
+        relative_error(p.detach() - s, q.detach() - t)
+        for p, s, q, t in zip(a.params, a.start, b.params, b.start, strict=True)
+    )
+    check(f"{name} {dtype}", error, limit)
+    seconds = take_turns(
+        {"ours": a.step, "peer": b.step, "floor": floor},
+        rounds,
+        before=lambda: fresh_gradients((a, b)),
+    )
     bits = "fp32" if dtype == torch.float32 else "bf16"
     target = "2.2" if name == "Fira" and bits == "bf16" else TARGET[name]
     ms = {k: 1e3 * median(v) for k, v in seconds.items()}
@@ -146,7 +143,9 @@ def _compare(
     if name != "GaLore" or peer_name != "galore-torch":
         return [row]
     gemms = gemms_of(a, rank)
-    part = take_turns({"ours": projected, "floor": gemms}, rounds)
+    part = take_turns(
+        {"ours": projected, "floor": gemms}, rounds, before=lambda: fresh_gradients((a, b))
+    )
     share = Row(
         f"GaLore's projected part, {size}, rank {rank}, {bits}", 1e3 * median(part["ours"]), None,
         1e3 * median(part["floor"]), "ms", ratio(part["ours"], part["floor"]), "≤ 1.10",

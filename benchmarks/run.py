@@ -25,29 +25,22 @@ SUITES = (
 def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
     """The rows of the named suites (all by default), with the machine's facts.
 
-    A run of all suites in earnest is kept: results.json, the README's table, the picture. A run of
-    some of them replaces their rows in results.json.
+    Only a run of all suites in earnest is kept: results.json, the README's table, the pictures.
     """
     for peer in PEERS:
         if find_spec(peer) is None:
             raise InputError("bench", peer, "isn't installed: pip install -e '.[peers]'")
-    found: dict[str, list[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
     for name in names or SUITES:
-        found[name] = []
         for row in importlib.import_module(f"benchmarks.{name}").rows(quick):
             report(row)
-            found[name].append(row.as_dict() | {"suite": name})
-    facts = machine()
-    if not quick:
-        kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-        merged = [r for s in SUITES for r in found.get(s, [k for k in kept if k["suite"] == s])]
-        RESULTS.write_text(
-            json.dumps({"machine": facts, "rows": merged}, indent=1, ensure_ascii=False) + "\n"
-        )
-        write_table(merged)
-        draw(merged)
-        return {"machine": facts, "rows": merged}
-    return {"machine": facts, "rows": [row for rows in found.values() for row in rows]}
+            rows.append(row.as_dict())
+    kept = {"machine": machine(), "rows": rows}
+    if not quick and not names:
+        RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        write_table(rows)
+        draw(rows)
+    return kept
 
 
 def line(row: Row) -> str:

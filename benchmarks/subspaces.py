@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,8 @@ from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
 from lowrank_lab.optim.projection import leading_subspaces, randomized_subspaces, sides
 from lowrank_lab.techniques import refactorize_
+from lowrank_lab.train import Trainer
+from lowrank_lab.train import check as checked
 
 
 def rows(quick: bool = False) -> list[Row]:
@@ -69,12 +74,6 @@ def captured(G: Tensor, pair: tuple[Tensor | None, Tensor | None]) -> float:
 
 def energies(quick: bool) -> list[Row]:
     """Least captured energy of warm refreshes against exact ones: early, late, and flat spectra."""
-    import tempfile
-    from pathlib import Path
-
-    from lowrank_lab.train import Trainer
-    from lowrank_lab.train import check as checked
-
     model = "tiny" if quick else "micro"
     steps, gap = (6, 3) if quick else (300, 20)
     config = RunConfig(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from benchmarks.harness import (
     check,
     gemm_rate,
     median,
+    peak_bytes,
     ratio,
     relative_error,
     take_turns,
@@ -104,12 +104,16 @@ def peak_row(name: str, ours: Llama, theirs: nn.Module, shape: Shape) -> Row:
         partial(our_step(ours, shape), tokens, targets),
         partial(their_step(theirs), tokens, targets),
     )
-    mine, others = (peak_bytes(m, s) / 2**20 for m, s in zip((ours, theirs), steps, strict=True))
+    for step in steps:
+        step()  # compiles, and creates the optimizer's states
+    weights = sum(p.numel() * p.element_size() for p in ours.parameters())
+    # What was there before the step: the weights, and AdamW's two averages of their size.
+    mine, others = ((3 * weights + peak_bytes(step)) / 2**20 for step in steps)
     return Row(
         name=f"training peak memory, {name}, {shape[0] * shape[1]} tokens, bf16",
         ours=mine,
         peer=others,
-        floor=16 * sum(p.numel() for p in ours.parameters()) / 2**20,
+        floor=4 * weights / 2**20,
         unit="MiB",
         ratio=mine / others,
         target="≤ 0.6",
@@ -215,19 +219,3 @@ def model_flops(size: Size, length: int) -> float:
     d = size.hidden_size
     in_layers = size.num_layers * (4 * d**2 + 3 * d * size.intermediate_size)
     return 6 * (in_layers + size.vocab_size * d) + 6 * size.num_layers * length * d
-
-
-def peak_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
-    """Largest number of bytes that weights, states and a step's tensors take together."""
-    step()  # compiles, and creates the optimizer's states
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    allocated = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        highest = max(highest, allocated)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return 3 * weights + highest  # AdamW's two averages are of the weights' size

@@ -42,15 +42,17 @@ def projected(
     ) -> torch.optim.Optimizer:
         ranked = {"rank": config.rank, **{key: config.method_options[key] for key in keys}}
         ranked |= {"seed": config.seed} if seeded else {}
-        choices = {
-            "state_precision": config.state_precision,
-            "stochastic_rounding": config.stochastic_rounding,
-        }
-        usual = {"state_precision": "same", "stochastic_rounding": False}
-        given = {key: value for key, value in choices.items() if value != usual[key]}
-        return optimizer(_groups(targets, rest, ranked), **_adam(config), **given)
+        groups = _groups(targets, rest, ranked)
+        return optimizer(groups, **_adam(config), **precision_choices(config))
 
     return build
+
+
+def precision_choices(config: RunConfig) -> dict[str, Any]:
+    """What the configuration asks of a projected optimizer beyond the dtype of its weights."""
+    names = ("state_precision", "stochastic_rounding")
+    fields = RunConfig.model_fields
+    return {n: getattr(config, n) for n in names if getattr(config, n) != fields[n].default}
 
 
 def whole_model(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> OptimizerBuilder:

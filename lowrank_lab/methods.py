@@ -21,6 +21,7 @@ from lowrank_lab.builders import (
     adamw,
     adamw_8bit,
     import_optimizer,
+    precision_choices,
 )
 from lowrank_lab.catalogue import BUILT_IN, Method
 from lowrank_lab.config import InputError, RunConfig, nearest
@@ -176,10 +177,7 @@ def _check_techniques(config: RunConfig, method: Method) -> None:
 
 def _check_precision(config: RunConfig, method: Method) -> None:
     """States in float32 and random rounding are for bfloat16 weights, and not every optimizer's."""
-    for name, usual in (("state_precision", "same"), ("stochastic_rounding", False)):
-        value = getattr(config, name)
-        if value == usual:
-            continue
+    for name, value in precision_choices(config).items():
         if "proj_type" not in method.options:
             raise InputError(name, value, f"the optimizer of {method.name} has no such choice")
         if config.precision != "bf16":

@@ -13,9 +13,9 @@ from lowrank_lab.provenance import TRAINING_ROOMS
 PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
-    "config sources corpus layers attention llama optim techniques schedule options builders catalogue "
-    "methods step memory spectra checkpoint provenance runs train sample stats figures report "
-    "widgets jobs study study_view cli"
+    "config sources corpus layers attention llama optim techniques schedule options builders "
+    "catalogue methods step memory spectra checkpoint provenance runs train sample stats "
+    "figures report widgets jobs study study_view cli"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers".split()

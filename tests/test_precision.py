@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowrank_lab import InputError, RunConfig
+from lowrank_lab.memory import optimizer_state_bytes, persistent
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro
 from lowrank_lab.optim.base import stochastically_rounded
@@ -87,8 +88,9 @@ def test_random_rounding_leaves_what_bfloat16_holds_and_what_is_not_finite():
     assert torch.equal(rounded.nan_to_num(7), W.nan_to_num(7))
 
 
-def test_weight_decay_is_applied_once_with_random_rounding():
-    W, b, optimizer = make(GaLore, weight_decay=0.5, stochastic_rounding=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weight_decay_is_applied_once_with_random_rounding(dtype):
+    W, b, optimizer = make(GaLore, dtype=dtype, weight_decay=0.5, stochastic_rounding=True)
     before = b.detach().float().clone()
     W.grad, b.grad = torch.zeros_like(W), torch.zeros_like(b)
     for group in optimizer.param_groups:
@@ -118,6 +120,18 @@ def test_a_run_configures_its_optimizer():
     _, optimizer = build(config)
     for group in optimizer.param_groups:
         assert (group["state_precision"], group["stochastic_rounding"]) == ("fp32", True)
+
+
+@pytest.mark.parametrize("method", ["galore", "fira", "apollo", "golore"])
+def test_bytes_of_states_in_float32_equal_the_formula(method):
+    config = RunConfig(
+        model="tiny", corpus="markov", method=method, precision="bf16", state_precision="fp32"
+    )
+    model, optimizer = build(config)
+    tokens = torch.randint(0, 16, (2, 9))
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(config)
 
 
 def refreshes(spread, gap=6, matrices=3):

@@ -41,7 +41,7 @@ def adam_update_(
     """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − step_size · m / (√v + ε), fused, in place.
 
     Bias correction is in `step_size`. All tensors of one call share a dtype and a device: the
-    kernel is called without torch's sorting by both, which takes as long as the kernel itself.
+    kernel is called without torch's sorting by both, some 50 µs a call on a CPU.
     """
     long_ago = torch.full((), _LONG_AGO, dtype=torch.float32, device=params[0].device)
     torch._fused_adamw_(
@@ -175,8 +175,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
-        if group["weight_decay"] > 0 and params and not group.get("stochastic_rounding"):
-            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+        decayed = [p for p in params if not _rounds_at_random(p, group)]  # those in `_written`
+        if group["weight_decay"] > 0 and decayed:
+            torch._foreach_mul_(decayed, 1.0 - group["lr"] * group["weight_decay"])
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -199,7 +200,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     @contextmanager
     def _written(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Iterator[Tensor]:
         """What an update of p changes: p, or a float32 copy that is rounded into p at random."""
-        if not group.get("stochastic_rounding") or p.dtype != torch.bfloat16:
+        if not _rounds_at_random(p, group):
             yield p
             return
         W = p.float()
@@ -255,6 +256,10 @@ class ProjectedAdamW(torch.optim.Optimizer):
             with self._written(p, state, group) as W:
                 W.add_(N, alpha=-_step_size(state, group))
             state["step"] += 1
+
+
+def _rounds_at_random(p: Tensor, group: dict[str, Any]) -> bool:
+    return bool(group.get("stochastic_rounding")) and p.dtype == torch.bfloat16
 
 
 def in_state_precision(g: Tensor, group: dict[str, Any]) -> Tensor:
