@@ -47,7 +47,7 @@ def step(size: str, method: str, rank: int | None, tokens: int, rate: float) -> 
         count += 1
 
     whole()  # the first one makes the states and projections
-    seconds = median(take_turns({"ours": whole}, 2, warm_up=0)["ours"])
+    seconds = median(take_turns({"ours": whole}, 3)["ours"])
     peak = peak_bytes(whole)
     parameters = sum(p.numel() for p in model.parameters())
     floor = 6 * parameters * tokens / rate

@@ -138,7 +138,7 @@ def _compare(
     row = Row(
         f"{name} step, {size}, rank {rank}, {bits}", ms["ours"], ms["peer"], ms["floor"], "ms",
         ratio(seconds["peer"], seconds["ours"]), f"≥ {target}", peer_name,
-        "floor: the projections' GEMMs, and AdamW of the rest at the speed of its bytes",
+        "floor: GEMMs, AdamW of the rest, and where G itself is added one pass of that",
     )  # fmt: skip
     if name != "GaLore" or peer_name != "galore-torch":
         return [row]
@@ -186,8 +186,12 @@ def gemms_of(contestant: Contestant, rank: int, products: int = 2) -> Callable[[
 
 
 def floor_of(contestant: Contestant, rank: int, name: str) -> Callable[[], None]:
-    """The GEMMs that a method can't do without, and torch's fused AdamW of everything else."""
+    """What a method can't do without: its GEMMs, and torch's fused AdamW of everything else.
+
+    Fira and APOLLO also add G itself, scaled by channel: one pass over W and G.
+    """
     gemms = gemms_of(contestant, rank, products=1 if name == "APOLLO" else 2)
+    scales = [torch.ones(1, p.shape[1]).to(p) for p in contestant.targets]
     rest = [nn.Parameter(p.detach().clone()) for p in contestant.params[len(contestant.targets) :]]
     adamw = torch.optim.AdamW(rest, lr=1e-9, fused=True)
 
@@ -195,6 +199,11 @@ def floor_of(contestant: Contestant, rank: int, name: str) -> Callable[[], None]
         for p, q in zip(rest, contestant.params[len(contestant.targets) :], strict=True):
             p.grad = q.grad
         gemms()
+        if name != "GaLore":
+            with torch.no_grad():
+                for p, scale in zip(contestant.targets, scales, strict=True):
+                    assert p.grad is not None
+                    p.addcmul_(p.grad, scale, value=-1e-9)
         adamw.step()
 
     return run

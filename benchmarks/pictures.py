@@ -7,11 +7,16 @@ from typing import Any
 
 import pandas as pd
 import seaborn as sns
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
-from lowrank_lab.figures import STYLE
+from lowrank_lab.config import SIZES
+from lowrank_lab.figures import STYLE, look
 
 GROWTH = re.compile(r"growth (\S+) (\S+) r(\d+) t(\d+)")
+REPORT = re.compile(r"study of (\d+) runs")
 NOTE = re.compile(r"peak (\d+) MiB; (\d+) parameters")
 
 
@@ -23,7 +28,7 @@ def ratios(rows: list[dict[str, Any]]) -> Figure | None:
     if not shown:
         return None
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 0.8 + 0.28 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(9.2, 0.8 + 0.28 * len(shown)), layout="constrained")
         ax = figure.subplots()
         for y, row in enumerate(shown):
             sign, limit = row["target"].split()
@@ -38,11 +43,10 @@ def ratios(rows: list[dict[str, Any]]) -> Figure | None:
                 fontsize=7.5,
             )
         ax.axvline(1, color="0.3", lw=1)
-        ax.set_yticks(
-            range(len(shown)), [f"{r['name']} / {r['peer_name']}" for r in shown], fontsize=7.5
-        )
+        names = [" against ".join(filter(None, (r["name"], r["peer_name"]))) for r in shown]
+        ax.set_yticks(range(len(shown)), names, fontsize=7.5)
         ax.invert_yaxis()
-        ax.margins(x=0.25)
+        ax.margins(x=0.3, y=0.01)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel("reached / target")
     return figure
@@ -64,7 +68,7 @@ def growth_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def growth(rows: list[dict[str, Any]]) -> Figure | None:
-    """Step time above peak memory, against model size, rank and tokens, a line a method."""
+    """Step time above peak memory, against model size, rank and tokens; the report against runs."""
     import matplotlib as mpl
 
     table = growth_table(rows)
@@ -72,26 +76,61 @@ def growth(rows: list[dict[str, Any]]) -> Figure | None:
         return None
     base = table.groupby("model", sort=False).first()
     by_size = table[(table["tokens"] == 512) & (table["rank"] == table["model"].map(base["rank"]))]
-    small = table[table["model"] == "9m"]
+    small = table[table["model"] == base.index[0]]
     by_rank = small[(small["tokens"] == 512) & (small["method"] != "full-rank")]
-    by_tokens = small[small["rank"] == base.loc["9m", "rank"]] if "9m" in base.index else small
+    by_tokens = small[small["rank"] == base["rank"].iloc[0]]
+    methods = list(dict.fromkeys(table["method"]))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 4.8), layout="constrained")
-        axes = figure.subplots(2, 3)
-        panels = (("parameters", by_size), ("rank", by_rank), ("tokens", by_tokens))
-        for column, (x, part) in enumerate(panels):
+        figure = Figure(figsize=(10.6, 4.8), layout="constrained")
+        axes = figure.subplots(2, 4)
+        for column, (x, part) in enumerate(
+            (("parameters", by_size), ("rank", by_rank), ("tokens", by_tokens))
+        ):
             for method, line in part.groupby("method", sort=False):
-                line = line.sort_values(x)
-                axes[0, column].plot(line[x], line["seconds"], "o-", ms=3, lw=1.3, label=method)
-                axes[1, column].plot(line[x], line["mib"], "o-", ms=3, lw=1.3, label=method)
-            if x == "parameters":
-                floor = part.groupby(x)["floor"].max()
-                axes[0, 0].plot(floor.index, floor, "k:", lw=1, label="FLOPs alone")
+                points = line.groupby(x)[["seconds", "mib"]].mean()  # one may be measured twice
+                for ax, y in zip(axes[:, column], ("seconds", "mib"), strict=True):
+                    colour = look(str(method), methods)[0]
+                    ax.plot(points.index, points[y], "o-", ms=3, lw=1.3, c=colour, label=method)
             for ax in axes[:, column]:
                 ax.set_xscale("log")
-                ax.set_yscale("log")
-                ax.set_xlabel(x + (" (9m)" if x != "parameters" else ""))
+                ax.xaxis.set_minor_formatter(NullFormatter())
+                if x == "parameters":
+                    ax.set_yscale("log")
+                    ax.set_xlabel("parameters")
+                    continue
+                ticks = sorted(set(part[x]))
+                ax.set_xticks(ticks, [str(t) for t in ticks])
+                ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
+                ax.set_xlabel(f"{x} ({base.index[0]})")
+        sizes = beyond(by_size)
+        axes[0, 0].plot(sizes.index, sizes, "k:", lw=1, label="FLOPs alone")
         axes[0, 0].set_ylabel("seconds a step")
         axes[1, 0].set_ylabel("peak above the state (MiB)")
         axes[0, 0].legend(fontsize=7, frameon=False)
+        _draw_reports(axes[0, 3], rows)
+        axes[1, 3].set_visible(False)
     return figure
+
+
+def beyond(by_size: pd.DataFrame) -> pd.Series[float]:
+    """Seconds that the FLOPs of a step take, by parameters: of what was measured, up to 13b."""
+    from lowrank_lab.llama import Llama
+
+    measured = by_size.groupby("parameters")["floor"].max()
+    a_parameter = (measured / measured.index).median()
+    with torch.device("meta"):
+        models = [Llama(SIZES[name]) for name in ("350m", "1b", "3b", "7b", "13b")]
+    larger = [sum(p.numel() for p in model.parameters()) for model in models]
+    return pd.concat([measured, pd.Series({n: a_parameter * n for n in larger})])
+
+
+def _draw_reports(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    found = [(int(m[1]), r) for r in rows if (m := REPORT.match(r["name"]))]
+    runs = [count for count, _ in found]
+    ax.plot(runs, [r["ours"] for _, r in found], "o-", ms=3, lw=1.3, c="0.25", label="report")
+    ax.plot(runs, [r["floor"] for _, r in found], "k:", lw=1, label="JSON alone")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("runs in a study")
+    ax.set_ylabel("seconds")
+    ax.legend(fontsize=7, frameon=False)

@@ -316,24 +316,81 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
         raise InputError(
             "layers", sorted(missing), f"recorded: {', '.join(spectra['layer'].unique())}"
         )
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=(2.15 * columns + 0.6, 1.95 * rows + 0.5), layout="constrained")
-        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    figure, axes = _panels(names)
     steps = np.sort(spectra["step"].unique())
     palette = sns.color_palette("crest", len(steps))
     for ax, name in zip(axes.flat, names, strict=False):
         part = spectra[spectra["layer"] == name]
         for colour, step in zip(palette, steps, strict=True):
-            values = part.loc[part["step"] == step].sort_values("index")
-            # Values at rounding level are zeros of a rank-deficient layer: nothing to see there.
-            shown = values[values["singular_value"] > 1e-7]
-            ax.plot(shown["index"] + 1, shown["singular_value"], color=colour, lw=1.3)
+            _spectrum(ax, part[part["step"] == step], color=colour)
+    _label_panels(figure, axes)
+    norm = mpl.colors.Normalize(steps.min(), max(steps.max(), 1))
+    shades = mpl.cm.ScalarMappable(norm, sns.color_palette("crest", as_cmap=True))
+    figure.colorbar(shades, ax=axes, label="step", pad=0.01)
+    return figure
+
+
+def last_spectra(spectra: pd.DataFrame) -> pd.DataFrame:
+    """The last recorded spectra of each label, of one layer of each kind: what is compared.
+
+    Args:
+        spectra: label, step, layer, index, singular_value.
+    """
+    last = spectra.groupby("label")["step"].transform("max")
+    middle = spectra["layer"].isin(middle_layers(spectra))
+    return spectra[(spectra["step"] == last) & middle].reset_index(drop=True)
+
+
+def compared_spectra(spectra: pd.DataFrame) -> Figure:
+    """Singular values by index at the end of training, a panel a kind of layer, a line a label.
+
+    Args:
+        spectra: `last_spectra`.
+    """
+    names, labels = middle_layers(spectra), list(dict.fromkeys(spectra["label"]))
+    figure, axes = _panels(names)
+    for ax, name in zip(axes.flat, names, strict=False):
+        for label, part in spectra[spectra["layer"] == name].groupby("label", sort=False):
+            colour, line, _ = look(str(label), labels)
+            _spectrum(ax, part, color=colour, ls=line, label=label)
+    _label_panels(figure, axes)
+    lines, texts = axes.flat[0].get_legend_handles_labels()
+    spare = len(axes.flat) - len(names)
+    if spare and len(labels) <= 8:  # there is an empty panel for it
+        figure.legend(
+            lines, texts, frameon=False, fontsize=7.5, loc="lower right", borderaxespad=1.5
+        )
+    else:
+        columns = 3 if len(labels) > 4 else len(labels)
+        figure.legend(lines, texts, frameon=False, fontsize=7.5, loc="outside upper center",
+                      ncols=columns)  # fmt: skip
+    return figure
+
+
+def _panels(names: Sequence[str]) -> tuple[Figure, Any]:
+    """A figure with a small panel a layer, whose y axes are shared and logarithmic."""
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(2.15 * columns + 0.6, 1.95 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for ax, name in zip(axes.flat, names, strict=False):
         ax.set_title(name.removeprefix("model."), fontsize=8, y=1)
         ax.set_yscale("log")
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
+    return figure, axes
+
+
+def _spectrum(ax: Axes, values: pd.DataFrame, **kwargs: Any) -> None:
+    """A line of one layer's singular values."""
+    values = values.sort_values("index")
+    # Values at rounding level are zeros of a rank-deficient layer: nothing to see there.
+    shown = values[values["singular_value"] > 1e-7]
+    ax.plot(shown["index"] + 1, shown["singular_value"], lw=1.3, **kwargs)
+
+
+def _label_panels(figure: Figure, axes: Any) -> None:
     low, high = axes.flat[0].get_ylim()
     for ax in axes.flat:
         ax.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 200 * low else (1, 2, 5)))
@@ -341,12 +398,8 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
         ax.yaxis.set_minor_locator(NullLocator())
         for axis in (ax.xaxis, ax.yaxis):  # without labels: to seek room for them takes long
             axis.set_label_coords(0, 0)
-    norm = mpl.colors.Normalize(steps.min(), max(steps.max(), 1))
-    shades = mpl.cm.ScalarMappable(norm, sns.color_palette("crest", as_cmap=True))
-    figure.colorbar(shades, ax=axes, label="step", pad=0.01)
     figure.supxlabel("index", fontsize=9.5)
     figure.supylabel("singular value", fontsize=9.5)
-    return figure
 
 
 def middle_layers(spectra: pd.DataFrame) -> list[str]:

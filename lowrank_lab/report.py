@@ -151,17 +151,36 @@ def _pictures(
         "memory", figures.memory_bars(memory), figures.memory_table(memory),
         "Measured bytes of weights, gradients and optimizer states; projections apart.",
     )  # fmt: skip
-    seen = set()
-    for run in shown:
-        if run.label in seen or (spectra := run.spectra).empty:
-            continue
-        seen.add(run.label)
-        name = "".join(c if c.isalnum() else "_" for c in run.label)
+    spectra = _spectra_of(shown, ranking)
+    if spectra.empty:
+        return
+    if len(ranking) > 1:
+        last = figures.last_spectra(spectra)
         yield Picture(
-            f"spectra_{name}", figures.spectrum_curves(spectra), spectra,
-            f"Singular values of the weights while {run.label} trains, from light to dark "
+            "spectra", figures.compared_spectra(last), last,
+            "Singular values of the weights at the end of training "
+            f"(one layer of each kind; one seed).{which}",
+        )  # fmt: skip
+    if len(ranking) > MOST_LABELS:
+        return  # a dozen figures more that nobody asked for: notebooks show them run by run
+    for label, part in spectra.groupby("label", sort=False):
+        name = "".join(c if c.isalnum() else "_" for c in str(label))
+        table = part.drop(columns="label")
+        yield Picture(
+            f"spectra_{name}", figures.spectrum_curves(table), table,
+            f"Singular values of the weights while {label} trains, from light to dark "
             "(one layer of each kind; one seed).",
         )  # fmt: skip
+
+
+def _spectra_of(runs: Sequence[Run], ranking: pd.Series[str]) -> pd.DataFrame:
+    """The recorded spectra of the first run of each label, the best label first."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        if run.label not in first and (run.folder / "spectra.jsonl").exists():
+            first[run.label] = run
+    tables = [first[label].spectra.assign(label=label) for label in ranking if label in first]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def memory_of(folder: Path | str) -> pd.DataFrame:

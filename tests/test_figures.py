@@ -128,6 +128,16 @@ def test_spectra_draw_a_line_for_each_step_and_leave_out_zeros():
     np.testing.assert_allclose(lines[1].get_xdata(), [1, 2, 3])
 
 
+def test_compared_spectra_draw_the_end_of_training_of_each_label():
+    table = pd.concat([spectra_table().assign(label=label) for label in ("galore", "low-rank")])
+    last = figures.last_spectra(table)
+    assert set(last["step"]) == {5}
+    assert set(last["layer"]) == set(figures.middle_layers(table))
+    figure = figures.compared_spectra(last)
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["galore", "low-rank"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["galore", "low-rank"]
+
+
 def test_spectra_of_layers_that_were_not_recorded_are_refused():
     with pytest.raises(InputError, match="nope"):
         figures.spectrum_curves(spectra_table(), ["nope"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW, in_state_precision, place
@@ -153,7 +154,11 @@ def _range_finder(G: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor
     if old is not None:
         Y = torch.cat([old.float(), Y], 1)
     for _ in range(2 if old is None else 1):
-        Y = G @ torch.linalg.qr(G.T @ Y)[0]  # n×columns, orthonormal, then m×columns
+        Z = G.T @ Y  # n×columns
+        # Columns that were singular vectors stay nearly orthogonal: their lengths alone would
+        # lose digits. Random ones have to be orthonormalized.
+        Z = torch.linalg.qr(Z)[0] if old is None else F.normalize(Z, dim=0)
+        Y = G @ Z  # m×columns
     Q = torch.linalg.qr(Y)[0]
     core = Q.T @ G
     _, rotation = torch.linalg.eigh(core @ core.T)  # ascending
