@@ -25,7 +25,8 @@ SUITES = (
 def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
     """The rows of the named suites (all by default), with the machine's facts.
 
-    Only a run of all suites in earnest is kept: results.json, the README's table, the pictures.
+    A run in earnest is kept in results.json, the README's table and the pictures; rows of suites
+    that it left out stay, if they were taken on the same machine with the same packages.
     """
     for peer in PEERS:
         if find_spec(peer) is None:
@@ -36,11 +37,24 @@ def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> d
             report(row)
             rows.append(row.as_dict())
     kept = {"machine": machine(), "rows": rows}
-    if not quick and not names:
-        RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    if not quick and (not names or (old := _kept_before(kept["machine"]))):
+        if names:
+            new = {row["name"] + row["peer_name"]: row for row in rows}
+            rows = [new.pop(row["name"] + row["peer_name"], row) for row in old] + [*new.values()]
+        RESULTS.write_text(json.dumps({**kept, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
         write_table(rows)
         draw(rows)
     return kept
+
+
+def _kept_before(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows in results.json, if the machine is the same but for the speed of its products."""
+    if not RESULTS.exists():
+        return []
+    old = json.loads(RESULTS.read_text())
+    same = all(old["machine"].get(k) == v for k, v in facts.items() if k != "gemm_gflops")
+    rows: list[dict[str, Any]] = old["rows"] if same else []
+    return rows
 
 
 def line(row: Row) -> str:
