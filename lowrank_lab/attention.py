@@ -10,12 +10,14 @@ block, which see C keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 QUERY_ROWS = 128  # in a block; of the square on the diagonal half is computed for nothing
 SCORES_IN_FLIGHT = 1 << 19  # elements of scores in a block, so that they stay in cache
@@ -23,42 +25,61 @@ SCORES_IN_FLIGHT = 1 << 19  # elements of scores in a block, so that they stay i
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D + causal mask) v for q, k, v (B, h, T, D) → (B, h, T, D)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.numel():
+    if _own_kernels and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.numel():
         # here, where a compiler can write them so in the first place, and only once
         out: Tensor = _attention(q.contiguous(), k.contiguous(), v.contiguous())
         return out
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@torch.library.custom_op("lowrank_lab::causal_attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+_own_kernels = True
+
+
+@contextmanager
+def flash_kernels() -> Iterator[None]:
+    """Take torch's flash kernels everywhere, whose memory is that of CUDA's, in this block."""
+    global _own_kernels
+    _own_kernels = False
+    try:
+        yield
+    finally:
+        _own_kernels = True
+
+
+def unfolded(operation: Any) -> Callable[..., Any] | None:
+    """What one of our operations is made of, for those who want to see every tensor in it."""
+    return _BODIES.get(operation.name())
+
+
+def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(q.shape)
     Q, K, V, mixed = (_heads(t) for t in (q, k, v, out))
-    for heads in _groups(Q.shape):
-        K_wide = _wide(K[heads])
-        for rows, keys in _blocks(q.shape[2]):
-            P = _probabilities(Q[heads, rows], K_wide[:, keys]).to(q.dtype)
-            mixed[heads, rows] = P @ V[heads, keys]
+    with torch.autocast("cpu", enabled=False):  # it would round scores to bfloat16
+        for heads in _groups(Q):
+            K_wide = _wide(K[heads])
+            for rows, keys in _blocks(q.shape[2]):
+                P = _probabilities(Q[heads, rows], K_wide[:, keys]).to(q.dtype)
+                mixed[heads, rows] = P @ V[heads, keys]
     return out
 
 
-@torch.library.custom_op("lowrank_lab::causal_attention_backward", mutates_args=())
-def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mixed_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grads = [q.new_empty(q.shape) for _ in range(3)]
     Q, K, V, dO, dQ, dK, dV = (_heads(t) for t in (q, k, v, grad, *grads))
     scale = 1 / math.sqrt(q.shape[-1])
-    for heads in _groups(Q.shape):
-        K_wide = _wide(K[heads])
-        dK_sum, dV_sum = torch.zeros_like(K_wide), torch.zeros_like(K_wide)
-        for rows, keys in _blocks(q.shape[2]):
-            P = _probabilities(Q[heads, rows], K_wide[:, keys])
-            # dV = Pᵀ dO,  dS = P ∘ (dP − rowsum(P ∘ dP)) with dP = dO Vᵀ,  and S = scale · Q Kᵀ
-            dV_sum[:, keys] += P.to(q.dtype).mT @ dO[heads, rows]
-            dP = _wide(dO[heads, rows] @ V[heads, keys].mT)
-            dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(scale).to(q.dtype)
-            dQ[heads, rows] = dS @ K[heads, keys]
-            dK_sum[:, keys] += dS.mT @ Q[heads, rows]
-        dK[heads], dV[heads] = dK_sum, dV_sum
+    with torch.autocast("cpu", enabled=False):
+        for heads in _groups(Q):
+            K_wide = _wide(K[heads])
+            dK_sum, dV_sum = torch.zeros_like(K_wide), torch.zeros_like(K_wide)
+            for rows, keys in _blocks(q.shape[2]):
+                P = _probabilities(Q[heads, rows], K_wide[:, keys])
+                # dV = Pᵀ dO,  dS = P ∘ (dP − rowsum(P ∘ dP)) with dP = dO Vᵀ,  and S = scale · Q Kᵀ
+                dV_sum[:, keys] += P.to(q.dtype).mT @ dO[heads, rows]
+                dP = _wide(dO[heads, rows] @ V[heads, keys].mT)
+                dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(scale).to(q.dtype)
+                dQ[heads, rows] = dS @ K[heads, keys]
+                dK_sum[:, keys] += dS.mT @ Q[heads, rows]
+            dK[heads], dV[heads] = dK_sum, dV_sum
     return grads[0], grads[1], grads[2]
 
 
@@ -67,10 +88,12 @@ def _heads(t: Tensor) -> Tensor:
     return t.contiguous().flatten(0, 1)
 
 
-def _groups(shape: torch.Size) -> Iterator[slice]:
-    """As many heads at a time as fit into the cache; shape is (B·h, T, D)."""
-    count, length, _ = shape
+def _groups(Q: Tensor) -> Iterator[slice]:
+    """As many heads at a time as fit into the cache; Q is (B·h, T, D)."""
+    count, length, _ = Q.shape
     size = max(1, SCORES_IN_FLIGHT // (min(QUERY_ROWS, length) * length))
+    if isinstance(Q, FakeTensor):  # a third group takes no other memory than the second
+        count = min(count, 2 * size)
     return (slice(first, first + size) for first in range(0, count, size))
 
 
@@ -95,6 +118,16 @@ def _probabilities(Q: Tensor, K: Tensor) -> Tensor:
 def _wide(t: Tensor) -> Tensor:
     """In float32, or float64 if it is that."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+_attention = torch.library.custom_op("lowrank_lab::causal_attention", _mixed, mutates_args=())
+_gradients = torch.library.custom_op(
+    "lowrank_lab::causal_attention_backward", _mixed_backward, mutates_args=()
+)
+_BODIES: dict[str, Callable[..., Any]] = {
+    "lowrank_lab::causal_attention": _mixed,
+    "lowrank_lab::causal_attention_backward": _mixed_backward,
+}
 
 
 @_attention.register_fake

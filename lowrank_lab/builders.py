@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -91,12 +95,23 @@ def adamw_8bit(
 ) -> torch.optim.Optimizer:
     """torchao's AdamW with 8-bit moments; it compiles its step when it is first taken."""
     try:
-        from torchao.optim import AdamW8bit
+        with _quiet():  # on machines without CUDA it warns of every kernel that it can't have
+            from torchao.optim import AdamW8bit
     except ImportError:
         allowed = "it needs torchao: pip install 'lowrank-lab[quant]'"
         raise InputError("method", config.method, allowed) from None
     optimizer: torch.optim.Optimizer = AdamW8bit(_groups(targets, rest), **_adam(config))
     return optimizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def import_optimizer(path: str) -> Callable[..., torch.optim.Optimizer]:

@@ -64,8 +64,13 @@ def _config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given."""
+    return {name: value for name, value in flags.items() if value not in (None, ())}
+
+
 def _config(flags: dict[str, Any]) -> RunConfig:
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    given = _given(flags)
     options = {}
     for pair in given.pop("method_options", ()):
         name, equals, value = pair.partition("=")
@@ -239,6 +244,41 @@ def sample(run: Path, **options: Any) -> None:
     from lowrank_lab.sample import sample as sample_text
 
     click.echo(sample_text(Run(run), **options))
+
+
+@main.command()
+@_config_flags
+@click.option(
+    "--fits",
+    help="does it fit in so much memory, and what would make it fit: 24GB, or 24GiB (which is "
+    "what cards sold as 24 GB have)",
+)
+@click.option("--all", "every", is_flag=True, help="compare all methods")
+@click.option("--measure", is_flag=True, help="take real steps on this machine as well")
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+def memory(fits: str | None, every: bool, measure: bool, as_json: bool, **flags: Any) -> None:
+    """Memory of training a configuration, simulated: nothing is allocated.
+
+    In bfloat16 as in the paper and for a CUDA card, unless --precision and --device say otherwise.
+    """
+    from lowrank_lab import budget, budget_view
+
+    capacity = budget.bytes_of(fits) if fits is not None else None
+    given = {"precision": "bf16", "steps": budget.LONG, **_given(flags)}
+    if given.get("per_layer") and "clip" not in given:
+        given["clip"] = 0.0
+    config = _config(given)
+    device = "cpu" if config.device == "cpu" else "cuda"
+    if every:
+        rows = []
+        for row in budget_view.comparison(config, capacity, device):
+            rows.append(row)
+            click.echo(f"{row['method']}: {row['seconds']:.1f} s", err=True)
+        click.echo(json.dumps({"methods": rows}, indent=1) if as_json else budget_view.table(rows))
+        return
+    config = budget.of_method(config, config.method)
+    found = budget_view.facts(config, capacity, device, measure)
+    click.echo(json.dumps(found, indent=1) if as_json else budget_view.text(found))
 
 
 @main.command()

@@ -1,176 +1,268 @@
-"""Where the bytes of training are: weights, gradients, optimizer states, activations."""
+"""Where the bytes of training are, from three sources that check each other.
+
+`formulas.by_formula` counts from the configuration, `simulate` runs the training step on fake
+tensors, which have shapes and no memory, and `measure` runs it for real. All speak of the same
+`Breakdown`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import gc
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from lowrank_lab.attention import flash_kernels
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods import build, partition, resolve
-from lowrank_lab.optim.base import is_quantized
-from lowrank_lab.optim.projection import sides
+from lowrank_lab.formulas import optimizer_state_bytes
+from lowrank_lab.methods import build, resolve
+from lowrank_lab.schedule import warm_start
+from lowrank_lab.step import Batch, PerLayerUpdates, kind_of, periods, take_step_
+from lowrank_lab.tracing import Breakdown, Trace, Tracker, tensor_bytes
+
+CUDA_BLOCK = 512  # bytes: CUDA's caching allocator rounds up to a multiple of it
 
 
-@dataclass
-class Breakdown:
-    """Bytes by category. `projections` is a part of `optimizer_states`, not beside it."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer_states: int = 0
-    projections: int = 0
-    activations: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+def _copy(A: Tensor, *args: object, **kwargs: object) -> int:
+    return A.numel() * A.element_size()
 
 
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, shared ones counted once."""
-    storages = [part.untyped_storage() for t in tensors for part in _parts(t)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+def _copy_of_tall(A: Tensor, mode: str = "reduced") -> int:
+    return _copy(A) if mode == "r" and A.shape[-2] > A.shape[-1] else 0
 
 
-def _parts(t: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor consists of: several, if it is quantized."""
-    if not is_quantized(t):
-        return [t]
-    names: list[str] = t.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-    return [getattr(t, name) for name in names]
+# Bytes that torch takes on a CPU within these operations, beside their results.
+LAPACK: dict[str, Callable[..., int]] = {
+    "aten::_linalg_svd": _copy,
+    "aten::_linalg_eigh": lambda A, *args: 2 * _copy(A),
+    "aten::linalg_cholesky_ex": _copy,
+    "aten::linalg_qr": _copy_of_tall,
+}
 
 
-def persistent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Breakdown:
-    """Measured bytes of the weights, of the gradients that training holds, and of the states."""
-    weights = [*model.parameters(), *model.buffers()]
+def persistent(
+    model: nn.Module, optimizer: torch.optim.Optimizer, per_layer: bool = False
+) -> Breakdown:
+    """Bytes of the weights, of the gradients that training holds, and of the states.
+
+    Args:
+        per_layer: gradients exist one at a time, so that it is the largest that counts.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    indices = [b for name, b in model.named_buffers() if name.endswith("indices")]
     states = [
         (k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)
     ]
     return Breakdown(
-        weights=tensor_bytes(weights),
-        gradients=tensor_bytes(p for p in model.parameters() if p.requires_grad),
+        weights=tensor_bytes([*model.parameters(), *model.buffers()]),
+        frozen=tensor_bytes(frozen),
+        indices=tensor_bytes(indices),
+        gradients=max(map(tensor_bytes, ([p] for p in trained)), default=0)
+        if per_layer
+        else tensor_bytes(trained),
         optimizer_states=tensor_bytes(t for _, t in states),
         projections=tensor_bytes(t for k, t in states if k.startswith("projection")),
     )
 
 
-@contextmanager
-def measured_activations(model: nn.Module, into: Breakdown) -> Iterator[None]:
-    """Count what autograd keeps for the first backward pass in this block: `into.activations`.
+@dataclass
+class Account:
+    """The memory of a configuration's training, step by step of each kind.
 
-    Weights and views of what was counted already are not counted again.
+    Attributes:
+        source: `simulated` or `measured`.
+        steps: a Trace for each kind of step, by name: `first`, `next`, and those with events.
+        at_rest: weights, gradients and states as training holds them after the last of the steps.
+        allocated: bytes at the peak of each step according to the allocator (measured only).
+        left_out: what isn't in the figures, in words.
+        seconds: that it took.
     """
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-    going_back = False  # from then on activations are freed, and their memory used again
 
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own and not going_back:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
+    config: RunConfig
+    source: str
+    steps: dict[str, Trace] = field(default_factory=dict)
+    at_rest: Breakdown = field(default_factory=Breakdown)
+    allocated: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
-    def give_back(t: Tensor) -> Tensor:
-        nonlocal going_back
-        going_back = True
-        return t
+    @property
+    def peak_step(self) -> str:
+        """The kind of step that takes most."""
+        return max(self.steps, key=lambda name: self.steps[name].peak.total)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
-        yield
-    into.activations = sum(kept.values())
+    @property
+    def peak(self) -> Breakdown:
+        """What is there when most is, over all kinds of steps."""
+        return self.steps[self.peak_step].peak
 
 
-def optimizer_state_bytes(config: RunConfig) -> int:
-    """Bytes of a run's optimizer states by formula: the sum over its weights, nothing allocated.
+def simulate(config: RunConfig, device: str = "cpu") -> Account:
+    """The memory of training a configuration, from the training step itself on fake tensors.
+
+    Args:
+        config: any method and size; `compile` is left out, as compilers plan memory of their own.
+        device: `cpu`, or `cuda` for what differs there: flash attention, blocks of 512 bytes.
 
     Raises:
-        InputError: a method of one's own or an optimizer by import path: states aren't known.
+        InputError: the configuration, or a device that isn't known.
     """
-    config = resolve(config)
-    if config.method not in STATE_BYTES or config.optimizer is not None:
-        name = "method" if config.optimizer is None else "optimizer"
-        raise InputError(name, getattr(config, name), "there is no formula for its states")
-    rule = STATE_BYTES[config.method]
-    b = 2 if config.precision == "bf16" else 4
-    with torch.device("meta"):
-        model, _ = build(config.replace(optimizer=None))
-    targets, _ = partition(model, config.target)
-    of_targets = {id(p) for p in targets}
-    return sum(
-        rule(p, id(p) in of_targets, b, config) for p in model.parameters() if p.requires_grad
-    )
+    if device not in ("cpu", "cuda"):
+        raise InputError("device", device, "cpu or cuda")
+    config = resolve(config).replace(compile=False)
+    started = time.perf_counter()
+    account = Account(config, "simulated")
+    with ExitStack() as stack:
+        if device == "cuda":
+            stack.enter_context(flash_kernels())
+            account.left_out.append("CUDA's context and libraries (some 0.5 GiB), fragmentation")
+        stack.enter_context(FakeTensorMode())
+        stepping = _Stepping(config, torch.device("cpu"), CUDA_BLOCK if device == "cuda" else 1)
+        if config.method == "adamw-8bit":
+            account.left_out.append("temporaries of the 8-bit step (its states are by formula)")
+            stepping.assume_states(optimizer_state_bytes(config))
+        for name, run in stepping.kinds():
+            run()
+            account.steps[name] = stepping.tracker.trace()
+        account.at_rest = stepping.at_rest()
+        stepping.tracker.close()
+    account.seconds = time.perf_counter() - started
+    return account
 
 
-# (weight, whether it is a target, bytes of its elements, resolved configuration) → bytes of states
-StateRule = Callable[[Tensor, bool, int, RunConfig], int]
-SCALAR = 4  # a step count or a norm, float32
+def measure(config: RunConfig, device: str = "cpu") -> Account:
+    """The memory of training a configuration, from real steps on random tokens.
+
+    Live storages are followed operation by operation; beside them stands what the allocator says.
+
+    Raises:
+        InputError: the configuration, or a device that isn't there.
+    """
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise InputError("device", device, "cpu, or cuda where there is one")
+    config = resolve(config).replace(compile=False)
+    started = time.perf_counter()
+    account = Account(config, "measured")
+    stepping = _Stepping(config, torch.device(device), CUDA_BLOCK if device == "cuda" else 1)
+    for name, run in stepping.kinds():
+        before = stepping.tracker.alive_bytes
+        with allocator_peak(stepping.device) as above:
+            run()
+        account.steps[name] = stepping.tracker.trace()
+        account.allocated[name] = before + above[0]
+    account.at_rest = stepping.at_rest()
+    stepping.tracker.close()
+    account.seconds = time.perf_counter() - started
+    return account
 
 
-def _adamw(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """torch's AdamW: m, v and a step count."""
-    return 2 * p.numel() * b + SCALAR
+@contextmanager
+def allocator_peak(device: torch.device) -> Iterator[list[int]]:
+    """The most bytes that were allocated in this block above those before it: one number, after it.
+
+    On a CPU from the allocator's events in torch's profiler, on CUDA from the allocator's counters.
+    """
+    found: list[int] = []
+    gc.collect()  # what others left must not be released within
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it writes to stderr otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        yield found
+    kineto = record.profiler.kineto_results
+    memory = [e for e in kineto.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns())]
+    found.append(max(itertools.accumulate(changes, initial=0)))
 
 
-def _projected(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """m and v of the projected gradient, and the projections; plain Adam for the other weights."""
-    of_states = 4 if config.state_precision == "fp32" else b
-    if not target:
-        return 2 * p.numel() * of_states
-    assert config.rank is not None
-    m, n = p.shape
-    left, right = sides(config.method_options["proj_type"], p.shape)
-    rows, columns = (config.rank if left else m), (config.rank if right else n)
-    projections = config.rank * (m * left + n * right)
-    stored = config.method_options.get("store_projection", True)
-    return int(2 * rows * columns * of_states + projections * stored * b)
+class _Stepping:
+    """A model in training that takes one step of each kind, under a tracker."""
+
+    def __init__(self, config: RunConfig, device: torch.device, granularity: int = 1) -> None:
+        self.config, self.device = config, device
+        self.model, self.optimizer = build(config)
+        if device.type != "cpu":
+            self.model.to(device)
+        self.model.train()
+        self.tracker = Tracker(
+            self.model, self.optimizer, granularity=granularity,
+            hidden=LAPACK if granularity == 1 else {},
+        )  # fmt: skip
+        self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
+        self._assumed: Tensor | None = None
+
+    def assume_states(self, size: int) -> None:
+        """Hold that many bytes in place of states, and leave the optimizer's steps out."""
+        self._assumed = torch.empty(size, dtype=torch.uint8)
+        self.tracker.see(self._assumed, "optimizer_states", "by formula")
+        self.optimizer.step = lambda closure=None: None  # type: ignore[assignment, method-assign]
+
+    def kinds(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """The name of each kind of step and a function that takes it; the names are `kind_of`'s."""
+        seen = set()
+        for updates in _candidates(self.config):
+            name = kind_of(self.config, updates)
+            if name not in seen:
+                seen.add(name)
+                yield name, partial(self._take, updates)
+
+    def at_rest(self) -> Breakdown:
+        found = persistent(self.model, self.optimizer, self.config.per_layer)
+        if self._assumed is not None:
+            found.optimizer_states = tensor_bytes([self._assumed])
+        return found
+
+    def _take(self, updates: int) -> None:
+        """The step after so many updates, as training takes it."""
+        config = self.config
+        self._set_clock(updates)
+        with self.tracker:
+            with record_function("batch"):
+                batches = self._batches()
+            take_step_(
+                self.model, self.optimizer, batches, config, updates, per_layer=self._per_layer
+            )
+
+    def _batches(self) -> list[Batch]:
+        shape = self.config.batch, self.config.sequence_length
+        tokens, targets = (
+            torch.randint(self.config.size.vocab_size, shape, device=self.device) for _ in range(2)
+        )
+        pieces = self.config.gradient_accumulation
+        return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
+
+    def _set_clock(self, updates: int) -> None:
+        """Let the optimizer's states have seen so many updates: what is due in them follows it."""
+        states = [(p, s) for p, s in self.optimizer.state.items() if isinstance(s.get("step"), int)]
+        # With spread refreshes, it is the turn of the largest weight.
+        offset = 0
+        if states:
+            offset = max(states, key=lambda item: item[0].numel())[1].get("refresh_offset", 0)
+        for _, state in states:
+            state["step"] = updates - offset
 
 
-def _limited(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """A projected method with the norm that its growth limiter compares with."""
-    return _projected(p, target, b, config) + SCALAR * target
-
-
-def _plain(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """m and v; counts are Python numbers."""
-    return 2 * p.numel() * b
-
-
-def _spam(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """m and v of the entries in the mask, and the mask, a byte an entry."""
-    density = config.method_options["density"]
-    if density == 1 or p.ndim != 2:
-        return 2 * p.numel() * b
-    return 2 * int(density * p.numel()) * b + p.numel()
-
-
-def _stable_spam(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """m, v and the running maximum, norm and squared norm."""
-    return 2 * p.numel() * b + 3 * SCALAR
-
-
-def _muon(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """One momentum for the matrices, AdamW for the rest."""
-    return p.numel() * b if target else _adamw(p, target, b, config)
-
-
-def _adamw_8bit(p: Tensor, target: bool, b: int, config: RunConfig) -> int:
-    """A byte an entry, a float32 scale a block of 256 and a table of 256, where blocks fit."""
-    n = p.numel()
-    if n < 4096 or n % 256:
-        return 2 * n * b + SCALAR
-    return 2 * (n + 4 * (n // 256) + 4 * 256) + SCALAR
-
-
-STATE_BYTES: dict[str, StateRule] = {
-    **dict.fromkeys(("full-rank", "low-rank", "lora", "relora", "sltrain"), _adamw),
-    **dict.fromkeys(("galore", "golore"), _projected),
-    **dict.fromkeys(("fira", "apollo", "apollo-mini"), _limited),
-    "loro": _plain,
-    "spam": _spam,
-    "stable-spam": _stable_spam,
-    "muon": _muon,
-    "adamw-8bit": _adamw_8bit,
-}
+def _candidates(config: RunConfig) -> list[int]:
+    """Numbers of updates after which the steps of all kinds are met, in order."""
+    starts = warm_start(config)
+    found = {0, 1, config.total_steps - 1}  # nothing follows the last one
+    if starts:
+        found |= {starts - 1, starts}
+    for period in periods(config):
+        first = period * (starts // period + 1)
+        found |= {first - 1, first}
+    return sorted(n for n in found if 0 <= n < config.total_steps)

@@ -260,7 +260,9 @@ def build(config: RunConfig) -> tuple[Llama, torch.optim.Optimizer]:
                 init=config.init, **layer_options,
             )  # fmt: skip
     if config.precision == "bf16":
-        model.to(torch.bfloat16)
+        for t in [*model.parameters(), *model.buffers()]:
+            if t.is_floating_point():
+                t.data = t.data.to(torch.bfloat16)  # `model.to` refuses tensors without values
     targets, rest = partition(model, config.target)
     if options.get("warm_start"):  # W₀ trains first, and B and A after it
         train_dense_(model, on=True)

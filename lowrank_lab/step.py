@@ -1,21 +1,26 @@
-"""One training step: forward, loss, backward, clipping, optimizer, events. What `train` loops."""
+"""One training step: forward, loss, backward, clipping, optimizer, events. What `train` loops.
+
+Its phases are named ranges, which torch's profiler and `tracing` show under the same names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
-from lowrank_lab.schedule import Event, events, learning_rate
+from lowrank_lab.schedule import Event, events, learning_rate, merge_period
 from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, each (sequences, sequence_length)
+Values = tuple[float, float]  # loss and gradient norm
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
@@ -60,6 +65,58 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, step:
             group["lr"] = rate
 
 
+# What optimizers do every so many updates, by the option that says how often: its name, and
+# whether it is done after that many updates or in the last of them.
+CLOCKS = {"update_proj_gap": ("refresh", 0), "update_k": ("exact", 1)}
+
+
+def periods(config: RunConfig) -> list[int]:
+    """The periods of all that happens in some steps only; of a resolved configuration."""
+    found = [config.refactor_every, config.reset_every, merge_period(config)]
+    found += [config.method_options.get(option) or 0 for option in CLOCKS]
+    return [period for period in found if period]
+
+
+def kind_of(config: RunConfig, step: int) -> str:
+    """What sets update `step` (from 0) apart; steps of one kind do the same in the same memory.
+
+    `first`, or `next` where nothing else happens, or `refresh`, `exact` and the names of events. (A
+    refresh that is spread over the gap is a part of every step, of different weights.)
+    """
+    names = [] if step else ["first"]
+    for option, (name, early) in CLOCKS.items():
+        period = config.method_options.get(option)
+        if step and period and (step + early) % period == 0:
+            names.append(name)
+    return " + ".join([*names, *events(step + 1, config)]) or "next"
+
+
+def take_step_(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    config: RunConfig,
+    step: int,
+    *,
+    per_layer: PerLayerUpdates | None = None,
+    check: Callable[[Tensor, Tensor], Values] | None = None,
+) -> tuple[Values | None, list[dict[str, Any]]]:
+    """Update `step` (from 0) on the pieces of one batch, and the events that follow it.
+
+    Args:
+        per_layer: updates the weights within the backward pass.
+        check: reads loss and gradient norm before the weights change; by raising it keeps them.
+
+    Returns:
+        What `check` returned, and what the events did.
+    """
+    if per_layer is not None:
+        set_learning_rate(optimizer, config, step)
+    loss, norm = gradients(model, batches, config, per_layer)
+    values = check(loss, norm) if check is not None else None
+    return values, update_(model, optimizer, config, step)
+
+
 def gradients(
     model: Llama,
     batches: Sequence[Batch],
@@ -73,15 +130,17 @@ def gradients(
     """
     total: Tensor | None = None
     for tokens, targets in batches:
-        with autocast(config, tokens.device):
+        with record_function("forward"), autocast(config, tokens.device):
             loss = model.loss(tokens, targets) / len(batches)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with record_function("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
     if per_layer is not None:
         return total, per_layer.norm()
     limit = config.clip if config.clip > 0 else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    with record_function("clip"):
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return total, norm
 
 
@@ -95,7 +154,8 @@ def update_(
     """
     if not config.per_layer:
         set_learning_rate(optimizer, config, step)
-        optimizer.step()
+        with record_function("optimizer"):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return [apply_(event, model, optimizer, config, step + 1) for event in events(step + 1, config)]
 
@@ -104,6 +164,13 @@ def apply_(
     event: Event, model: Llama, optimizer: torch.optim.Optimizer, config: RunConfig, updates: int
 ) -> dict[str, Any]:
     """One event after `updates` updates, and what it did."""
+    with record_function(event):
+        return _applied(event, model, optimizer, config, updates)
+
+
+def _applied(
+    event: Event, model: Llama, optimizer: torch.optim.Optimizer, config: RunConfig, updates: int
+) -> dict[str, Any]:
     if event == "refactor":
         changed, deficient = refactorize_(model, optimizer, config.on_refactor)
         return {"event": event, "layers": len(changed), "rank_deficient": deficient}

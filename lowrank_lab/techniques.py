@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.layers import Balance, FactorizedLinear, balance, generator_of
-from lowrank_lab.layers.base import RANK_TOLERANCE
+from lowrank_lab.layers.base import RANK_TOLERANCE, value_of
 from lowrank_lab.optim.base import is_quantized
 
 PRUNINGS = ("magnitude", "random")
@@ -61,7 +61,7 @@ def refactorize_(
             continue
         B, A = layer.factors()
         found = balance(B, A)
-        if not bool(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0]):
+        if not value_of(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0], usually=True):
             done.rank_deficient.append(name)
             continue
         _balance_(B, A, found)
@@ -81,7 +81,9 @@ def _balance_(B: Tensor, A: Tensor, found: Balance) -> None:
     # would lose.
     result = (found.S.sum() * len(found.S)).sqrt()
     growth = torch.maximum(B.norm() * found.T.norm(), found.T_inverse.norm() * A.norm()) / result
-    wide = torch.promote_types(B.dtype, torch.float32 if growth < 4 else torch.float64)
+    wide = torch.promote_types(
+        B.dtype, torch.float32 if value_of(growth < 4, usually=True) else torch.float64
+    )
     # copy_, not assignment: sharded and compiled models keep hold of the tensors.
     B.copy_(B.to(wide) @ found.T.to(wide))
     A.copy_(found.T_inverse.to(wide) @ A.to(wide))
@@ -186,7 +188,8 @@ def _reset_state_(
             "so both moments are reset together"
         )
     beta1, beta2 = group["betas"]
-    t, new_t = float(state["step"]), 0.0
+    count = state["step"]
+    t, new_t = value_of(count, usually=1) if isinstance(count, Tensor) else float(count), 0.0
     if keep and t:  # β₂^t′ = 1 − keep · (1 − β₂ᵗ)
         new_t = math.log1p(keep * math.expm1(t * math.log(beta2))) / math.log(beta2)
     _scale_(state["exp_avg"], (1 - beta1**new_t) / (1 - beta1**t) if new_t else 0.0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +27,10 @@ from lowrank_lab.step import (
     Batch,
     PerLayerUpdates,
     autocast,
-    gradients,
-    set_learning_rate,
-    update_,
+    kind_of,
+    take_step_,
 )
+from lowrank_lab.tracing import Breakdown, Tracker
 
 PROGRESS_SECONDS = 0.5
 
@@ -162,8 +163,9 @@ class Trainer:
             self.model.compile_blocks()
         self.updates = 0
         self.seconds = 0.0  # spent in training steps, evaluations not counted
-        self.bytes = memory.Breakdown()
+        self.bytes = Breakdown()
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
+        self._peaks: dict[str, int] = {}  # bytes, by kind of step
         self._progress_due = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
@@ -184,7 +186,7 @@ class Trainer:
             train_dense_(self.model, on=self.updates < warm_start(self.config))
         last_kept = self.updates if self.updates else -1
         if self.updates:
-            self.bytes = memory.persistent(self.model, self.optimizer)
+            self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
         for name in ("metrics.jsonl", "spectra.jsonl"):
             cut_jsonl(self.folder / name, last_kept)
         if self.updates == 0:
@@ -193,22 +195,17 @@ class Trainer:
     def advance(self) -> dict[str, Any]:
         """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""
         config, started = self.config, time.perf_counter()
-        batches = self._batches()
-        if self._per_layer is not None:
-            set_learning_rate(self.optimizer, config, self.updates)
-        if self.updates == 0:
-            with memory.measured_activations(self.model, self.bytes):
-                loss, norm = gradients(self.model, batches, config, self._per_layer)
-        else:
-            loss, norm = gradients(self.model, batches, config, self._per_layer)
-        values = self._finite(loss, norm)
-        done = update_(self.model, self.optimizer, config, self.updates)
+        kind, batches = kind_of(config, self.updates), self._batches()
+        with self._traced(kind):
+            values, done = take_step_(
+                self.model, self.optimizer, batches, config, self.updates,
+                per_layer=self._per_layer, check=self._finite,
+            )  # fmt: skip
+        assert values is not None
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
         self.updates += 1
-        if self.updates == 1:
-            self._record_memory()
-        row = self._row(*values, elapsed, done)
+        row = self._row(*values, elapsed, done, self._peaks.get(kind))
         if self._due(config.cadence("eval_every")):
             row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
         append_jsonl(self.folder / "metrics.jsonl", [row])
@@ -294,9 +291,9 @@ class Trainer:
         return values[0], values[1]
 
     def _row(
-        self, loss: float, norm: float, elapsed: float, done: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        cuda = self.device.type == "cuda"
+        self, loss: float, norm: float, elapsed: float, done: list[dict[str, Any]],
+        peak: int | None,
+    ) -> dict[str, Any]:  # fmt: skip
         return {
             "step": self.updates,
             "tokens_seen": self.updates * self.config.tokens_per_step,
@@ -308,21 +305,44 @@ class Trainer:
             "weight_bytes": self.bytes.weights,
             "gradient_bytes": self.bytes.gradients,
             "optimizer_state_bytes": self.bytes.optimizer_states,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "peak_memory_bytes": peak,
             "events": done,
         }
 
     def _due(self, every: int) -> bool:
         return self.updates % every == 0 or self.updates == self.config.total_steps
 
-    def _record_memory(self) -> None:
-        activations = self.bytes.activations
-        self.bytes = memory.persistent(self.model, self.optimizer)
-        self.bytes.activations = activations
-        if self._per_layer is not None:  # one gradient at a time
-            trained = (p for p in self.model.parameters() if p.requires_grad)
-            self.bytes.gradients = max(memory.tensor_bytes([p]) for p in trained)
-        write_json(self.folder / "memory.json", self.bytes.as_dict())
+    @contextmanager
+    def _traced(self, kind: str) -> Iterator[None]:
+        """Learn the peak memory of this step: on CUDA of each one, on a CPU of the first of a kind.
+
+        Steps of one kind allocate the same, and only CUDA's allocator counts at no cost. Compiled
+        blocks can't be followed operation by operation.
+        """
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.config.compile or kind in self._peaks or (cuda and self.updates):
+            yield
+            activations = None
+        else:
+            hidden = {} if cuda else memory.LAPACK
+            tracker = Tracker(self.model, self.optimizer, hidden=hidden)
+            try:
+                with tracker:
+                    yield
+            finally:
+                tracker.close()
+            trace = tracker.trace()
+            self._peaks[kind], activations = trace.peak.total, trace.kept
+        if cuda:
+            self._peaks[kind] = torch.cuda.max_memory_allocated(self.device)
+        if self.updates == 0:
+            self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
+            facts: dict[str, int | None] = dict(self.bytes.as_dict())
+            for name in ("activations", "logits"):
+                facts[name] = getattr(activations, name) if activations else None
+            write_json(self.folder / "memory.json", {**facts, "peak": self._peaks.get(kind)})
 
     def _record_spectra(self) -> None:
         found = weight_spectra(self.model, self.config.spectra_layers)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import html
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lowrank_lab.config import RunConfig
+from lowrank_lab.config import SIZES, InputError, RunConfig
+from lowrank_lab.methods import METHODS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -34,3 +40,94 @@ def progress(config: RunConfig, headless: bool = True) -> Iterator[OnStep]:
         yield show
     finally:
         box.close()
+
+
+def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
+    """The simulated step of a configuration, and whether it fits; live: with sliders to change it.
+
+    Args:
+        capacity: of the card, in bytes.
+    """
+    if headless:
+        return _step_figure(config, capacity)[0]
+    import ipywidgets as ipw
+    from IPython.display import display
+
+    from lowrank_lab.budget import of_method
+
+    wide = {"style": {"description_width": "9em"}, "layout": ipw.Layout(width="26em")}
+    powers = [2**i for i in range(13)]
+    knobs: dict[str, Any] = {
+        "model": ipw.Dropdown(options=list(SIZES), value=config.model, **wide),
+        "method": ipw.Dropdown(options=list(METHODS), value=config.method, **wide),
+        "rank": ipw.SelectionSlider(
+            options=sorted({*powers[:13], config.rank or 128}), value=config.rank or 128, **wide
+        ),
+        "batch": ipw.SelectionSlider(
+            options=sorted({*powers[:10], config.batch}), value=config.batch, **wide
+        ),
+        "sequence_length": ipw.SelectionSlider(
+            options=sorted({*powers[4:], config.sequence_length}), value=config.sequence_length,
+            **wide,
+        ),
+        "precision": ipw.Dropdown(
+            options=["bf16", "fp32", "amp-bf16"], value=config.precision, **wide
+        ),
+        "activation_checkpointing": ipw.Checkbox(value=config.activation_checkpointing, **wide),
+        "per_layer": ipw.Checkbox(value=config.per_layer, **wide),
+    }  # fmt: skip
+    for name, knob in knobs.items():
+        knob.description = name.replace("_", " ")
+        if hasattr(knob, "continuous_update"):
+            knob.continuous_update = False
+    text, picture = ipw.HTML(), ipw.Image(format="png")
+
+    def show(change: object = None) -> None:
+        values = {name: knob.value for name, knob in knobs.items()}
+        text.value = "simulating …"
+        try:
+            clip = 0.0 if values["per_layer"] else config.clip
+            asked = config.replace(**values, clip=clip, method_options={})
+            figure, words = _step_figure(of_method(asked, values["method"]), capacity)
+        except InputError as error:
+            text.value = html.escape(str(error))
+            return
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight")
+        picture.value = buffer.getvalue()
+        text.value = html.escape(words)
+
+    for knob in knobs.values():
+        knob.observe(show, "value")
+    show()
+    box = ipw.HBox([ipw.VBox(list(knobs.values())), ipw.VBox([text, picture])])
+    display(box)  # type: ignore[no-untyped-call]
+    return None
+
+
+MEASURABLE = 20_000_000  # weights: a step of so many is taken for real within seconds
+
+
+def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
+    """The timeline of an ordinary step, and what it comes to in words."""
+    from lowrank_lab import figures
+    from lowrank_lab.formulas import weights
+    from lowrank_lab.memory import measure, simulate
+    from lowrank_lab.methods import resolve
+
+    config = resolve(config)
+    account = simulate(config, "cuda")
+    peak = account.peak.total
+    name = f"{config.method}, {config.model}, batch {config.batch} × {config.sequence_length}"
+    rank = f"rank = {config.rank}" if config.rank else "no rank"
+    fits = "fits" if peak <= capacity else "does not fit"
+    words = (
+        f"{name}, {rank}: peak = {peak / 1e9:.3f} GB ({account.peak_step} step), "
+        f"{fits} in {capacity / 1e9:.4g} GB."
+    )
+    tokens = config.batch * config.sequence_length
+    if sum(w.numel() for w in weights(config)) <= MEASURABLE and tokens <= 8192:
+        here = simulate(config).peak.total
+        real = max(measure(config).allocated.values())
+        words += f" On this CPU: simulated {here / 1e9:.3f}, measured {real / 1e9:.3f} GB."
+    return figures.memory_timeline(account.steps["next"].table(), name), words

@@ -94,3 +94,11 @@ def test_huge_scores_give_finite_gradients():
 def test_the_operators_keep_the_rules_of_torch_s_library():
     tensors, _ = inputs((2, 2, 5, 4))
     torch.library.opcheck(attention._attention, tuple(tensors))
+
+
+def test_mixed_precision_does_not_round_the_scores():
+    tensors, upstream = inputs((2, 2, 129, 16))
+    plain = with_gradients(causal_attention, tensors, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = with_gradients(causal_attention, tensors, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))

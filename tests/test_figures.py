@@ -184,3 +184,36 @@ def test_labels_that_would_overlap_are_pushed_apart():
     positions = figures._apart([1.0, 1.0, 1.01, 5.0], 0.5)
     assert all(b - a >= 0.49 for a, b in pairwise(positions))
     assert positions == sorted(positions)
+
+
+def test_the_timeline_of_a_step_marks_its_phases_and_its_peak():
+    from lowrank_lab.config import RunConfig
+    from lowrank_lab.memory import simulate
+
+    trace = simulate(RunConfig(model="tiny", method="galore", rank=4, batch=2)).steps["next"]
+    figure = figures.memory_timeline(trace.table(), "a step")
+    said = {text.get_text() for text in figure.axes[0].texts}
+    assert {"forward", "backward", "optimizer"} <= said
+    assert any(f"{trace.peak.total / 1e6:.2f} MB" in text for text in said)
+
+
+def test_the_course_of_memory_draws_peaks_above_what_is_held():
+    runs = pd.DataFrame(
+        {
+            "run": ["a", "a", "b"], "label": ["galore", "galore", "fira"], "step": [1, 2, 1],
+            "peak_memory_bytes": [5e6, 7e6, None], "weight_bytes": 1e6,
+            "optimizer_state_bytes": 2e6,
+        }
+    )  # fmt: skip
+    table = figures.memory_course_table(runs)
+    assert table["held"].tolist() == [3e6] * 3
+    peak, held = figures.memory_course(runs).axes[0].get_lines()
+    assert list(peak.get_ydata()) == [5, 7]
+    assert list(held.get_ydata()) == [3, 3]
+
+
+def test_compared_memory_counts_projections_once():
+    names = list(figures.OF_A_STEP)
+    accounts = pd.DataFrame([{"label": "galore", **dict.fromkeys(names, 1e9)}])
+    accounts["optimizer_states"] = 3e9  # of them 1 GB of projections
+    assert texts(figures.compared_memory(accounts)) == [f"{len(names) - 1 + 2:.2f}".rjust(0)]

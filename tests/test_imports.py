@@ -14,8 +14,9 @@ PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
     "config sources corpus layers attention llama optim techniques schedule options builders "
-    "catalogue methods step memory spectra checkpoint provenance runs train sample stats "
-    "figures report widgets jobs study study_view cli"
+    "catalogue methods step tracing formulas memory budget spectra checkpoint provenance runs "
+    "train sample stats "
+    "figures report widgets jobs study study_view budget_view cli"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers".split()
@@ -64,6 +65,8 @@ def test_a_module_imports_only_modules_before_it(path):
 
 def test_the_rooms_that_decide_a_run_are_those_that_training_uses():
     records = {
+        "tracing",
+        "formulas",
         "memory",
         "spectra",
         "checkpoint",

@@ -6,14 +6,10 @@ from short import QUICK
 from torch import nn
 
 from lowrank_lab import InputError, RunConfig
-from lowrank_lab.memory import (
-    Breakdown,
-    measured_activations,
-    optimizer_state_bytes,
-    persistent,
-    tensor_bytes,
-)
+from lowrank_lab.formulas import optimizer_state_bytes
+from lowrank_lab.memory import persistent
 from lowrank_lab.methods import METHODS, build
+from lowrank_lab.tracing import Breakdown, tensor_bytes
 
 # The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 512.
 RANK, VOCABULARY = 4, 512
@@ -102,61 +98,6 @@ def test_a_view_of_a_tensor_counted_already_adds_nothing():
     x = torch.zeros(10)
     assert tensor_bytes([x, x[:4]]) == 40
     assert tensor_bytes([x[:4], x]) == 40
-
-
-# Activations
-
-
-def activations(model, x, inside=lambda out: out):
-    breakdown = Breakdown()
-    with measured_activations(model, breakdown):
-        inside(model(x))
-    return breakdown.activations
-
-
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_a_linear_layer_and_a_relu_keep_input_and_output_only(dtype, size):
-    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU()).to(dtype)
-    x = torch.randn(3, 5, dtype=dtype)
-    assert activations(net, x) == size * (3 * 5 + 3 * 7)
-
-
-def test_a_tensor_kept_twice_is_counted_once():
-    net = nn.Sequential(nn.Linear(5, 5, bias=False))
-    x = torch.randn(3, 5)
-    assert activations(net, x, lambda out: net[0](x) + out) == 4 * 3 * 5
-    assert activations(net, x.view(1, 3, 5), lambda out: net[0](x) + out[0]) == 4 * 3 * 5
-
-
-def test_weights_are_not_activations():
-    net = nn.Sequential(nn.Linear(5, 7, bias=False))
-    net[0].weight.requires_grad_(False)
-    x = torch.randn(3, 5, requires_grad=True)
-    assert activations(net, x) == 0  # the gradient of x needs the weight alone
-
-
-def test_nothing_is_kept_without_gradients():
-    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU())
-    with torch.no_grad():
-        assert activations(net, torch.randn(3, 5)) == 0
-
-
-def test_activations_of_forward_and_backward_are_those_of_the_forward_pass():
-    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 7), nn.ReLU())
-    x = torch.randn(3, 5)
-    alone = activations(net, x)
-    assert alone == 4 * (3 * 5 + 2 * 3 * 7)
-    assert activations(net, x, lambda out: out.sum().backward()) == alone
-
-
-def test_a_checkpointed_model_keeps_less(text_corpus):
-    counted = []
-    for frugal in (False, True):
-        config = RunConfig(model="tiny", corpus=text_corpus, method="full-rank")
-        model, _ = build(config.replace(activation_checkpointing=frugal))
-        tokens = torch.zeros(2, 16, dtype=torch.long)
-        counted.append(activations(model, tokens))
-    assert counted[1] < 0.5 * counted[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from lowrank_lab.layers.association import Association, cheapest
 
@@ -78,9 +79,9 @@ def balance(B: Tensor, A: Tensor) -> Balance:
     """
     B, A = B.double(), A.double()
     L, failed = torch.linalg.cholesky_ex(_gram(B))
-    if not failed:
+    if not value_of(failed, usually=0):
         squares, U = torch.linalg.eigh(L.T @ _gram(A.T) @ L)  # ascending
-        if bool(squares[0] > GRAM_TOLERANCE * squares[-1]):
+        if value_of(squares[0] > GRAM_TOLERANCE * squares[-1], usually=True):
             S, U = squares.flip(0).sqrt(), U.flip(1)
             root = S.sqrt()
             T = torch.linalg.solve_triangular(L.T, U * root, upper=True)
@@ -90,6 +91,11 @@ def balance(B: Tensor, A: Tensor) -> Balance:
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
     inverse_root = S.rsqrt()
     return Balance(S, R_A.T @ Vh.T * inverse_root, (U * inverse_root).T @ R_B)
+
+
+def value_of(scalar: Tensor, usually: float) -> float:
+    """The value of a scalar tensor to decide by; `usually` where tensors have no values."""
+    return usually if isinstance(scalar, FakeTensor) else scalar.item()
 
 
 def product_singular_values(B: Tensor, A: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+"""What fits on a card, and what would make it fit: questions to `memory.simulate`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.formulas import by_formula
+from lowrank_lab.memory import Account, simulate
+from lowrank_lab.methods import METHODS, resolve
+
+UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+GB = 10**9
+LONG = 10_000  # steps of a run in which everything happens that happens only now and then
+# Fields that a method may have no use for: left out, where it refuses them.
+OF_SOME_METHODS = (
+    "refactor_every", "on_refactor", "reset_every", "init", "per_layer", "state_precision",
+    "stochastic_rounding", "optimizer", "optimizer_options", "method_options",
+)  # fmt: skip
+
+
+def bytes_of(text: str, field: str = "fits") -> int:
+    """`24GB` (10⁹) or `24GiB` (2³⁰) → bytes.
+
+    Raises:
+        InputError: it isn't a number with such a unit.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in UNITS or float(match[1]) <= 0:
+        raise InputError(field, text, "a size like 24GB (10⁹ bytes) or 24GiB (2³⁰)")
+    return int(float(match[1]) * UNITS[unit])
+
+
+def of_method(config: RunConfig, method: str) -> RunConfig:
+    """The configuration with another method; what that has no use for is left out.
+
+    Raises:
+        InputError: what is left is refused as well.
+    """
+    rank = config.rank
+    if method != config.method and METHODS.get(method) and METHODS[method].rank is not None:
+        rank = None  # a rank for others says nothing to a method that has one of its own
+    changed = config.replace(method=method, lr=None, rank=rank)
+    while True:
+        try:
+            resolve(changed)
+        except InputError as error:
+            name = error.field.split(".")[0]
+            default = RunConfig.model_fields[name].default if name in OF_SOME_METHODS else None
+            if name not in OF_SOME_METHODS or getattr(changed, name) == default:
+                raise
+            changed = changed.replace(**{name: default})
+        else:
+            return changed
+
+
+@dataclass
+class Attempt:
+    """A change of the configuration, and what it leads to."""
+
+    changes: dict[str, Any]
+    account: Account | None  # None: weights and states alone are too much
+    peak: int
+    fits: bool
+
+    @property
+    def flags(self) -> str:
+        """The change as flags of the command line."""
+        return " ".join(
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for name, value in self.changes.items()
+        )
+
+
+def ways_to_fit(config: RunConfig, capacity: int, device: str = "cuda") -> list[Attempt]:
+    """What was tried to get a configuration into so many bytes, up to the first that fits.
+
+    Nothing that changes what is learned comes first: recomputing blocks, then fewer sequences at a
+    time; then updates within the backward pass, which leave out gradient clipping; then a smaller
+    batch, then a lower rank.
+    """
+    tried: list[Attempt] = []
+    for family in _families(config):
+        for changes in family:
+            attempt = _attempt(config, changes, capacity, device)
+            if attempt is None:
+                continue
+            tried.append(attempt)
+            if attempt.fits:
+                return tried
+            if attempt.account is None or _hopeless(tried[-2:], capacity):
+                break  # more of the same wouldn't help
+    return tried
+
+
+def _families(config: RunConfig) -> Iterator[Iterator[dict[str, Any]]]:
+    """Changes that could help, each family in the order of how far it goes."""
+    frugal: dict[str, Any] = {"activation_checkpointing": True}
+    at_once: dict[str, Any] = {"per_layer": True, "clip": 0.0, "gradient_accumulation": 1}
+    yield iter([frugal])
+    if not config.per_layer:
+        halves = _halves(config.batch // config.gradient_accumulation)
+        pieces = (config.batch // part for part in halves if config.batch % part == 0)
+        yield ({**frugal, "gradient_accumulation": count} for count in pieces)
+        yield iter([at_once, frugal | at_once])
+    most = frugal | at_once
+    yield ({**most, "batch": batch} for batch in _halves(config.batch))
+    if config.rank is not None:
+        yield ({**most, "rank": rank} for rank in _halves(config.rank))
+
+
+def _halves(count: int) -> Iterator[int]:
+    while count > 1:
+        count //= 2
+        yield count
+
+
+def _attempt(
+    config: RunConfig, changes: dict[str, Any], capacity: int, device: str
+) -> Attempt | None:
+    """The outcome of a change; None if it isn't one or is refused."""
+    changes = {name: value for name, value in changes.items() if getattr(config, name) != value}
+    try:
+        changed = resolve(config.replace(**changes))
+    except InputError:
+        return None
+    if not changes:
+        return None
+    least = least_bytes(changed)
+    if least > capacity:
+        return Attempt(changes, None, least, fits=False)
+    account = simulate(changed, device)
+    peak = account.peak.total
+    return Attempt(changes, account, peak, peak <= capacity)
+
+
+def _hopeless(last: Sequence[Attempt], capacity: int) -> bool:
+    """Whether halving further leads above the capacity: a peak falls by half as much each time."""
+    if len(last) < 2 or last[0].changes.keys() != last[1].changes.keys():
+        return False
+    return last[1].peak - (last[0].peak - last[1].peak) > capacity
+
+
+def least_bytes(config: RunConfig) -> int:
+    """What a step can't do without: weights, states and gradients, or the largest one of these."""
+    try:
+        found = by_formula(config)
+    except InputError:  # states that no formula knows
+        return 0
+    return found.weights + found.optimizer_states + found.gradients
+
+
+def compare(
+    config: RunConfig, methods: Sequence[str] | None = None, device: str = "cuda"
+) -> Iterator[tuple[str, Account]]:
+    """The accounts of all methods (by default) with otherwise the same configuration."""
+    for method in methods or METHODS:
+        yield method, simulate(of_method(config, method), device)

@@ -1,0 +1,277 @@
+"""Accounts of memory as facts for JSON, as text for the terminal and as tables for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from lowrank_lab import budget
+from lowrank_lab.budget import GB
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.formulas import by_formula
+from lowrank_lab.memory import Account, measure, simulate
+from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.tracing import CATEGORIES, NAMES, PARTS, Trace
+
+MOST_OWNERS = 8
+
+
+def facts(
+    config: RunConfig, capacity: int | None, device: str = "cuda", measured: bool = False
+) -> dict[str, Any]:
+    """Everything about one configuration's memory, in bytes.
+
+    At the top level the categories at rest (weights, gradients and states), activations as the
+    backward pass begins, and the peak.
+    """
+    config = resolve(config)
+    account = simulate(config, device)
+    found = account_facts(account)
+    try:
+        found["formula"] = by_formula(config).as_dict()
+    except InputError:
+        found["formula"] = None
+    if measured:
+        real = measure(config.replace(device="cpu"), "cpu")
+        found["measured"] = account_facts(real) | {"allocated": real.allocated}
+    if capacity is not None:
+        found["capacity"] = capacity
+        found["fits"] = account.peak.total <= capacity
+        found["ways"] = [
+            {"flags": a.flags, "peak": a.peak, "simulated": a.account is not None, "fits": a.fits}
+            for a in ([] if found["fits"] else budget.ways_to_fit(config, capacity, device))
+        ]
+    return found
+
+
+def account_facts(account: Account) -> dict[str, Any]:
+    config, step = account.config, account.steps[account.peak_step]
+    kept = account.steps.get("next", step).kept
+    rest = account.at_rest.as_dict() | {"activations": kept.activations, "logits": kept.logits}
+    owners = list(step.by_owner().items())[:MOST_OWNERS]
+    return {
+        "method": config.method, "model": config.model, "rank": config.rank,
+        "batch": config.batch, "sequence_length": config.sequence_length,
+        "precision": config.precision, "source": account.source,
+        **{name: rest[name] for name in NAMES if name != "temporaries"},
+        "peak": account.peak.total,
+        "peak_step": account.peak_step,
+        "peak_phase": step.phase_of(step.peak_event),
+        "at_the_peak": account.peak.as_dict(),
+        "peak_of_steps": {name: trace.peak.total for name, trace in account.steps.items()},
+        "largest_at_the_peak": [
+            {"category": kind, "owner": owner, "bytes": size} for (kind, owner), size in owners
+        ],
+        "left_out": account.left_out,
+        "seconds": round(account.seconds, 2),
+    }  # fmt: skip
+
+
+def comparison(
+    config: RunConfig, capacity: int | None, device: str = "cuda"
+) -> Iterator[dict[str, Any]]:
+    """The facts of every method, one after the other; with a capacity the ways to fit in as well.
+
+    A method that can't be had with this configuration is a row with `refused`.
+    """
+    for method in METHODS:
+        try:
+            changed = resolve(budget.of_method(config, method))
+        except InputError as error:
+            yield {"method": method, "refused": str(error), "seconds": 0.0}
+            continue
+        yield facts(changed, capacity, device)
+
+
+def text(found: dict[str, Any]) -> str:
+    """The facts of one configuration, to be read."""
+    rank = f", rank {found['rank']}" if found["rank"] else ""
+    lines = [
+        f"{found['method']}, {found['model']}{rank}, {found['precision']}, batch {found['batch']} "
+        f"× {found['sequence_length']} tokens; simulated in {found['seconds']:.1f} s",
+        f"{'in GB':<20}{'held':>8}{'at the peak':>14}",
+    ]
+    at_rest_only = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
+    for name in NAMES:
+        rest = (
+            found.get(name) if name in at_rest_only or name in ("activations", "logits") else None
+        )
+        peak = found["at_the_peak"][name]
+        if name in PARTS and not rest and not peak:
+            continue
+        title = ("  of them " if name in PARTS else "") + name.replace("_", " ")
+        shown = "" if rest is None else f"{rest / GB:.3f}"
+        lines.append(f"{title:<20}{shown:>8}{peak / GB:>14.3f}")
+    lines.append(f"{'peak':<20}{'':>8}{found['peak'] / GB:>14.3f}")
+    steps = ", ".join(f"{name} {size / GB:.3f}" for name, size in found["peak_of_steps"].items())
+    lines += [
+        "",
+        "(weights, gradients and states as training holds them; activations and logits as the "
+        "backward pass begins)",
+        f"the peak is in the {found['peak_phase']} phase of a step of the kind "
+        f"'{found['peak_step']}'; peaks by kind: {steps}",
+        "largest at the peak: "
+        + ", ".join(
+            f"{row['owner']} ({row['category'].replace('_', ' ')}) {row['bytes'] / GB:.3f}"
+            for row in found["largest_at_the_peak"]
+        ),
+    ]
+    if found.get("formula"):
+        same = all(found["formula"][name] == found[name] for name in at_rest_only)
+        lines.append(
+            "weights, gradients and states by formula: "
+            + ("the same, to the byte" if same else f"DIFFERENT: {found['formula']}")
+        )
+    if found.get("measured"):
+        real = found["measured"]
+        lines.append(
+            f"measured on this machine's CPU: peak {real['peak'] / GB:.3f} by live storages, "
+            f"{max(real['allocated'].values()) / GB:.3f} by the allocator"
+        )
+    lines += [f"left out: {what}" for what in found["left_out"]]
+    if "fits" in found:
+        lines += ["", _verdict(found)]
+    return "\n".join(lines)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    capacity, spare = found["capacity"], (found["capacity"] - found["peak"]) / GB
+    if found["fits"]:
+        return f"fits in {capacity / GB:.4g} GB, with {spare:.3f} GB to spare"
+    lines = [f"does not fit in {capacity / GB:.4g} GB: {-spare:.3f} GB too much"]
+    for way in found["ways"]:
+        peak = (
+            f"{way['peak'] / GB:.3f} GB" if way["simulated"] else f"over {way['peak'] / GB:.3f} GB"
+        )
+        lines.append(f"  {'fits' if way['fits'] else 'not '}  {peak:>14}  with {way['flags']}")
+    if not any(way["fits"] for way in found["ways"]):
+        lines.append("  nothing that was tried fits: a smaller model, a lower rank, another method")
+    return "\n".join(lines)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a method."""
+    with_fits = any("fits" in row for row in rows)
+    head = ["GB", "weights", "gradients", "states", "activations", "peak", "weights+states"]
+    lines = [
+        "".join(f"{name:>16}" if i else f"{name:<14}" for i, name in enumerate(head))
+        + ("   fits" if with_fits else "")
+    ]
+    for row in rows:
+        if "refused" in row:
+            lines.append(f"{row['method']:<14}{row['refused']}")
+            continue
+        values = [
+            row["weights"], row["gradients"], row["optimizer_states"], row["activations"],
+            row["peak"], row["weights"] + row["optimizer_states"],
+        ]  # fmt: skip
+        line = f"{row['method']:<14}" + "".join(f"{value / GB:>16.3f}" for value in values)
+        if with_fits:
+            way = next((way for way in row["ways"] if way["fits"]), None)
+            line += (
+                "   yes"
+                if row["fits"]
+                else (f"   {way['peak'] / GB:.2f} with {way['flags']}" if way else "   no")
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def peaks(account: Account) -> pd.DataFrame:
+    """A row a kind of step: its peak in GB, the phase it is in, and its largest categories."""
+    rows = []
+    for kind, trace in account.steps.items():
+        peak = trace.peak
+        largest = sorted(CATEGORIES, key=lambda name: -getattr(peak, name))[:2]
+        rows.append(
+            {
+                "step": kind,
+                "peak (GB)": round(peak.total / GB, 4),
+                "phase": trace.phase_of(trace.peak_event),
+                "largest": ", ".join(
+                    f"{name.replace('_', ' ')} {getattr(peak, name) / peak.total:.0%}"
+                    for name in largest
+                ),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def largest(trace: Trace, rows: int = 12) -> pd.DataFrame:
+    """What was there at the peak, by category and module, the largest first, in MB."""
+    found = [(c, owner, round(size / 1e6, 2)) for (c, owner), size in trace.by_owner().items()]
+    return pd.DataFrame(found[:rows], columns=["category", "module or weight", "MB"])
+
+
+def checked(config: RunConfig) -> pd.DataFrame:
+    """Formula, simulation and measurement of a configuration side by side, in bytes."""
+    counted, simulated, real = by_formula(config), simulate(config), measure(config)
+    rows: list[tuple[str, Any, int, int, int | None]] = [
+        (
+            name.replace("_", " "), getattr(counted, name), getattr(simulated.at_rest, name),
+            getattr(real.at_rest, name), None,
+        )
+        for name in ("weights", "gradients", "optimizer_states")
+    ]  # fmt: skip
+    for kind, trace in simulated.steps.items():
+        measured = real.steps[kind].peak.total
+        rows.append((f"peak: {kind}", None, trace.peak.total, measured, real.allocated[kind]))
+    names = ["bytes", "formula", "simulated", "measured", "by the allocator"]
+    table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[1:], "Int64"))
+    witness = table["by the allocator"].fillna(table["measured"]).astype(float)
+    table["simulated / measured"] = (table["simulated"].astype(float) / witness).round(4)
+    return table
+
+
+def compared(accounts: Mapping[str, Account]) -> pd.DataFrame:
+    """What is at the peak of each account, in bytes by category, with what it took to simulate."""
+    return pd.DataFrame(
+        {
+            "label": label, **account.peak.as_dict(), "peak": account.peak.total,
+            "weights + states": account.at_rest.weights + account.at_rest.optimizer_states,
+            "seconds": account.seconds,
+        }
+        for label, account in accounts.items()
+    )  # fmt: skip
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A `compared` table in GB, the smallest peak first."""
+    shown = table.sort_values("peak", ignore_index=True)
+    sizes = shown.columns.difference(["label", "seconds"])
+    shown[sizes] = (shown[sizes] / GB).round(3)
+    return shown.round({"seconds": 1})
+
+
+# Ranks of the paper's experiments (2505.22922, Table 2), and of GaLore's for 7b.
+PAPER_RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
+
+
+def of_sizes(precision: str = "bf16") -> pd.DataFrame:
+    """Weights + optimizer states in GB by formula: a row a method, a column a size of the paper."""
+    rows = {}
+    for method in METHODS:
+        row = {}
+        for size, rank in PAPER_RANKS.items():
+            config = RunConfig(model=size, rank=rank, precision=precision, steps=budget.LONG)
+            try:
+                found = by_formula(budget.of_method(config, method))
+            except InputError:  # a method of one's own
+                break
+            row[f"{size}, r {rank}"] = round((found.weights + found.optimizer_states) / GB, 3)
+        if row:
+            rows[method] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def ways(config: RunConfig, capacity: int, device: str = "cuda") -> pd.DataFrame:
+    """The configuration and what was tried to make it fit: the change, its peak, does it fit."""
+    found = facts(config, capacity, device)
+    rows = [("as it is", found["peak"], found["fits"])]
+    rows += [(way["flags"], way["peak"], way["fits"]) for way in found["ways"]]
+    return pd.DataFrame(
+        [(what, round(peak / GB, 3), "yes" if fits else "no") for what, peak, fits in rows],
+        columns=["change", "peak (GB)", f"fits in {capacity / GB:.4g} GB"],
+    )
