@@ -34,8 +34,14 @@ def facts(
     except InputError:
         found["formula"] = None
     if measured:
-        real = measure(config.replace(device="cpu"), "cpu")
-        found["measured"] = account_facts(real) | {"allocated": real.allocated}
+        here, real = account if device == "cpu" else simulate(config), measure(config)
+        found["measured"] = account_facts(real) | {
+            "allocated": real.allocated,
+            "simulated_over_allocated": {
+                kind: round(trace.peak.total / real.allocated[kind], 4)
+                for kind, trace in here.steps.items()
+            },
+        }
     if capacity is not None:
         found["capacity"] = capacity
         found["fits"] = account.peak.total <= capacity
@@ -70,7 +76,7 @@ def account_facts(account: Account) -> dict[str, Any]:
 
 
 def comparison(
-    config: RunConfig, capacity: int | None, device: str = "cuda"
+    config: RunConfig, capacity: int | None, device: str = "cuda", measured: bool = False
 ) -> Iterator[dict[str, Any]]:
     """The facts of every method, one after the other; with a capacity the ways to fit in as well.
 
@@ -82,7 +88,7 @@ def comparison(
         except InputError as error:
             yield {"method": method, "refused": str(error), "seconds": 0.0}
             continue
-        yield facts(changed, capacity, device)
+        yield facts(changed, capacity, device, measured)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -128,7 +134,9 @@ def text(found: dict[str, Any]) -> str:
         real = found["measured"]
         lines.append(
             f"measured on this machine's CPU: peak {real['peak'] / GB:.3f} by live storages, "
-            f"{max(real['allocated'].values()) / GB:.3f} by the allocator"
+            f"{max(real['allocated'].values()) / GB:.3f} by the allocator; simulated over "
+            "allocated: "
+            + ", ".join(f"{k} {v:.4f}" for k, v in real["simulated_over_allocated"].items())
         )
     lines += [f"left out: {what}" for what in found["left_out"]]
     if "fits" in found:
@@ -154,9 +162,11 @@ def _verdict(found: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a method."""
     with_fits = any("fits" in row for row in rows)
+    with_measures = any("measured" in row for row in rows)
     head = ["GB", "weights", "gradients", "states", "activations", "peak", "weights+states"]
     lines = [
         "".join(f"{name:>16}" if i else f"{name:<14}" for i, name in enumerate(head))
+        + ("   simulated / allocated, by kind of step" if with_measures else "")
         + ("   fits" if with_fits else "")
     ]
     for row in rows:
@@ -168,6 +178,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["peak"], row["weights"] + row["optimizer_states"],
         ]  # fmt: skip
         line = f"{row['method']:<14}" + "".join(f"{value / GB:>16.3f}" for value in values)
+        if "measured" in row:
+            found = row["measured"]["simulated_over_allocated"]
+            line += "   " + ", ".join(f"{kind} {value:.4f}" for kind, value in found.items())
         if with_fits:
             way = next((way for way in row["ways"] if way["fits"]), None)
             line += (

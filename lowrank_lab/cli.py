@@ -271,7 +271,7 @@ def memory(fits: str | None, every: bool, measure: bool, as_json: bool, **flags:
     device = "cpu" if config.device == "cpu" else "cuda"
     if every:
         rows = []
-        for row in budget_view.comparison(config, capacity, device):
+        for row in budget_view.comparison(config, capacity, device, measure):
             rows.append(row)
             click.echo(f"{row['method']}: {row['seconds']:.1f} s", err=True)
         click.echo(json.dumps({"methods": rows}, indent=1) if as_json else budget_view.table(rows))
