@@ -8,11 +8,12 @@ line.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -22,12 +23,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox, offset_copy
 
 from lowrank_lab.config import InputError
-from lowrank_lab.spectra import effective_rank
+from lowrank_lab.spectra import effective_rank, middle_layers, stable_rank
 from lowrank_lab.stats import mean_interval
+
+if TYPE_CHECKING:
+    from lowrank_lab.runs import Run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart and which survive print.
 COLOURS = {
@@ -423,7 +427,7 @@ def spectrum_curves(spectra: pd.DataFrame, layers: Sequence[str] | None = None) 
         spectra: step, layer, index, singular_value (`Run.spectra`).
         layers: which; by default one of each projection, from the middle of the model.
     """
-    names = list(layers) if layers is not None else middle_layers(spectra)
+    names = list(layers) if layers is not None else middle_layers(spectra["layer"])
     missing = set(names) - set(spectra["layer"])
     if missing or not names:
         raise InputError(
@@ -450,7 +454,7 @@ def last_spectra(spectra: pd.DataFrame) -> pd.DataFrame:
         spectra: label, step, layer, index, singular_value.
     """
     last = spectra.groupby("label")["step"].transform("max")
-    middle = spectra["layer"].isin(middle_layers(spectra))
+    middle = spectra["layer"].isin(middle_layers(spectra["layer"]))
     return spectra[(spectra["step"] == last) & middle].reset_index(drop=True)
 
 
@@ -460,7 +464,7 @@ def compared_spectra(spectra: pd.DataFrame) -> Figure:
     Args:
         spectra: `last_spectra`.
     """
-    names, labels = middle_layers(spectra), list(dict.fromkeys(spectra["label"]))
+    names, labels = middle_layers(spectra["layer"]), list(dict.fromkeys(spectra["label"]))
     figure, axes = _panels(names)
     for ax, name in zip(axes.flat, names, strict=False):
         for label, part in spectra[spectra["layer"] == name].groupby("label", sort=False):
@@ -477,6 +481,127 @@ def compared_spectra(spectra: pd.DataFrame) -> Figure:
         columns = 3 if len(labels) > 4 else len(labels)
         figure.legend(lines, texts, frameon=False, fontsize=7.5, loc="outside upper center",
                       ncols=columns)  # fmt: skip
+    return figure
+
+
+FACTS = {
+    "effective_rank": "effective rank",
+    "stable_rank": "stable rank",
+    "update_rank": "effective rank of W − W₀",
+    "captured_energy": "gradient energy in the projection",
+    "overlap": "overlap with the next subspace",
+    "condition": "condition number of the factors",
+    "imbalance": "imbalance of the factors",
+}
+
+
+def layer_facts(runs: Sequence[Run]) -> pd.DataFrame:
+    """label, step, layer and the summaries in `FACTS`: what the recorded spectra come to.
+
+    Args:
+        runs: one of each label.
+    """
+    tables = []
+    for run in runs:
+        facts = run.layer_facts.set_index(["step", "layer"])
+        facts["condition"] = facts[["condition_B", "condition_A"]].max(axis=1)
+        for what, column, summary in (
+            ("singular_values", "effective_rank", effective_rank),
+            ("singular_values", "stable_rank", stable_rank),
+            ("update", "update_rank", effective_rank),
+        ):
+            values = run.spectra_of(what).groupby(["step", "layer"], sort=False)["singular_value"]
+            facts[column] = values.agg(partial(_summarised, summary))
+        tables.append(facts.reset_index().assign(label=run.label))
+    names = ["label", "step", "layer", *FACTS]
+    return pd.concat(tables, ignore_index=True)[names] if tables else pd.DataFrame(columns=names)
+
+
+def _summarised(summary: Callable[[torch.Tensor], torch.Tensor], values: pd.Series[float]) -> float:
+    return float(summary(torch.tensor(values.to_numpy())))
+
+
+def fact_curves(facts: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
+    """Summaries of spectra over training, mean of the layers: a panel a summary, a line a label.
+
+    Args:
+        facts: `layer_facts`.
+        names: of `FACTS`; by default all that were recorded.
+    """
+    shown = [n for n in names or FACTS if facts[n].notna().any()]
+    if not shown:
+        raise InputError("facts", list(names or FACTS), "none of these was recorded")
+    labels = list(dict.fromkeys(facts["label"]))
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(2.75 * columns, 2.2 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    for ax, name in zip(axes.flat, shown, strict=False):
+        means = facts.dropna(subset=name).groupby(["label", "step"], sort=False)[name].mean()
+        for label, line in means.groupby("label", sort=False):
+            colour, style, marker = look(str(label), labels)
+            steps = line.index.get_level_values("step")
+            ax.plot(steps, line.to_numpy(), color=colour, ls=style, marker=marker, ms=3, lw=1.3,
+                    label=label)  # fmt: skip
+        ax.set_title(FACTS[name], fontsize=8.5)
+        ax.set_xlabel("step", fontsize=8.5)
+        if name == "condition":
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(bottom=0)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    lines = {
+        text: line
+        for ax in axes.flat
+        for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=8, ncols=3,
+                  loc="outside upper center")  # fmt: skip
+    return figure
+
+
+def share_curves(shares: pd.DataFrame) -> Figure:
+    """The share of L in each singular value of L + S, a panel a layer, early (light) and last.
+
+    Args:
+        shares: `Run.spectra_of("low_rank_share")`.
+    """
+    steps = sorted(shares["step"].unique())
+    figure = spectrum_curves(
+        shares[shares["step"].isin([steps[min(1, len(steps) - 1)], steps[-1]])]
+    )
+    for ax in figure.axes[:-1]:
+        ax.set_yscale("linear")
+        ax.set_ylim(-0.1, 1.15)
+        ax.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
+    figure.supylabel("share of the low-rank part", fontsize=9.5)
+    return figure
+
+
+def momentum_bars(momentum: pd.DataFrame) -> Figure:
+    """How much of the direction of momentum is left after each kind of event, by label.
+
+    Args:
+        momentum: label and the columns of `Run.momentum`.
+    """
+    means = momentum.groupby(["label", "event"], sort=False)["momentum_cosine"]
+    table = means.agg(["mean", "min", "max"]).reset_index()
+    labels = list(dict.fromkeys(table["label"]))
+    figure, ax = _figure(6.4, 0.9 + 0.32 * len(table))
+    for y, (label, low, mean, high) in enumerate(
+        zip(table["label"], table["min"], table["mean"], table["max"], strict=True)
+    ):
+        colour = look(str(label), labels)[0]
+        ax.plot([float(low), float(high)], [y, y], color=colour, lw=3, alpha=0.35)
+        ax.plot([float(mean)], [y], "o", color=colour, ms=6)
+    names = [f"{label}: {event}" for label, event in zip(table["label"], table["event"],
+                                                        strict=True)]  # fmt: skip
+    ax.set_yticks(range(len(table)), names)
+    ax.invert_yaxis()
+    ax.set_xlim(-1.05, 1.05)
+    ax.set_xlabel("cosine of momentum before and after (mean and range over layers and events)")
     return figure
 
 
@@ -513,14 +638,6 @@ def _label_panels(figure: Figure, axes: Any) -> None:
             axis.set_label_coords(0, 0)
     figure.supxlabel("index", fontsize=9.5)
     figure.supylabel("singular value", fontsize=9.5)
-
-
-def middle_layers(spectra: pd.DataFrame) -> list[str]:
-    """One recorded layer of each kind, from the middle of the model."""
-    kinds: dict[str, list[str]] = {}
-    for name in spectra["layer"].unique():
-        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(name)
-    return [names[len(names) // 2] for names in kinds.values()]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -151,10 +151,9 @@ def _pictures(
         "memory", figures.memory_bars(memory), figures.memory_table(memory),
         "Measured bytes of weights, gradients and optimizer states; projections apart.",
     )  # fmt: skip
-    course = figures.memory_course_table(table)
-    if course["peak"].notna().any():
+    if "peak_memory_bytes" in table and table["peak_memory_bytes"].notna().any():
         yield Picture(
-            "memory_course", figures.memory_course(table), course,
+            "memory_course", figures.memory_course(table), figures.memory_course_table(table),
             "Peak memory of each step, above the weights and states that are held between steps.",
         )  # fmt: skip
     spectra = _spectra_of(shown, ranking)

@@ -2,7 +2,7 @@
 
 config.json     the resolved configuration, and what it ran on
 metrics.jsonl   one row a step, appended as it happens; evaluations and events in their step's row
-spectra.jsonl   one row a layer and recorded step
+spectra.jsonl   one row a layer and recorded step, and a layer and step in which something happened
 memory.json     bytes by category, measured in the first step
 checkpoints/    see checkpoint.py; gone when the run has ended well
 progress.json   where a run in progress is
@@ -138,15 +138,47 @@ class Run:
 
     @property
     def spectra(self) -> pd.DataFrame:
-        """One row a singular value: step, layer, index, singular_value."""
+        """One row a singular value of a weight: step, layer, index, singular_value."""
+        return self.spectra_of("singular_values")
+
+    def spectra_of(self, what: str) -> pd.DataFrame:
+        """One row a singular value: step, layer, index, singular_value.
+
+        Args:
+            what: `singular_values` (of weights), `update` (of W − W₀), `gradient`, or
+                `low_rank_share` (of each of SLTrain's singular values); empty if not recorded.
+        """
         import pandas as pd
 
         rows = [
             (row["step"], row["layer"], i, value)
-            for row in read_jsonl(self.folder / "spectra.jsonl")
-            for i, value in enumerate(row["singular_values"])
+            for row in self._spectra_rows
+            for i, value in enumerate(row.get(what, ()))
         ]
         return pd.DataFrame(rows, columns=["step", "layer", "index", "singular_value"])
+
+    @property
+    def layer_facts(self) -> pd.DataFrame:
+        """One row a layer and recorded step: captured_energy, overlap, conditions, imbalance."""
+        import pandas as pd
+
+        rows = [row for row in self._spectra_rows if "singular_values" in row]
+        names = ("captured_energy", "overlap", "condition_B", "condition_A", "imbalance")
+        facts = [{k: row.get(k) for k in ("step", "layer", *names)} for row in rows]
+        return pd.DataFrame(facts, columns=["step", "layer", *names])
+
+    @property
+    def momentum(self) -> pd.DataFrame:
+        """One row a layer and eventful step: event, momentum_cosine, momentum_ratio."""
+        import pandas as pd
+
+        rows = [row for row in self._spectra_rows if "momentum_cosine" in row]
+        names = ["step", "layer", "event", "momentum_cosine", "momentum_ratio"]
+        return pd.DataFrame(rows, columns=names)
+
+    @property
+    def _spectra_rows(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.folder / "spectra.jsonl")
 
     @property
     def memory(self) -> dict[str, int]:
@@ -189,6 +221,18 @@ def find_runs(folder: Path | str) -> list[Run]:
     found = sorted(folder.rglob("config.json"))
     hidden = (any(part.startswith(".") for part in p.relative_to(folder).parts) for p in found)
     return [Run(path.parent) for path, out in zip(found, hidden, strict=True) if not out]
+
+
+def first_runs(folder: Path | str) -> list[Run]:
+    """One run of each label at or below a folder: those that have trained a step.
+
+    Raises:
+        InputError: there are none.
+    """
+    first: dict[str, Run] = {}
+    for run in complete_runs(folder, strict=False):
+        first.setdefault(run.label, run)
+    return list(first.values())
 
 
 def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -216,9 +217,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._begin()
         self._name_weights()
         self._name_states()
-        for t in tree_leaves([getattr(optimizer, "_buffers", {}), getattr(model, "_tables", ())]):
-            if isinstance(t, Tensor):
-                self.see(t, "temporaries", "kept to be used again")
+        for t in getattr(model, "_tables", None) or ():
+            self.see(t, "temporaries", "rotary tables")
         self._handles = list(self._hooks())
         if type(optimizer).__module__.startswith("torchao"):
             step = optimizer.step  # which compiles itself: nothing to be seen there but its states
@@ -407,6 +407,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return hook
 
 
-def _unseen(function: Callable[[Any], Any], argument: Any) -> Any:
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Let no tracker see what happens in this block."""
     with _disable_current_modes():
+        yield
+
+
+def _unseen(function: Callable[[Any], Any], argument: Any) -> Any:
+    with unseen():
         return function(argument)

@@ -22,7 +22,7 @@ from lowrank_lab.methods import build, resolve
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
-from lowrank_lab.spectra import weight_spectra
+from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
     Batch,
     PerLayerUpdates,
@@ -30,7 +30,7 @@ from lowrank_lab.step import (
     kind_of,
     take_step_,
 )
-from lowrank_lab.tracing import Breakdown, Tracker
+from lowrank_lab.tracing import Breakdown, Tracker, unseen
 
 PROGRESS_SECONDS = 0.5
 
@@ -166,6 +166,7 @@ class Trainer:
         self.bytes = Breakdown()
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._peaks: dict[str, int] = {}  # bytes, by kind of step
+        self._spectra = SpectraRecorder(self.model, self.optimizer, config.spectra_layers)
         self._progress_due = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
@@ -182,6 +183,7 @@ class Trainer:
             self.folder / "checkpoints", self.model, self.optimizer
         )
         self.seconds = extra.get("seconds", 0.0)
+        self._peaks = extra.get("peaks", {})
         if warm_start(self.config):
             train_dense_(self.model, on=self.updates < warm_start(self.config))
         last_kept = self.updates if self.updates else -1
@@ -194,8 +196,11 @@ class Trainer:
 
     def advance(self) -> dict[str, Any]:
         """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""
-        config, started = self.config, time.perf_counter()
-        kind, batches = kind_of(config, self.updates), self._batches()
+        config, kind = self.config, kind_of(self.config, self.updates)
+        eventful = kind not in ("first", "next")
+        if eventful:
+            self._spectra.note_momentum()
+        started, batches = time.perf_counter(), self._batches()
         with self._traced(kind):
             values, done = take_step_(
                 self.model, self.optimizer, batches, config, self.updates,
@@ -209,6 +214,9 @@ class Trainer:
         if self._due(config.cadence("eval_every")):
             row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
         append_jsonl(self.folder / "metrics.jsonl", [row])
+        if eventful:
+            moved = self._spectra.momentum_rows(self.updates, kind)
+            append_jsonl(self.folder / "spectra.jsonl", moved)
         if self._due(config.cadence("spectra_every")):
             self._record_spectra()
         if self.updates % config.cadence("checkpoint_every") == 0:
@@ -257,7 +265,10 @@ class Trainer:
         """Keep the present state, unless weights in it are no longer finite."""
         if all(bool(p.isfinite().all()) for p in self.model.parameters()):
             folder = self.folder / "checkpoints"
-            checkpoint.save(folder, self.updates, self.model, self.optimizer, seconds=self.seconds)
+            checkpoint.save(
+                folder, self.updates, self.model, self.optimizer, seconds=self.seconds,
+                peaks=self._peaks,
+            )  # fmt: skip
 
     def _stop(self, reason: str) -> NoReturn:
         """End the run, with the last good state kept."""
@@ -283,11 +294,17 @@ class Trainer:
         )
 
     def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-        """Loss and gradient norm as numbers, fetched at once; stops the run if one isn't finite."""
+        """Loss and gradient norm as numbers, fetched at once; stops the run if one isn't finite.
+
+        Called while the gradients are there: those of a recorded step are noted.
+        """
         values = torch.stack([loss.float(), norm.float()]).tolist()
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):
                 self._stop(f"the {name} of step {self.updates + 1} is {value}")
+        if self._due(self.config.cadence("spectra_every"), self.updates + 1):
+            with unseen():  # it is no part of training
+                self._spectra.see_gradients()
         return values[0], values[1]
 
     def _row(
@@ -309,8 +326,10 @@ class Trainer:
             "events": done,
         }
 
-    def _due(self, every: int) -> bool:
-        return self.updates % every == 0 or self.updates == self.config.total_steps
+    def _due(self, every: int, updates: int | None = None) -> bool:
+        """Whether what happens every so many updates happens after these (by default so far)."""
+        updates = self.updates if updates is None else updates
+        return updates % every == 0 or updates == self.config.total_steps
 
     @contextmanager
     def _traced(self, kind: str) -> Iterator[None]:
@@ -345,9 +364,7 @@ class Trainer:
             write_json(self.folder / "memory.json", {**facts, "peak": self._peaks.get(kind)})
 
     def _record_spectra(self) -> None:
-        found = weight_spectra(self.model, self.config.spectra_layers)
-        rows = ({"step": self.updates, "layer": k, "singular_values": v} for k, v in found.items())
-        append_jsonl(self.folder / "spectra.jsonl", rows)
+        append_jsonl(self.folder / "spectra.jsonl", self._spectra.rows(self.updates))
 
     def _report_progress(self, row: dict[str, Any]) -> None:
         now = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from lowrank_lab.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lowrank_lab.runs import Run
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -131,3 +133,47 @@ def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
         real = max(measure(config).allocated.values())
         words += f" On this CPU: simulated {here / 1e9:.3f}, measured {real / 1e9:.3f} GB."
     return figures.memory_timeline(account.steps["next"].table(), name), words
+
+
+def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = True) -> Any:
+    """Spectra over training of the layers of one kind, of the first run; live: of any, by lists.
+
+    Args:
+        what: of `Run.spectra_of`.
+        kind: part of the layers' names.
+    """
+    from lowrank_lab import figures
+
+    def drawn(run: Run, kind: str) -> Figure:
+        table = run.spectra_of(what)
+        layers = [name for name in table["layer"].unique() if kind in name]
+        if not layers:
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in table["layer"]})
+            raise InputError("kind", kind, f"recorded: {', '.join(kinds) or 'nothing'}")
+        return figures.spectrum_curves(table, layers[:8])
+
+    if headless:
+        return drawn(runs[0], kind)
+    import ipywidgets as ipw
+    from IPython.display import display
+
+    kinds = list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in runs[0].spectra["layer"]))
+    labels = [run.label for run in runs]
+    run = ipw.Dropdown(options=labels, value=labels[0], description="run")
+    layer = ipw.Dropdown(
+        options=kinds, value=kind if kind in kinds else kinds[0], description="layers"
+    )
+    text, picture = ipw.HTML(), ipw.Image(format="png")
+
+    def show(change: object = None) -> None:
+        buffer = io.BytesIO()
+        chosen = runs[labels.index(run.value)]
+        drawn(chosen, layer.value).savefig(buffer, format="png", bbox_inches="tight")
+        picture.value = buffer.getvalue()
+        text.value = html.escape(f"{run.value}, {what.replace('_', ' ')}, {layer.value}")
+
+    for knob in (run, layer):
+        knob.observe(show, "value")
+    show()
+    display(ipw.VBox([ipw.HBox([run, layer]), text, picture]))  # type: ignore[no-untyped-call]
+    return None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from lowrank_lab import step
 from lowrank_lab.cli import main
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods import METHODS, OWN_METHODS
@@ -88,8 +89,7 @@ def test_methods_explains_each_method_with_its_source():
 
 def test_work_that_fails_ends_with_status_1_and_one_line(tmp_path, text_corpus, monkeypatch):
     nan = torch.tensor(float("nan"))
-    loop = sys.modules["lowrank_lab.train"]  # lowrank_lab.train is the function of that name
-    monkeypatch.setattr(loop, "gradients", lambda *arguments: (nan, nan))
+    monkeypatch.setattr(step, "gradients", lambda *arguments: (nan, nan))
     done = run("train", *SMALL, "--corpus", text_corpus, "--steps", 9, "--out", tmp_path)
     assert done.exit_code == 1, done.output
     line = done.stderr.splitlines()[-1]

@@ -132,7 +132,7 @@ def test_compared_spectra_draw_the_end_of_training_of_each_label():
     table = pd.concat([spectra_table().assign(label=label) for label in ("galore", "low-rank")])
     last = figures.last_spectra(table)
     assert set(last["step"]) == {5}
-    assert set(last["layer"]) == set(figures.middle_layers(table))
+    assert set(last["layer"]) == set(figures.middle_layers(table["layer"]))
     figure = figures.compared_spectra(last)
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["galore", "low-rank"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["galore", "low-rank"]
@@ -217,3 +217,33 @@ def test_compared_memory_counts_projections_once():
     accounts = pd.DataFrame([{"label": "galore", **dict.fromkeys(names, 1e9)}])
     accounts["optimizer_states"] = 3e9  # of them 1 GB of projections
     assert texts(figures.compared_memory(accounts)) == [f"{len(names) - 1 + 2:.2f}".rjust(0)]
+
+
+def test_facts_of_layers_are_those_of_the_recorded_spectra(tmp_path):
+    from lowrank_lab import RunConfig, train
+
+    config = RunConfig(
+        model="tiny", method="sltrain", rank=4, corpus="markov", vocab_size=64, steps=8, batch=2,
+        sequence_length=32, spectra_every=4, eval_tokens=64, test_tokens=64, refactor_every=3,
+    )  # fmt: skip
+    run = train(config, tmp_path / "run", label="mine")
+    facts = figures.layer_facts([run])
+    name = "model.layers.1.mlp.up_proj"
+    row = facts[(facts["step"] == 8) & (facts["layer"] == name)].iloc[0]
+    spectra = run.spectra
+    values = spectra[(spectra["step"] == 8) & (spectra["layer"] == name)]["singular_value"]
+    shares = (values / values.sum()).to_numpy()
+    assert row["effective_rank"] == pytest.approx(
+        np.exp(-(shares * np.log(shares)).sum()), rel=1e-5
+    )
+    assert row["stable_rank"] == pytest.approx((values**2).sum() / values.max() ** 2, rel=1e-5)
+    assert row["imbalance"] < 0.5
+    figure = figures.fact_curves(facts, ["effective_rank", "imbalance"])
+    assert [ax.get_title() for ax in figure.axes if ax.get_visible()] == [
+        "effective rank", "imbalance of the factors",
+    ]  # fmt: skip
+    assert len(figures.share_curves(run.spectra_of("low_rank_share")).axes) >= 7
+    bars = figures.momentum_bars(run.momentum.assign(label="mine"))
+    assert [t.get_text() for t in bars.axes[0].get_yticklabels()] == ["mine: refactor"]
+    with pytest.raises(InputError, match="recorded"):
+        figures.fact_curves(facts, ["overlap"])

@@ -108,7 +108,7 @@ def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file
     assert "low-rank + both" in result.stdout
     assert str(out / "report.html") in result.stdout
     page = (out / "report.html").read_text()
-    assert page.count("<figure>") == 6
+    assert page.count("<figure>") == 8
     assert 'src="http' not in page
     assert 'href="http' not in page
     stems = {p.stem for p in (out / "figures").iterdir()}

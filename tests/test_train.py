@@ -23,6 +23,7 @@ from lowrank_lab.sample import sample
 from lowrank_lab.schedule import learning_rate
 from lowrank_lab.train import evaluate, train
 
+step_room = importlib.import_module("lowrank_lab.step")
 rooms = importlib.import_module("lowrank_lab.train")  # the name lowrank_lab.train is the function
 
 STEPS = 12
@@ -188,7 +189,7 @@ def test_a_finished_folder_holds_its_records_and_nothing_else(finished):
 
 def test_spectra_are_recorded_at_the_start_in_between_and_at_the_end(config, trained):
     run = trained(config())
-    rows = read_jsonl(run.folder / "spectra.jsonl")
+    rows = [r for r in read_jsonl(run.folder / "spectra.jsonl") if "singular_values" in r]
     names = [f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.down_proj")]
     steps = [row["step"] for row in rows if row["layer"] in names]
     assert steps == [0, 0, 6, 6, 12, 12]
@@ -512,7 +513,7 @@ def kept_weights(config, folder):
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
     config, trained, tmp_path, monkeypatch, value, index, what, at
 ):
-    given, calls, gradients = config("low-rank"), [], rooms.gradients
+    given, calls, gradients = config("low-rank"), [], step_room.gradients
 
     def spoiled(*arguments):
         calls.append(1)
@@ -521,7 +522,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
             values[index] = torch.tensor(value)
         return tuple(values)
 
-    monkeypatch.setattr(rooms, "gradients", spoiled)
+    monkeypatch.setattr(step_room, "gradients", spoiled)
     message = failure(given, tmp_path / "run")
     assert f"the {what} of step {at} is {value}" in message
     step, weights = kept_weights(given, tmp_path / "run")
@@ -537,7 +538,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
 def test_weights_that_are_not_finite_stop_the_run_and_are_not_kept(
     config, tmp_path, monkeypatch, method, at
 ):
-    update_ = rooms.update_
+    update_ = step_room.update_
 
     def spoiled(model, optimizer, given, step):
         done = update_(model, optimizer, given, step)
@@ -546,7 +547,7 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_not_kept(
                 next(p for n, p in model.named_parameters() if "up_proj" in n)[0, 0] = math.nan
         return done
 
-    monkeypatch.setattr(rooms, "update_", spoiled)
+    monkeypatch.setattr(step_room, "update_", spoiled)
     failure(config(method), tmp_path)
     step, weights = kept_weights(config(method), tmp_path)
     assert step < at

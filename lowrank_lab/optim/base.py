@@ -167,6 +167,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("sparse gradients are not supported; use a dense embedding")
             self.step_group_(params, group)
+        self.__dict__.pop("_buffers", None)  # what is used again within a step isn't held between
         return loss
 
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -215,8 +216,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         return adam_direction(R, state, group["betas"], group["eps"], out=N)
 
     def buffer(self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
-        """An uninitialised tensor of that shape and of like's dtype and device, used again."""
-        buffers = self.__dict__.setdefault("_buffers", {})  # copies of an optimizer have none
+        """An uninitialised tensor like `like`, of that shape: one for all matrices in a step."""
+        buffers = self.__dict__.setdefault("_buffers", {})
         key = (name, tuple(shape), like.dtype, like.device)
         if key not in buffers:
             buffers[key] = like.new_empty(shape)
