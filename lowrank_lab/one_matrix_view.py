@@ -1,0 +1,330 @@
+"""Figures of the one matrix problem, and its panels of sliders.
+
+Figures that a panel shows have fixed margins and few artists, so that the answer to a slider's move
+is there within 0.2 s; an automatic layout alone would take as long.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from torch import Tensor
+
+from lowrank_lab import one_matrix
+from lowrank_lab.config import InputError
+from lowrank_lab.figures import COLOURS, STYLE, Drawing, _apart, look
+from lowrank_lab.one_matrix import METHODS, Fit, Settings
+from lowrank_lab.spectra import singular_values
+
+LOWEST = 1e-4  # where axes of errors end
+KEPT, CUT, FLOOR = COLOURS["low-rank"], "0.75", "0.45"
+KNOBS = ("method", "rank", "period", "strength", "noise", "refactor", "imbalance")
+CHOICES = {
+    "period": (0, 5, 10, 20, 40, 80),
+    "noise": (0.0, 0.1, 0.3, 1.0, 2.0),
+    "imbalance": (1.0, 10.0, 100.0, 1000.0),
+}
+UNUSED = {  # knobs that change nothing for a method
+    "full-rank": {"rank", "period", "strength", "refactor", "imbalance"},
+    "galore": {"refactor", "imbalance"},
+    "fira": {"refactor", "imbalance"},
+    "low-rank": set[str](),
+}
+
+
+def approximation(W: Tensor, rank: int) -> Figure:
+    """W, its best approximation of that rank, what is lost, and the spectrum it was cut from."""
+    best = one_matrix.best_approximation(W, rank)
+    values = one_matrix.spectrum_table(W)["singular_value"].to_numpy()
+    limit = float(W.abs().max())
+    figure, axes = _drawing(8.6, 2.3, 4, left=0.01, right=0.985, bottom=0.2, top=0.88, wspace=0.12)
+    titles = "the matrix", f"best of rank {rank}", "what is lost"
+    for ax, X, title in zip(axes[:3], (W, best, W - best), titles, strict=True):
+        ax.imshow(X.numpy(), vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
+        ax.set_title(title)
+        ax.set_axis_off()
+    ax = axes[3]  # areas of steps: two artists instead of a bar for each value
+    edges = [i + 0.5 for i in range(len(values) + 1)]
+    ax.stairs(values[:rank], edges[: rank + 1], fill=True, color=KEPT)
+    ax.stairs(values[rank:], edges[rank:], fill=True, color=CUT)
+    ax.set_title("singular values (blue: kept)")
+    ax.set_xlabel("index")
+    return figure
+
+
+def spectrum_and_tail(table: pd.DataFrame) -> Figure:
+    """The singular values, and the error of the best approximation of each rank.
+
+    Args:
+        table: `one_matrix.spectrum_table`.
+    """
+    figure, (values, errors) = _drawing(7.4, 2.8, 2, left=0.08, right=0.98, bottom=0.18, wspace=0.3)
+    values.plot(table["index"], table["singular_value"], "o-", ms=3, lw=1.2, color=KEPT)
+    values.set(xlabel="index", ylabel="singular value", ylim=(0, None))
+    errors.plot(table["index"], table["tail"], "o-", ms=3, lw=1.2, color=FLOOR)
+    errors.set(xlabel="rank that is kept", ylabel="share of energy that is lost", ylim=(0, None))
+    return figure
+
+
+def floors(grid: pd.DataFrame) -> Figure:
+    """The error that training reached against the best possible one, over the rank.
+
+    Args:
+        grid: `one_matrix.grid_table` over ranks.
+    """
+    figure, (ax,) = _drawing(5.6, 3.0, 1, left=0.12, right=0.97, bottom=0.17)
+    ax.plot(grid["rank"], grid["tail"], "-", color=FLOOR, lw=1.4, label="the tail: best possible")
+    ax.plot(grid["rank"], grid["error"], "o", color=KEPT, ms=6, label="B·A, trained")
+    ax.set(xlabel="rank", ylabel="share of energy missing", ylim=(0, None))
+    ax.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
+def factors(table: pd.DataFrame) -> Figure:
+    """Singular values of B, of A and of their product, before and after refactorization.
+
+    Args:
+        table: `one_matrix.factors_table`.
+    """
+    figure, axes = _drawing(
+        8.0, 2.7, 3, sharey=True, left=0.08, right=0.99, bottom=0.18, wspace=0.08
+    )
+    for ax, (name, part) in zip(axes, table.groupby("factor", sort=False), strict=True):
+        for when, style, colour in (("before", "s--", CUT), ("after", "o-", KEPT)):
+            rows = part[part["when"] == when]
+            darker = "0.35" if when == "before" else colour
+            ax.plot(rows["index"], rows["singular_value"], style, color=darker, ms=5, label=when)
+        ax.set(title=str(name), xlabel="index", yscale="log")
+        ax.set_xticks(sorted(part["index"].unique()))
+    axes[0].set_ylabel("singular value")
+    axes[-1].legend(frameon=False, fontsize=8.5, loc="lower left")
+    return figure
+
+
+def courses(
+    table: pd.DataFrame, lines: Mapping[str, float] | None = None, events: Sequence[int] = ()
+) -> Figure:
+    """Error against the step, a line a label; what was measured at the end stands beside it.
+
+    Args:
+        table: `one_matrix.curves_table`.
+        lines: errors to compare with, by name: horizontal and dotted.
+        events: steps to mark.
+    """
+    figure, (ax,) = _drawing(7.4, 3.3, 1, left=0.1, right=0.72, bottom=0.16)
+    _courses(ax, table, lines or {}, events)
+    return figure
+
+
+def _courses(
+    ax: Axes, table: pd.DataFrame, lines: Mapping[str, float], events: Sequence[int]
+) -> None:
+    labels = list(dict.fromkeys(table["label"]))
+    ax.set_yscale("log")
+    ends: list[tuple[float, str, str]] = []
+    last = int(table["step"].max())
+    for label in labels:
+        error = table.loc[table["label"] == label, "error"].to_numpy()
+        colour, line, _ = look(label, labels)
+        ax.plot(error.clip(LOWEST), line, color=colour, lw=1.6)
+        ends.append((float(error[-1]), label, colour))
+    for name, value in lines.items():
+        ax.axhline(max(value, LOWEST), color=FLOOR, lw=1, ls=(0, (1, 2)))
+        ends.append((value, name, FLOOR))
+    if events:
+        ax.vlines(events, 0, 1, transform=ax.get_xaxis_transform(), color="0.8", lw=0.8, zorder=0)
+    low = max(LOWEST, 0.7 * min(value for value, *_ in ends))
+    ax.set(xlim=(0, last), ylim=(low, 1.5), xlabel="step", ylabel="share of energy missing")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    ends.sort()
+    span = math.log(1.5 / low)
+    heights = _apart([math.log(max(v, low) / low) / span for v, *_ in ends], 0.07)
+    for height, (value, label, colour) in zip(heights, ends, strict=True):
+        ax.annotate(f"{label}  {value:.4f}", (1, height), xycoords="axes fraction", xytext=(6, 0),
+                    textcoords="offset points", color=colour, fontsize=8.5, va="center")  # fmt: skip
+
+
+def alignments(table: pd.DataFrame, around: int, steps: int = 20) -> Figure:
+    """How well each step points at the target, around an event: 1 is straight there.
+
+    Args:
+        table: `one_matrix.curves_table`.
+        around: the step of the event.
+        steps: how many to show on both sides of it.
+    """
+    figure, (ax,) = _drawing(6.4, 3.0, 1, left=0.11, right=0.97, bottom=0.17)
+    labels = list(dict.fromkeys(table["label"]))
+    near = table[(table["step"] - around).abs() <= steps]
+    for label, part in near.groupby("label", sort=False):
+        colour, line, _ = look(str(label), labels)
+        ax.plot(part["step"], part["alignment"], line, color=colour, lw=1.6, label=label)
+    ax.axvline(around, color="0.8", lw=0.8, zorder=0)
+    ax.set(xlabel="step", ylabel="alignment of the step")
+    ax.legend(frameon=False, fontsize=8.5, loc="best")
+    return figure
+
+
+def result(target: Tensor, done: Fit, reference: Fit) -> tuple[Figure, str]:
+    """The course of one fit and the spectrum it ended with, and the same in words.
+
+    Args:
+        reference: full-rank training with the same noise.
+    """
+    asked = done.settings
+    figure, (course, spectrum) = _drawing(
+        9.2, 3.0, 2, left=0.07, right=0.985, bottom=0.16, wspace=0.62
+    )
+    fits = {asked.method: done} | {"full-rank": reference}
+    table = one_matrix.curves_table(fits)
+    best = one_matrix.tail(target, asked.rank)
+    ranked = asked.method != "full-rank"
+    _courses(course, table, {f"best of rank {asked.rank}": best} if ranked else {}, done.events)
+    wanted = one_matrix.spectrum_table(target)["singular_value"]
+    found = singular_values(done.layer).tolist()
+    spectrum.plot(wanted.index + 1, wanted, color=FLOOR, lw=1.2, label="wanted")
+    colour = look(asked.method, [asked.method])[0]
+    spectrum.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=colour, label="found")
+    spectrum.set(xlabel="index", ylabel="singular value", ylim=(0, None))
+    spectrum.legend(frameon=False, fontsize=8.5)
+    return figure, _words(done, reference, best)
+
+
+def _words(done: Fit, reference: Fit, best: float) -> str:
+    asked = done.settings
+    shown = [k for k in KNOBS[1:] if k not in UNUSED[asked.method]]
+    knobs = [f"{k} = {_said(k, getattr(asked, k))}" for k in shown]
+    ranked = f" (best of rank {asked.rank}: {best:.4f}; full-rank: {reference.error:.4f})"
+    comparison = "" if asked.method == "full-rank" else ranked
+    rank = f"effective rank of W {done.effective_rank():.1f}"
+    return f"{', '.join([asked.method, *knobs])}: error {done.error:.4f}{comparison}, {rank}"
+
+
+def _said(knob: str, value: Any) -> str:
+    if knob == "period" and not value:
+        return "never"
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else {True: "yes", False: "no"}.get(value, str(value))
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def approximate(W: Tensor, rank: int, headless: bool = True) -> Any:
+    """`approximation` with a slider for the rank; a plain figure when headless."""
+
+    def draw(values: Mapping[str, Any]) -> tuple[Figure, str]:
+        error = one_matrix.tail(W, values["rank"])
+        return approximation(W, **values), f"rank = {values['rank']}, error {error:.4f}"
+
+    if headless:
+        return _titled(*draw({"rank": rank}))
+    import ipywidgets as ipw
+
+    return _show({"rank": ipw.IntSlider(rank, 1, min(W.shape))}, draw)
+
+
+def explore(
+    target: Tensor, settings: Settings, knobs: Sequence[str] = KNOBS, headless: bool = True
+) -> Any:
+    """Fit the matrix with these settings; live: with a slider for each of the knobs.
+
+    Args:
+        knobs: which settings can be changed, of KNOBS; the others stay as they are.
+    """
+    for knob in knobs:
+        if knob not in KNOBS:
+            raise InputError("knobs", knob, ", ".join(KNOBS))
+    fits: dict[Settings, Fit] = {}
+
+    def found(asked: Settings) -> Fit:
+        if asked not in fits:
+            fits[asked] = one_matrix.fit(target, asked)
+        return fits[asked]
+
+    def draw(values: Mapping[str, Any]) -> tuple[Figure, str]:
+        asked = settings.replace(**values)
+        plain = Settings(noise=asked.noise, steps=asked.steps, lr=asked.lr, seed=asked.seed)
+        return result(target, found(asked), found(plain))
+
+    if headless:
+        return _titled(*draw({}))
+    return _show({knob: _knob(knob, settings, target) for knob in knobs}, draw)
+
+
+def _knob(name: str, settings: Settings, target: Tensor) -> Any:
+    import ipywidgets as ipw
+
+    value = getattr(settings, name)
+    if name == "method":
+        return ipw.Dropdown(options=METHODS, value=value)
+    if name == "rank":
+        return ipw.IntSlider(value, 1, min(target.shape))
+    if name == "strength":
+        return ipw.FloatSlider(value, min=0, max=1, step=0.1, readout_format=".1f")
+    if name == "refactor":
+        return ipw.Checkbox(value)
+    options = [(_said(name, v), v) for v in sorted({*CHOICES[name], value})]
+    return ipw.SelectionSlider(options=options, value=value)
+
+
+def _show(knobs: dict[str, Any], draw: Callable[[Mapping[str, Any]], tuple[Figure, str]]) -> None:
+    """Display the knobs beside what they change."""
+    import ipywidgets as ipw
+    from IPython.display import display
+
+    text, picture = ipw.HTML(), ipw.Image(format="png")
+    for name, knob in knobs.items():
+        knob.description = name
+        knob.style.description_width, knob.layout.width = "6em", "22em"
+
+    def show(change: object = None) -> None:
+        values = {name: knob.value for name, knob in knobs.items()}
+        for name, knob in knobs.items():
+            knob.disabled = name in UNUSED.get(values.get("method", ""), ())
+        figure, words = draw(values)
+        picture.value = png(figure)
+        text.value = html.escape(words)  # last: who waits for it finds the picture there
+
+    for knob in knobs.values():
+        knob.observe(show, "value")
+    show()
+    display(ipw.VBox([ipw.HBox(list(knobs.values()), layout={"flex_flow": "row wrap"}),
+                      picture, text]))  # type: ignore[no-untyped-call]  # fmt: skip
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the panels show it: as large as it was made, with no search for its margins."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def _titled(figure: Figure, words: str) -> Figure:
+    figure.text(0.01, 1.02, words, fontsize=8.5, color="0.3")
+    return figure
+
+
+@contextmanager
+def _drawing(
+    width: float, height: float, columns: int, sharey: bool = False, **margins: float
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A figure (inches) of panels side by side, with fixed margins, to draw in this block."""
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(width, height))
+        axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
+        figure.subplots_adjust(**{"top": 0.9} | margins)
+        yield figure, list(axes)
