@@ -271,6 +271,24 @@ def curves_table(fits: Mapping[str, Fit]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def event_table(fits: Mapping[str, Fit], later: int = 10) -> pd.DataFrame:
+    """What followed the first event of each fit: a row a label.
+
+    Columns: label, error_before, first_step (its alignment), error_after_first_step, error_later
+    (`later` steps after the event) and error_end.
+    """
+    rows = []
+    for label, done in fits.items():
+        if not done.events:
+            raise InputError("fits", label, "with an event: a period from 1 and below the steps")
+        at = done.events[0]
+        soon, last = done.errors[at + 1], min(at + later, len(done.errors) - 1)
+        numbers = done.errors[at], done.alignment[at], soon, done.errors[last], done.error
+        rows.append((label, *numbers))
+    names = ["error_before", "first_step", "error_after_first_step", "error_later", "error_end"]
+    return pd.DataFrame(rows, columns=["label", *names])
+
+
 def grid_table(target: Tensor, settings: Settings, **values: Iterable[Any]) -> pd.DataFrame:
     """The error at the end and the best possible one at each point of a grid of settings."""
     rows = []

@@ -17,7 +17,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from lowrank_lab import one_matrix
@@ -35,7 +35,7 @@ CHOICES = {
     "imbalance": (1.0, 10.0, 100.0, 1000.0),
 }
 UNUSED = {  # knobs that change nothing for a method
-    "full-rank": {"rank", "period", "strength", "refactor", "imbalance"},
+    "full-rank": {"rank", "refactor", "imbalance"},
     "galore": {"refactor", "imbalance"},
     "fira": {"refactor", "imbalance"},
     "low-rank": set[str](),
@@ -47,18 +47,17 @@ def approximation(W: Tensor, rank: int) -> Figure:
     best = one_matrix.best_approximation(W, rank)
     values = one_matrix.spectrum_table(W)["singular_value"].to_numpy()
     limit = float(W.abs().max())
-    figure, axes = _drawing(8.6, 2.3, 4, left=0.01, right=0.985, bottom=0.2, top=0.88, wspace=0.12)
     titles = "the matrix", f"best of rank {rank}", "what is lost"
-    for ax, X, title in zip(axes[:3], (W, best, W - best), titles, strict=True):
-        ax.imshow(X.numpy(), vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
-        ax.set_title(title)
-        ax.set_axis_off()
-    ax = axes[3]  # areas of steps: two artists instead of a bar for each value
-    edges = [i + 0.5 for i in range(len(values) + 1)]
-    ax.stairs(values[:rank], edges[: rank + 1], fill=True, color=KEPT)
-    ax.stairs(values[rank:], edges[rank:], fill=True, color=CUT)
-    ax.set_title("singular values (blue: kept)")
-    ax.set_xlabel("index")
+    with _drawing(9.2, 2.4, 4, left=0.01, right=0.99, bottom=0.2, wspace=0.12) as (figure, axes):
+        for ax, X, title in zip(axes[:3], (W, best, W - best), titles, strict=True):
+            ax.imshow(X.numpy(), vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
+            ax.set_title(title)
+            ax.set_axis_off()
+        ax = axes[3]  # areas of steps: two artists instead of a bar for each value
+        edges = [i + 0.5 for i in range(len(values) + 1)]
+        ax.stairs(values[:rank], edges[: rank + 1], fill=True, color=KEPT)
+        ax.stairs(values[rank:], edges[rank:], fill=True, color=CUT)
+        ax.set(title="singular values", xlabel="index (blue: kept)")
     return figure
 
 
@@ -68,11 +67,11 @@ def spectrum_and_tail(table: pd.DataFrame) -> Figure:
     Args:
         table: `one_matrix.spectrum_table`.
     """
-    figure, (values, errors) = _drawing(7.4, 2.8, 2, left=0.08, right=0.98, bottom=0.18, wspace=0.3)
-    values.plot(table["index"], table["singular_value"], "o-", ms=3, lw=1.2, color=KEPT)
-    values.set(xlabel="index", ylabel="singular value", ylim=(0, None))
-    errors.plot(table["index"], table["tail"], "o-", ms=3, lw=1.2, color=FLOOR)
-    errors.set(xlabel="rank that is kept", ylabel="share of energy that is lost", ylim=(0, None))
+    with _drawing(7.4, 2.8, 2, left=0.08, right=0.98, bottom=0.18, wspace=0.3) as (figure, axes):
+        axes[0].plot(table["index"], table["singular_value"], "o-", ms=3, lw=1.2, color=KEPT)
+        axes[0].set(xlabel="index", ylabel="singular value", ylim=(0, None))
+        axes[1].plot(table["index"], table["tail"], "o-", ms=3, lw=1.2, color=FLOOR)
+        axes[1].set(xlabel="rank that is kept", ylabel="share of energy lost", ylim=(0, 1))
     return figure
 
 
@@ -82,11 +81,11 @@ def floors(grid: pd.DataFrame) -> Figure:
     Args:
         grid: `one_matrix.grid_table` over ranks.
     """
-    figure, (ax,) = _drawing(5.6, 3.0, 1, left=0.12, right=0.97, bottom=0.17)
-    ax.plot(grid["rank"], grid["tail"], "-", color=FLOOR, lw=1.4, label="the tail: best possible")
-    ax.plot(grid["rank"], grid["error"], "o", color=KEPT, ms=6, label="B·A, trained")
-    ax.set(xlabel="rank", ylabel="share of energy missing", ylim=(0, None))
-    ax.legend(frameon=False, fontsize=8.5)
+    with _drawing(5.6, 3.0, 1, left=0.12, right=0.97, bottom=0.17) as (figure, (ax,)):
+        ax.plot(grid["rank"], grid["tail"], "-", color=FLOOR, lw=1.4, label="tail: best possible")
+        ax.plot(grid["rank"], grid["error"], "o", color=KEPT, ms=6, label="B·A, trained")
+        ax.set(xlabel="rank", ylabel="share of energy missing", ylim=(0, None))
+        ax.legend(frameon=False, fontsize=8.5)
     return figure
 
 
@@ -96,33 +95,33 @@ def factors(table: pd.DataFrame) -> Figure:
     Args:
         table: `one_matrix.factors_table`.
     """
-    figure, axes = _drawing(
-        8.0, 2.7, 3, sharey=True, left=0.08, right=0.99, bottom=0.18, wspace=0.08
-    )
-    for ax, (name, part) in zip(axes, table.groupby("factor", sort=False), strict=True):
-        for when, style, colour in (("before", "s--", CUT), ("after", "o-", KEPT)):
-            rows = part[part["when"] == when]
-            darker = "0.35" if when == "before" else colour
-            ax.plot(rows["index"], rows["singular_value"], style, color=darker, ms=5, label=when)
-        ax.set(title=str(name), xlabel="index", yscale="log")
-        ax.set_xticks(sorted(part["index"].unique()))
-    axes[0].set_ylabel("singular value")
-    axes[-1].legend(frameon=False, fontsize=8.5, loc="lower left")
+    looks: dict[str, dict[str, Any]] = {"before": {"ls": "--", "marker": "s", "color": "0.45", "ms": 5},
+             "after": {"ls": "-", "marker": "o", "color": KEPT, "ms": 5}}  # fmt: skip
+    margins: Any = {"left": 0.08, "right": 0.99, "bottom": 0.18, "wspace": 0.08}
+    with _drawing(8.0, 2.7, 3, sharey=True, **margins) as (figure, axes):
+        for ax, (name, part) in zip(axes, table.groupby("factor", sort=False), strict=True):
+            for when, style in looks.items():
+                rows = part[part["when"] == when]
+                ax.plot(rows["index"], rows["singular_value"], label=when, **style)
+            ax.set(title=str(name), xlabel="index", yscale="log")
+            ax.set_xticks(sorted(part["index"].unique()))
+        axes[0].set_ylabel("singular value")
+        axes[0].legend(frameon=False, fontsize=8.5)
     return figure
 
 
 def courses(
     table: pd.DataFrame, lines: Mapping[str, float] | None = None, events: Sequence[int] = ()
 ) -> Figure:
-    """Error against the step, a line a label; what was measured at the end stands beside it.
+    """Error against the step, a line a label, with the last error beside it.
 
     Args:
         table: `one_matrix.curves_table`.
         lines: errors to compare with, by name: horizontal and dotted.
         events: steps to mark.
     """
-    figure, (ax,) = _drawing(7.4, 3.3, 1, left=0.1, right=0.72, bottom=0.16)
-    _courses(ax, table, lines or {}, events)
+    with _drawing(7.8, 3.3, 1, left=0.1, right=0.66, bottom=0.16) as (figure, (ax,)):
+        _courses(ax, table, lines or {}, events)
     return figure
 
 
@@ -130,9 +129,8 @@ def _courses(
     ax: Axes, table: pd.DataFrame, lines: Mapping[str, float], events: Sequence[int]
 ) -> None:
     labels = list(dict.fromkeys(table["label"]))
-    ax.set_yscale("log")
     ends: list[tuple[float, str, str]] = []
-    last = int(table["step"].max())
+    ax.set_yscale("log")
     for label in labels:
         error = table.loc[table["label"] == label, "error"].to_numpy()
         colour, line, _ = look(label, labels)
@@ -142,84 +140,66 @@ def _courses(
         ax.axhline(max(value, LOWEST), color=FLOOR, lw=1, ls=(0, (1, 2)))
         ends.append((value, name, FLOOR))
     if events:
-        ax.vlines(events, 0, 1, transform=ax.get_xaxis_transform(), color="0.8", lw=0.8, zorder=0)
+        ax.vlines(events, 0, 1, transform=ax.get_xaxis_transform(), color="0.85", lw=0.8, zorder=0)
     low = max(LOWEST, 0.7 * min(value for value, *_ in ends))
-    ax.set(xlim=(0, last), ylim=(low, 1.5), xlabel="step", ylabel="share of energy missing")
+    high = 1.3 * max(1.0, table["error"].max())
+    ax.set(xlim=(0, table["step"].max()), ylim=(low, high))
+    ax.set(xlabel="step", ylabel="share of energy missing")
+    near = high < 20 * low
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    ends.sort()
-    span = math.log(1.5 / low)
-    heights = _apart([math.log(max(v, low) / low) / span for v, *_ in ends], 0.07)
-    for height, (value, label, colour) in zip(heights, ends, strict=True):
-        ax.annotate(f"{label}  {value:.4f}", (1, height), xycoords="axes fraction", xytext=(6, 0),
-                    textcoords="offset points", color=colour, fontsize=8.5, va="center")  # fmt: skip
+    ax.yaxis.set_minor_locator(NullLocator())  # as slow to draw as all the rest
+    _label_log_ends(ax, sorted(ends), low, high)
 
 
-def alignments(table: pd.DataFrame, around: int, steps: int = 20) -> Figure:
-    """How well each step points at the target, around an event: 1 is straight there.
-
-    Args:
-        table: `one_matrix.curves_table`.
-        around: the step of the event.
-        steps: how many to show on both sides of it.
-    """
-    figure, (ax,) = _drawing(6.4, 3.0, 1, left=0.11, right=0.97, bottom=0.17)
-    labels = list(dict.fromkeys(table["label"]))
-    near = table[(table["step"] - around).abs() <= steps]
-    for label, part in near.groupby("label", sort=False):
-        colour, line, _ = look(str(label), labels)
-        ax.plot(part["step"], part["alignment"], line, color=colour, lw=1.6, label=label)
-    ax.axvline(around, color="0.8", lw=0.8, zorder=0)
-    ax.set(xlabel="step", ylabel="alignment of the step")
-    ax.legend(frameon=False, fontsize=8.5, loc="best")
-    return figure
+def _label_log_ends(ax: Axes, ends: list[tuple[float, str, str]], low: float, high: float) -> None:
+    """Names and values at the right end of each curve, pushed apart where they would overlap."""
+    heights = [math.log(max(value, low) / low) / math.log(high / low) for value, *_ in ends]
+    for height, (value, label, colour) in zip(_apart(heights, 0.08), ends, strict=True):
+        ax.annotate(
+            f"{label}  {value:.4f}", (1, height), xycoords="axes fraction", xytext=(6, 0),
+            textcoords="offset points", color=colour, fontsize=8.5, va="center",
+        )  # fmt: skip
 
 
 def result(target: Tensor, done: Fit, reference: Fit) -> tuple[Figure, str]:
     """The course of one fit and the spectrum it ended with, and the same in words.
 
     Args:
-        reference: full-rank training with the same noise.
+        reference: full-rank training with the same noise, without events.
     """
     asked = done.settings
-    figure, (course, spectrum) = _drawing(
-        9.2, 3.0, 2, left=0.07, right=0.985, bottom=0.16, wspace=0.62
-    )
-    fits = {asked.method: done} | {"full-rank": reference}
-    table = one_matrix.curves_table(fits)
+    plain = asked.method == "full-rank"
+    fits = {asked.method: done} if plain else {asked.method: done, "full-rank": reference}
     best = one_matrix.tail(target, asked.rank)
-    ranked = asked.method != "full-rank"
-    _courses(course, table, {f"best of rank {asked.rank}": best} if ranked else {}, done.events)
-    wanted = one_matrix.spectrum_table(target)["singular_value"]
+    lines = {} if plain else {f"best of rank {asked.rank}": best}
+    wanted = one_matrix.spectrum_table(target)
     found = singular_values(done.layer).tolist()
-    spectrum.plot(wanted.index + 1, wanted, color=FLOOR, lw=1.2, label="wanted")
     colour = look(asked.method, [asked.method])[0]
-    spectrum.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=colour, label="found")
-    spectrum.set(xlabel="index", ylabel="singular value", ylim=(0, None))
-    spectrum.legend(frameon=False, fontsize=8.5)
+    margins: Any = {"left": 0.07, "right": 0.985, "bottom": 0.16, "wspace": 0.62}
+    with _drawing(9.2, 3.0, 2, **margins) as (figure, (course, spectrum)):
+        _courses(course, one_matrix.curves_table(fits), lines, done.events)
+        spectrum.plot(wanted["index"], wanted["singular_value"], color=FLOOR, label="of W*")
+        spectrum.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=colour, label="found")
+        spectrum.set(xlabel="index", ylabel="singular value", ylim=(0, None))
+        spectrum.legend(frameon=False, fontsize=8.5)
     return figure, _words(done, reference, best)
 
 
 def _words(done: Fit, reference: Fit, best: float) -> str:
     asked = done.settings
-    shown = [k for k in KNOBS[1:] if k not in UNUSED[asked.method]]
-    knobs = [f"{k} = {_said(k, getattr(asked, k))}" for k in shown]
-    ranked = f" (best of rank {asked.rank}: {best:.4f}; full-rank: {reference.error:.4f})"
-    comparison = "" if asked.method == "full-rank" else ranked
-    rank = f"effective rank of W {done.effective_rank():.1f}"
-    return f"{', '.join([asked.method, *knobs])}: error {done.error:.4f}{comparison}, {rank}"
+    knobs = [k for k in KNOBS[1:] if k not in UNUSED[asked.method]]
+    said = ", ".join([asked.method, *(f"{k} = {_said(k, getattr(asked, k))}" for k in knobs)])
+    compared = f" (best of rank {asked.rank}: {best:.4f}, full-rank: {reference.error:.4f})"
+    compared = "" if asked.method == "full-rank" else compared
+    rank = f"effective rank {done.effective_rank():.1f}"
+    return f"{said}: error {done.error:.4f}{compared}, {rank}"
 
 
 def _said(knob: str, value: Any) -> str:
-    if knob == "period" and not value:
-        return "never"
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else {True: "yes", False: "no"}.get(value, str(value))
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "never" if knob == "period" and not value else f"{value:g}"
 
 
 def approximate(W: Tensor, rank: int, headless: bool = True) -> Any:
