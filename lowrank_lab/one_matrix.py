@@ -82,6 +82,10 @@ class Settings:
             if not holds:
                 raise InputError(field, getattr(self, field), allowed)
 
+    def events(self) -> list[int]:
+        """The steps before which something happens."""
+        return list(range(self.period, self.steps, self.period)) if self.period else []
+
     def replace(self, **changes: Any) -> Settings:
         """The same settings but for some; unknown names are refused."""
         for name in changes.keys() - {field.name for field in dataclasses.fields(self)}:
@@ -96,7 +100,6 @@ class Fit:
     settings: Settings
     errors: list[float]  # steps + 1: before each step and at the end, as shares of ‖W*‖²
     alignment: list[float]  # steps: cosine between the change of W and W* − W, 1 = straight there
-    events: list[int]  # steps before which something happened
     layer: nn.Linear | FactorizedLinear
     optimizer: ProjectedAdamW
 
@@ -180,15 +183,14 @@ def fit(target: Tensor, settings: Settings) -> Fit:
     _check_rank(settings.rank, target)
     layer, optimizer = _start(target, settings)
     noise = torch.Generator().manual_seed(settings.seed)
-    done = Fit(settings, [], [], [], layer, optimizer)
+    done = Fit(settings, [], [], layer, optimizer)
     energy = float(target.square().sum())
-    W = _weight(layer)
+    W, events = _weight(layer), settings.events()
     for step in range(settings.steps):
         missing = target - W
         done.errors.append(float(missing.square().sum()) / energy)
-        if settings.period and step and step % settings.period == 0:
+        if step in events:
             _event_(done)
-            done.events.append(step)
         G = torch.randn(W.shape, generator=noise).mul_(settings.noise).sub_(missing)
         _give_gradient_(layer, G)
         optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps)
@@ -279,9 +281,10 @@ def event_table(fits: Mapping[str, Fit], later: int = 10) -> pd.DataFrame:
     """
     rows = []
     for label, done in fits.items():
-        if not done.events:
+        events = done.settings.events()
+        if not events:
             raise InputError("fits", label, "with an event: a period from 1 and below the steps")
-        at = done.events[0]
+        at = events[0]
         soon, last = done.errors[at + 1], min(at + later, len(done.errors) - 1)
         numbers = done.errors[at], done.alignment[at], soon, done.errors[last], done.error
         rows.append((label, *numbers))

@@ -95,8 +95,10 @@ def factors(table: pd.DataFrame) -> Figure:
     Args:
         table: `one_matrix.factors_table`.
     """
-    looks: dict[str, dict[str, Any]] = {"before": {"ls": "--", "marker": "s", "color": "0.45", "ms": 5},
-             "after": {"ls": "-", "marker": "o", "color": KEPT, "ms": 5}}  # fmt: skip
+    looks: dict[str, Any] = {
+        "before": {"ls": "--", "marker": "s", "color": "0.45", "ms": 5},
+        "after": {"ls": "-", "marker": "o", "color": KEPT, "ms": 5},
+    }
     margins: Any = {"left": 0.08, "right": 0.99, "bottom": 0.18, "wspace": 0.08}
     with _drawing(8.0, 2.7, 3, sharey=True, **margins) as (figure, axes):
         for ax, (name, part) in zip(axes, table.groupby("factor", sort=False), strict=True):
@@ -178,7 +180,7 @@ def result(target: Tensor, done: Fit, reference: Fit) -> tuple[Figure, str]:
     colour = look(asked.method, [asked.method])[0]
     margins: Any = {"left": 0.07, "right": 0.985, "bottom": 0.16, "wspace": 0.62}
     with _drawing(9.2, 3.0, 2, **margins) as (figure, (course, spectrum)):
-        _courses(course, one_matrix.curves_table(fits), lines, done.events)
+        _courses(course, one_matrix.curves_table(fits), lines, asked.events())
         spectrum.plot(wanted["index"], wanted["singular_value"], color=FLOOR, label="of W*")
         spectrum.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=colour, label="found")
         spectrum.set(xlabel="index", ylabel="singular value", ylim=(0, None))
