@@ -293,13 +293,18 @@ def event_table(fits: Mapping[str, Fit], later: int = 10) -> pd.DataFrame:
 
 
 def grid_table(target: Tensor, settings: Settings, **values: Iterable[Any]) -> pd.DataFrame:
-    """The error at the end and the best possible one at each point of a grid of settings."""
+    """The error at the end, and the best that its rank allows, at each point of a grid of settings.
+
+    Args:
+        values: names of settings with the values of each; they are columns of the table, beside
+            `error` and `best_of_rank`.
+    """
     rows = []
     for point in itertools.product(*values.values()):
         changes = dict(zip(values, point, strict=True))
         asked = settings.replace(**changes)
         best = tail(target, asked.rank)
-        rows.append({**changes, "error": fit(target, asked).error, "tail": best})
+        rows.append({**changes, "error": fit(target, asked).error, "best_of_rank": best})
     return pd.DataFrame(rows)
 
 

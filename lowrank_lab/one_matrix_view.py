@@ -48,7 +48,7 @@ def approximation(W: Tensor, rank: int) -> Figure:
     values = one_matrix.spectrum_table(W)["singular_value"].to_numpy()
     limit = float(W.abs().max())
     titles = "the matrix", f"best of rank {rank}", "what is lost"
-    with _drawing(9.2, 2.4, 4, left=0.01, right=0.99, bottom=0.2, wspace=0.12) as (figure, axes):
+    with _drawing(9.2, 2.4, 4, left=0.01, right=0.99, bottom=0.2, wspace=0.15) as (figure, axes):
         for ax, X, title in zip(axes[:3], (W, best, W - best), titles, strict=True):
             ax.imshow(X.numpy(), vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
             ax.set_title(title)
@@ -82,7 +82,14 @@ def floors(grid: pd.DataFrame) -> Figure:
         grid: `one_matrix.grid_table` over ranks.
     """
     with _drawing(5.6, 3.0, 1, left=0.12, right=0.97, bottom=0.17) as (figure, (ax,)):
-        ax.plot(grid["rank"], grid["tail"], "-", color=FLOOR, lw=1.4, label="tail: best possible")
+        ax.plot(
+            grid["rank"],
+            grid["best_of_rank"],
+            "-",
+            color=FLOOR,
+            lw=1.4,
+            label="tail: best possible",
+        )
         ax.plot(grid["rank"], grid["error"], "o", color=KEPT, ms=6, label="B·A, trained")
         ax.set(xlabel="rank", ylabel="share of energy missing", ylim=(0, None))
         ax.legend(frameon=False, fontsize=8.5)
@@ -122,7 +129,7 @@ def courses(
         lines: errors to compare with, by name: horizontal and dotted.
         events: steps to mark.
     """
-    with _drawing(7.8, 3.3, 1, left=0.1, right=0.66, bottom=0.16) as (figure, (ax,)):
+    with _drawing(7.8, 3.4, 1, left=0.1, right=0.66, bottom=0.16) as (figure, (ax,)):
         _courses(ax, table, lines or {}, events)
     return figure
 
@@ -147,7 +154,7 @@ def _courses(
     high = 1.3 * max(1.0, table["error"].max())
     ax.set(xlim=(0, table["step"].max()), ylim=(low, high))
     ax.set(xlabel="step", ylabel="share of energy missing")
-    near = high < 20 * low
+    near = high < 60 * low
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())  # as slow to draw as all the rest
@@ -157,7 +164,9 @@ def _courses(
 def _label_log_ends(ax: Axes, ends: list[tuple[float, str, str]], low: float, high: float) -> None:
     """Names and values at the right end of each curve, pushed apart where they would overlap."""
     heights = [math.log(max(value, low) / low) / math.log(high / low) for value, *_ in ends]
-    for height, (value, label, colour) in zip(_apart(heights, 0.08), ends, strict=True):
+    heights = _apart(heights, 0.08)
+    heights = [h + max(0.0, 0.03 - heights[0]) for h in heights]  # none beside the steps' numbers
+    for height, (value, label, colour) in zip(heights, ends, strict=True):
         ax.annotate(
             f"{label}  {value:.4f}", (1, height), xycoords="axes fraction", xytext=(6, 0),
             textcoords="offset points", color=colour, fontsize=8.5, va="center",
