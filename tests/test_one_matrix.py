@@ -187,7 +187,7 @@ def test_a_rank_that_the_matrix_does_not_have_is_refused():
 
 
 def test_a_table_of_events_needs_an_event():
-    with pytest.raises(InputError, match="^fits: 'galore' "):
+    with pytest.raises(InputError, match=r"^fits: 'galore' "):
         one_matrix.event_table({"galore": fit(W, Settings("galore", steps=2))})
 
 
@@ -237,7 +237,7 @@ def test_knobs_that_a_method_does_not_use_are_grey(shown):
 
 
 def test_a_knob_that_is_not_there_is_refused():
-    with pytest.raises(InputError, match="^knobs: 'lr' "):
+    with pytest.raises(InputError, match=r"^knobs: 'lr' "):
         view.explore(W, Settings(), ("rank", "lr"))
 
 
