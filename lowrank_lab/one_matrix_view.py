@@ -1,7 +1,8 @@
 """Figures of the one matrix problem, and its panels of sliders.
 
-Figures that a panel shows have fixed margins and few artists, so that the answer to a slider's move
-is there within 0.2 s; an automatic layout alone would take as long.
+A panel answers a slider's move within 0.2 s. So its figures have fixed margins and few artists (an
+automatic layout alone would take as long), and the next one is drawn onto the axes of the last:
+most of the time goes into making axes and their ticks.
 """
 
 from __future__ import annotations
@@ -42,13 +43,18 @@ UNUSED = {  # knobs that change nothing for a method
 }
 
 
-def approximation(W: Tensor, rank: int) -> Figure:
-    """W, its best approximation of that rank, what is lost, and the spectrum it was cut from."""
+def approximation(W: Tensor, rank: int, onto: Figure | None = None) -> Figure:
+    """W, its best approximation of that rank, what is lost, and the spectrum it was cut from.
+
+    Args:
+        onto: an earlier figure of this kind to draw over.
+    """
     best = one_matrix.best_approximation(W, rank)
     values = one_matrix.spectrum_table(W)["singular_value"].to_numpy()
     limit = float(W.abs().max())
     titles = "the matrix", f"best of rank {rank}", "what is lost"
-    with _drawing(9.2, 2.4, 4, left=0.01, right=0.99, bottom=0.2, wspace=0.15) as (figure, axes):
+    margins: Any = {"left": 0.01, "right": 0.99, "bottom": 0.2, "wspace": 0.15}
+    with _drawing(9.2, 2.4, 4, onto=onto, **margins) as (figure, axes):
         for ax, X, title in zip(axes[:3], (W, best, W - best), titles, strict=True):
             ax.imshow(X.numpy(), vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
             ax.set_title(title)
@@ -139,7 +145,8 @@ def _courses(
 ) -> None:
     labels = list(dict.fromkeys(table["label"]))
     ends: list[tuple[float, str, str]] = []
-    ax.set_yscale("log")
+    if ax.get_yscale() != "log":
+        ax.set_yscale("log")
     for label in labels:
         error = table.loc[table["label"] == label, "error"].to_numpy()
         colour, line, _ = look(label, labels)
@@ -173,11 +180,14 @@ def _label_log_ends(ax: Axes, ends: list[tuple[float, str, str]], low: float, hi
         )  # fmt: skip
 
 
-def result(target: Tensor, done: Fit, reference: Fit) -> tuple[Figure, str]:
+def result(
+    target: Tensor, done: Fit, reference: Fit, onto: Figure | None = None
+) -> tuple[Figure, str]:
     """The course of one fit and the spectrum it ended with, and the same in words.
 
     Args:
         reference: full-rank training with the same noise, without events.
+        onto: an earlier figure of this kind to draw over.
     """
     asked = done.settings
     plain = asked.method == "full-rank"
@@ -188,7 +198,7 @@ def result(target: Tensor, done: Fit, reference: Fit) -> tuple[Figure, str]:
     found = singular_values(done.layer).tolist()
     colour = look(asked.method, [asked.method])[0]
     margins: Any = {"left": 0.07, "right": 0.985, "bottom": 0.16, "wspace": 0.62}
-    with _drawing(9.2, 3.0, 2, **margins) as (figure, (course, spectrum)):
+    with _drawing(9.2, 3.0, 2, onto=onto, **margins) as (figure, (course, spectrum)):
         _courses(course, one_matrix.curves_table(fits), lines, asked.events())
         spectrum.plot(wanted["index"], wanted["singular_value"], color=FLOOR, label="of W*")
         spectrum.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=colour, label="found")
@@ -216,9 +226,9 @@ def _said(knob: str, value: Any) -> str:
 def approximate(W: Tensor, rank: int, headless: bool = True) -> Any:
     """`approximation` with a slider for the rank; a plain figure when headless."""
 
-    def draw(values: Mapping[str, Any]) -> tuple[Figure, str]:
+    def draw(values: Mapping[str, Any], onto: Figure | None = None) -> tuple[Figure, str]:
         error = one_matrix.tail(W, values["rank"])
-        return approximation(W, **values), f"rank = {values['rank']}, error {error:.4f}"
+        return approximation(W, values["rank"], onto), f"rank = {values['rank']}, error {error:.4f}"
 
     if headless:
         return _titled(*draw({"rank": rank}))
@@ -245,10 +255,10 @@ def explore(
             fits[asked] = one_matrix.fit(target, asked)
         return fits[asked]
 
-    def draw(values: Mapping[str, Any]) -> tuple[Figure, str]:
+    def draw(values: Mapping[str, Any], onto: Figure | None = None) -> tuple[Figure, str]:
         asked = settings.replace(**values)
         plain = Settings(noise=asked.noise, steps=asked.steps, lr=asked.lr, seed=asked.seed)
-        return result(target, found(asked), found(plain))
+        return result(target, found(asked), found(plain), onto)
 
     if headless:
         return _titled(*draw({}))
@@ -271,8 +281,10 @@ def _knob(name: str, settings: Settings, target: Tensor) -> Any:
     return ipw.SelectionSlider(options=options, value=value)
 
 
-def _show(knobs: dict[str, Any], draw: Callable[[Mapping[str, Any]], tuple[Figure, str]]) -> None:
-    """Display the knobs beside what they change."""
+def _show(
+    knobs: dict[str, Any], draw: Callable[[Mapping[str, Any], Figure | None], tuple[Figure, str]]
+) -> None:
+    """Display the knobs above what they change."""
     import ipywidgets as ipw
     from IPython.display import display
 
@@ -281,12 +293,15 @@ def _show(knobs: dict[str, Any], draw: Callable[[Mapping[str, Any]], tuple[Figur
         knob.description = name
         knob.style.description_width, knob.layout.width = "6em", "22em"
 
+    kept: Figure | None = None
+
     def show(change: object = None) -> None:
+        nonlocal kept
         values = {name: knob.value for name, knob in knobs.items()}
         for name, knob in knobs.items():
             knob.disabled = name in UNUSED.get(values.get("method", ""), ())
-        figure, words = draw(values)
-        picture.value = png(figure)
+        kept, words = draw(values, kept)
+        picture.value = png(kept)
         text.value = html.escape(words)  # last: who waits for it finds the picture there
 
     for knob in knobs.values():
@@ -311,10 +326,24 @@ def _titled(figure: Figure, words: str) -> Figure:
 
 @contextmanager
 def _drawing(
-    width: float, height: float, columns: int, sharey: bool = False, **margins: float
-) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    width: float,
+    height: float,
+    columns: int,
+    *,
+    sharey: bool = False,
+    onto: Figure | None = None,
+    **margins: float,
+) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure (inches) of panels side by side, with fixed margins, to draw in this block."""
     with mpl.rc_context(STYLE):
+        if onto is not None:
+            for ax in onto.axes:
+                for artist in (*ax.lines, *ax.collections, *ax.patches, *ax.images, *ax.texts):
+                    artist.remove()
+                ax.relim()
+                ax.autoscale(True)
+            yield onto, onto.axes
+            return
         figure = Drawing(figsize=(width, height))
         axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
         figure.subplots_adjust(**{"top": 0.9} | margins)

@@ -227,6 +227,15 @@ def test_every_knob_has_a_label_and_the_answer_says_what_it_was_set_to(shown):
     assert f"error {fit(W, settings).error:.4f}" in text.value
 
 
+def test_a_picture_drawn_over_another_is_the_same_as_a_new_one():
+    old, new = (fit(W, Settings(m, period=5, steps=20)) for m in ("low-rank", "fira"))
+    drawn_over = view.result(W, new, new, view.result(W, old, new)[0])[0]
+    assert view.png(drawn_over) == view.png(view.result(W, new, new)[0])
+    assert view.png(view.approximation(W, 9, view.approximation(W, 4))) == view.png(
+        view.approximation(W, 9)
+    )
+
+
 def test_knobs_that_a_method_does_not_use_are_grey(shown):
     view.explore(W, Settings("full-rank", steps=5), headless=False)
     knobs, _, text = parts_of(shown[0])
