@@ -66,11 +66,23 @@ def _row(run: Run) -> dict[str, Any]:
 def varying(table: pd.DataFrame) -> dict[str, list[Any]]:
     """Knobs with more than one value among the runs, each with its values in order.
 
+    One that follows from another (an alpha that is the rank, a rate that goes with a method) is
+    left out: it can't be turned by itself.
+
     Args:
         table: of `settings`.
     """
-    found = {name: set(table[name]) - {ANY} for name in KNOBS if name in table}
-    return {name: sorted(v, key=_order) for name, v in found.items() if len(v) > 1}
+    found: dict[str, list[Any]] = {}
+    for name in (knob for knob in KNOBS if knob in table):
+        values = set(table[name]) - {ANY}
+        if len(values) > 1 and not any(_follows(table, name, other) for other in found):
+            found[name] = sorted(values, key=_order)
+    return found
+
+
+def _follows(table: pd.DataFrame, name: str, other: str) -> bool:
+    """Whether each value of a knob has but one of another, so that it decides it."""
+    return bool((table.groupby(other, dropna=False)[name].nunique(dropna=False) == 1).all())
 
 
 def _order(value: Any) -> tuple[int, Any]:
