@@ -38,7 +38,7 @@ PLOTS = ("curves", "spectra", "memory")
 
 @dataclass(frozen=True)
 class Choice:
-    """What the dashboard shows. Empty: the first runs, the middle layer, the last step."""
+    """What the dashboard shows. Empty: a run of each label, the middle layer, the last step."""
 
     folder: str
     runs: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ def see(choice: Choice) -> Seen:
 
 def _see(choice: Choice) -> Seen:
     runs = {_name(r, choice.folder): r for r in complete_runs(choice.folder, strict=False)}
-    wanted = [name for name in choice.runs if name in runs] or list(runs)[:FEW]
+    wanted = [name for name in choice.runs if name in runs] or _first(runs)
     chosen = {name: runs[name] for name in wanted[:MOST]}
     table = table_of(list(chosen.values()), choice.folder)
     titles = _titles(chosen)
@@ -104,6 +104,14 @@ def _see(choice: Choice) -> Seen:
     return seen
 
 
+def _first(runs: dict[str, Run]) -> list[str]:
+    """The first run of each label, of as many labels as are seen at a glance."""
+    first: dict[str, str] = {}
+    for name, run in runs.items():
+        first.setdefault(run.label, name)
+    return list(first.values())[:FEW]
+
+
 def _name(run: Run, folder: str) -> str:
     inside = run.folder.relative_to(folder).as_posix()
     return run.folder.resolve().name if inside == "." else inside
@@ -124,8 +132,8 @@ def _titles(runs: dict[str, Run]) -> dict[str, str]:
     for name, run in runs.items():
         title = run.label
         if labels.count(title) > 1:
-            title += f", seed {run.config.seed}"
-        titles[name] = title if title not in titles.values() else f"{title} ({name[-10:]})"
+            title += f" (seed {run.config.seed})"
+        titles[name] = title if title not in titles.values() else f"{title} {name[-10:]}"
     return titles
 
 

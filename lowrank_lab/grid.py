@@ -56,6 +56,8 @@ def _row(run: Run) -> dict[str, Any]:
     for name, value in knobs.items():
         if isinstance(value, dict):  # options, as text that can be compared
             knobs[name] = ", ".join(f"{k}={v}" for k, v in sorted(value.items()))
+    if not config.reset_every and (not config.refactor_every or config.on_refactor != "reset"):
+        knobs["recovery_steps"] = ANY  # nothing to recover from
     knobs |= {name: ANY for name, other in NEEDS.items() if not knobs[other]}
     size = (result["weight_bytes"] + result["optimizer_state_bytes"]) / MIB
     ends = {name: result[name] for name in ("test_loss", "test_perplexity")}
@@ -223,10 +225,20 @@ def effects(table: pd.DataFrame, value: str = "test_perplexity") -> pd.DataFrame
     rows = []
     for name, values in known.items():
         others = ["seed", *(other for other in known if other != name)]
+        whole = _for_each(table[table[name] != ANY], {n: v for n, v in known.items() if n != name})
         for a, b in itertools.combinations(values, 2):
-            old, new = (table[table[name] == v].set_index(others)[value] for v in (a, b))
-            change = (new.astype(float) - old.astype(float)).dropna()
-            by_seed = change.groupby(level="seed").mean()
+            old, new = (whole.loc[whole[name] == v, [*others, value]] for v in (a, b))
+            pairs = old.merge(new, on=others, suffixes=("_old", "_new"))
+            change = (pairs[f"{value}_new"] - pairs[f"{value}_old"]).astype(float)
+            by_seed = change.groupby(pairs["seed"]).mean()
             if len(by_seed):
                 rows.append((name, a, b, *mean_interval(by_seed.tolist()), len(change)))
     return pd.DataFrame(rows, columns=["knob", "from", "to", "mean", "half_width", "n", "pairs"])
+
+
+def _for_each(table: pd.DataFrame, known: Mapping[str, list[Any]]) -> pd.DataFrame:
+    """The runs on which a knob has no effect once for each of its values."""
+    for name, values in known.items():
+        each = [values if value == ANY else [value] for value in table[name]]
+        table = table.assign(**{name: pd.Series(each, table.index)}).explode(name)
+    return table

@@ -132,7 +132,7 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float) -> Non
 def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexity") -> Figure:
     """Perplexity against bytes of weights + states: a point a setting, a colour a value of `by`.
 
-    The best setting of each colour is named; settings of the same size stand beside each other.
+    The best setting of each colour is in the legend; settings of the same size stand beside each other.
 
     Args:
         costs: of `grid.costs`.
@@ -140,7 +140,7 @@ def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexit
     if by not in costs:
         raise InputError("by", by, f"what varies is {', '.join(map(str, costs.columns[:-4]))}")
     with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=(6.4, 3.9), layout="constrained")
+        figure = Drawing(figsize=(7.8, 3.9), layout="constrained")
         ax = figure.subplots()
     sizes = sorted(set(costs["weights_and_states_mib"]))
     gap = min((b - a for a, b in pairwise(sizes)), default=0.1 * sizes[0])
@@ -151,15 +151,14 @@ def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexit
         aside = np.linspace(-0.3, 0.3, len(part)) * gap if len(part) > 1 else np.zeros(1)
         x = part["weights_and_states_mib"].astype(float).to_numpy() + aside
         error = part["half_width"].astype(float).fillna(0.0)
-        ax.errorbar(x, part["mean"], yerr=error, fmt="o", ms=4, lw=0.8, color=colour, capsize=0)
         top = part.iloc[0]
         others = {n: top[n] for n in costs.columns[:-4] if n != by and top[n] != grid.ANY}
-        ax.annotate(
-            f"{point({by: key})}: {top['mean']:.2f}\n" + point(others).replace(", ", "\n"),
-            (x[-1] + 0.04 * gap, float(top["mean"])), va="center", fontsize=7.5, color=colour,
-            xytext=(8, 0), textcoords="offset points",
-        )  # fmt: skip
-    ax.set_xlim(sizes[0] - 0.6 * gap, sizes[-1] + 1.6 * gap)
+        named = f"{point({by: key})}, best {top['mean']:.2f} at\n" + point(others).replace(
+            ", ", "\n"
+        )
+        ax.errorbar(x, part["mean"], yerr=error, fmt="o", ms=4, lw=0.8, color=colour,
+                    label=named)  # fmt: skip
+    ax.set_xlim(sizes[0] - 0.6 * gap, sizes[-1] + 0.6 * gap)
     # What matters is where the points are: an interval from two seeds may be as tall as the rest.
     spread = float(costs["mean"].max() - costs["mean"].min()) or 1.0
     ax.set_ylim(costs["mean"].min() - 0.3 * spread, costs["mean"].max() + 0.2 * spread)
@@ -169,6 +168,7 @@ def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexit
     seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
     ax.set_title(f"a point a setting, mean of {seeds} seeds, 95 % interval (cut off at the edges)",
                  loc="left", color="0.4", fontsize=8)  # fmt: skip
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7.5, labelspacing=1.2)
     return figure
 
 
@@ -193,7 +193,7 @@ def map_of(
     half = f" ± {top['half_width']:.2f}" if top["n"] > 1 else ""
     empty = int((cells["n"] == 0).sum())
     said = f"{words(row)} × {words(column)}" + (f", {point(fixed)}" if fixed else "")
-    said += f": best = {top['mean']:.2f}{half} (n = {top['n']}) at {point(at)}"
+    said += f": best = {top['mean']:.2f}{half} (n = {int(top['n'])}) at {point(at)}"
     said += f"; {empty} of {len(cells)} cells have no run" if empty else ""
     return heat_maps([(fixed, cells)]), said + "."
 
