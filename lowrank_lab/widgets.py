@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from lowrank_lab.runs import Run
 
 OnStep = Callable[[dict[str, Any]], None]
+
+
+def is_live(headless: bool = True) -> bool:
+    """Whether to show widgets: not headless, or LOWRANK_LAB_LIVE=1, or served by Voilà."""
+    served = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
+    served |= "VOILA_REQUEST_URL" in os.environ
+    return not headless or os.environ.get("LOWRANK_LAB_LIVE") == "1" or served
 
 
 @contextmanager
