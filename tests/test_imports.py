@@ -16,7 +16,7 @@ ORDER = (
     "config sources corpus layers attention llama optim techniques schedule options builders "
     "catalogue methods step tracing formulas memory budget spectra checkpoint provenance runs "
     "train sample stats "
-    "figures report widgets jobs study study_view budget_view cli"
+    "figures slider report widgets jobs pages publish study study_view budget_view cli"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers".split()
