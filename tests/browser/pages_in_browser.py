@@ -55,7 +55,11 @@ def with_parameters(notebook, parameters, copy):
     from papermill.parameterize import parameterize_notebook
 
     known_parameters(notebook, parameters)
-    made = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
+    made = parameterize_notebook(
+        load_notebook_node(str(notebook)), parameters, kernel_name="python3", language="python"
+    )
+    # JupyterLab would ask for it
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
     nbformat.write(made, copy)
     return copy
 
@@ -94,7 +98,7 @@ def wait_for_text(page, text, timeout=ANSWERING):
 def control(page, label):
     """The box of the widget with this label."""
     named = page.locator(".widget-label", has_text=re.compile(f"^{re.escape(label)}$"))
-    return page.locator(".jupyter-widgets.widget-inline-hbox").filter(has=named)
+    return page.locator(".widget-inline-hbox").filter(has=named)
 
 
 def slider(page, label):
