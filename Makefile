@@ -1,6 +1,7 @@
 # make study   set up, run the default study, print its table      make lab      JupyterLab
 # make test    set up, run the tests                               make figures  figures from data/study
 # make bench   time ours against the published packages            make lint     what CI checks beside the tests
+# make explore the explorer as an app (Voilà)                      make publish  static pages, in build/pages
 # make clean   forget the environment
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: study test lab figures bench lint clean
+.PHONY: study test lab explore figures publish bench lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
@@ -21,12 +22,23 @@ lab: .venv/installed
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(AS_ROOT) \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
+# A copy with headless = False, at a place from which its relative paths lead to the same folders.
+EXPLORER ?= 07_explorer
+explore: .venv/installed-explore
+	mkdir -p build
+	$(BIN)/papermill --prepare-only -p headless False \
+		notebooks/$(EXPLORER).ipynb build/$(EXPLORER).ipynb
+	$(BIN)/voila --show_tracebacks=True $(VOILA) build/$(EXPLORER).ipynb
+
 figures: .venv/installed
 	for study in data/study/*/; do \
 		name=$$(basename $$study); \
 		$(BIN)/lowrank-lab report $$study --title $$name \
 			--out data/runs/kept/$$name --figures figures/$$name || exit 1; \
 	done
+
+publish: .venv/installed
+	$(BIN)/lowrank-lab report --publish build/pages
 
 bench: .venv/installed-dev
 	$(BIN)/lowrank-lab bench
@@ -49,6 +61,10 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+.venv/installed-explore: .venv/installed pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[explore]'
+	touch $@
+
 .venv/installed-dev: .venv/installed pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant,explore]'
 	touch $@

@@ -200,25 +200,37 @@ def study(file: Path, out: Path | None, jobs: int | None, retry: bool, seeds: st
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, metavar="FOLDER", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="where to write, if not in FOLDER")
 @click.option("--figures", type=click.Path(path_type=Path), help="where the figures go")
 @click.option("--title", help="title of the page")
 @click.option(
     "--keep", type=click.Path(path_type=Path), help="copy the runs' records there as well"
 )
+@click.option(
+    "--publish",
+    type=click.Path(path_type=Path),
+    help="write pages of all notebooks and of these studies (none given: all kept ones) there",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
 def report(
-    folder: Path,
+    folders: tuple[Path, ...],
     out: Path | None,
     figures: Path | None,
     title: str | None,
     keep: Path | None,
+    publish: Path | None,
     as_json: bool,
 ) -> None:
     """Table, figures and a self-contained HTML page from a folder of finished runs."""
     from lowrank_lab import report as reporting
 
+    if publish is not None:
+        _publish(publish, folders)
+        return
+    if len(folders) != 1:
+        raise InputError("folder", [str(f) for f in folders], "one folder, except with --publish")
+    (folder,) = folders
     page = reporting.write_report(folder, title, out=out, figures_in=figures)
     if keep is not None:
         reporting.keep(folder, keep)
@@ -298,6 +310,20 @@ def bench(suites: tuple[str, ...], quick: bool, as_json: bool) -> None:
     found = running.run(suites, quick, lambda row: click.echo(running.line(row), err=as_json))
     if as_json:
         click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def _publish(out: Path, studies: tuple[Path, ...]) -> None:
+    from lowrank_lab.publish import publish
+    from lowrank_lab.study_view import View
+
+    view = View()
+    published = publish(out, studies, report=view.show)
+    view.close()
+    click.echo(f"{len(published.pages)} pages, {published.index}")
+    for name, error in published.failed.items():
+        click.echo(f"failed: {name}: {error}; see {out / '.executed' / name}", err=True)
+    if published.failed:
+        sys.exit(1)
 
 
 def _show_table(folder: Path) -> None:

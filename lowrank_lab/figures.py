@@ -64,6 +64,25 @@ class Drawing(Figure):
             self.savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue()
 
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """No picture of its own, only the words that go with the PNG above."""
+        return {}, {"image/png": {"alt": described(self)}}
+
+
+def described(figure: Figure) -> str:
+    """What a figure shows, in words: its titles, its axes, and every text written into it."""
+    panels, names = [], []
+    for ax in figure.axes:
+        title = ax.get_title() or ax.get_title(loc="left")
+        axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        panels.append(": ".join(filter(None, (title, axes))))
+        legend = ax.get_legend()
+        names += [t.get_text() for t in ax.get_yticklabels() if t.get_text()[:1].isalpha()]
+        names += [t.get_text() for t in [*ax.texts, *(legend.get_texts() if legend else [])]]
+    shared = " against ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))
+    parts = [figure.get_suptitle(), shared, *panels, ", ".join(dict.fromkeys(filter(None, names)))]
+    return " ".join("; ".join(filter(None, parts)).split())
+
 
 def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
     """Write `stem`.png, .svg and, with the numbers that were drawn, .csv."""

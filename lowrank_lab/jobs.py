@@ -50,6 +50,7 @@ class Job:
     folder: Path
     notebook: Path
     parameters: dict[str, Any]
+    works_in: Path | None = None  # the notebook's working directory, if it isn't `folder`
     state: State = "queued"
     error: str = ""
     seconds: float = 0.0
@@ -188,7 +189,7 @@ def _papermill(job: Job, partial: Path, place: dict[str, str]) -> int:
         sys.executable, "-c", DIE_WITH_PARENT,
         sys.executable, "-m", "papermill", str(job.notebook), str(partial), "-b", parameters,
         "--kernel", "python3", "--language", "python", "--no-progress-bar",
-        "--cwd", str(job.folder),
+        "--cwd", str(job.works_in or job.folder),
     ]  # fmt: skip
     environment = {**os.environ, **place, "LOWRANK_LAB_DATA": str(data_folder().resolve())}
     with (job.folder / "papermill.log").open("wb") as log:

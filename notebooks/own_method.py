@@ -14,7 +14,7 @@ class SignGaLore(ProjectedAdamW):
     }  # fmt: skip
 
     def update_(self, W, G, state, group, step_size):
-        left, right = refreshed(state, G, group)
+        left, right = refreshed(self, state, G, group)
         R = project(G, left, right)
         beta1, beta2 = group["betas"]
         m = state.setdefault("exp_avg", R.new_zeros(R.shape))

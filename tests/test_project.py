@@ -66,7 +66,7 @@ def test_what_the_tests_import_is_in_the_extras(project):
     extras = project["optional-dependencies"]
     texts = [*project["dependencies"], *extras["peers"], *extras["dev"], *extras["quant"]]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
-    own = {canonicalize_name(p.stem) for p in (ROOT / "tests").glob("*.py")}
+    own = {canonicalize_name(p.stem) for p in (ROOT / "tests").rglob("*.py")}
     assert imported_packages(ROOT / "tests") - own <= required
 
 

@@ -1,0 +1,164 @@
+"""What a test does in a page: open a notebook, run it, move controls, wait for what they wrote.
+
+Every wait is for a state that says the work is done (a text that a callback wrote, counters of
+cells), none for a length of time.
+"""
+
+import itertools
+import json
+import re
+
+import nbformat
+import pytest
+
+from lowrank_lab.jobs import known_parameters
+
+expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
+EXECUTING = 180_000  # ms that a notebook may take
+ANSWERING = 60_000  # ms that a callback may take
+_numbers = itertools.count()
+
+# The panel's kernel: there, informed, connected and idle. Idle alone is also said of kernels
+# whose connection is not yet there, and what is sent to them is lost.
+_READY = """async () => {
+    const session = window.jupyterapp?.shell.currentWidget?.sessionContext;
+    if (!session) return false;
+    await session.ready;
+    const kernel = session.session?.kernel;
+    if (!kernel) return false;
+    await kernel.info;
+    return kernel.connectionStatus === 'connected' && kernel.status === 'idle';
+}"""
+# The error that a cell ended with, 'done' when all cells have run, or '' until then.
+_STATE = """() => {
+    const panel = window.jupyterapp.shell.currentWidget;
+    const cells = panel.content.widgets.map(w => w.model)
+        .filter(m => m.type === 'code' && m.sharedModel.getSource().trim());
+    for (const cell of cells) {
+        for (const output of cell.outputs.toJSON()) {
+            if (output.output_type === 'error') return output.ename + ': ' + output.evalue;
+        }
+    }
+    const idle = panel.sessionContext.session.kernel.status === 'idle';
+    return idle && cells.every(m => m.executionCount && m.sharedModel.executionState === 'idle')
+        ? 'done' : '';
+}"""
+_BYTES = """async image => {
+    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+    return Array.from(bytes, b => b.toString(16).padStart(2, '0')).join('');
+}"""
+
+
+def with_parameters(notebook, parameters, copy):
+    """Write a copy of a notebook that has these parameters, as papermill would."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    known_parameters(notebook, parameters)
+    made = parameterize_notebook(
+        load_notebook_node(str(notebook)), parameters, kernel_name="python3", language="python"
+    )
+    # JupyterLab would ask for it
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    nbformat.write(made, copy)
+    return copy
+
+
+def open_notebook(page, lab, name, parameters):
+    """Open a notebook of the copy in JupyterLab, with parameters, and wait for its kernel."""
+    number = next(_numbers)
+    copy = with_parameters(
+        lab.notebooks / f"{name}.ipynb", parameters, lab.notebooks / f"{name}-{number}.ipynb"
+    )
+    # a workspace of its own: no tabs of the test before
+    address = f"{lab.url}lab/workspaces/test-{number}/tree/notebooks/{copy.name}"
+    page.goto(f"{address}?token={lab.token}")
+    page.wait_for_function(
+        "name => window.jupyterapp?.shell.currentWidget?.context?.path === name",
+        arg=f"notebooks/{copy.name}",
+    )
+    page.wait_for_function(_READY)
+
+
+def run_all(page):
+    """Run all cells from the menu, and wait until they have run; a failing cell fails the test."""
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    state = page.wait_for_function(_STATE, timeout=EXECUTING).json_value()
+    assert state == "done", state
+
+
+def wait_for_text(page, text, timeout=ANSWERING):
+    """Wait until a widget, or the text beside a published slider, says this (text or pattern)."""
+    place = page.locator(".widget-html, .widget-label, .slider output").filter(has_text=text)
+    expect(place.first).to_be_visible(timeout=timeout)
+    return place.first.inner_text()
+
+
+def control(page, label):
+    """The box of the widget with this label."""
+    named = page.locator(".widget-label", has_text=re.compile(f"^{re.escape(label)}$"))
+    return page.locator(".widget-inline-hbox").filter(has=named)
+
+
+def slider(page, label):
+    """The slider with this label: a widget's handle, or the range of a published page."""
+    published = page.get_by_role("slider", name=label, exact=True)
+    return control(page, label).get_by_role("slider").or_(published)
+
+
+def press(slider, *keys):
+    """Move a slider, a dropdown or a box by keyboard."""
+    slider.scroll_into_view_if_needed()
+    slider.focus()
+    for key in keys:
+        slider.press(key)
+
+
+def drag(page, slider, share):
+    """Move a slider by mouse, to a share (0 … 1) of its length."""
+    slider.scroll_into_view_if_needed()
+    track = slider.locator(
+        "xpath=ancestor-or-self::*[self::input or contains(@class, 'noUi-base')]"
+    )
+    box, handle = track.bounding_box(), slider.bounding_box()
+    y = handle["y"] + handle["height"] / 2
+    if track.evaluate("element => element.tagName") == "INPUT":
+        page.mouse.move(box["x"] + box["width"] / 2, y)
+    else:
+        page.mouse.move(handle["x"] + handle["width"] / 2, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + share * box["width"], y, steps=6)
+    page.mouse.up()
+
+
+def choose(page, label, value):
+    """Choose in a dropdown, by mouse or as a screen reader would."""
+    page.get_by_label(label, exact=True).select_option(value)
+
+
+def picture(page, selector=".widget-image"):
+    """The bytes of the picture that is shown, in hexadecimal."""
+    return page.locator(f"{selector}:visible").first.evaluate(_BYTES)
+
+
+def wait_for_other_picture(page, before, selector=".widget-image"):
+    """Wait until another picture than `before` is shown; its bytes."""
+    page.wait_for_function(
+        f"""async ([selector, before]) => {{
+            const image = [...document.querySelectorAll(selector)].find(e => e.offsetParent);
+            return image && image.naturalWidth > 0 && await ({_BYTES})(image) !== before;
+        }}""",
+        arg=[selector, before],
+    )
+    return picture(page, selector)
+
+
+def outputs(page):
+    """Texts of all outputs of the notebook that is open, as JSON."""
+    return json.dumps(
+        page.evaluate(
+            "() => window.jupyterapp.shell.currentWidget.content.widgets"
+            ".filter(w => w.model.type === 'code').map(w => w.model.outputs.toJSON())"
+        )
+    )
