@@ -132,7 +132,7 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float) -> Non
 def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexity") -> Figure:
     """Perplexity against bytes of weights + states: a point a setting, a colour a value of `by`.
 
-    The best setting of each colour is in the legend; settings of the same size stand beside each other.
+    The best setting of each colour is in the legend; settings of one size stand side by side.
 
     Args:
         costs: of `grid.costs`.
