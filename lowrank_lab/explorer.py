@@ -304,16 +304,15 @@ class Dashboard:
     def refresh(self, moved: bool = False) -> None:
         """Read the folder again and draw; `moved`: it is another folder."""
         with self._lock:
+            metric, x = self.metric.value or "validation_loss", self.x.value
             if moved:
-                self._show(
-                    Choice(self.folder.value, metric=self.metric.value or "", x=self.x.value)
-                )
+                self._show(Choice(self.folder.value, metric=metric, x=x))
                 return
             step = self.step.value
             last = not isinstance(step, int) or step == self.step.options[-1]
             asked = Choice(
-                self.folder.value, self.runs.value, self.metric.value or "validation_loss",
-                self.x.value, self.layer.value or "", -1 if last else step,
+                self.folder.value, self.runs.value, metric, x, self.layer.value or "",
+                -1 if last else step,
             )  # fmt: skip
             self._show(asked)
 
@@ -341,7 +340,7 @@ class Dashboard:
         if change["new"]:
             self._stop = threading.Event()
             threading.Thread(
-                target=_repeat, args=(self.refresh, self._stop, PERIOD), daemon=True
+                target=_repeat, args=(self.refresh, self._stop, PERIOD), name="follow", daemon=True
             ).start()
 
 

@@ -80,7 +80,7 @@ def heat_maps(
         figure = Drawing(figsize=size, layout="constrained")
         axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for ax, (fixed, table) in zip(axes.flat, maps, strict=False):
-        _heat(ax, table, scale, lowest)
+        _heat(ax, table, scale, lowest, _digits(value))
         if fixed:
             ax.set_title(point(fixed).replace(", ", "\n"), fontsize=8.5)
     for ax in axes.flat[len(maps) :]:
@@ -99,7 +99,12 @@ def _columns(maps: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> int:
     return min(4, across)
 
 
-def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float) -> None:
+def _digits(value: str) -> int:
+    """Digits behind the point that mean something: a loss moves less than a perplexity."""
+    return 2 if value.endswith("perplexity") else 3
+
+
+def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float, digits: int) -> None:
     """One panel: the first column of `grid.cells` upwards, the second to the right."""
     row, column = (str(name) for name in table.columns[:2])
     ups, rights = (list(dict.fromkeys(table[name])) for name in (row, column))
@@ -112,8 +117,16 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float) -> Non
         colour = mpl.colormaps[MAP](scale(mean))
         ax.add_patch(Rectangle((x, y), 1, 1, fc=colour, ec="white", lw=1))
         ink = "black" if np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
-        ax.text(x + 0.5, y + 0.6, f"{mean:.2f}", ha="center", va="center", color=ink, fontsize=9.5)
-        spread = f"± {half:.2f}, n = {n}" if n > 1 else "n = 1"
+        ax.text(
+            x + 0.5,
+            y + 0.6,
+            f"{mean:.{digits}f}",
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=9.5,
+        )
+        spread = f"± {half:.{digits}f}, n = {n}" if n > 1 else "n = 1"
         ax.text(x + 0.5, y + 0.27, spread, ha="center", va="center", color=ink, fontsize=6.8)
         if mean == lowest:
             ax.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, ec="#D55E00",
@@ -132,7 +145,7 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float) -> Non
 def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexity") -> Figure:
     """Perplexity against bytes of weights + states: a point a setting, a colour a value of `by`.
 
-    The best setting of each colour is in the legend; settings of one size stand side by side.
+    The legend names the best setting of each colour; those of one size stand beside each other.
 
     Args:
         costs: of `grid.costs`.
@@ -172,15 +185,15 @@ def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexit
     return figure
 
 
-def readable(effects: pd.DataFrame) -> pd.DataFrame:
+def readable(effects: pd.DataFrame, value: str = "test_perplexity") -> pd.DataFrame:
     """`grid.effects` as text: a row a change of one knob, with its interval."""
-    rows = []
+    digits, rows = _digits(value), []
     for row in effects.to_dict("records"):
         change = f"{shown(row['knob'], row['from'])} → {shown(row['knob'], row['to'])}"
-        half = f"{row['half_width']:.2f}" if row["n"] > 1 else "–"
-        rows.append((words(row["knob"]), change, f"{row['mean']:+.2f}", half, row["n"],
-                     row["pairs"]))  # fmt: skip
-    return pd.DataFrame(rows, columns=["knob", "change", "perplexity", "±", "seeds", "pairs"])
+        half = f"{row['half_width']:.{digits}f}" if row["n"] > 1 else "–"
+        mean = f"{row['mean']:+.{digits}f}"
+        rows.append((words(row["knob"]), change, mean, half, row["n"], row["pairs"]))
+    return pd.DataFrame(rows, columns=["knob", "change", words(value), "±", "seeds", "pairs"])
 
 
 def map_of(
@@ -206,7 +219,7 @@ def explore(folder: Path | str, row: str = "", column: str = "", live: bool = Fa
         row, column: knobs; empty: the first that vary.
 
     Returns:
-        The figure of all maps; live: None, and the panel is displayed.
+        The fullest of the maps; live: None, and the panel is displayed.
 
     Raises:
         InputError: nothing to show, or a knob that doesn't vary.
@@ -214,11 +227,17 @@ def explore(folder: Path | str, row: str = "", column: str = "", live: bool = Fa
     table = grid.settings(folder, strict=not live)
     row, column = grid.axes_of(table, row, column)
     if not live:
-        return heat_maps(list(grid.maps(table, row, column)))
+        return map_of(table, row, column, _fullest(table, row, column))[0]
     from IPython.display import display
 
     display(panel(table, row, column))  # type: ignore[no-untyped-call]
     return None
+
+
+def _fullest(table: pd.DataFrame, row: str, column: str) -> dict[str, Any]:
+    """The values of the other knobs at which the fewest cells are empty."""
+    found = grid.maps(table, row, column)
+    return min(found, key=lambda pair: int((pair[1]["n"] == 0).sum()))[0]
 
 
 def panel(table: pd.DataFrame, row: str, column: str) -> Any:
@@ -226,6 +245,7 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
     import ipywidgets as ipw
 
     known = grid.varying(table)
+    start = _fullest(table, row, column)
     wide = {"style": {"description_width": "13em"}, "layout": ipw.Layout(width="28em")}
     options = [(words(name), name) for name in known]
     axes = {
@@ -235,7 +255,7 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
     sliders = {
         name: ipw.SelectionSlider(
             options=[(shown(name, v), v) for v in values], description=words(name),
-            continuous_update=False, **wide,
+            value=start.get(name, values[0]), continuous_update=False, **wide,
         )
         for name, values in known.items()
     }  # fmt: skip
