@@ -304,7 +304,7 @@ class Dashboard:
     def refresh(self, moved: bool = False) -> None:
         """Read the folder again and draw; `moved`: it is another folder."""
         with self._lock:
-            metric, x = self.metric.value or "validation_loss", self.x.value
+            metric, x = self.metric.value or self._metric, self.x.value
             if moved:
                 self._show(Choice(self.folder.value, metric=metric, x=x))
                 return
@@ -318,6 +318,7 @@ class Dashboard:
 
     def _show(self, choice: Choice) -> None:
         seen = see(choice)
+        self._metric = choice.metric  # outlives a folder that has nothing to choose from
         self._filling = True
         try:
             now = seen.choice
