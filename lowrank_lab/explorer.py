@@ -17,7 +17,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, look, memory_bars
@@ -196,7 +196,7 @@ def curves(table: pd.DataFrame, metric: str, x: str, titles: dict[str, str]) -> 
     other = metric.replace("_", " ")
     ax.set_ylabel(f"{other.removesuffix(' bytes')} (MiB)" if byte else UNITS.get(metric, other))
     if x == "tokens_seen":
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g} M" if v else "0"))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _name_lines(figure, ax)
     return figure
 
@@ -265,7 +265,7 @@ class Dashboard:
         import ipywidgets as ipw
 
         wide: dict[str, Any] = {
-            "style": {"description_width": "5em"}, "layout": ipw.Layout(width="24em")
+            "style": {"description_width": "5em"}, "layout": {"width": "24em"}
         }  # fmt: skip
         self.folder = ipw.Text(
             value=choice.folder, description="folder", continuous_update=False, **wide
