@@ -17,7 +17,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, look, memory_bars
@@ -196,7 +196,7 @@ def curves(table: pd.DataFrame, metric: str, x: str, titles: dict[str, str]) -> 
     other = metric.replace("_", " ")
     ax.set_ylabel(f"{other.removesuffix(' bytes')} (MiB)" if byte else UNITS.get(metric, other))
     if x == "tokens_seen":
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g} M" if v else "0"))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _name_lines(figure, ax)
     return figure
 
@@ -265,7 +265,7 @@ class Dashboard:
         import ipywidgets as ipw
 
         wide: dict[str, Any] = {
-            "style": {"description_width": "5em"}, "layout": ipw.Layout(width="24em")
+            "style": {"description_width": "5em"}, "layout": {"width": "24em"}
         }  # fmt: skip
         self.folder = ipw.Text(
             value=choice.folder, description="folder", continuous_update=False, **wide
@@ -304,7 +304,7 @@ class Dashboard:
     def refresh(self, moved: bool = False) -> None:
         """Read the folder again and draw; `moved`: it is another folder."""
         with self._lock:
-            metric, x = self.metric.value or "validation_loss", self.x.value
+            metric, x = self.metric.value or self._metric, self.x.value
             if moved:
                 self._show(Choice(self.folder.value, metric=metric, x=x))
                 return
@@ -318,6 +318,7 @@ class Dashboard:
 
     def _show(self, choice: Choice) -> None:
         seen = see(choice)
+        self._metric = choice.metric  # outlives a folder that has nothing to choose from
         self._filling = True
         try:
             now = seen.choice

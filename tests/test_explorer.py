@@ -137,6 +137,7 @@ def test_a_folder_without_runs_is_one_line(board, tmp_path_factory, name):
 
 
 def test_it_recovers_from_a_folder_that_is_not_there(board, folder):
+    board.metric.value = "loss"
     before = board.text.value
     board.folder.value = str(folder / "nowhere")
     board.folder.value = str(folder)

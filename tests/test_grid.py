@@ -191,6 +191,8 @@ def test_dropdowns_choose_the_axes_and_sliders_the_rest(knobs):
     assert text.value.startswith("rank × reset strength, reset period = never")
     assert not labels["reset period (steps)"].disabled
     assert labels["reset strength"].disabled
+    hidden = {name for name, knob in labels.items() if knob.layout.display == "none"}
+    assert hidden == {"rank", "reset strength"}  # a knob that spans the map has nothing to fix
     assert bytes(picture.value) != before
 
 
