@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import runpy
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lowrank_lab.builders import (
     precision_choices,
 )
 from lowrank_lab.catalogue import BUILT_IN, Method
-from lowrank_lab.config import InputError, RunConfig, nearest
+from lowrank_lab.config import InputError, RunConfig, Size, nearest
 from lowrank_lab.corpus import vocabulary
 from lowrank_lab.layers import factorize, target_layers, train_dense_
 from lowrank_lab.llama import Llama
@@ -199,22 +200,30 @@ def _check_per_layer(config: RunConfig, method: Method) -> None:
 
 
 def _checked_rank(config: RunConfig, method: Method) -> int | None:
-    with torch.device("meta"):
-        layers = list(target_layers(Llama(config.size), config.target))
+    layers = _target_shapes(config.size, config.target)
     if not layers:
         raise InputError("target", config.target, "must match a linear layer of the model")
     if not method.uses_rank:
         return None
     default = method.rank or max(1, config.size.hidden_size // 4)
     rank = config.rank if config.rank is not None else default
-    for name, layer in layers:
-        limit = min(layer.in_features, layer.out_features)
+    for name, m, n in layers:
+        limit = min(m, n)
         if rank > limit:
-            shape = f"{layer.out_features}×{layer.in_features}"
+            shape = f"{m}×{n}"
             raise InputError("rank", rank, f"must be from 1 to {limit}: {name} is {shape}")
         if method.layers is not None and name == "lm_head":
             raise InputError("target", config.target, "it matches lm_head, which stays full rank")
     return rank
+
+
+@lru_cache(maxsize=128)
+def _target_shapes(size: Size, target: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, out features and in features of each layer that `target` names."""
+    with torch.device("meta"):
+        model = Llama(size)
+    layers = target_layers(model, target)
+    return tuple((name, layer.out_features, layer.in_features) for name, layer in layers)
 
 
 def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Every notebook runs headless under papermill, and leaves no widget state."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+SHORT = {
+    "00_start_here": {"steps": 20, "corpus": f"text:{ROOT / 'lowrank_lab'}"},
+    "02_run": {"steps": 20, "corpus": "markov", "model": "tiny"},
+    "03_compare": {"out": "{tmp}/compared"},
+    "06_memory": {"model": "9m", "rank": 16, "measured": "tiny", "card": "300MB"},
+    "08_your_own_method": {
+        "steps": 20,
+        "corpus": f"text:{ROOT / 'lowrank_lab'}",
+        "folder": "{tmp}/runs",
+    },
+}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_notebook_runs_headless(path, tmp_path):
+    given = {} if path in SOLUTIONS else SHORT.get(path.stem, {})
+    values = [
+        part
+        for name, value in given.items()
+        for part in ("-p", name, str(value).format(tmp=tmp_path))
+    ]
+    out = tmp_path / "out.ipynb"
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(path), str(out), *values, "--log-level", "ERROR"],
+        cwd=path.parent, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"LOWRANK_LAB_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    notebook = json.loads(out.read_text())
+    assert "widgets" not in notebook["metadata"]
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert any(
+        "image/png" in o.get("data", {}) or "text/html" in o.get("data", {}) for o in outputs
+    )
