@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 SHORT = {
-    "00_start_here": {"steps": 20, "corpus": f"text:{ROOT / 'lowrank_lab'}"},
+    "00_start_here": {"steps": 60, "corpus": f"text:{ROOT / 'lowrank_lab'}"},
     "02_run": {"steps": 20, "corpus": "markov", "model": "tiny"},
     "03_compare": {"out": "{tmp}/compared"},
     "06_memory": {"model": "9m", "rank": 16, "measured": "tiny", "card": "300MB"},
