@@ -206,10 +206,14 @@ class _Stepping:
         self._assumed: Tensor | None = None
 
     def assume_states(self, size: int) -> None:
-        """Hold that many bytes in place of states, and leave the optimizer's steps out."""
-        self._assumed = torch.empty(size, dtype=torch.uint8)
-        self.tracker.see(self._assumed, "optimizer_states", "by formula")
-        self.optimizer.step = lambda closure=None: None  # type: ignore[assignment, method-assign]
+        """Hold that many bytes in place of states after the first step; steps do nothing else."""
+
+        def step(closure: object = None) -> None:
+            if self._assumed is None:
+                self._assumed = torch.empty(size, dtype=torch.uint8)
+                self.tracker.see(self._assumed, "optimizer_states", "by formula")
+
+        self.optimizer.step = step  # type: ignore[assignment, method-assign]
 
     def kinds(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """The name of each kind of step and a function that takes it; the names are `kind_of`'s."""
