@@ -116,7 +116,7 @@ def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file
         assert all(
             (out / "figures" / f"{stem}.{kind}").stat().st_size for kind in ("png", "svg", "csv")
         )
-    for name, pictures in (("tiny-*/notebook.ipynb", 5), ("comparison/notebook.ipynb", 6)):
+    for name, pictures in (("tiny-*/notebook.ipynb", 5), ("comparison/notebook.ipynb", 8)):
         for notebook in out.glob(name):
             cells = json.loads(notebook.read_text())["cells"]
             shown = [
