@@ -157,9 +157,7 @@ def least_bytes(config: RunConfig) -> int:
     return found.weights + found.optimizer_states + found.gradients
 
 
-def compare(
-    config: RunConfig, methods: Sequence[str] | None = None, device: str = "cuda"
-) -> Iterator[tuple[str, Account]]:
-    """The accounts of all methods (by default) with otherwise the same configuration."""
-    for method in methods or METHODS:
+def compare(config: RunConfig, device: str = "cuda") -> Iterator[tuple[str, Account]]:
+    """The accounts of all methods with otherwise the same configuration."""
+    for method in METHODS:
         yield method, simulate(of_method(config, method), device)

@@ -101,10 +101,7 @@ def text(found: dict[str, Any]) -> str:
     ]
     at_rest_only = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
     for name in NAMES:
-        rest = (
-            found.get(name) if name in at_rest_only or name in ("activations", "logits") else None
-        )
-        peak = found["at_the_peak"][name]
+        rest, peak = found.get(name), found["at_the_peak"][name]  # temporaries are never at rest
         if name in PARTS and not rest and not peak:
             continue
         title = ("  of them " if name in PARTS else "") + name.replace("_", " ")

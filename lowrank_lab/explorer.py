@@ -6,7 +6,6 @@ Nothing here raises on what a folder lacks: it is said in one line instead.
 from __future__ import annotations
 
 import html
-import io
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, look, memory_bars
+from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, look, memory_bars, png
 from lowrank_lab.runs import DESCRIBES, Run, complete_runs, table_of
 
 FEW = 6  # runs that are chosen at first
@@ -331,7 +330,7 @@ class Dashboard:
             self._filling = False
         for name, picture in self.pictures.items():
             figure = seen.figures.get(name)
-            picture.value = _png(figure) if figure is not None else b""
+            picture.value = png(figure) if figure is not None else b""
             picture.layout.display = "" if figure is not None else "none"
         self.text.value = html.escape(seen.line)
 
@@ -356,9 +355,3 @@ def _offer(widget: Any, options: Sequence[Any], value: Any) -> None:
 def _repeat(action: Callable[[], None], stop: threading.Event, period: float) -> None:
     while not stop.wait(period):
         action()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
-    return buffer.getvalue()

@@ -59,14 +59,23 @@ class Drawing(Figure):
     """A figure that a notebook shows as it is, outside pyplot's registry: nothing to close."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        with mpl.rc_context(STYLE):
-            self.savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
+        return png(self)
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """No picture of its own, only the words that go with the PNG above."""
         return {}, {"image/png": {"alt": described(self)}}
+
+
+def png(figure: Figure, **options: Any) -> bytes:
+    """A figure as PNG, in the style of all figures; by default without empty margins.
+
+    Args:
+        options: of `savefig`, instead of `bbox_inches="tight"`.
+    """
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", **(options or {"bbox_inches": "tight"}))
+    return buffer.getvalue()
 
 
 def described(figure: Figure) -> str:
@@ -585,7 +594,7 @@ def share_curves(shares: pd.DataFrame) -> Figure:
     """The share of L in each singular value of L + S, a panel a layer, early (light) and last.
 
     Args:
-        shares: `Run.spectra_of("low_rank_share")`.
+        shares: `Run.spectra_of("low_rank_share")`, or of several runs with labels.
     """
     steps = sorted(shares["step"].unique())
     figure = spectrum_curves(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from lowrank_lab import grid
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import STYLE, Drawing
+from lowrank_lab.figures import STYLE, Drawing, png
 
 WORDS = {
     "reset_every": "reset period (steps)", "refactor_every": "refactorization period (steps)",
@@ -273,9 +272,7 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
         except InputError as error:
             text.value = html.escape(str(error))
             return
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight")
-        picture.value = buffer.getvalue()
+        picture.value = png(figure)
         text.value = html.escape(said)
 
     for knob in [*axes.values(), *sliders.values()]:

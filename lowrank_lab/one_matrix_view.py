@@ -8,7 +8,6 @@ most of the time goes into making axes and their ticks.
 from __future__ import annotations
 
 import html
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from lowrank_lab import one_matrix
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import COLOURS, STYLE, Drawing, _apart, look
+from lowrank_lab.figures import COLOURS, STYLE, Drawing, _apart, look, png
 from lowrank_lab.one_matrix import METHODS, Fit, Settings
 from lowrank_lab.spectra import singular_values
 
@@ -301,7 +300,7 @@ def _show(
         for name, knob in knobs.items():
             knob.disabled = name in UNUSED.get(values.get("method", ""), ())
         kept, words = draw(values, kept)
-        picture.value = png(kept)
+        picture.value = png(kept, dpi=100)  # with no search for margins
         text.value = html.escape(words)  # last: who waits for it finds the picture there
 
     for knob in knobs.values():
@@ -309,14 +308,6 @@ def _show(
     show()
     display(ipw.VBox([ipw.HBox(list(knobs.values()), layout={"flex_flow": "row wrap"}),
                       picture, text]))  # type: ignore[no-untyped-call]  # fmt: skip
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as the panels show it: as large as it was made, with no search for its margins."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
 
 
 def _titled(figure: Figure, words: str) -> Figure:

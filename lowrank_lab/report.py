@@ -24,7 +24,9 @@ from lowrank_lab.runs import (
     final_table,
     finals_of,
     find_runs,
+    first_runs,
     read_jsonl,
+    spectra_of,
     table_of,
 )
 from lowrank_lab.stats import mean_interval
@@ -156,7 +158,9 @@ def _pictures(
             "memory_course", figures.memory_course(table), figures.memory_course_table(table),
             "Peak memory of each step, above the weights and states that are held between steps.",
         )  # fmt: skip
-    spectra = _spectra_of(shown, ranking)
+    recorded = first_runs(run for run in shown if (run.folder / "spectra.jsonl").exists())
+    best_first = ranking.tolist()
+    spectra = spectra_of(sorted(recorded, key=lambda run: best_first.index(run.label)))
     if spectra.empty:
         return
     if len(ranking) > 1:
@@ -176,16 +180,6 @@ def _pictures(
             f"Singular values of the weights while {label} trains, from light to dark "
             "(one layer of each kind; one seed).",
         )  # fmt: skip
-
-
-def _spectra_of(runs: Sequence[Run], ranking: pd.Series[str]) -> pd.DataFrame:
-    """The recorded spectra of the first run of each label, the best label first."""
-    first: dict[str, Run] = {}
-    for run in runs:
-        if run.label not in first and (run.folder / "spectra.jsonl").exists():
-            first[run.label] = run
-    tables = [first[label].spectra.assign(label=label) for label in ranking if label in first]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def memory_of(folder: Path | str) -> pd.DataFrame:

@@ -223,16 +223,28 @@ def find_runs(folder: Path | str) -> list[Run]:
     return [Run(path.parent) for path, out in zip(found, hidden, strict=True) if not out]
 
 
-def first_runs(folder: Path | str) -> list[Run]:
-    """One run of each label at or below a folder: those that have trained a step.
-
-    Raises:
-        InputError: there are none.
-    """
+def first_runs(runs: Iterable[Run]) -> list[Run]:
+    """The first run of each label."""
     first: dict[str, Run] = {}
-    for run in complete_runs(folder, strict=False):
+    for run in runs:
         first.setdefault(run.label, run)
     return list(first.values())
+
+
+def spectra_of(runs: Iterable[Run], what: str = "singular_values") -> pd.DataFrame:
+    """`Run.spectra_of` of several runs in one table, with their labels."""
+    import pandas as pd
+
+    tables = [run.spectra_of(what).assign(label=run.label) for run in runs]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def momentum_of(runs: Iterable[Run]) -> pd.DataFrame:
+    """`Run.momentum` of several runs in one table, with their labels."""
+    import pandas as pd
+
+    tables = [run.momentum.assign(label=run.label) for run in runs]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import STYLE
+from lowrank_lab.figures import STYLE, png
 
 Label = TypeVar("Label", bound=Hashable)
 
@@ -106,9 +105,7 @@ def pngs_of(figures: Sequence[Figure]) -> Iterator[bytes]:
             boxes.append(figure.get_tightbbox(renderer))
         box = Bbox.union(boxes).padded(mpl.rcParams["savefig.pad_inches"])
         for figure in figures:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=figure.dpi, bbox_inches=box)
-            yield buffer.getvalue()
+            yield png(figure, dpi=figure.dpi, bbox_inches=box)
 
 
 def data_uri(png: bytes, kind: str = "image/png") -> str:

@@ -138,9 +138,11 @@ def energy_in_top(singular: Tensor, k: int) -> Tensor:
 
 def _wide_weight(layer: Layer, state: dict[str, Tensor]) -> Tensor:
     """The dense weight that a state_dict of the layer stands for, in float64."""
+    if not isinstance(layer, FactorizedLinear):
+        return state["weight"].to(layer.weight.device).double()
     wide = copy.deepcopy(layer).double()
     wide.load_state_dict(state)
-    return wide.dense_weight() if isinstance(wide, FactorizedLinear) else wide.weight
+    return wide.dense_weight()
 
 
 @torch.no_grad()
@@ -229,7 +231,7 @@ class SpectraRecorder:
         for name in middle_layers(self._layers):
             found = momentum_direction(self._layers[name], self._optimizer)
             if found is not None:
-                self._moments[name] = found
+                self._moments[name] = found.cpu()  # the step's peak memory is not to hold it
 
     def momentum_rows(self, step: int, event: str) -> list[dict[str, Any]]:
         """What became of the moments since `note_momentum`: a row a layer.
@@ -240,7 +242,7 @@ class SpectraRecorder:
         found = []
         for name, before in self._moments.items():
             after = momentum_direction(self._layers[name], self._optimizer)
-            after = torch.zeros_like(before) if after is None else after
+            after = torch.zeros_like(before) if after is None else after.cpu()
             lengths = float(before.norm()), float(after.norm())
             cosine = float((before * after).sum()) / (lengths[0] * lengths[1] or 1.0)
             ratio = lengths[1] / lengths[0] if lengths[0] else None

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,6 +120,10 @@ class Trace:
 
     def timeline(self) -> dict[str, np.ndarray[Any, Any]]:
         """Bytes by category or part, at the start and after each event."""
+        return self._timeline
+
+    @cached_property
+    def _timeline(self) -> dict[str, np.ndarray[Any, Any]]:
         found = {name: np.zeros(self.events + 1, dtype=np.int64) for name in NAMES}
         for event, index, sign in self.changes:
             block = self.blocks[index]
@@ -134,20 +139,16 @@ class Trace:
         """
         import pandas as pd
 
-        table = pd.DataFrame(self.timeline())
+        table = pd.DataFrame(self._timeline)
         table.insert(0, "event", np.arange(self.events + 1))
         bins = table["event"] // max(1, len(table) // points)
-        total = table[list(CATEGORIES)].sum(axis=1)
-        kept = table.loc[total.groupby(bins).idxmax()].reset_index(drop=True)
+        kept = table.loc[pd.Series(self.total()).groupby(bins).idxmax()].reset_index(drop=True)
         kept.insert(1, "phase", [self.phase_of(event) for event in kept["event"]])
         return kept
 
     def total(self) -> np.ndarray[Any, Any]:
         """All bytes after each event."""
-        changes = np.zeros(self.events + 1, dtype=np.int64)
-        for event, index, sign in self.changes:
-            changes[event] += sign * self.blocks[index].bytes
-        total: np.ndarray[Any, Any] = changes.cumsum()
+        total: np.ndarray[Any, Any] = np.sum([self._timeline[n] for n in CATEGORIES], axis=0)
         return total
 
     @property
@@ -222,7 +223,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handles = list(self._hooks())
         if type(optimizer).__module__.startswith("torchao"):
             step = optimizer.step  # which compiles itself: nothing to be seen there but its states
-            optimizer.step = lambda closure=None: _unseen(step, closure)  # type: ignore[method-assign]
+            optimizer.step = unseen()(step)  # type: ignore[method-assign]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -412,8 +413,3 @@ def unseen() -> Iterator[None]:
     """Let no tracker see what happens in this block."""
     with _disable_current_modes():
         yield
-
-
-def _unseen(function: Callable[[Any], Any], argument: Any) -> Any:
-    with unseen():
-        return function(argument)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +63,7 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
     from IPython.display import display
 
     from lowrank_lab.budget import of_method
+    from lowrank_lab.figures import png
 
     wide = {"style": {"description_width": "9em"}, "layout": ipw.Layout(width="26em")}
     powers = [2**i for i in range(13)]
@@ -102,9 +102,7 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
         except InputError as error:
             text.value = html.escape(str(error))
             return
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight")
-        picture.value = buffer.getvalue()
+        picture.value = png(figure)
         text.value = html.escape(words)
 
     for knob in knobs.values():
@@ -174,10 +172,7 @@ def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = T
     text, picture = ipw.HTML(), ipw.Image(format="png")
 
     def show(change: object = None) -> None:
-        buffer = io.BytesIO()
-        chosen = runs[labels.index(run.value)]
-        drawn(chosen, layer.value).savefig(buffer, format="png", bbox_inches="tight")
-        picture.value = buffer.getvalue()
+        picture.value = figures.png(drawn(runs[labels.index(run.value)], layer.value))
         text.value = html.escape(f"{run.value}, {what.replace('_', ' ')}, {layer.value}")
 
     for knob in (run, layer):

@@ -9,7 +9,7 @@ from short import QUICK
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import activation_bytes, by_formula
 from lowrank_lab.memory import measure, persistent, simulate
-from lowrank_lab.methods import METHODS, build
+from lowrank_lab.methods import METHODS, build, resolve
 from lowrank_lab.step import kind_of
 
 AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
@@ -134,8 +134,6 @@ def test_steps_of_each_kind_are_simulated():
     [(0, "first"), (1, "next"), (199, "refactor + reset"), (200, "next"), (499, "exact")],
 )
 def test_the_kind_of_a_step_says_what_sets_it_apart(step, kind):
-    from lowrank_lab.methods import resolve
-
     assert kind_of(resolve(configured("loro")), step) == kind
 
 
