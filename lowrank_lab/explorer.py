@@ -6,6 +6,7 @@ Nothing here raises on what a folder lacks: it is said in one line instead.
 from __future__ import annotations
 
 import html
+import math
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -16,10 +17,11 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, look, memory_bars, png
+from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
 from lowrank_lab.runs import DESCRIBES, Run, complete_runs, table_of
 
 FEW = 6  # runs that are chosen at first
@@ -183,26 +185,30 @@ def curves(table: pd.DataFrame, metric: str, x: str, titles: dict[str, str]) -> 
         titles: run → its name in the figure.
     """
     figure, ax = _figure()
-    byte = metric.endswith("_bytes")
+    byte, ends = metric.endswith("_bytes"), []
     for name, title in titles.items():
         part = table[table["run"] == name] if len(titles) > 1 else table
         part = part.dropna(subset=[metric])
         colour, line, marker = look(title, list(titles.values()))
         values = part[metric] / 2**20 if byte else part[metric]
         dots = marker if len(part) <= 12 else ""
-        ax.plot(part[x], values, line, marker=dots, ms=3, lw=1.2, color=colour, label=title)
+        ax.plot(part[x], values, line, marker=dots, ms=3, lw=1.2, color=colour)
+        if len(values):
+            ends.append((float(values.iloc[-1]), title, colour))
     ax.set_xlabel(X_AXES[x])
     other = metric.replace("_", " ")
     ax.set_ylabel(f"{other.removesuffix(' bytes')} (MiB)" if byte else UNITS.get(metric, other))
     if x == "tokens_seen":
         ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    _name_lines(figure, ax)
+    largest = max((abs(value) for value, *_ in ends), default=1.0)
+    label_ends(ax, ends, digits=max(0, 3 - math.floor(math.log10(largest or 1.0))))
     return figure
 
 
 def spectrum(table: pd.DataFrame, layer: str, step: int, titles: dict[str, str]) -> Figure:
     """Singular values of a layer, a line a run, each at its last record up to a step."""
     figure, ax = _figure()
+    lines: list[tuple[float, Line2D]] = []
     part = table[(table["layer"] == layer) & (table["step"] <= step)]
     for name, title in titles.items():
         values = part[part["run"] == name]
@@ -210,13 +216,21 @@ def spectrum(table: pd.DataFrame, layer: str, step: int, titles: dict[str, str])
         values = values[values["singular_value"] > 1e-7]  # the rest is rounding
         if len(values):
             colour, line, _ = look(title, list(titles.values()))
-            ax.plot(values["index"] + 1, values["singular_value"], line, lw=1.2, color=colour,
-                    label=title)  # fmt: skip
+            (drawn,) = ax.plot(
+                values["index"] + 1, values["singular_value"], line, lw=1.2, color=colour,
+                label=title,
+            )  # fmt: skip
+            lines.append((float(values["singular_value"].iloc[0]), drawn))
     ax.set_yscale("log")
     ax.set_xlabel("index")
     ax.set_ylabel("singular value")
     ax.set_title(f"{layer}, step {step}", loc="left", fontsize=9)
-    _name_lines(figure, ax)
+    lines.sort(key=lambda pair: -pair[0])  # named in the order in which they begin
+    if lines:
+        figure.legend(
+            handles=[line for _, line in lines], loc="outside right upper", frameon=False,
+            fontsize=7.5,
+        )  # fmt: skip
     return figure
 
 
@@ -224,11 +238,6 @@ def _figure() -> tuple[Figure, Axes]:
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=(7.6, 3.1), layout="constrained")
         return figure, figure.subplots()
-
-
-def _name_lines(figure: Figure, ax: Axes) -> None:
-    if ax.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=7.5)
 
 
 def select(folder: str, pattern: str) -> tuple[str, ...]:
@@ -281,7 +290,7 @@ class Dashboard:
         )
         self.follow = ipw.ToggleButton(description="follow", tooltip="read again every two seconds")
         self.text = ipw.HTML()
-        self.pictures = {name: ipw.Image(format="png") for name in PLOTS}
+        self.pictures = {name: ipw.HTML() for name in PLOTS}
         self._lock = threading.RLock()  # widgets and the follower call from their own threads
         self._filling = False
         self._stop = threading.Event()
@@ -330,7 +339,7 @@ class Dashboard:
             self._filling = False
         for name, picture in self.pictures.items():
             figure = seen.figures.get(name)
-            picture.value = png(figure) if figure is not None else b""
+            picture.value = image(figure) if figure is not None else ""
             picture.layout.display = "" if figure is not None else "none"
         self.text.value = html.escape(seen.line)
 

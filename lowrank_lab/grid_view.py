@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,8 @@ from matplotlib.patches import Rectangle
 
 from lowrank_lab import grid
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import STYLE, Drawing, png
+from lowrank_lab.figures import STYLE, Drawing, image
+from lowrank_lab.panel import panel as controls
 
 WORDS = {
     "reset_every": "reset period (steps)", "refactor_every": "refactorization period (steps)",
@@ -259,23 +259,14 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
         )
         for name, values in known.items()
     }  # fmt: skip
-    text, picture = ipw.HTML(), ipw.Image(format="png")
 
-    def show(change: object = None) -> None:
-        up, across = axes["row"].value, axes["column"].value
+    def draw(values: dict[str, Any]) -> tuple[str, str]:
+        up, across = values["row"], values["column"]
         for name, slider in sliders.items():  # a knob that spans the map has nothing to fix
             slider.disabled = name in (up, across)
             slider.layout.display = "none" if slider.disabled else ""
-        fixed = {name: s.value for name, s in sliders.items() if not s.disabled}
-        try:
-            figure, said = map_of(table, up, across, fixed)
-        except InputError as error:
-            text.value = html.escape(str(error))
-            return
-        picture.value = png(figure)
-        text.value = html.escape(said)
+        fixed = {name: values[name] for name in sliders if name not in (up, across)}
+        figure, said = map_of(table, up, across, fixed)
+        return image(figure), said
 
-    for knob in [*axes.values(), *sliders.values()]:
-        knob.observe(show, "value")
-    show()
-    return ipw.HBox([ipw.VBox([*axes.values(), *sliders.values()]), ipw.VBox([text, picture])])
+    return controls({**axes, **sliders}, draw)

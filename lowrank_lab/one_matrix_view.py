@@ -7,8 +7,6 @@ most of the time goes into making axes and their ticks.
 
 from __future__ import annotations
 
-import html
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +20,9 @@ from torch import Tensor
 
 from lowrank_lab import one_matrix
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import COLOURS, STYLE, Drawing, _apart, look, png
+from lowrank_lab.figures import COLOURS, STYLE, Drawing, image, label_ends, look, png
 from lowrank_lab.one_matrix import METHODS, Fit, Settings
+from lowrank_lab.panel import panel
 from lowrank_lab.spectra import singular_values
 
 LOWEST = 1e-4  # where axes of errors end
@@ -164,19 +163,7 @@ def _courses(
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())  # as slow to draw as all the rest
-    _label_log_ends(ax, sorted(ends), low, high)
-
-
-def _label_log_ends(ax: Axes, ends: list[tuple[float, str, str]], low: float, high: float) -> None:
-    """Names and values at the right end of each curve, pushed apart where they would overlap."""
-    heights = [math.log(max(value, low) / low) / math.log(high / low) for value, *_ in ends]
-    heights = _apart(heights, 0.08)
-    heights = [h + max(0.0, 0.03 - heights[0]) for h in heights]  # none beside the steps' numbers
-    for height, (value, label, colour) in zip(heights, ends, strict=True):
-        ax.annotate(
-            f"{label}  {value:.4f}", (1, height), xycoords="axes fraction", xytext=(6, 0),
-            textcoords="offset points", color=colour, fontsize=8.5, va="center",
-        )  # fmt: skip
+    label_ends(ax, ends, digits=4, gap=0.08)
 
 
 def result(
@@ -284,30 +271,21 @@ def _show(
     knobs: dict[str, Any], draw: Callable[[Mapping[str, Any], Figure | None], tuple[Figure, str]]
 ) -> None:
     """Display the knobs above what they change."""
-    import ipywidgets as ipw
     from IPython.display import display
 
-    text, picture = ipw.HTML(), ipw.Image(format="png")
     for name, knob in knobs.items():
         knob.description = name
         knob.style.description_width, knob.layout.width = "6em", "22em"
-
     kept: Figure | None = None
 
-    def show(change: object = None) -> None:
+    def drawn(values: dict[str, Any]) -> tuple[str, str]:
         nonlocal kept
-        values = {name: knob.value for name, knob in knobs.items()}
         for name, knob in knobs.items():
             knob.disabled = name in UNUSED.get(values.get("method", ""), ())
         kept, words = draw(values, kept)
-        picture.value = png(kept, dpi=100)  # with no search for margins
-        text.value = html.escape(words)  # last: who waits for it finds the picture there
+        return image(kept, png(kept, dpi=100)), words  # with no search for margins
 
-    for knob in knobs.values():
-        knob.observe(show, "value")
-    show()
-    display(ipw.VBox([ipw.HBox(list(knobs.values()), layout={"flex_flow": "row wrap"}),
-                      picture, text]))  # type: ignore[no-untyped-call]  # fmt: skip
+    display(panel(knobs, drawn, above=True))  # type: ignore[no-untyped-call]
 
 
 def _titled(figure: Figure, words: str) -> Figure:

@@ -19,7 +19,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
-from lowrank_lab.slider import data_uri
+from lowrank_lab.figures import data_uri
 
 NEEDS_KERNEL = "needs a running kernel: make lab"
 WIDGET = "application/vnd.jupyter.widget-view+json"

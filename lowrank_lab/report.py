@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import itertools
 import json
@@ -278,10 +277,10 @@ def _html_table(table: pd.DataFrame) -> str:
 
 
 def _html_figure(picture: Picture, png: Path) -> str:
-    data = base64.b64encode(png.read_bytes()).decode()
+    source = figures.data_uri(png.read_bytes())
     caption = html.escape(picture.caption)
     return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{caption}" src="{source}">'
         f"<figcaption>{caption} Data: {html.escape(picture.name)}.csv</figcaption></figure>"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import STYLE, png
+from lowrank_lab.figures import STYLE, data_uri, png
 
 Label = TypeVar("Label", bound=Hashable)
 
@@ -106,10 +105,6 @@ def pngs_of(figures: Sequence[Figure]) -> Iterator[bytes]:
         box = Bbox.union(boxes).padded(mpl.rcParams["savefig.pad_inches"])
         for figure in figures:
             yield png(figure, dpi=figure.dpi, bbox_inches=box)
-
-
-def data_uri(png: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(png).decode()}"
 
 
 def _hidden(hidden: bool) -> str:

@@ -168,6 +168,7 @@ class Trainer:
         self._peaks: dict[str, int] = {}  # bytes, by kind of step
         self._spectra = SpectraRecorder(self.model, self.optimizer, config.spectra_layers)
         self._progress_due = 0.0
+        self._ahead: tuple[int, list[Batch]] | None = None  # the next step and its batches
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
             facts = {
@@ -200,7 +201,7 @@ class Trainer:
         eventful = kind not in ("first", "next")
         if eventful:
             self._spectra.note_momentum()
-        started, batches = time.perf_counter(), self._batches()
+        started, batches = time.perf_counter(), self._batches(self.updates)
         with self._traced(kind):
             values, done = take_step_(
                 self.model, self.optimizer, batches, config, self.updates,
@@ -278,15 +279,24 @@ class Trainer:
         where = f"the last good state is kept in {kept[-1]}" if kept else "no good state was kept"
         raise TrainingError(f"{reason}; {where}; a lower lr may help")
 
-    def _batches(self) -> list[Batch]:
+    def _batches(self, updates: int) -> list[Batch]:
+        """The batches of the step after so many, on the device; those fetched ahead if they are."""
+        if self._ahead is not None and self._ahead[0] == updates:
+            return self._ahead[1]
         config = self.config
         tokens, targets = self.corpus.batch(
-            "train", self.updates,
+            "train", updates,
             batch=config.batch, sequence_length=config.sequence_length, seed=config.seed,
         )  # fmt: skip
         tokens, targets = (self._to_device(t) for t in (tokens, targets))
         pieces = config.gradient_accumulation
         return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
+
+    def _fetch_ahead(self) -> None:
+        """Get the next step's batches while the device still computes this one."""
+        upcoming = self.updates + 1
+        if upcoming < self.config.total_steps:
+            self._ahead = upcoming, self._batches(upcoming)
 
     def _to_device(self, t: Tensor) -> Tensor:
         return (
@@ -296,8 +306,11 @@ class Trainer:
     def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
         """Loss and gradient norm as numbers, fetched at once; stops the run if one isn't finite.
 
-        Called while the gradients are there: those of a recorded step are noted.
+        Called while the gradients are there: those of a recorded step are noted. The numbers are
+        waited for, so what can be done meanwhile is done before.
         """
+        with unseen():
+            self._fetch_ahead()
         values = torch.stack([loss.float(), norm.float()]).tolist()
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):

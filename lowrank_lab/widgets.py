@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import SIZES, InputError, RunConfig
 from lowrank_lab.methods import METHODS
+from lowrank_lab.panel import panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
     from IPython.display import display
 
     from lowrank_lab.budget import of_method
-    from lowrank_lab.figures import png
+    from lowrank_lab.figures import image
 
     wide = {"style": {"description_width": "9em"}, "layout": ipw.Layout(width="26em")}
     powers = [2**i for i in range(13)]
@@ -90,26 +90,14 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
         knob.description = name.replace("_", " ")
         if hasattr(knob, "continuous_update"):
             knob.continuous_update = False
-    text, picture = ipw.HTML(), ipw.Image(format="png")
 
-    def show(change: object = None) -> None:
-        values = {name: knob.value for name, knob in knobs.items()}
-        text.value = "simulating …"
-        try:
-            clip = 0.0 if values["per_layer"] else config.clip
-            asked = config.replace(**values, clip=clip, method_options={})
-            figure, words = _step_figure(of_method(asked, values["method"]), capacity)
-        except InputError as error:
-            text.value = html.escape(str(error))
-            return
-        picture.value = png(figure)
-        text.value = html.escape(words)
+    def draw(values: dict[str, Any]) -> tuple[str, str]:
+        clip = 0.0 if values["per_layer"] else config.clip
+        asked = config.replace(**values, clip=clip, method_options={})
+        figure, words = _step_figure(of_method(asked, values["method"]), capacity)
+        return image(figure), words
 
-    for knob in knobs.values():
-        knob.observe(show, "value")
-    show()
-    box = ipw.HBox([ipw.VBox(list(knobs.values())), ipw.VBox([text, picture])])
-    display(box)  # type: ignore[no-untyped-call]
+    display(panel(knobs, draw, waiting="simulating …"))  # type: ignore[no-untyped-call]
     return None
 
 
@@ -164,19 +152,17 @@ def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = T
     from IPython.display import display
 
     kinds = list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in runs[0].spectra["layer"]))
-    labels = [run.label for run in runs]
-    run = ipw.Dropdown(options=labels, value=labels[0], description="run")
-    layer = ipw.Dropdown(
-        options=kinds, value=kind if kind in kinds else kinds[0], description="layers"
-    )
-    text, picture = ipw.HTML(), ipw.Image(format="png")
+    by_label = {run.label: run for run in runs}
+    knobs = {
+        "run": ipw.Dropdown(options=list(by_label), description="run"),
+        "layers": ipw.Dropdown(
+            options=kinds, value=kind if kind in kinds else kinds[0], description="layers"
+        ),
+    }
 
-    def show(change: object = None) -> None:
-        picture.value = figures.png(drawn(runs[labels.index(run.value)], layer.value))
-        text.value = html.escape(f"{run.value}, {what.replace('_', ' ')}, {layer.value}")
+    def draw(values: dict[str, Any]) -> tuple[str, str]:
+        shown = figures.image(drawn(by_label[values["run"]], values["layers"]))
+        return shown, f"{values['run']}, {what.replace('_', ' ')}, {values['layers']}"
 
-    for knob in (run, layer):
-        knob.observe(show, "value")
-    show()
-    display(ipw.VBox([ipw.HBox([run, layer]), text, picture]))  # type: ignore[no-untyped-call]
+    display(panel(knobs, draw, above=True))  # type: ignore[no-untyped-call]
     return None

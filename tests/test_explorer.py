@@ -1,6 +1,7 @@
 """The dashboard over a folder of runs, driven as a reader drives it."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -63,14 +64,15 @@ def board(folder):
 
 
 def pictures(board):
-    return {name: bytes(picture.value) for name, picture in board.pictures.items()}
+    return {name: picture.value for name, picture in board.pictures.items()}
 
 
 def test_at_first_it_shows_a_run_of_each_label(board):
     assert board.runs.options == ("full-0", "full-1", "low")
     assert board.runs.value == ("full-0", "low")
     assert board.text.value == f"2 runs, validation_loss, layer {LAYERS[1]}, step = 40"
-    assert all(value.startswith(b"\x89PNG") for value in pictures(board).values())
+    for picture in pictures(board).values():
+        assert re.fullmatch(r'<img alt="[^"]+" src="data:image/png;base64,[^>]+>', picture)
 
 
 def test_every_widget_has_a_label(board):
@@ -132,7 +134,7 @@ def test_a_folder_without_runs_is_one_line(board, tmp_path_factory, name):
     expected = "it holds no runs" if name == "empty" else "there is no such folder"
     assert expected in board.text.value
     assert "\n" not in board.text.value
-    assert set(pictures(board).values()) == {b""}
+    assert set(pictures(board).values()) == {""}
     assert board.runs.options == ()
 
 

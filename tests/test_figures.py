@@ -9,6 +9,7 @@ import pytest
 
 from lowrank_lab import figures
 from lowrank_lab.config import InputError
+from lowrank_lab.spectra import middle_layers
 from lowrank_lab.stats import mean_interval
 
 LABELS = ("full-rank", "low-rank", "low-rank + both", "mine")
@@ -132,7 +133,7 @@ def test_compared_spectra_draw_the_end_of_training_of_each_label():
     table = pd.concat([spectra_table().assign(label=label) for label in ("galore", "low-rank")])
     last = figures.last_spectra(table)
     assert set(last["step"]) == {5}
-    assert set(last["layer"]) == set(figures.middle_layers(table["layer"]))
+    assert set(last["layer"]) == set(middle_layers(table["layer"]))
     figure = figures.compared_spectra(last)
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["galore", "low-rank"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["galore", "low-rank"]
@@ -181,7 +182,7 @@ def test_saving_leaves_a_figure_as_it_was_and_cuts_nothing_off(tmp_path):
 
 
 def test_labels_that_would_overlap_are_pushed_apart():
-    positions = figures._apart([1.0, 1.0, 1.01, 5.0], 0.5)
+    positions = figures.apart([1.0, 1.0, 1.01, 5.0], 0.5)
     assert all(b - a >= 0.49 for a, b in pairwise(positions))
     assert positions == sorted(positions)
 

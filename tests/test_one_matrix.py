@@ -36,8 +36,7 @@ def parts_of(box):
     """Knobs by their label, the picture and the text of a panel."""
     found = list(widgets_in(box))
     knobs = {w.description: w for w in found if getattr(w, "description", "")}
-    (picture,) = [w for w in found if isinstance(w, ipywidgets.Image)]
-    (text,) = [w for w in found if type(w) is ipywidgets.HTML]
+    picture, text = [w for w in found if type(w) is ipywidgets.HTML]
     return knobs, picture, text
 
 

@@ -7,6 +7,7 @@ cells), none for a length of time.
 import itertools
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -42,10 +43,6 @@ _STATE = """() => {
     const idle = panel.sessionContext.session.kernel.status === 'idle';
     return idle && cells.every(m => m.executionCount && m.sharedModel.executionState === 'idle')
         ? 'done' : '';
-}"""
-_BYTES = """async image => {
-    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
-    return Array.from(bytes, b => b.toString(16).padStart(2, '0')).join('');
 }"""
 
 
@@ -101,10 +98,10 @@ def control(page, label):
     return page.locator(".widget-inline-hbox").filter(has=named)
 
 
-def slider(page, label):
-    """The slider with this label: a widget's handle, or the range of a published page."""
+def slider(page, label, nth=0):
+    """The slider with this label (the nth of them): a widget's handle, or a published page's."""
     published = page.get_by_role("slider", name=label, exact=True)
-    return control(page, label).get_by_role("slider").or_(published)
+    return control(page, label).get_by_role("slider").or_(published).nth(nth)
 
 
 def press(slider, *keys):
@@ -132,26 +129,40 @@ def drag(page, slider, share):
     page.mouse.up()
 
 
-def choose(page, label, value):
-    """Choose in a dropdown, by mouse or as a screen reader would."""
-    page.get_by_label(label, exact=True).select_option(value)
+def choose(page, label, value, nth=0):
+    """Choose in a list, as a screen reader would."""
+    page.get_by_label(label, exact=True).nth(nth).select_option(value)
 
 
-def picture(page, selector=".widget-image"):
-    """The bytes of the picture that is shown, in hexadecimal."""
-    return page.locator(f"{selector}:visible").first.evaluate(_BYTES)
+def choose_by_mouse(page, label, *keys, nth=0):
+    """Open a dropdown by a click, and choose in the open list: the browser draws it, not the page.
+
+    Args:
+        keys: pressed in the open list; Enter follows.
+    """
+    page.get_by_label(label, exact=True).nth(nth).click()
+    for key in (*keys, "Enter"):
+        page.keyboard.press(key)
 
 
-def wait_for_other_picture(page, before, selector=".widget-image"):
-    """Wait until another picture than `before` is shown; its bytes."""
+def picture(page, nth=0):
+    """The source of a panel's picture (the nth that is shown)."""
+    image = page.locator(".widget-html img:visible").nth(nth)
+    assert image.get_attribute("alt")
+    return image.get_attribute("src")
+
+
+def wait_for_other_picture(page, before, nth=0):
+    """Wait until another picture than `before` is shown there, and decoded; its source."""
     page.wait_for_function(
-        f"""async ([selector, before]) => {{
-            const image = [...document.querySelectorAll(selector)].find(e => e.offsetParent);
-            return image && image.naturalWidth > 0 && await ({_BYTES})(image) !== before;
-        }}""",
-        arg=[selector, before],
+        """([before, nth]) => {
+            const shown = [...document.querySelectorAll('.widget-html img')];
+            const image = shown.filter(e => e.offsetParent)[nth];
+            return image && image.complete && image.naturalWidth > 0 && image.src !== before;
+        }""",
+        arg=[before, nth],
     )
-    return picture(page, selector)
+    return picture(page, nth)
 
 
 def outputs(page):
@@ -162,3 +173,46 @@ def outputs(page):
             ".filter(w => w.model.type === 'code').map(w => w.model.outputs.toJSON())"
         )
     )
+
+
+def growing_run(workplace):
+    """A folder with two finished runs of the kept study, and a third that isn't finished."""
+    folder = workplace / f"runs-{next(_numbers)}"
+    study = workplace / "data" / "study" / "memory"
+    for run in sorted(study.iterdir())[:2]:
+        shutil.copytree(run, folder / run.name)
+    shutil.copytree(sorted(study.iterdir())[2], folder / "growing")
+    (folder / "growing" / "result.json").unlink()
+    return folder
+
+
+def explore(page):
+    """Move every control of the explorer: by mouse, by keyboard, and as a screen reader would."""
+    wait_for_text(page, re.compile(r"^3 runs, validation_loss, layer "), timeout=EXECUTING)
+    first = picture(page)
+    choose_by_mouse(page, "metric", "Home", "ArrowDown")
+    wait_for_text(page, re.compile(r"^3 runs, loss, layer "))
+    other_metric = wait_for_other_picture(page, first)
+
+    choose(page, "x axis", "step")
+    other_axis = wait_for_other_picture(page, other_metric)
+
+    spectra = picture(page, 1)
+    press(slider(page, "step"), "Home")
+    wait_for_text(page, re.compile(r"layer .*, step = 0\b"))
+    earlier = wait_for_other_picture(page, spectra, 1)
+    drag(page, slider(page, "step"), 1.0)
+    wait_for_other_picture(page, earlier, 1)
+
+    layer = page.get_by_label("layer", exact=True)
+    before = picture(page, 1)
+    name = layer.locator("option").last.inner_text()
+    choose(page, "layer", name)
+    wait_for_text(page, f"layer {name}, step")
+    wait_for_other_picture(page, before, 1)
+
+    page.get_by_label("runs", exact=True).locator("option").first.click()
+    wait_for_text(page, re.compile(r"^1 run, loss, layer "))
+    wait_for_other_picture(page, other_axis)
+    page.get_by_label("runs", exact=True).select_option(index=[0, 1, 2])
+    wait_for_text(page, re.compile(r"^3 runs, loss, layer "))

@@ -3,6 +3,8 @@
 from pages_in_browser import (
     EXECUTING,
     drag,
+    explore,
+    growing_run,
     picture,
     press,
     slider,
@@ -29,3 +31,13 @@ def test_what_fits_answers_under_voila(page, voila, workplace):
     drag(page, slider(page, "batch"), 0.0)
     wait_for_text(page, "galore, tiny, batch 1 × 32, rank = 8")
     wait_for_other_picture(page, second)
+
+
+def test_the_explorer_answers_under_voila(page, voila, workplace):
+    notebooks, folder = workplace / "notebooks", growing_run(workplace)
+    made = with_parameters(
+        notebooks / "07_explorer.ipynb", {"folder": str(folder), "headless": False},
+        notebooks / "explorer-app.ipynb",
+    )  # fmt: skip
+    page.goto(voila(made), timeout=EXECUTING)
+    explore(page)

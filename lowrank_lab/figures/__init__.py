@@ -1,0 +1,96 @@
+"""Tables → figures. Nothing here sees a model: every figure is made from saved runs.
+
+Each function takes a table and returns a `Figure` of matplotlib; `save` writes it as PNG and SVG
+with the table behind it as CSV. A method has the same colour everywhere; its techniques change the
+line.
+"""
+
+from lowrank_lab.figures.drawing import (
+    COLOURS,
+    MIB,
+    STYLE,
+    Drawing,
+    apart,
+    canvas,
+    data_uri,
+    described,
+    image,
+    label_ends,
+    look,
+    png,
+    rows_of,
+    save,
+    unit_of,
+)
+from lowrank_lab.figures.memory import (
+    CATEGORIES,
+    OF_A_STEP,
+    compared_memory,
+    memory_bars,
+    memory_course,
+    memory_course_table,
+    memory_table,
+    memory_timeline,
+)
+from lowrank_lab.figures.spectra import (
+    FACTS,
+    compared_spectra,
+    effective_rank_curves,
+    effective_rank_table,
+    fact_curves,
+    last_spectra,
+    layer_facts,
+    momentum_bars,
+    share_curves,
+    spectrum_curves,
+)
+from lowrank_lab.figures.training import (
+    curve_table,
+    loss_curves,
+    tradeoff,
+    tradeoff_table,
+    training_curves,
+    training_table,
+)
+
+__all__ = [
+    "CATEGORIES",
+    "COLOURS",
+    "FACTS",
+    "MIB",
+    "OF_A_STEP",
+    "STYLE",
+    "Drawing",
+    "apart",
+    "canvas",
+    "compared_memory",
+    "compared_spectra",
+    "curve_table",
+    "data_uri",
+    "described",
+    "effective_rank_curves",
+    "effective_rank_table",
+    "fact_curves",
+    "image",
+    "label_ends",
+    "last_spectra",
+    "layer_facts",
+    "look",
+    "loss_curves",
+    "memory_bars",
+    "memory_course",
+    "memory_course_table",
+    "memory_table",
+    "memory_timeline",
+    "momentum_bars",
+    "png",
+    "rows_of",
+    "save",
+    "share_curves",
+    "spectrum_curves",
+    "tradeoff",
+    "tradeoff_table",
+    "training_curves",
+    "training_table",
+    "unit_of",
+]  # fmt: skip

@@ -1,0 +1,194 @@
+"""What all figures share: one style, a colour for each method, PNG with words, names at lines."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart and which survive print.
+COLOURS = {
+    "full-rank": "#000000",
+    "low-rank": "#0072B2",
+    "galore": "#D55E00",
+    "fira": "#009E73",
+}
+OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+STYLE: Any = {
+    "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.axisbelow": True, "axes.titlesize": 10, "axes.labelsize": 9.5, "font.size": 9,
+    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "svg.hashsalt": "lowrank_lab",
+    "figure.dpi": 110, "savefig.dpi": 160,
+}  # fmt: skip
+MIB = 2**20
+
+
+class Drawing(Figure):
+    """A figure that a notebook shows as it is, outside pyplot's registry: nothing to close."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """No picture of its own, only the words that go with the PNG above."""
+        return {}, {"image/png": {"alt": described(self)}}
+
+
+def png(figure: Figure, **options: Any) -> bytes:
+    """A figure as PNG, in the style of all figures; by default without empty margins.
+
+    Args:
+        options: of `savefig`, instead of `bbox_inches="tight"`.
+    """
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", **(options or {"bbox_inches": "tight"}))
+    return buffer.getvalue()
+
+
+def described(figure: Figure) -> str:
+    """What a figure shows, in words: its titles, its axes, and every text written into it."""
+    panels, names = [], []
+    for ax in figure.axes:
+        title = ax.get_title() or ax.get_title(loc="left")
+        axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        panels.append(": ".join(filter(None, (title, axes))))
+        legend = ax.get_legend()
+        names += [t.get_text() for t in ax.get_yticklabels() if t.get_text()[:1].isalpha()]
+        names += [t.get_text() for t in [*ax.texts, *(legend.get_texts() if legend else [])]]
+    shared = " against ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))
+    parts = [figure.get_suptitle(), shared, *panels, ", ".join(dict.fromkeys(filter(None, names)))]
+    return " ".join("; ".join(filter(None, parts)).split())
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """A picture as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image(figure: Figure, content: bytes | None = None) -> str:
+    """A figure as HTML, with its words for those who can't see it.
+
+    Args:
+        content: its PNG, if it was drawn already.
+    """
+    alt, source = html.escape(described(figure)), data_uri(content or png(figure))
+    return f'<img alt="{alt}" src="{source}" style="max-width: 100%; height: auto">'
+
+
+def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
+    """Write `stem`.png, .svg and, with the numbers that were drawn, .csv."""
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv")]
+    with mpl.rc_context(STYLE), _laid_out(figure) as box:
+        figure.savefig(paths[0], bbox_inches=box, metadata={"Software": None})
+        figure.savefig(paths[1], bbox_inches=box, metadata={"Date": None})
+    table.to_csv(paths[2], index=False)
+    return paths
+
+
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[Bbox]:
+    """The tight box around a figure (inches), whose layout is found once and kept in this block.
+
+    Left to itself, each `savefig` finds both again, which takes longer than to draw the figure.
+    """
+    canvas, engine, dpi = FigureCanvasAgg(figure), figure.get_layout_engine(), figure.dpi
+    try:
+        figure.dpi = mpl.rcParams["savefig.dpi"]
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine("none")
+        box = figure.get_tightbbox(canvas.get_renderer())  # type: ignore[no-untyped-call]
+        figure.dpi = dpi
+        yield box.padded(mpl.rcParams["savefig.pad_inches"])
+    finally:
+        figure.dpi = dpi
+        figure.set_layout_engine(engine)
+
+
+def look(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
+    """Colour, line and marker of a run: the method decides the colour, its variant the others."""
+    method = label.split(" ")[0]
+    methods = list(dict.fromkeys(other.split(" ")[0] for other in labels))
+    unknown = [m for m in methods if m not in COLOURS]
+    if method in COLOURS:
+        colour = COLOURS[method]
+    else:
+        colour = OTHER_COLOURS[unknown.index(method) % len(OTHER_COLOURS)]
+    variants = [other for other in labels if other.split(" ")[0] == method]
+    variants.sort(key=lambda other: other != method)  # the plain method has the plain line
+    index = variants.index(label) % 4
+    return colour, ("-", "--", ":", "-.")[index], "os^D"[index]
+
+
+def unit_of(size: float) -> tuple[float, str]:
+    """The bytes in the unit that suits so many of them, and its name."""
+    return next(
+        ((u, name) for u, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u),
+        (1.0, "bytes"),
+    )
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def label_ends(
+    ax: Axes, ends: list[tuple[float, str, Any]], digits: int = 3, gap: float = 0.062
+) -> None:
+    """Names and values at the right end of each curve, pushed apart where they would overlap.
+
+    Args:
+        ends: last value, name and colour of each curve, on a linear or logarithmic axis that has
+            its limits.
+        gap: between two names, as a share of the axis.
+    """
+    if not ends:
+        return
+    ends = sorted(ends, key=lambda end: end[:2])
+    low, high = ax.get_ylim()
+    scale = ax.yaxis.get_transform().transform
+    bottom, top, *places = scale([low, high, *(max(value, low) for value, *_ in ends)])
+    heights = apart([(place - bottom) / (top - bottom) for place in places], gap)
+    lift = max(0.0, 0.03 - heights[0])  # none beside the numbers of the other axis
+    for height, (value, label, colour) in zip(heights, ends, strict=True):
+        ax.annotate(
+            f"{label}  {value:.{digits}f}", (1.0, height + lift), xycoords="axes fraction",
+            xytext=(6, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def rows_of(table: pd.DataFrame) -> Iterator[Any]:
+    """Rows as named tuples, typed loosely: pandas types an entry as all it could be."""
+    yield from table.itertuples(index=False)
+
+
+def apart(values: list[float], gap: float) -> list[float]:
+    """Ascending positions near `values`, at least `gap` from each other."""
+    out = list(values)
+    for _ in range(200):
+        moved = False
+        for i, (a, b) in enumerate(pairwise(out)):
+            if b - a < gap * 0.999:
+                push = (gap - (b - a)) / 2
+                out[i], out[i + 1], moved = a - push, b + push, True
+        if not moved:
+            break
+    return out

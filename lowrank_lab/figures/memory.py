@@ -1,0 +1,151 @@
+"""Figures of memory: by category, over one step, and over a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lowrank_lab.figures.drawing import MIB, canvas, label_ends, look, unit_of
+
+CATEGORIES = {
+    "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",
+    "projections": "#56B4E9", "activations": "#E69F00",
+}  # fmt: skip
+OF_A_STEP = CATEGORIES | {"logits": "#CC79A7", "temporaries": "#009E73"}
+
+
+def memory_table(memory: pd.DataFrame) -> pd.DataFrame:
+    """Bytes by category → a row a label and category, in MiB; projections apart."""
+    table = memory.copy()
+    table["optimizer_states"] = table["optimizer_states"] - table["projections"]
+    mean = table.groupby("label", sort=False)[list(CATEGORIES)].mean() / MIB
+    return mean.reset_index().melt("label", var_name="category", value_name="mib")
+
+
+def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
+    """Stacked bytes of weights, gradients and optimizer states (and activations), a bar a label."""
+    table = memory_table(memory)
+    labels = list(dict.fromkeys(table["label"]))
+    figure, ax = canvas(6.4, 0.7 + 0.42 * len(labels))
+    left = np.zeros(len(labels))
+    for category, colour in CATEGORIES.items():
+        if category == "activations" and not activations:
+            continue
+        widths = table[table["category"] == category].set_index("label")["mib"].loc[labels]
+        widths = widths.fillna(0.0)  # not measured
+        if widths.sum() > 0:
+            name = category.replace("_", " ").replace("projections", "stored projections")
+            ax.barh(labels, widths, left=left, color=colour, label=name, height=0.65)
+        left += widths.to_numpy()
+    for y, total in enumerate(left):
+        ax.text(total, y, f" {total:.2f}", va="center", fontsize=8.5)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("MiB (measured)")
+    figure.legend(ncols=5, frameon=False, loc="outside upper center", fontsize=8.5)
+    return figure
+
+
+def memory_timeline(table: pd.DataFrame, title: str = "") -> Figure:
+    """Bytes in the course of one step, stacked by category; phases and the peak are marked.
+
+    Args:
+        table: `tracing.Trace.table`.
+    """
+    table = table.copy()
+    table["optimizer_states"] = table["optimizer_states"] - table["projections"]
+    names = [name for name in OF_A_STEP if table[name].any()]
+    total = table[names].sum(axis=1)
+    size, unit = unit_of(total.max())
+    figure, ax = canvas(7.4, 3.4)
+    ax.stackplot(
+        table["event"], *(table[name] / size for name in names),
+        colors=[OF_A_STEP[name] for name in names], step="post", lw=0,
+        labels=[name.replace("_", " ").replace("projections", "stored projections")
+                for name in names],
+    )  # fmt: skip
+    starts = table.groupby((table["phase"] != table["phase"].shift()).cumsum()).first()
+    width = table["event"].max()
+    ends = [*starts["event"].iloc[1:], width]
+    labelled, low = -width, False
+    for event, phase, end in zip(starts["event"], starts["phase"], ends, strict=True):
+        if phase in ("start", "between") or end - event < 0.01 * width:
+            continue
+        low = event - labelled < 0.11 * width and not low  # beside a neighbour's: a line lower
+        labelled = event
+        ax.axvline(event, color="0.35", lw=0.6, ls=":")
+        ax.annotate(phase, (event, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7.5,
+                    xytext=(3, -14 if low else -3), textcoords="offset points")  # fmt: skip
+    peak_event = table["event"].iloc[int(total.to_numpy().argmax())]
+    ax.plot(peak_event, total.max() / size, "v", color="black", ms=4)
+    ax.annotate(f"peak {total.max() / size:.2f} {unit}", (peak_event, total.max() / size),
+                xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+    ax.set_xlim(0, table["event"].max())
+    ax.set_ylim(0, 1.25 * total.max() / size)
+    ax.set_xlabel("allocations and releases, in order")
+    ax.set_ylabel(unit)
+    if title:
+        ax.set_title(title)
+    handles, texts = ax.get_legend_handles_labels()
+    figure.legend(handles[::-1], texts[::-1], frameon=False, fontsize=8, loc="outside right upper")
+    return figure
+
+
+def memory_course_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """label, step, peak and held (weights + states) in bytes: the first run of each label."""
+    first: pd.DataFrame = runs[runs["run"].isin(runs.drop_duplicates("label")["run"])]
+    held = first["weight_bytes"] + first["optimizer_state_bytes"]
+    table = first[["label", "step", "peak_memory_bytes"]].assign(held=held)
+    return table.rename(columns={"peak_memory_bytes": "peak"})
+
+
+def memory_course(runs: pd.DataFrame) -> Figure:
+    """Peak memory of each step of training, above what is held between steps (dotted).
+
+    Args:
+        runs: of `load_runs`; one run of each label is drawn.
+    """
+    table = memory_course_table(runs).dropna(subset="peak")
+    labels = list(dict.fromkeys(table["label"]))
+    size, unit = unit_of(table["peak"].max() if len(table) else 0)
+    figure, ax = canvas(6.4, 3.4)
+    ends = []
+    for label, run in table.groupby("label", sort=False):
+        colour, line, _ = look(str(label), labels)
+        ax.plot(run["step"], run["peak"] / size, color=colour, ls=line, lw=1.2,
+                drawstyle="steps-mid")  # fmt: skip
+        ax.plot(run["step"], run["held"] / size, color=colour, ls=":", lw=1)
+        ends.append((run["peak"].iloc[-1] / size, str(label), colour))
+    ax.set_ylim(0)
+    ax.set_xlabel("step")
+    ax.set_ylabel(f"peak of the step ({unit})")
+    ax.set_title("dotted: weights and optimizer states, held between steps", fontsize=8, loc="left")
+    label_ends(ax, ends)
+    return figure
+
+
+def compared_memory(accounts: pd.DataFrame) -> Figure:
+    """What there is at the peak of a step, a bar a method, stacked by category.
+
+    Args:
+        accounts: label and the categories at the peak, in bytes.
+    """
+    table = accounts.set_index("label")
+    table["optimizer_states"] = table["optimizer_states"] - table["projections"]
+    size, unit = unit_of(table[list(OF_A_STEP)].sum(axis=1).max())
+    figure, ax = canvas(6.8, 0.9 + 0.27 * len(table))
+    left = np.zeros(len(table))
+    for name, colour in OF_A_STEP.items():
+        text = name.replace("_", " ").replace("projections", "stored projections")
+        ax.barh(table.index, table[name] / size, left=left, color=colour, label=text, height=0.7)
+        left += table[name].to_numpy() / size
+    for y, total in enumerate(left):
+        ax.text(total, y, f" {total:.2f}", va="center", fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(f"{unit} at the peak of a step")
+    figure.legend(ncols=4, frameon=False, loc="outside upper center", fontsize=8)
+    return figure

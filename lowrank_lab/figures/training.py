@@ -1,0 +1,185 @@
+"""Figures of training: losses against tokens and time, and what memory buys."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import offset_copy
+
+from lowrank_lab.config import InputError
+from lowrank_lab.figures.drawing import (
+    MIB,
+    STYLE,
+    Drawing,
+    apart,
+    canvas,
+    label_ends,
+    look,
+    rows_of,
+)
+from lowrank_lab.stats import mean_interval
+
+
+def curve_table(
+    runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation_loss"
+) -> pd.DataFrame:
+    """Mean of y over the seeds of each label at each step: label, step, x, mean, half_width, n.
+
+    Raises:
+        InputError: a column that isn't there, or seeds that weren't recorded at the same steps.
+    """
+    for name, column in (("x", x), ("y", y)):
+        if column not in runs:
+            raise InputError(name, column, f"the table has {', '.join(map(str, runs.columns))}")
+    recorded = runs.dropna(subset=[y])
+    seeds = runs.groupby("label")["run"].nunique()
+    grouped = recorded.groupby(["label", "step"], sort=False)
+    middles = grouped[x].mean().tolist()
+    rows = []
+    for (key, values), middle in zip(grouped[y], middles, strict=True):
+        label, step = cast(tuple[str, int], key)
+        if len(values) != seeds[label]:
+            raise InputError(
+                "runs", label, f"at step {step} {len(values)} of {seeds[label]} seeds are there"
+            )
+        rows.append((label, step, middle, *mean_interval(values.tolist())))
+    return pd.DataFrame(rows, columns=["label", "step", x, "mean", "half_width", "n"])
+
+
+def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation_loss") -> Figure:
+    """Loss against tokens or seconds, a line a label, 95 % intervals where there are seeds."""
+    table = curve_table(runs, x, y)
+    labels = list(dict.fromkeys(table["label"]))
+    figure, ax = canvas(6.4, 3.9)
+    ends: list[tuple[float, str, str]] = []
+    for label in labels:
+        part = table[table["label"] == label].sort_values("step")
+        colour, line, _ = look(label, labels)
+        ax.plot(part[x], part["mean"], line, color=colour, lw=1.6)
+        low, high = part["mean"] - part["half_width"], part["mean"] + part["half_width"]
+        ax.fill_between(part[x], low, high, color=colour, alpha=0.15, lw=0)
+        ends.append((float(part["mean"].iloc[-1]), label, colour))
+    # What matters is where the curves end: leave the first, steep part out of the picture.
+    last = table.groupby("label")["mean"].last()
+    spread = max(last.max() - last.min(), 0.05)
+    ax.set_ylim(last.min() - 0.15 * spread, min(table["mean"].max(), last.max() + 3 * spread))
+    ax.set_xlabel("training tokens" if x == "tokens_seen" else "training time (s)")
+    ax.set_ylabel(f"{y.replace('_', ' ')} (nats a token)")
+    if x == "tokens_seen":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
+    label_ends(ax, ends)
+    return figure
+
+
+def training_table(runs: pd.DataFrame, points: int = 400) -> pd.DataFrame:
+    """Training loss and learning rate of each run at about `points` of its steps."""
+    columns = ["label", "run", "step", "tokens_seen", "loss", "lr_now"]
+    table = runs[columns]
+    every = max(1, int(table["step"].max()) // points)
+    return table[(table["step"] % every == 0) | (table["step"] == 1)]
+
+
+def training_curves(runs: pd.DataFrame) -> Figure:
+    """Loss of every recorded training batch above the learning rate, a line a run."""
+    table = training_table(runs)
+    labels = list(dict.fromkeys(table["label"]))
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(6.4, 4.4), layout="constrained")
+        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    ends = []
+    for (label, _), part in table.groupby(["label", "run"], sort=False):
+        colour, line, _ = look(str(label), labels)
+        loss.plot(part["step"], part["loss"], line, color=colour, lw=0.8)
+        rate.plot(part["step"], part["lr_now"], line, color=colour, lw=1.2)
+        ends.append((float(part["loss"].tail(10).mean()), str(label), colour))
+    loss.set_ylabel("training loss (nats a token)")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step")
+    label_ends(loss, ends)
+    return figure
+
+
+def tradeoff_table(finals: pd.DataFrame) -> pd.DataFrame:
+    """A row a label: bytes of weights + optimizer states, and test perplexity over its seeds."""
+    rows = []
+    for label, group in finals.groupby("label", sort=False):
+        size = group["weight_bytes"] + group["optimizer_state_bytes"]
+        perplexity = mean_interval(group["test_perplexity"].tolist())
+        rows.append((label, float(size.mean()) / MIB, *perplexity))
+    return pd.DataFrame(
+        rows, columns=["label", "weights_and_states_mib", "mean", "half_width", "n"]
+    )
+
+
+def tradeoff(finals: pd.DataFrame) -> Figure:
+    """Test perplexity against bytes of weights + optimizer states: the paper's picture."""
+    table = tradeoff_table(finals)
+    labels = table["label"].tolist()
+    figure, ax = canvas(6.4, 3.9)
+    sizes = table["weights_and_states_mib"]
+    leftmost = sizes <= sizes.min() * 1.01
+    for row, shift in zip(rows_of(table), _dodged(sizes.tolist()), strict=True):
+        colour, _, marker = look(row.label, labels)
+        aside = offset_copy(ax.transData, figure, x=shift, units="points")
+        ax.errorbar(
+            row.weights_and_states_mib, row.mean, yerr=None if row.n == 1 else row.half_width,
+            fmt=marker, ms=7, color=colour, capsize=3, transform=aside,
+        )  # fmt: skip
+        error = 0.0 if row.n == 1 else row.half_width
+        ax.update_datalim([(row.weights_and_states_mib, row.mean + s * error) for s in (-1, 1)])
+    width = max(sizes.max() - sizes.min(), 0.1 * sizes.max())
+    sides = ("left" if first and not leftmost.all() else "right" for first in leftmost)
+    table["side"] = list(sides)
+    shares = [_text_share(table.loc[table["side"] == s, "label"]) for s in ("left", "right")]
+    scale = width / (1 - min(0.8, sum(shares)))
+    ax.set_xlim(sizes.min() - shares[0] * scale, sizes.max() + shares[1] * scale)
+    ax.autoscale_view(scalex=False)
+    ax.margins(y=0.12)
+    for side, part in table.groupby("side"):
+        _label_points(ax, part, labels, str(side))
+    ax.set_xlabel("weights + optimizer states (MiB)")
+    ax.set_ylabel("test perplexity (lower is better)")
+    ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
+    return figure
+
+
+def _text_share(labels: pd.Series[str]) -> float:
+    """The share of a plot's width that names beside its points take, with room to breathe."""
+    return 0.05 + 0.0115 * (labels.str.len().max() + 7) if len(labels) else 0.08
+
+
+def _dodged(values: list[float]) -> list[float]:
+    """Shifts in points that part markers whose values are (nearly) the same."""
+    groups = [[i for i, v in enumerate(values) if abs(v - w) <= 0.01 * w] for w in values]
+    return [7.0 * (g.index(i) - (len(g) - 1) / 2) for i, g in enumerate(groups)]
+
+
+def _label_points(ax: Axes, table: pd.DataFrame, labels: list[str], side: str) -> None:
+    """Names beside points of the same side, pushed apart where they would overlap."""
+    low, high = ax.get_ylim()
+    ordered = table.sort_values("mean")
+    heights = apart(ordered["mean"].tolist(), 0.065 * (high - low))
+    for height, row in zip(heights, rows_of(ordered), strict=True):
+        colour, *_ = look(row.label, labels)
+        ax.annotate(
+            f"{row.label}  {row.mean:.2f}", (row.weights_and_states_mib, height),
+            xytext=(-17 if side == "left" else 17, 0), textcoords="offset points",
+            ha="right" if side == "left" else "left", va="center", color=colour, fontsize=8.5,
+        )  # fmt: skip
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:g} M" if value >= 1e5 else f"{value / 1e3:g} k" if value else "0"
+
+
+def _seeds(n: pd.Series) -> str:
+    low, high = int(n.min()), int(n.max())
+    if high == 1:
+        return "one seed each"
+    return f"mean of {low if low == high else f'{low}–{high}'} seeds, 95 % interval"
