@@ -61,6 +61,12 @@ def of_method(config: RunConfig, method: str) -> RunConfig:
             return changed
 
 
+WORDS = {
+    "activation_checkpointing": "blocks recomputed", "gradient_accumulation": "in {} pieces",
+    "per_layer": "per layer", "clip": "no clipping", "batch": "batch {}", "rank": "rank {}",
+}  # fmt: skip
+
+
 @dataclass
 class Attempt:
     """A change of the configuration, and what it leads to."""
@@ -77,6 +83,11 @@ class Attempt:
             f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             for name, value in self.changes.items()
         )
+
+    @property
+    def words(self) -> str:
+        """The change in a few words."""
+        return ", ".join(WORDS[name].format(value) for name, value in self.changes.items())
 
 
 def ways_to_fit(config: RunConfig, capacity: int, device: str = "cuda") -> list[Attempt]:

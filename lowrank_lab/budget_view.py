@@ -278,9 +278,10 @@ def of_sizes(precision: str = "bf16") -> pd.DataFrame:
 
 def ways(config: RunConfig, capacity: int, device: str = "cuda") -> pd.DataFrame:
     """The configuration and what was tried to make it fit: the change, its peak, does it fit."""
-    found = facts(config, capacity, device)
-    rows = [("as it is", found["peak"], found["fits"])]
-    rows += [(way["flags"], way["peak"], way["fits"]) for way in found["ways"]]
+    peak = simulate(config, device).peak.total
+    rows = [("as it is", peak, peak <= capacity)]
+    if peak > capacity:
+        rows += [(a.words, a.peak, a.fits) for a in budget.ways_to_fit(config, capacity, device)]
     return pd.DataFrame(
         [(what, round(peak / GB, 3), "yes" if fits else "no") for what, peak, fits in rows],
         columns=["change", "peak (GB)", f"fits in {capacity / GB:.4g} GB"],

@@ -141,14 +141,16 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float, digits
         spine.set_visible(False)
 
 
-def tradeoff(costs: pd.DataFrame, by: str = "rank", value: str = "test_perplexity") -> Figure:
+def tradeoff(costs: pd.DataFrame, by: str = "", value: str = "test_perplexity") -> Figure:
     """Perplexity against bytes of weights + states: a point a setting, a colour a value of `by`.
 
     The legend names the best setting of each colour; those of one size stand beside each other.
 
     Args:
         costs: of `grid.costs`.
+        by: what varies; empty: the rank, or what varies first if the rank doesn't.
     """
+    by = by or ("rank" if "rank" in costs else str(costs.columns[0]))
     if by not in costs:
         raise InputError("by", by, f"what varies is {', '.join(map(str, costs.columns[:-4]))}")
     with mpl.rc_context(STYLE):

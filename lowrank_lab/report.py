@@ -119,11 +119,17 @@ def best(runs: pd.DataFrame, most: int = MOST_LABELS) -> pd.DataFrame:
     return runs[runs["label"].isin(labels)]
 
 
-def pictures(folder: Path | str) -> Iterator[Picture]:
-    """The figures of a folder of finished runs, one after the other; the best labels of many."""
+def pictures(folder: Path | str, *about: str) -> Iterator[Picture]:
+    """The figures of a folder of finished runs, one after the other; the best labels of many.
+
+    Args:
+        about: beginnings of the names of those that are wanted; all if there are none.
+    """
     runs = complete_runs(folder)
     finals = finals_of(runs, folder)
-    yield from _pictures(runs, finals, summary(finals)["label"], folder)
+    for picture in _pictures(runs, finals, summary(finals)["label"], folder):
+        if not about or picture.name.startswith(about):
+            yield picture
 
 
 def _pictures(

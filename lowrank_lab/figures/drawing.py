@@ -68,6 +68,8 @@ def described(figure: Figure) -> str:
         legend = ax.get_legend()
         names += [t.get_text() for t in ax.get_yticklabels() if t.get_text()[:1].isalpha()]
         names += [t.get_text() for t in [*ax.texts, *(legend.get_texts() if legend else [])]]
+    names += [t.get_text() for t in figure.texts]
+    names += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
     shared = " against ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))
     parts = [figure.get_suptitle(), shared, *panels, ", ".join(dict.fromkeys(filter(None, names)))]
     return " ".join("; ".join(filter(None, parts)).split())
@@ -147,6 +149,14 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
+
+
+def nothing(words: str) -> Figure:
+    """A figure that says in one line why there is none."""
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(6.4, 0.5))
+    figure.text(0.01, 0.4, words, color="0.3")
+    return figure
 
 
 def label_ends(

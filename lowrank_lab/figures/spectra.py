@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import STYLE, Drawing, canvas, label_ends, look
+from lowrank_lab.figures.drawing import STYLE, Drawing, canvas, label_ends, look, nothing
 from lowrank_lab.spectra import effective_rank, middle_layers, stable_rank
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ def share_curves(shares: pd.DataFrame) -> Figure:
     Args:
         shares: `Run.spectra_of("low_rank_share")`, or of several runs with labels.
     """
+    if shares.empty:
+        return nothing("no run has a sparse part")
     steps = sorted(shares["step"].unique())
     figure = spectrum_curves(
         shares[shares["step"].isin([steps[min(1, len(steps) - 1)], steps[-1]])]
@@ -218,6 +220,8 @@ def momentum_bars(momentum: pd.DataFrame) -> Figure:
     Args:
         momentum: label and the columns of `Run.momentum`.
     """
+    if momentum.empty:
+        return nothing("nothing happened to the moments in these runs")
     means = momentum.groupby(["label", "event"], sort=False)["momentum_cosine"]
     table = means.agg(["mean", "min", "max"]).reset_index()
     labels = list(dict.fromkeys(table["label"]))
@@ -231,7 +235,7 @@ def momentum_bars(momentum: pd.DataFrame) -> Figure:
     names = [f"{label}: {event}" for label, event in zip(table["label"], table["event"],
                                                         strict=True)]  # fmt: skip
     ax.set_yticks(range(len(table)), names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlim(-1.05, 1.05)
     ax.set_xlabel("cosine of momentum before and after (mean and range over layers and events)")
     return figure
