@@ -23,6 +23,7 @@ from matplotlib.ticker import EngFormatter
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
 from lowrank_lab.runs import DESCRIBES, Run, complete_runs, table_of
+from lowrank_lab.slider import slider
 
 FEW = 6  # runs that are chosen at first
 MOST = 12  # runs that a figure can name
@@ -256,14 +257,23 @@ def select(folder: str, pattern: str) -> tuple[str, ...]:
 
 
 def dashboard(choice: Choice, live: bool = False) -> None:
-    """Display the dashboard: a line and plain figures, or with `live` a panel of widgets."""
+    """Display the dashboard: a line and figures, or with `live` a panel of widgets.
+
+    Not live, a slider goes through at most MOST recorded steps of the spectra.
+    """
     from IPython.display import Markdown, display
 
     if live:
         display(Dashboard(choice).box)  # type: ignore[no-untyped-call]
         return
     seen = see(choice)
-    display(Markdown(html.escape(seen.line)), *seen.figures.values())  # type: ignore[no-untyped-call]
+    shown: dict[str, Any] = dict(seen.figures)
+    if "spectra" in shown:
+        steps = seen.steps[:: -(-len(seen.steps) // MOST)]
+        at = {s: see(replace(seen.choice, step=s)).figures["spectra"] for s in steps}
+        at[seen.choice.step] = shown["spectra"]
+        shown["spectra"] = slider(dict(sorted(at.items())), "step", start=seen.choice.step)
+    display(Markdown(html.escape(seen.line)), *shown.values())  # type: ignore[no-untyped-call]
 
 
 class Dashboard:

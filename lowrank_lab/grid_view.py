@@ -19,6 +19,7 @@ from lowrank_lab import grid
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import STYLE, Drawing, image
 from lowrank_lab.panel import panel as controls
+from lowrank_lab.slider import slider
 
 WORDS = {
     "reset_every": "reset period (steps)", "refactor_every": "refactorization period (steps)",
@@ -215,12 +216,14 @@ def map_of(
 def explore(folder: Path | str, row: str = "", column: str = "", live: bool = False) -> Any:
     """Maps of test perplexity over two knobs; live: dropdowns for the two, sliders for the others.
 
+    Not live, a slider goes through the maps, which were drawn beforehand.
+
     Args:
         folder: of runs; in live use unfinished ones are left out.
         row, column: knobs; empty: the first that vary.
 
     Returns:
-        The fullest of the maps; live: None, and the panel is displayed.
+        The slider, at the fullest of the maps; live: None, and the panel is displayed.
 
     Raises:
         InputError: nothing to show, or a knob that doesn't vary.
@@ -228,7 +231,12 @@ def explore(folder: Path | str, row: str = "", column: str = "", live: bool = Fa
     table = grid.settings(folder, strict=not live)
     row, column = grid.axes_of(table, row, column)
     if not live:
-        return map_of(table, row, column, _fullest(table, row, column))[0]
+        maps = {point(fixed): map_of(table, row, column, fixed)
+                for fixed, _ in grid.maps(table, row, column)}  # fmt: skip
+        return slider(
+            {name: figure for name, (figure, _) in maps.items()}, "map",
+            start=point(_fullest(table, row, column)), say=lambda name: maps[name][1],
+        )  # fmt: skip
     from IPython.display import display
 
     display(panel(table, row, column))  # type: ignore[no-untyped-call]
@@ -264,9 +272,9 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
 
     def draw(values: dict[str, Any]) -> tuple[str, str]:
         up, across = values["row"], values["column"]
-        for name, slider in sliders.items():  # a knob that spans the map has nothing to fix
-            slider.disabled = name in (up, across)
-            slider.layout.display = "none" if slider.disabled else ""
+        for name, fixing in sliders.items():  # a knob that spans the map has nothing to fix
+            fixing.disabled = name in (up, across)
+            fixing.layout.display = "none" if fixing.disabled else ""
         fixed = {name: values[name] for name in sliders if name not in (up, across)}
         figure, said = map_of(table, up, across, fixed)
         return image(figure), said

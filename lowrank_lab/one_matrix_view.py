@@ -20,9 +20,10 @@ from torch import Tensor
 
 from lowrank_lab import one_matrix
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import COLOURS, STYLE, Drawing, image, label_ends, look, png
+from lowrank_lab.figures import COLOURS, STYLE, Drawing, described, image, label_ends, look, png
 from lowrank_lab.one_matrix import METHODS, Fit, Settings
 from lowrank_lab.panel import panel
+from lowrank_lab.slider import Slider, slider
 from lowrank_lab.spectra import singular_values
 
 LOWEST = 1e-4  # where axes of errors end
@@ -210,14 +211,14 @@ def _said(knob: str, value: Any) -> str:
 
 
 def approximate(W: Tensor, rank: int, headless: bool = True) -> Any:
-    """`approximation` with a slider for the rank; a plain figure when headless."""
+    """`approximation` with a slider for the rank; over figures drawn beforehand when headless."""
 
     def draw(values: Mapping[str, Any], onto: Figure | None = None) -> tuple[Figure, str]:
         error = one_matrix.tail(W, values["rank"])
         return approximation(W, values["rank"], onto), f"rank = {values['rank']}, error {error:.4f}"
 
     if headless:
-        return _titled(*draw({"rank": rank}))
+        return _drawn("rank", _choices("rank", rank, W), rank, draw)
     import ipywidgets as ipw
 
     return _show({"rank": ipw.IntSlider(rank, 1, min(W.shape))}, draw)
@@ -227,6 +228,8 @@ def explore(
     target: Tensor, settings: Settings, knobs: Sequence[str] = KNOBS, headless: bool = True
 ) -> Any:
     """Fit the matrix with these settings; live: with a slider for each of the knobs.
+
+    Headless, there is one slider, for the first of the knobs, over figures drawn beforehand.
 
     Args:
         knobs: which settings can be changed, of KNOBS; the others stay as they are.
@@ -247,8 +250,36 @@ def explore(
         return result(target, found(asked), found(plain), onto)
 
     if headless:
-        return _titled(*draw({}))
+        first, value = knobs[0], getattr(settings, knobs[0])
+        return _drawn(first, _choices(first, value, target), value, draw)
     return _show({knob: _knob(knob, settings, target) for knob in knobs}, draw)
+
+
+def _drawn(
+    knob: str, choices: Sequence[Any], start: Any,
+    draw: Callable[[Mapping[str, Any]], tuple[Figure, str]],
+) -> Slider:  # fmt: skip
+    """A slider over what is drawn now, for pages without a kernel."""
+    drawn = {value: draw({knob: value}) for value in choices}
+    figures = {value: figure for value, (figure, _) in drawn.items()}
+    return slider(
+        figures, knob, lambda value: f"{drawn[value][1]}. {described(figures[value])}", start,
+        say=lambda value: drawn[value][1],
+    )  # fmt: skip
+
+
+def _choices(name: str, value: Any, target: Tensor) -> list[Any]:
+    """The values of a knob that has few; of a rank, powers of two."""
+    if name == "method":
+        return list(METHODS)
+    if name == "rank":
+        powers = [2**i for i in range(min(target.shape).bit_length())]
+        return sorted({*(p for p in powers if p <= min(target.shape)), value})
+    if name == "strength":
+        return sorted({0.0, 0.5, 1.0, value})
+    if name == "refactor":
+        return [False, True]
+    return sorted({*CHOICES[name], value})
 
 
 def _knob(name: str, settings: Settings, target: Tensor) -> Any:
@@ -263,7 +294,7 @@ def _knob(name: str, settings: Settings, target: Tensor) -> Any:
         return ipw.FloatSlider(value, min=0, max=1, step=0.1, readout_format=".1f")
     if name == "refactor":
         return ipw.Checkbox(value)
-    options = [(_said(name, v), v) for v in sorted({*CHOICES[name], value})]
+    options = [(_said(name, v), v) for v in _choices(name, value, target)]
     return ipw.SelectionSlider(options=options, value=value)
 
 
@@ -286,11 +317,6 @@ def _show(
         return image(kept, png(kept, dpi=100)), words  # with no search for margins
 
     display(panel(knobs, drawn, above=True))  # type: ignore[no-untyped-call]
-
-
-def _titled(figure: Figure, words: str) -> Figure:
-    figure.text(0.01, 1.02, words, fontsize=8.5, color="0.3")
-    return figure
 
 
 @contextmanager

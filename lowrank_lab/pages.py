@@ -132,8 +132,9 @@ class _Reader:
             self.caption = ""
             outputs = list(self.outputs(cell["outputs"]))
             self.parts += outputs
-            if is_live(source) and 'class="slider"' not in "".join(outputs):
-                self.parts.append(_note("Live, this picture has controls"))
+            if is_live(source):
+                more = "more controls" if 'class="slider"' in "".join(outputs) else "controls"
+                self.parts.append(_note(f"Live, this picture has {more}"))
 
     def listen(self, source: str) -> None:
         headings = re.findall(r"^#+ +(.+)$", source, re.M)
@@ -226,9 +227,9 @@ def is_live(source: str) -> bool:
         return False
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return any(
-        isinstance(argument, ast.Name) and argument.id == "headless"
+        isinstance(argument, ast.Name) and argument.id in ("headless", "live")
         for call in calls
-        if getattr(call.func, "attr", getattr(call.func, "id", "")) != "progress"
+        if getattr(call.func, "attr", getattr(call.func, "id", "")) not in ("progress", "is_live")
         for argument in [*call.args, *(keyword.value for keyword in call.keywords)]
     )
 

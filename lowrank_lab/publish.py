@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pygments.formatters import HtmlFormatter
 
 from lowrank_lab.config import InputError, data_folder
@@ -68,9 +69,13 @@ def publish(
     """
     out = Path(out).resolve()
     folders = _studies(studies)
-    todo = _jobs(_notebooks(notebooks), out / ".executed", quick)
+    sources = _notebooks(notebooks)
+    todo = _jobs(sources, out / ".executed", quick)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [_study_page(folder, out) for folder in folders]  # wrong input shows before the wait
+    asked = sources[0].parent / "studies"
+    rows = [
+        _study_page(folder, out, asked) for folder in folders
+    ]  # wrong input shows before the wait
     execute(todo, jobs, True, report)
     links = {f"{job.name}.ipynb": f"{job.name}.html" for job in todo}
     found = {job.name: _notebook_page(job, out, links) for job in todo}
@@ -143,17 +148,23 @@ def _report_of(folder: Path, out: Path) -> Path:
     return out / "studies" / folder.name / "report.html"
 
 
-def _study_page(folder: Path, out: Path) -> str:
-    """Write the report of a study; its line in the index."""
-    page = write_report(folder, folder.name, out=_report_of(folder, out).parent)
+def _study_page(folder: Path, out: Path, asked: Path) -> str:
+    """Write the report of a study; its line in the index.
+
+    Args:
+        asked: folder of study files: one of this name says what the study is about.
+    """
+    file = asked / f"{folder.name}.yaml"
+    what = str(yaml.safe_load(file.read_text()).get("description", "")) if file.exists() else ""
+    page = write_report(folder, folder.name, what, out=_report_of(folder, out).parent)
     text = page.read_text()
     top = '<nav><a href="../../index.html">All pages</a></nav>'
     page.write_text(
         text.replace("<body>", f"<body>\n{top}", 1).replace("<head>", f"<head>{_POLICY}")
     )
-    facts = text.partition("</h1>")[2].partition("<p>")[2].partition("</p>")[0]
+    facts = text.partition("</h1>")[2].partition("<div")[0].strip()
     name = html.escape(folder.name)
-    return f'<li><a href="studies/{name}/report.html">{name}</a><p>{facts}</p></li>'
+    return f'<li><a href="studies/{name}/report.html">{name}</a>{facts}</li>'
 
 
 def _entry(name: str, page: NotebookPage, error: str) -> str:

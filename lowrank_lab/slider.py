@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import STYLE, data_uri, png
+from lowrank_lab.figures import STYLE, data_uri, described, png
 
 Label = TypeVar("Label", bound=Hashable)
 
@@ -58,8 +58,9 @@ class Slider:
 def slider(
     figures: Mapping[Label, Figure],
     name: str,
-    alt: Callable[[Label], str],
+    alt: Callable[[Label], str] | None = None,
     start: Label | None = None,
+    say: Callable[[Label], str] | None = None,
 ) -> Slider:
     """A slider that shows one of the figures, and `name = label` beside it.
 
@@ -69,8 +70,9 @@ def slider(
     Args:
         figures: label (a number or a text) → figure, in the order of the slider.
         name: of what the slider changes, such as `rank`; the label of the slider.
-        alt: words for a label's figure, for those who can't see it.
+        alt: words for a label's figure, for those who can't see it; what is written in it if None.
         start: the label that is shown first; the first one if None.
+        say: what is written beside the slider; `name = label` if None.
 
     Raises:
         InputError: no figures, a start that isn't among the labels, or an empty alt text.
@@ -80,11 +82,12 @@ def slider(
         raise InputError("figures", {}, "a slider needs at least one figure")
     if start is not None and start not in figures:
         raise InputError("start", start, f"one of {', '.join(map(str, labels))}")
-    alts = tuple(alt(label).strip() for label in labels)
+    alts = tuple(
+        (alt(label) if alt else described(figure)).strip() for label, figure in figures.items()
+    )
     if not all(alts):
         raise InputError("alt", "", f"no words for {labels[alts.index('')]!r}")
-    texts = (f"{name} = {label:g}" if isinstance(label, float) else f"{name} = {label}"
-             for label in labels)  # fmt: skip
+    texts = (say(label) if say else f"{name} = {_shown(label)}" for label in labels)
     return Slider(
         name=name,
         texts=tuple(text.replace("|", "/") for text in texts),
@@ -105,6 +108,10 @@ def pngs_of(figures: Sequence[Figure]) -> Iterator[bytes]:
         box = Bbox.union(boxes).padded(mpl.rcParams["savefig.pad_inches"])
         for figure in figures:
             yield png(figure, dpi=figure.dpi, bbox_inches=box)
+
+
+def _shown(label: Hashable) -> str:
+    return f"{label:g}" if isinstance(label, float) else str(label)
 
 
 def _hidden(hidden: bool) -> str:

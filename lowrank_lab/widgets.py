@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lowrank_lab.config import SIZES, InputError, RunConfig
 from lowrank_lab.methods import METHODS
 from lowrank_lab.panel import panel
+from lowrank_lab.slider import slider
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,11 +55,18 @@ def progress(config: RunConfig, headless: bool = True) -> Iterator[OnStep]:
 def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
     """The simulated step of a configuration, and whether it fits; live: with sliders to change it.
 
+    Headless, a slider goes through a few batch sizes, which were simulated beforehand.
+
     Args:
         capacity: of the card, in bytes.
     """
     if headless:
-        return _step_figure(config, capacity)[0]
+        batches = sorted({max(1, config.batch // 4), config.batch, 4 * config.batch})
+        steps = {n: _step_figure(config.replace(batch=n), capacity) for n in batches}
+        return slider(
+            {n: figure for n, (figure, _) in steps.items()}, "batch", start=config.batch,
+            say=lambda n: steps[n][1],
+        )  # fmt: skip
     import ipywidgets as ipw
     from IPython.display import display
 
@@ -130,7 +138,7 @@ def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
 
 
 def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = True) -> Any:
-    """Spectra over training of the layers of one kind, of the first run; live: of any, by lists.
+    """Spectra over training of the layers of one kind: a slider through the runs; live: lists.
 
     Args:
         what: of `Run.spectra_of`.
@@ -147,7 +155,7 @@ def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = T
         return figures.spectrum_curves(table, layers[:8])
 
     if headless:
-        return drawn(runs[0], kind)
+        return slider({run.label: drawn(run, kind) for run in runs}, "run")
     import ipywidgets as ipw
     from IPython.display import display
 

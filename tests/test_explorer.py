@@ -249,8 +249,12 @@ def test_a_pattern_chooses_runs_and_a_wrong_one_is_refused(folder):
         explorer.select(str(folder), "(")
 
 
-def test_headless_shows_a_line_and_plain_figures(folder, monkeypatch):
+def test_headless_shows_a_line_and_what_was_drawn_beforehand(folder, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
     explorer.dashboard(Choice(str(folder)))
-    assert [type(thing).__name__ for thing in shown] == ["Markdown", *["Drawing"] * 3]
+    names = [type(thing).__name__ for thing in shown]
+    assert names == ["Markdown", "Drawing", "Slider", "Drawing"]
+    steps = shown[2].texts
+    assert (steps[0], steps[-1], steps[shown[2].start]) == ("step = 0", "step = 40", "step = 40")
+    assert len(set(shown[2].images)) == len(steps)

@@ -95,7 +95,10 @@ def test_the_tradeoff_puts_each_label_at_its_bytes_and_mean_perplexity():
 
 def test_one_label_alone_can_be_drawn():
     assert texts(figures.tradeoff(finals_table(["galore"], [0]))) == ["galore  20.00"]
-    assert texts(figures.loss_curves(runs_table(["galore"], [0], [10]))) == ["galore  3.500"]
+    assert texts(figures.loss_curves(runs_table(["galore"], [0], [10]))) == ["3.500"]
+    ax = figures.loss_curves(runs_table(["galore"], [0])).axes[0]
+    assert ax.get_title(loc="left") == "galore"
+    assert ax.get_ylim()[1] >= ax.get_lines()[0].get_ydata().max()  # nothing is cut off
 
 
 def test_a_method_keeps_its_colour_and_its_variants_differ_by_line():

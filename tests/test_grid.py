@@ -202,8 +202,11 @@ def test_the_same_knob_twice_is_said_in_the_text(knobs):
     assert "must be another knob than row" in text.value
 
 
-def test_headless_is_a_figure_and_no_widget(folder):
-    assert len(grid_view.explore(folder).axes) == 2  # a map and its colours
+def test_headless_is_a_slider_through_the_maps_and_no_widget(folder):
+    shown = grid_view.explore(folder)
+    assert len(set(shown.images)) == len(set(shown.texts)) > 1
+    assert "cells have no run" not in shown.texts[shown.start]  # it starts at the fullest
+    assert all(": best = " in text for text in shown.texts)
 
 
 @pytest.mark.parametrize(

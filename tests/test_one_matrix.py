@@ -198,9 +198,14 @@ def test_curves_are_drawn_with_their_last_errors_beside_them():
     assert sorted(texts) == sorted([*wanted, "floor  0.2611"])
 
 
-def test_headless_panels_are_plain_figures(shown):
-    for figure in (view.approximate(W, 4), view.explore(W, Settings("galore", steps=5))):
-        assert figure._repr_png_().startswith(b"\x89PNG")
+def test_headless_panels_are_drawn_beforehand(shown):
+    ranks = view.approximate(W, 4)
+    assert ranks.texts[2] == f"rank = 4, error {one_matrix.tail(W, 4):.4f}"
+    assert (len(set(ranks.images)), ranks.start) == (6, 2)
+    methods = view.explore(W, Settings("galore", steps=5))
+    assert [text.split(",")[0] for text in methods.texts] == list(one_matrix.METHODS)
+    assert methods.texts[methods.start].startswith("galore, rank = 4, ")
+    assert all("singular value against index" in alt for alt in methods.alts)
     assert not shown
 
 

@@ -179,7 +179,7 @@ def label_ends(
     lift = max(0.0, 0.03 - heights[0])  # none beside the numbers of the other axis
     for height, (value, label, colour) in zip(heights, ends, strict=True):
         ax.annotate(
-            f"{label}  {value:.{digits}f}", (1.0, height + lift), xycoords="axes fraction",
+            f"{label}  {value:.{digits}f}".strip(), (1.0, height + lift), xycoords="axes fraction",
             xytext=(6, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center",
             annotation_clip=False,
         )  # fmt: skip

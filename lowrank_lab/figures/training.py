@@ -63,11 +63,14 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
         ax.plot(part[x], part["mean"], line, color=colour, lw=1.6)
         low, high = part["mean"] - part["half_width"], part["mean"] + part["half_width"]
         ax.fill_between(part[x], low, high, color=colour, alpha=0.15, lw=0)
-        ends.append((float(part["mean"].iloc[-1]), label, colour))
-    # What matters is where the curves end: leave the first, steep part out of the picture.
-    last = table.groupby("label")["mean"].last()
-    spread = max(last.max() - last.min(), 0.05)
-    ax.set_ylim(last.min() - 0.15 * spread, min(table["mean"].max(), last.max() + 3 * spread))
+        ends.append((float(part["mean"].iloc[-1]), label if len(labels) > 1 else "", colour))
+    if len(labels) > 1:
+        # What matters is where the curves end: leave the first, steep part out of the picture.
+        last = table.groupby("label")["mean"].last()
+        spread = max(last.max() - last.min(), 0.05)
+        ax.set_ylim(last.min() - 0.15 * spread, min(table["mean"].max(), last.max() + 3 * spread))
+    else:
+        ax.set_title(labels[0], loc="left")
     ax.set_xlabel("training tokens" if x == "tokens_seen" else "training time (s)")
     ax.set_ylabel(f"{y.replace('_', ' ')} (nats a token)")
     if x == "tokens_seen":
