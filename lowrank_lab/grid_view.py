@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 
 from lowrank_lab import grid
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import STYLE, Drawing, image
+from lowrank_lab.figures import RANKED, STYLE, Drawing, image
 from lowrank_lab.panel import panel as controls
 from lowrank_lab.slider import slider
 
@@ -28,7 +28,6 @@ WORDS = {
 }  # fmt: skip
 MAP = "cividis"  # the same order for colour-blind readers and in grey print
 MOST_MAPS = 12  # in one figure
-RANKED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 
 
 def words(name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lowrank_lab import figures
+from lowrank_lab import figures, grid, grid_view
 from lowrank_lab.runs import (
     Run,
     append_jsonl,
@@ -153,6 +153,7 @@ def _pictures(
         "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),
         f"Test perplexity against the bytes of weights and optimizer states.{which}",
     )  # fmt: skip
+    yield from _map(runs, folder)
     memory = _memory_of(shown)
     yield Picture(
         "memory", figures.memory_bars(memory), figures.memory_table(memory),
@@ -185,6 +186,21 @@ def _pictures(
             f"Singular values of the weights while {label} trains, from light to dark "
             "(one layer of each kind; one seed).",
         )  # fmt: skip
+
+
+def _map(runs: Sequence[Run], folder: Path | str) -> Iterator[Picture]:
+    """Heat maps of the perplexity, if the runs are a grid of one method over two knobs or more."""
+    if len({run.config.method for run in runs}) > 1:
+        return
+    table = grid.settings(folder)
+    knobs = list(grid.varying(table))
+    if len(knobs) < 2:
+        return
+    maps = list(grid.maps(table, *knobs[:2]))[: grid_view.MOST_MAPS]
+    yield Picture(
+        "map", grid_view.heat_maps(maps), pd.concat([cells.assign(**at) for at, cells in maps]),
+        "Test perplexity over the knobs of the study: mean, half of the 95 % interval, and seeds.",
+    )  # fmt: skip
 
 
 def memory_of(folder: Path | str) -> pd.DataFrame:

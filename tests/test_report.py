@@ -127,3 +127,9 @@ def test_kept_records_are_thin_and_give_the_same_report(folder, tmp_path):
     first = report.write_report(folder, "t", out=tmp_path / "first")
     second = report.write_report(tmp_path / "kept", "t", out=tmp_path / "second")
     assert first.read_text() == second.read_text()
+
+
+@pytest.mark.parametrize(("study", "names"), [("rank_and_reset", ["map"]), ("quick", [])])
+def test_a_grid_of_one_method_gets_heat_maps(study, names):
+    folder = Path(__file__).parents[1] / "data" / "study" / study
+    assert [picture.name for picture in report.pictures(folder, "map")] == names

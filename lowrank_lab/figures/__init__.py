@@ -8,6 +8,7 @@ line.
 from lowrank_lab.figures.drawing import (
     COLOURS,
     MIB,
+    RANKED,
     STYLE,
     Drawing,
     apart,
@@ -60,6 +61,7 @@ __all__ = [
     "FACTS",
     "MIB",
     "OF_A_STEP",
+    "RANKED",
     "STYLE",
     "Drawing",
     "apart",

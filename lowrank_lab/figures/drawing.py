@@ -26,6 +26,7 @@ COLOURS = {
     "fira": "#009E73",
 }
 OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+RANKED = ("#0072B2", "#D55E00", "#009E73", *OTHER_COLOURS, "#000000")  # of what is no method
 STYLE: Any = {
     "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.axisbelow": True, "axes.titlesize": 10, "axes.labelsize": 9.5, "font.size": 9,
@@ -177,6 +178,7 @@ def label_ends(
     bottom, top, *places = scale([low, high, *(max(value, low) for value, *_ in ends)])
     heights = apart([(place - bottom) / (top - bottom) for place in places], gap)
     lift = max(0.0, 0.03 - heights[0])  # none beside the numbers of the other axis
+    lift -= max(0.0, min(heights[-1] - 0.98, heights[0] - 0.03))  # and none above the top
     for height, (value, label, colour) in zip(heights, ends, strict=True):
         ax.annotate(
             f"{label}  {value:.{digits}f}".strip(), (1.0, height + lift), xycoords="axes fraction",

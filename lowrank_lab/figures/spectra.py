@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import STYLE, Drawing, canvas, label_ends, look, nothing
+from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, label_ends, look, nothing
 from lowrank_lab.spectra import effective_rank, middle_layers, stable_rank
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def effective_rank_curves(spectra: pd.DataFrame) -> Figure:
     )
     figure, ax = canvas(6.4, 3.4)
     ends = []
-    palette = sns.color_palette("colorblind", mean.index.get_level_values(0).nunique())
-    for colour, (kind, part) in zip(palette, mean.groupby(level=0, sort=False), strict=True):
+    for colour, (kind, part) in zip(cycle(RANKED), mean.groupby(level=0, sort=False), strict=False):
         steps = part.index.get_level_values("step")
         ax.plot(steps, part.to_numpy(), "o-", ms=3, lw=1.4, color=colour)
         ends.append((float(part.iloc[-1]), str(kind), colour))
@@ -180,6 +180,9 @@ def fact_curves(facts: pd.DataFrame, names: Sequence[str] | None = None) -> Figu
         ax.set_xlabel("step", fontsize=8.5)
         if name == "condition":
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
         else:
             ax.set_ylim(bottom=0)
     for ax in axes.flat[len(shown) :]:
@@ -246,7 +249,8 @@ def _panels(names: Sequence[str]) -> tuple[Figure, Any]:
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=(2.15 * columns + 0.6, 1.95 * rows + 0.5), layout="constrained")
+        size = (4.2, 3.0) if len(names) == 1 else (2.15 * columns + 0.6, 1.95 * rows + 0.5)
+        figure = Drawing(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for ax, name in zip(axes.flat, names, strict=False):
         ax.set_title(name.removeprefix("model."), fontsize=8, y=1)
