@@ -1,41 +1,97 @@
 """Checkpoints: tensors by torch.distributed.checkpoint, the rest as JSON, renamed into place.
 
-A checkpoint is a folder `step-00000040`. It is written under another name, fsynced and renamed, so
-that a folder with that name is always whole.
+A checkpoint is a folder `step-00000040` of safetensors, JSON and SHA256SUMS (`sha256sum -c` reads
+it): nothing in it is ever unpickled. It is written under another name, fsynced and renamed, so that
+a folder with that name was whole once; what happened to it later, its sums tell.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.config import InputError
 from lowrank_lab.optim.base import is_quantized
 
-KEPT = 2
+SUMS = "SHA256SUMS"
+BEST = "best.json"  # beside the checkpoints: which of them is the best
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: Any
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    kept: int = 2,
+    loss: float | None = None,
+    **extra: Any,
 ) -> Path:
-    """Write the checkpoint of `step` updates into `folder`, and drop all but the last KEPT.
+    """Write the checkpoint of `step` updates into `folder`; drop all but the last and the best.
 
     Args:
+        kept: how many of the last ones stay.
+        loss: on held-out text; the checkpoint with the lowest is marked in best.json and stays.
         extra: anything JSON can hold, given back by `load`.
+
+    Raises:
+        OSError: it can't be written; those before are untouched.
     """
+    target = folder / f"step-{step:08d}"
+    for left in folder.glob(".partial-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    partial = folder / f".partial-{target.name}-{os.getpid()}"
+    partial.mkdir(parents=True)
+    try:
+        _write(partial, step, model, optimizer, extra)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    _fsync(folder)
+    stay = {*all_checkpoints(folder)[-kept:], _mark_best(folder, target, loss)}
+    for old in all_checkpoints(folder):
+        if old not in stay:
+            shutil.rmtree(old)
+    return target
+
+
+def _mark_best(folder: Path, newest: Path, loss: float | None) -> Path | None:
+    """The checkpoint with the lowest loss, which may be the newest; noted in best.json."""
+    place = folder / BEST
+    best: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+    if loss is not None and loss <= best.get("validation_loss", loss):
+        best = {"checkpoint": newest.name, "validation_loss": loss}
+        partial = folder / f".{BEST}"
+        partial.write_text(json.dumps(best))
+        _fsync(partial)
+        partial.replace(place)
+    return folder / best["checkpoint"] if best else None
+
+
+def _write(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+) -> None:
+    """The files of a checkpoint, on the disk when this returns."""
     # Imported where it is used: it takes as long as half of torch.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-    target = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{target.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
     scalars: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
@@ -57,45 +113,93 @@ def save(
                 scalars[f"{name}/{key}"] = value
     with warnings.catch_warnings():  # that there is one process only is known here
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_save(tensors, checkpoint_id=partial, no_dist=True)
+        packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            dcp_save(packed, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        except CheckpointException as error:  # no Exception, and it hides what happened
+            raise next(iter(error.failures.values()))[0] from None
     groups = [
         {k: v for k, v in group.items() if isinstance(v, int | float | str | None)}
         for group in optimizer.param_groups
     ]
     facts = {"step": step, "optimizer": scalars, "groups": groups, "extra": extra}
-    (partial / "state.json").write_text(json.dumps(facts))
-    for file in [*partial.iterdir(), partial]:
+    (folder / "state.json").write_text(json.dumps(facts))
+    sums = "".join(f"{_sum(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
+    (folder / SUMS).write_text(sums)
+    for file in [*folder.iterdir(), folder]:
         _fsync(file)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    _fsync(folder)
-    for old in all_checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
-    return target
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Checkpoints that were written to their end, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
+def fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, in a few words; empty if nothing is."""
+    try:
+        lines = (checkpoint / SUMS).read_text().splitlines()
+        sums = {line[66:]: line[:64] for line in lines}
+        if "state.json" not in sums:
+            return f"{SUMS} is cut off"
+        for name in sums:
+            if _sum(checkpoint / name) != sums[name]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"{SUMS} can't be read: {error}"
+    return ""
+
+
+def newest(folder: Path, report: Callable[[str], None] = warnings.warn) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None if there are none at all.
+
+    Args:
+        report: called with a line for each damaged one that is passed over.
+
+    Raises:
+        InputError: there are checkpoints, and all are damaged.
+    """
+    found = all_checkpoints(folder)
+    for checkpoint in reversed(found):
+        wrong = fault(checkpoint)
+        if not wrong:
+            return checkpoint
+        report(f"{checkpoint} is damaged: {wrong}; the one before it is used")
+    if found:
+        allowed = "all of them are damaged; remove the folder to train from the start"
+        raise InputError("checkpoints", str(folder), allowed)
+    return None
+
+
 def load(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    report: Callable[[str], None] = warnings.warn,
 ) -> tuple[int, dict[str, Any]]:
-    """Put the newest checkpoint's tensors into the model and the optimizer, on their devices.
+    """Put the newest good checkpoint's tensors into model and optimizer, on their devices.
+
+    Args:
+        report: of `newest`.
 
     Returns:
         The number of updates done, and what was saved as extra; (0, {}) if there is no checkpoint.
+
+    Raises:
+        InputError: of `newest`.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-    found = all_checkpoints(folder)
-    if not found:
+    found = newest(folder, report)
+    if found is None:
         return 0, {}
-    facts = json.loads((found[-1] / "state.json").read_text())
-    stored = FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+    facts = json.loads((found / "state.json").read_text())
+    reader = HuggingFaceStorageReader(str(found))
+    stored = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype)
         for name, meta in stored.items()
@@ -103,7 +207,7 @@ def load(
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_load(tensors, checkpoint_id=found[-1], no_dist=True)
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
     model.load_state_dict(
         {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
     )
@@ -138,6 +242,11 @@ def _quantized(tensors: dict[str, Tensor], key: str, signed: bool, dtype: str) -
     shown = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
     state: Tensor = OptimState8bit(*parts, signed, shown[dtype])
     return state
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

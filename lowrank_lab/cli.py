@@ -1,6 +1,7 @@
 """`lowrank-lab …`: the command line. Flags of `train` are the fields of RunConfig.
 
-Exit status: 0 done, 1 the work failed, 2 wrong input (one line on stderr), 130 interrupted.
+Exit status: 0 done, 1 the work failed, 2 wrong input (one line on stderr), 130 interrupted by
+Ctrl-C, 143 asked to stop by SIGTERM: the step was finished and saved.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -39,7 +41,8 @@ class _OneLine(click.Group):
         except BrokenPipeError:
             sys.exit(0)
         except (RuntimeError, OSError) as error:
-            _fail(f"failed: {' '.join(str(error).split())}", 1)
+            status: int = getattr(error, "exit_status", 1)
+            _fail(f"{'failed: ' if status == 1 else ''}{' '.join(str(error).split())}", status)
 
 
 def _fail(line: str, status: int) -> NoReturn:
@@ -161,7 +164,7 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
 
         def show(row: dict[str, Any]) -> None:
             bar.update(row["step"] - bar.n)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}", refresh=False)
 
         run = train_run(config, out, label=label, on_step=show)
     result = run.result

@@ -81,7 +81,7 @@ SIZES = {
 }
 
 # Fields that change what is recorded or how a run is executed, but not what is trained.
-NOT_IN_RUN_ID = frozenset({"checkpoint_every", "device"})
+NOT_IN_RUN_ID = frozenset({"checkpoint_every", "checkpoints_kept", "keep_checkpoints", "device"})
 
 
 def help_field(default: Any, text: str, **limits: Any) -> Any:
@@ -163,6 +163,9 @@ class RunConfig(BaseModel):
     per_layer: bool = help_field(False, "update each weight within the backward pass; needs clip 0")
     weight_decay: float = help_field(0.0, "decoupled weight decay", ge=0, le=10)
     clip: float = help_field(1.0, "largest global gradient norm, 0 = no clipping", ge=0)
+    on_nonfinite: Literal["stop", "skip"] = help_field(
+        "stop", "a loss or gradient that is inf or NaN stops the run, or its update is left out"
+    )
     # execution
     precision: Literal["fp32", "bf16", "amp-bf16"] = help_field("fp32", "weights and compute dtype")
     state_precision: Literal["same", "fp32"] = help_field(
@@ -188,6 +191,10 @@ class RunConfig(BaseModel):
     checkpoint_every: int | None = help_field(
         None, "steps between checkpoints; default steps/10", ge=1, le=1 << 50
     )
+    checkpoints_kept: int = help_field(
+        2, "how many of the last checkpoints stay; the best one stays, too", ge=1, le=1 << 20
+    )
+    keep_checkpoints: bool = help_field(False, "leave them in the folder of a finished run")
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -232,6 +239,9 @@ class RunConfig(BaseModel):
                 raise InputError(
                     name, getattr(self, name), f"not a regular expression: {error}"
                 ) from None
+        if self.per_layer and self.on_nonfinite == "skip":
+            allowed = "with per_layer weights change before their step is known to be finite; stop"
+            raise InputError("on_nonfinite", "skip", allowed)
         self._check_periods()
         return self
 

@@ -19,8 +19,10 @@ from lowrank_lab.stats import mean_interval
 
 ANY = "any"
 NO_KNOBS = frozenset(
-    {"seed", "tokens", "device", "checkpoint_every", "eval_every", "eval_tokens", "spectra_every",
-     "spectra_layers"}
+    {
+        "seed", "tokens", "device", "checkpoint_every", "checkpoints_kept", "keep_checkpoints",
+        "eval_every", "eval_tokens", "spectra_every", "spectra_layers",
+    }
 )  # fmt: skip
 FIRST = ("rank", "reset_every", "reset_strength", "on_refactor", "refactor_every", "lr", "method")
 KNOBS = (*FIRST, *(n for n in RunConfig.model_fields if n not in NO_KNOBS and n not in FIRST))

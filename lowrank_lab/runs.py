@@ -14,12 +14,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lowrank_lab.config import InputError, RunConfig
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two processes apart
+    fcntl = None
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +43,47 @@ DESCRIBES = (
     "model", "corpus", "method", "rank", "init", "lr", "refactor_every", "reset_every",
     "reset_strength", "seed",
 )  # fmt: skip
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a run folder, and hold it: the system lets go of it when this process ends, however.
+
+    Raises:
+        InputError: another process holds it, or nothing can be written there.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _hold(path)
+    except BlockingIOError:
+        allowed = f"another process trains in it: {path.read_text().strip()}"
+        raise InputError("out", str(folder), allowed) from None
+    except OSError as error:
+        allowed = f"nothing can be written there: {error.strerror}"
+        raise InputError("out", str(folder), allowed) from None
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _hold(path: Path) -> TextIO:
+    """Open a file and lock it; BlockingIOError if another process has."""
+    while True:
+        file = path.open("a+")
+        try:
+            if fcntl is None:
+                return file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # whoever held it has just removed it
 
 
 def write_json(path: Path, value: object) -> None:

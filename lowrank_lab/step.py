@@ -99,13 +99,14 @@ def take_step_(
     step: int,
     *,
     per_layer: PerLayerUpdates | None = None,
-    check: Callable[[Tensor, Tensor], Values] | None = None,
+    check: Callable[[Tensor, Tensor], Values | None] | None = None,
 ) -> tuple[Values | None, list[dict[str, Any]]]:
     """Update `step` (from 0) on the pieces of one batch, and the events that follow it.
 
     Args:
         per_layer: updates the weights within the backward pass.
-        check: reads loss and gradient norm before the weights change; by raising it keeps them.
+        check: reads loss and gradient norm before the weights change; by raising it keeps them, by
+            returning None it leaves out this update (not the events that follow it).
 
     Returns:
         What `check` returned, and what the events did.
@@ -114,7 +115,8 @@ def take_step_(
         set_learning_rate(optimizer, config, step)
     loss, norm = gradients(model, batches, config, per_layer)
     values = check(loss, norm) if check is not None else None
-    return values, update_(model, optimizer, config, step)
+    left_out = check is not None and values is None
+    return values, update_(model, optimizer, config, step, left_out)
 
 
 def gradients(
@@ -145,14 +147,21 @@ def gradients(
 
 
 def update_(
-    model: Llama, optimizer: torch.optim.Optimizer, config: RunConfig, step: int
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    step: int,
+    left_out: bool = False,
 ) -> list[dict[str, Any]]:
     """Apply update `step` (from 0), then the events that follow it; gradients are freed.
+
+    Args:
+        left_out: no update this time, only the events.
 
     Returns:
         What the events did, as they go into metrics.jsonl.
     """
-    if not config.per_layer:
+    if not config.per_layer and not left_out:
         set_learning_rate(optimizer, config, step)
         with record_function("optimizer"):
             optimizer.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,23 +21,32 @@ from lowrank_lab.layers import train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.provenance import ran_on
-from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, write_json
+from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
 from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
     Batch,
     PerLayerUpdates,
+    Values,
     autocast,
     kind_of,
     take_step_,
 )
 from lowrank_lab.tracing import Breakdown, Tracker, unseen
+from lowrank_lab.watch import LossWatch, asked_to_stop
 
 PROGRESS_SECONDS = 0.5
+MOST_SKIPPED = 20  # updates in a row: then nothing good is to be expected any more
 
 
 class TrainingError(RuntimeError):
-    """Training stopped because of what it computed, not because of its input."""
+    """Training stopped because of what it computed or couldn't write, not because of its input."""
+
+
+class Terminated(TrainingError):
+    """Training was asked to stop, and has saved its state."""
+
+    exit_status = 143  # what a shell shows for a process that SIGTERM ended
 
 
 def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
@@ -113,21 +123,39 @@ def train(
         on_step: called after every step with its row of metrics.jsonl.
 
     Raises:
-        InputError: before anything is written.
-        TrainingError: the loss or a gradient is not finite; the last good state is in the folder.
+        InputError: before anything is written; also a folder that another process trains in, that
+            can't be written to, or whose checkpoints are all damaged.
+        TrainingError: the loss or a gradient is not finite, or a record can't be written; the last
+            good state is in the folder.
+        Terminated: SIGTERM came; the step was finished and its state saved.
     """
     config, corpus = check(config)
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
     if _is_finished(target, config):
         return Run(target)
-    trainer = Trainer(config, corpus, target, label)
-    trainer.resume()
-    while trainer.updates < config.total_steps:
-        row = trainer.advance()
-        if on_step is not None:
-            on_step(row)
-    trainer.finish()
+    with locked(target), asked_to_stop() as stop:
+        if not _is_finished(target, config):  # the process that held it may just have ended it
+            _train(Trainer(config, corpus, target, label), on_step, stop)
     return Run(target)
+
+
+def _train(
+    trainer: Trainer, on_step: Callable[[dict[str, Any]], None] | None, stop: Callable[[], bool]
+) -> None:
+    try:
+        trainer.resume()
+        while trainer.updates < trainer.config.total_steps:
+            row = trainer.advance()
+            if on_step is not None:
+                on_step(row)
+            if stop():
+                trainer.save_checkpoint()
+                line = f"stopped after step {trainer.updates}; started again, it goes on from there"
+                raise Terminated(line)
+        trainer.finish()
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename or trainer.folder}"
+        raise TrainingError(f"{what}; {trainer.kept_state()}; started again, it goes on") from error
 
 
 def _is_finished(folder: Path, config: RunConfig) -> bool:
@@ -168,6 +196,10 @@ class Trainer:
         self._peaks: dict[str, int] = {}  # bytes, by kind of step
         self._spectra = SpectraRecorder(self.model, self.optimizer, config.spectra_layers)
         self._progress_due = 0.0
+        self._watch = LossWatch()
+        self._skipped = 0  # updates left out in a row
+        self._found: list[dict[str, Any]] = []  # events that the next row tells
+        self._best: dict[str, float] = {}  # the lowest validation loss, and after which step
         self._ahead: tuple[int, list[Batch]] | None = None  # the next step and its batches
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
@@ -181,10 +213,13 @@ class Trainer:
     def resume(self) -> None:
         """Go back to the newest checkpoint, and cut the records back to its step."""
         self.updates, extra = checkpoint.load(
-            self.folder / "checkpoints", self.model, self.optimizer
+            self.folder / "checkpoints", self.model, self.optimizer, self._tell_damage
         )
         self.seconds = extra.get("seconds", 0.0)
         self._peaks = extra.get("peaks", {})
+        self._watch = LossWatch(extra.get("recent_losses", ()))
+        self._skipped = extra.get("skipped", 0)
+        self._best = extra.get("best", {})
         if warm_start(self.config):
             train_dense_(self.model, on=self.updates < warm_start(self.config))
         last_kept = self.updates if self.updates else -1
@@ -207,13 +242,16 @@ class Trainer:
                 self.model, self.optimizer, batches, config, self.updates,
                 per_layer=self._per_layer, check=self._finite,
             )  # fmt: skip
-        assert values is not None
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
         self.updates += 1
-        row = self._row(*values, elapsed, done, self._peaks.get(kind))
+        found = [*self._found, *(self._watch.see(values[0]) if values else ())]
+        self._found.clear()
+        row = self._row(values, elapsed, found + done, self._peaks.get(kind))
         if self._due(config.cadence("eval_every")):
-            row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
+            loss = row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
+            if loss < self._best.get("validation_loss", math.inf):
+                self._best = {"validation_loss": loss, "step": self.updates}
         append_jsonl(self.folder / "metrics.jsonl", [row])
         if eventful:
             moved = self._spectra.momentum_rows(self.updates, kind)
@@ -221,8 +259,9 @@ class Trainer:
         if self._due(config.cadence("spectra_every")):
             self._record_spectra()
         if self.updates % config.cadence("checkpoint_every") == 0:
-            self.save_checkpoint()
-        self._report_progress(row)
+            self.save_checkpoint(row.get("validation_loss"))
+        if values is not None:
+            self._report_progress(row)
         return row
 
     def finish(self) -> None:
@@ -243,6 +282,8 @@ class Trainer:
             **losses,
             "validation_perplexity": math.exp(min(losses["validation_loss"], 700.0)),
             "test_perplexity": math.exp(min(losses["test_loss"], 700.0)),
+            "best_validation_loss": self._best.get("validation_loss"),
+            "best_step": self._best.get("step"),
             "entropy": self.corpus.entropy,
             "steps": self.updates,
             "tokens_seen": self.updates * self.config.tokens_per_step,
@@ -254,7 +295,8 @@ class Trainer:
         }
         write_json(self.folder / "result.json", result)
         (self.folder / "progress.json").unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        if not self.config.keep_checkpoints:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def evaluate(self, split: Split, tokens: int) -> float:
         loss = evaluate(self.model, self.corpus, split, tokens, self.config)
@@ -262,22 +304,34 @@ class Trainer:
             self._stop(f"the {split} loss after step {self.updates} is {loss}")
         return loss
 
-    def save_checkpoint(self) -> None:
-        """Keep the present state, unless weights in it are no longer finite."""
+    def save_checkpoint(self, loss: float | None = None) -> None:
+        """Keep the present state, unless weights in it are no longer finite.
+
+        Args:
+            loss: on the validation block, if it was just measured.
+        """
         if all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            folder = self.folder / "checkpoints"
             checkpoint.save(
-                folder, self.updates, self.model, self.optimizer, seconds=self.seconds,
-                peaks=self._peaks,
+                self.folder / "checkpoints", self.updates, self.model, self.optimizer,
+                kept=self.config.checkpoints_kept, loss=loss, seconds=self.seconds,
+                peaks=self._peaks, recent_losses=list(self._watch.recent), best=self._best,
+                skipped=self._skipped,
             )  # fmt: skip
+
+    def kept_state(self) -> str:
+        """Where the last good state is, in words."""
+        kept = checkpoint.all_checkpoints(self.folder / "checkpoints")
+        return f"the last good state is kept in {kept[-1]}" if kept else "no good state was kept"
+
+    def _tell_damage(self, line: str) -> None:
+        warnings.warn(line, stacklevel=2)
+        self._found.append({"event": "damaged-checkpoint", "what": line})
 
     def _stop(self, reason: str) -> NoReturn:
         """End the run, with the last good state kept."""
         self.optimizer.zero_grad(set_to_none=True)
         self.save_checkpoint()
-        kept = checkpoint.all_checkpoints(self.folder / "checkpoints")
-        where = f"the last good state is kept in {kept[-1]}" if kept else "no good state was kept"
-        raise TrainingError(f"{reason}; {where}; a lower lr may help")
+        raise TrainingError(f"{reason}; {self.kept_state()}; a lower lr may help")
 
     def _batches(self, updates: int) -> list[Batch]:
         """The batches of the step after so many, on the device; those fetched ahead if they are."""
@@ -303,8 +357,10 @@ class Trainer:
             t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
         )
 
-    def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-        """Loss and gradient norm as numbers, fetched at once; stops the run if one isn't finite.
+    def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float] | None:
+        """Loss and gradient norm as numbers, fetched at once.
+
+        If one isn't finite, the run stops, or with `on_nonfinite` skip its update is left out.
 
         Called while the gradients are there: those of a recorded step are noted. The numbers are
         waited for, so what can be done meanwhile is done before.
@@ -314,16 +370,22 @@ class Trainer:
         values = torch.stack([loss.float(), norm.float()]).tolist()
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):
-                self._stop(f"the {name} of step {self.updates + 1} is {value}")
+                reason = f"the {name} of step {self.updates + 1} is {value}"
+                self._skipped += 1
+                if self.config.on_nonfinite == "stop" or self._skipped > MOST_SKIPPED:
+                    self._stop(reason)
+                self._found.append({"event": "skipped", "what": reason})
+                return None
+        self._skipped = 0
         if self._due(self.config.cadence("spectra_every"), self.updates + 1):
             with unseen():  # it is no part of training
                 self._spectra.see_gradients()
         return values[0], values[1]
 
     def _row(
-        self, loss: float, norm: float, elapsed: float, done: list[dict[str, Any]],
-        peak: int | None,
-    ) -> dict[str, Any]:  # fmt: skip
+        self, values: Values | None, elapsed: float, done: list[dict[str, Any]], peak: int | None
+    ) -> dict[str, Any]:
+        loss, norm = values or (None, None)
         return {
             "step": self.updates,
             "tokens_seen": self.updates * self.config.tokens_per_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ def progress(config: RunConfig, headless: bool = True) -> Iterator[OnStep]:
     def show(row: dict[str, Any]) -> None:
         bar.value = row["step"]
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-        text.value = f"{row['step']}/{config.total_steps}  loss {row['loss']:.3f}  {speed}"
+        text.value = (
+            f"{row['step']}/{config.total_steps}  loss {row['loss'] or math.nan:.3f}  {speed}"
+        )
 
     display(box)  # type: ignore[no-untyped-call]
     try:

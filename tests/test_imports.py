@@ -15,8 +15,8 @@ PACKAGE = Path(lowrank_lab.__file__).parent
 ORDER = (
     "config sources corpus layers attention llama optim techniques schedule options builders "
     "catalogue methods step tracing formulas memory budget spectra checkpoint provenance runs "
-    "train sample stats one_matrix grid figures slider panel one_matrix_view grid_view report "
-    "widgets explorer jobs pages publish study study_view budget_view cli"
+    "watch train sample stats one_matrix grid figures slider panel one_matrix_view grid_view "
+    "report widgets explorer jobs pages publish study study_view budget_view cli"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers".split()
@@ -72,6 +72,7 @@ def test_the_rooms_that_decide_a_run_are_those_that_training_uses():
         "checkpoint",
         "provenance",
         "runs",
+        "watch",
     }  # written, not computed with
     reached, todo = set(), {"train"}
     while todo:

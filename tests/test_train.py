@@ -540,8 +540,8 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_not_kept(
 ):
     update_ = step_room.update_
 
-    def spoiled(model, optimizer, given, step):
-        done = update_(model, optimizer, given, step)
+    def spoiled(model, optimizer, given, step, *rest):
+        done = update_(model, optimizer, given, step, *rest)
         if step + 1 == at:
             with torch.no_grad():
                 next(p for n, p in model.named_parameters() if "up_proj" in n)[0, 0] = math.nan
