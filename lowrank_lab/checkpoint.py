@@ -13,6 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,7 +70,9 @@ def save(
 def _mark_best(folder: Path, newest: Path, loss: float | None) -> Path | None:
     """The checkpoint with the lowest loss, which may be the newest; noted in best.json."""
     place = folder / BEST
-    best: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+    best: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # not there yet, or damaged: there will be another
+        best = json.loads(place.read_text())
     if loss is not None and loss <= best.get("validation_loss", loss):
         best = {"checkpoint": newest.name, "validation_loss": loss}
         partial = folder / f".{BEST}"

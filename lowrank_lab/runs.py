@@ -121,12 +121,17 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
-def cut_jsonl(path: Path, last_step: int) -> None:
-    """Drop the rows after `last_step`, so that a resumed run neither repeats nor skips one."""
+def cut_jsonl(path: Path, last_step: int) -> list[int]:
+    """Drop the rows after `last_step`, so that a resumed run neither repeats nor skips one.
+
+    Returns:
+        The steps of the rows that are left. What can't be read ends the table; it is gone.
+    """
     rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial.replace(path)
+    return [row["step"] for row in rows]
 
 
 class Run:
@@ -146,7 +151,10 @@ class Run:
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        try:
+            facts: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        except ValueError as error:
+            raise InputError("run", str(self.folder), f"config.json is damaged: {error}") from None
         return facts
 
     @property

@@ -225,8 +225,11 @@ class Trainer:
         last_kept = self.updates if self.updates else -1
         if self.updates:
             self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
-        for name in ("metrics.jsonl", "spectra.jsonl"):
-            cut_jsonl(self.folder / name, last_kept)
+        cut_jsonl(self.folder / "spectra.jsonl", last_kept)
+        steps = cut_jsonl(self.folder / "metrics.jsonl", last_kept)
+        if len(steps) < self.updates:
+            lost = f"rows {len(steps) + 1} to {self.updates} of metrics.jsonl can't be read"
+            self._tell_damage(f"{self.folder}: {lost}; training goes on without them")
         if self.updates == 0:
             self._record_spectra()
 
@@ -325,7 +328,7 @@ class Trainer:
 
     def _tell_damage(self, line: str) -> None:
         warnings.warn(line, stacklevel=2)
-        self._found.append({"event": "damaged-checkpoint", "what": line})
+        self._found.append({"event": "damage", "what": line})
 
     def _stop(self, reason: str) -> NoReturn:
         """End the run, with the last good state kept."""

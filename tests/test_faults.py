@@ -1,0 +1,455 @@
+"""Nothing is lost: killed, stopped, crowded, damaged and full runs end as if nothing had happened.
+
+Runs that are to die are trained in forked children, which start at once.
+"""
+
+import errno
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from short import short_options
+
+from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoint, train
+from lowrank_lab.runs import Run, locked, read_jsonl
+from lowrank_lab.watch import ENOUGH, LossWatch, asked_to_stop
+
+rooms = importlib.import_module("lowrank_lab.train")  # the name lowrank_lab.train is the function
+fork = multiprocessing.get_context("fork")
+
+STEPS = 24
+KILLED = ("low-rank", "galore", "relora", "sltrain", "apollo")
+KILLS = 4  # of each method
+TIMES = ("seconds", "tokens_per_second")
+
+
+def config_of(method="full-rank", **values):
+    """A short run with techniques and refreshes, that saves its state at every step."""
+    given = {
+        "model": "tiny", "num_layers": 1, "corpus": "markov", "vocab_size": 64, "steps": STEPS,
+        "sequence_length": 16, "batch": 4, "eval_tokens": 160, "test_tokens": 320, "eval_every": 6,
+        "spectra_every": 8, "checkpoint_every": 1, "reset_every": 5, "recovery_steps": 3,
+        "method": method, "method_options": short_options(method, 4),
+    }  # fmt: skip
+    given |= {"refactor_every": 3} if METHODS[method].layers else {}
+    return RunConfig(**given | values)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The finished run of a configuration, trained once."""
+    runs = {}
+
+    def of(config):
+        key = config.model_dump_json()
+        if key not in runs:
+            runs[key] = train(config, tmp_path_factory.mktemp("undisturbed"))
+        return runs[key]
+
+    return of
+
+
+def in_child(config, folder, before=lambda: None):
+    """Train in a forked child; the child."""
+
+    def work():
+        before()
+        train(config, folder)
+        os._exit(0)
+
+    child = fork.Process(target=work)
+    child.start()
+    return child
+
+
+def rows_of(run):
+    """The rows of metrics.jsonl but for times, and for what tells of damage."""
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    for row in rows:
+        row["events"] = [event for event in row["events"] if event["event"] != "damage"]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def assert_same(ours, theirs):
+    """Two finished runs with the same weights, bit for bit, and the same records."""
+    weights, others = (load_file(run.folder / "model.safetensors") for run in (ours, theirs))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert [row["step"] for row in rows_of(ours)] == list(range(1, ours.config.total_steps + 1))
+    assert rows_of(ours) == rows_of(theirs)
+    spectra, other_spectra = (read_jsonl(r.folder / "spectra.jsonl") for r in (ours, theirs))
+    assert spectra == other_spectra
+
+
+def told(run, event):
+    return [e for row in read_jsonl(run.folder / "metrics.jsonl")
+            for e in row["events"] if e["event"] == event]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", KILLED)
+def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(
+    method, tmp_path, undisturbed, record_property
+):
+    chance = random.Random(f"{method} is killed")
+    config = config_of(method, steps=60)
+    started = time.monotonic()
+    in_child(config, tmp_path / "timed").join()
+    length = time.monotonic() - started
+    moments, steps = [], []
+    for _ in range(KILLS):
+        child = in_child(config, tmp_path / "run")
+        moments.append(round(chance.uniform(0.02, 0.22) * length, 3))
+        child.join(moments[-1])
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        found = checkpoint.all_checkpoints(tmp_path / "run" / "checkpoints")
+        steps.append(int(found[-1].name[-8:]) if found else 0)
+    record_property("kills", f"after {moments} s, at steps {steps}")
+    assert_same(train(config, tmp_path / "run"), undisturbed(config))
+
+
+@pytest.mark.parametrize("write", range(8))
+def test_a_run_killed_inside_a_checkpoint_write_ends_as_if_undisturbed(
+    write, tmp_path, monkeypatch, undisturbed
+):
+    """Killed at each of the moments at which a checkpoint's files reach the disk."""
+    config, calls, fsync = config_of("low-rank"), [], checkpoint._fsync
+
+    def dies(path):
+        calls.append(path)
+        if len(calls) == 30 + write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(path)
+
+    child = in_child(config, tmp_path, lambda: monkeypatch.setattr(checkpoint, "_fsync", dies))
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists()
+    assert_same(train(config, tmp_path), undisturbed(config))
+    assert not list(tmp_path.rglob(".partial*"))
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, undisturbed, data):
+    config = config_of("galore", steps=STEPS)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {
+        "model": "tiny", "num_layers": 1, "corpus": "markov", "vocab_size": 64, "steps": 20_000,
+        "sequence_length": 16, "batch": 4, "checkpoint_every": 20_000, "eval_every": 20_000,
+        "spectra_every": 20_000, "repeat": "true",
+    }.items() if name != "repeat"]  # fmt: skip
+    command = [sys.executable, "-m", "lowrank_lab.cli", "train", *flags, "--repeat",
+               f"--out={tmp_path}"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)  # fmt: skip
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.stat().st_size < 1000):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    last = read_jsonl(metrics)[-1]["step"]
+    assert error.splitlines()[-1] == (
+        f"stopped after step {last}; started again, it goes on from there"
+    )
+    (kept,) = checkpoint.all_checkpoints(tmp_path / "checkpoints")
+    assert kept.name == f"step-{last:08d}"
+    assert config.run_id  # the run of the other tests is untouched
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_as_if_undisturbed(tmp_path, undisturbed):
+    config = config_of("galore", checkpoint_every=STEPS)
+
+    def stop(row):
+        if row["step"] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(rooms.Terminated, match="stopped after step 7;"):
+        train(config, tmp_path, on_step=stop)
+    assert_same(train(config, tmp_path), undisturbed(config))
+
+
+def test_outside_a_run_sigterm_does_what_it_did_before(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with asked_to_stop() as stop:
+        assert not stop()
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+    config = config_of()
+    with locked(tmp_path), pytest.raises(InputError, match=f"trains in it: {os.getpid()} on"):
+        train(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    assert train(config, tmp_path).finished  # and is free again
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_the_folder_of_a_killed_process_is_free(tmp_path):
+    def hold():
+        with locked(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = fork.Process(target=hold)
+    child.start()
+    child.join()
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path):
+        pass
+
+
+@contextmanager
+def small_disk(folder, size="", options="rw"):
+    """A file system of its own, mounted there; a skip where that is not allowed."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size or '1m'},{options}", "tmpfs", str(folder)],
+        capture_output=True, check=False,
+    ) if os.geteuid() == 0 else None  # fmt: skip
+    if done is None or done.returncode:
+        pytest.skip("a file system can't be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", ["64k", "128k", "320k"])
+def test_on_a_full_disk_a_run_stops_in_one_line_and_goes_on_when_there_is_room(
+    size, tmp_path, undisturbed
+):
+    config = config_of("low-rank")
+    with small_disk(tmp_path / "disk", size) as disk:
+        with pytest.raises(TrainingError, match=os.strerror(errno.ENOSPC)) as caught:
+            train(config, disk / "run")
+        assert "\n" not in str(caught.value)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert_same(train(config, disk / "run"), undisturbed(config))
+
+
+def test_where_files_may_not_grow_a_run_stops_in_one_line(tmp_path, undisturbed):
+    config = config_of("low-rank")
+
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        try:
+            train(config, tmp_path)
+        except TrainingError as error:
+            os._exit(7 if os.strerror(errno.EFBIG) in str(error) else 8)
+        os._exit(9)
+
+    child = fork.Process(target=work)
+    child.start()
+    child.join()
+    assert child.exitcode == 7
+    assert_same(train(config, tmp_path), undisturbed(config))
+
+
+def test_a_read_only_folder_is_refused_before_any_work(tmp_path):
+    with small_disk(tmp_path / "disk", options="ro") as disk:
+        with pytest.raises(InputError, match="nothing can be written there: Read-only"):
+            train(config_of(), disk)
+        assert not list(disk.iterdir())
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, undisturbed):
+    jumps = iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: 1e9 * math.sin(next(jumps)))
+    run = train(config_of("galore"), tmp_path)
+    assert_same(run, undisturbed(config_of("galore")))
+    assert (run.metrics["seconds"].diff().dropna() > 0).all()
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped": lambda path: path.write_bytes(
+        (b := path.read_bytes())[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :]
+    ),
+    "missing": lambda path: path.unlink(),
+}
+PARTS = (
+    "model-00001-of-00001.safetensors", "model.safetensors.index.json", "state.json", "SHA256SUMS",
+)  # fmt: skip
+
+
+def interrupted(config, folder, after=9):
+    """A run that was stopped after so many steps."""
+
+    def stop(row):
+        if row["step"] == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, folder, on_step=stop)
+    return checkpoint.all_checkpoints(folder / "checkpoints")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    part, damage, tmp_path, undisturbed
+):
+    config = config_of("low-rank")
+    before, newest = interrupted(config, tmp_path)[-2:]
+    assert sorted(p.name for p in newest.iterdir()) == sorted(PARTS)
+    DAMAGES[damage](newest / part)
+    with pytest.warns(UserWarning, match=newest.name) as warned:
+        run = train(config, tmp_path)
+    assert_same(run, undisturbed(config))
+    (event,) = told(run, "damage")
+    assert event["what"] == str(warned[0].message)
+    assert f"{newest} is damaged: " in event["what"]
+    assert part in event["what"] or part == "SHA256SUMS"
+    assert before.name < newest.name
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(tmp_path):
+    config = config_of()
+    for folder in (found := interrupted(config, tmp_path)):
+        (folder / "state.json").write_text("{}")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(InputError, match="all of them are damaged"),
+    ):
+        train(config, tmp_path)
+    assert checkpoint.all_checkpoints(tmp_path / "checkpoints") == found
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["progress.json", "checkpoints/best.json", "spectra.jsonl"])
+def test_other_damaged_records_do_not_stop_a_run(name, damage, tmp_path, undisturbed):
+    config = config_of("low-rank")
+    interrupted(config, tmp_path)
+    DAMAGES[damage](tmp_path / name)
+    run = train(config, tmp_path)
+    weights, others = (
+        load_file(r.folder / "model.safetensors") for r in (run, undisturbed(config))
+    )
+    assert all(torch.equal(weights[n], others[n]) for n in weights)
+    assert rows_of(run) == rows_of(undisturbed(config))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES])
+def test_lost_rows_of_metrics_are_told(damage, tmp_path):
+    config = config_of("low-rank")
+    interrupted(config, tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    if damage == "flipped":  # where it shows: in a brace
+        rows = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text("".join([*rows[:4], "z" + rows[4][1:], *rows[5:]]))
+    else:
+        DAMAGES[damage](metrics)
+    with pytest.warns(UserWarning, match=r"rows \d to 9 of metrics.jsonl can't be read"):
+        run = train(config, tmp_path)
+    (event,) = told(run, "damage")
+    assert "training goes on without them" in event["what"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_folder_without_a_readable_configuration_is_refused_and_kept(damage, tmp_path):
+    config = config_of()
+    found = interrupted(config, tmp_path)
+    DAMAGES[damage](tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"damaged|not a run"):
+        train(config, tmp_path)
+    assert checkpoint.all_checkpoints(tmp_path / "checkpoints") == found
+
+
+def test_the_best_checkpoint_is_marked_and_stays(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    real = rooms.evaluate
+    monkeypatch.setattr(
+        rooms, "evaluate",
+        lambda model, corpus, split, tokens, config: (
+            next(losses) if split == "validation" and tokens == config.eval_tokens
+            else real(model, corpus, split, tokens, config)
+        ),
+    )  # fmt: skip
+    config = config_of(checkpoints_kept=3, keep_checkpoints=True, reset_every=0)
+    run = train(config, tmp_path)
+    names = [p.name for p in checkpoint.all_checkpoints(tmp_path / "checkpoints")]
+    assert names == [f"step-{n:08d}" for n in (12, 22, 23, 24)]
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert best == {"checkpoint": "step-00000012", "validation_loss": 1.0}
+    assert (run.result["best_validation_loss"], run.result["best_step"]) == (1.0, 12)
+
+
+def spoiled(monkeypatch, steps):
+    """Make the loss of these steps (from 1) NaN; it is what the gradients come from, too."""
+    take, calls = rooms.take_step_, []
+
+    def spoiling(model, optimizer, batches, config, step, **rest):
+        def check(loss, norm):
+            bad = step + 1 in steps
+            return rest["check"](loss * math.nan if bad else loss, norm)
+
+        calls.append(step)
+        return take(model, optimizer, batches, config, step, **rest | {"check": check})
+
+    monkeypatch.setattr(rooms, "take_step_", spoiling)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_told_by_choice(tmp_path, monkeypatch):
+    spoiled(monkeypatch, {5, 6, 11})
+    run = train(config_of("low-rank", on_nonfinite="skip"), tmp_path)
+    assert [e["what"] for e in told(run, "skipped")] == [
+        f"the loss of step {n} is nan" for n in (5, 6, 11)
+    ]
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["loss"] is None] == [5, 6, 11]
+    assert [e["event"] for e in rows[5]["events"]] == ["skipped", "refactor"]  # still on time
+    assert all(w.isfinite().all() for w in load_file(tmp_path / "model.safetensors").values())
+
+
+def test_a_left_out_update_leaves_weights_and_states_alone(tmp_path, monkeypatch):
+    spoiled(monkeypatch, {5})
+    config = config_of(on_nonfinite="skip", reset_every=0, keep_checkpoints=True,
+                       checkpoints_kept=STEPS)  # fmt: skip
+    train(config, tmp_path)
+    before, after = (
+        load_file(tmp_path / "checkpoints" / f"step-{n:08d}" / PARTS[0]) for n in (4, 5)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_too_many_left_out_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    spoiled(monkeypatch, set(range(3, STEPS)))
+    with pytest.raises(TrainingError, match="the loss of step 23 is nan; the last good state"):
+        train(config_of(on_nonfinite="skip"), tmp_path)
+    assert not Run(tmp_path).finished
+
+
+def test_leaving_out_and_updating_per_layer_exclude_each_other():
+    with pytest.raises(InputError, match="on_nonfinite: 'skip' is not allowed; with per_layer"):
+        config_of(on_nonfinite="skip", per_layer=True, clip=0)
+
+
+def test_a_loss_far_above_the_last_ones_is_an_event():
+    watch = LossWatch()
+    chance = random.Random(0)
+    quiet = [watch.see(3 + chance.gauss(0, 0.05) - i / 100) for i in range(60)]
+    assert not any(quiet)
+    (spike,) = watch.see(4.5)
+    assert (spike["event"], spike["loss"]) == ("loss-spike", 4.5)
+    assert 2.3 < spike["median"] < 2.9
+    assert not watch.see(2.5)
+
+
+def test_nothing_stands_out_before_there_is_enough_to_compare_with():
+    watch = LossWatch([1.0] * (ENOUGH - 1))
+    assert not watch.see(100.0)
+    assert watch.see(100.0)
