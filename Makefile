@@ -28,7 +28,8 @@ explore: .venv/installed-explore
 	mkdir -p build
 	$(BIN)/papermill --prepare-only -p headless False \
 		notebooks/$(EXPLORER).ipynb build/$(EXPLORER).ipynb
-	$(BIN)/voila --show_tracebacks=True $(VOILA) build/$(EXPLORER).ipynb
+	$(BIN)/voila --Voila.ip=127.0.0.1 --Voila.auto_token=True --show_tracebacks=True $(VOILA) \
+		build/$(EXPLORER).ipynb
 
 figures: .venv/installed
 	for study in data/study/*/; do \

@@ -101,6 +101,43 @@ BAD = {
     "folder without text": ("data --corpus text:{tmp}/folder", ["corpus", "folder", "no text"]),
     "out is a file": (f"{TRAIN} --out {{tmp}}/short.txt", ["out", "short.txt", "file"]),
     "out holds other files": (f"{TRAIN} --out {{tmp}}", ["out", "not a run"]),
+    "unknown answer to what isn't finite": (
+        f"{TRAIN} --on-nonfinite ignore", ["on_nonfinite", "ignore", "skip"],
+    ),
+    "left out but per layer": (
+        f"{TRAIN} --on-nonfinite skip --per-layer --clip 0", ["on_nonfinite", "per_layer"],
+    ),
+    "no checkpoint kept": (f"{TRAIN} --checkpoints-kept 0", ["checkpoints_kept", "0", "1"]),
+    "checkpoints never": (f"{TRAIN} --checkpoint-every 0", ["checkpoint_every", "0", "1"]),
+    "evaluations never": (f"{TRAIN} --eval-every 0", ["eval_every", "0", "1"]),
+    "spectra of no pattern": (f"{TRAIN} --spectra-layers [", ["spectra_layers", "expression"]),
+    "warm-up of the whole run": (f"{TRAIN} --warmup 1", ["warmup", "1"]),
+    "negative clipping": (f"{TRAIN} --clip -1", ["clip", "-1", "0"]),
+    "negative decay": (f"{TRAIN} --weight-decay -0.1", ["weight_decay", "-0.1", "0"]),
+    "final rate above the peak": (f"{TRAIN} --min-lr-ratio 2", ["min_lr_ratio", "2", "1"]),
+    "negative seed": (f"{TRAIN} --seed -1", ["seed", "-1", "0"]),
+    "seed of more than 32 bits": (f"{TRAIN} --seed 4294967296", ["seed", "4294967296"]),
+    "no batch": (f"{TRAIN} --batch 0", ["batch", "0", "1"]),
+    "sequence of one token": ("train --sequence-length 1", ["sequence_length", "1", "2"]),
+    "unknown reset": (f"{TRAIN} --reset-how forget", ["reset_how", "forget", "scale"]),
+    "unknown moments": (f"{TRAIN} --reset-moments first", ["reset_moments", "first", "both"]),
+    "unknown parameters": (f"{TRAIN} --reset-params some", ["reset_params", "some", "targets"]),
+    "unknown state precision": (
+        f"{TRAIN} --state-precision fp64", ["state_precision", "fp64", "same"],
+    ),
+    "no layers": (f"{TRAIN} --num-layers 0", ["num_layers", "0", "1"]),
+    "no spread of initial weights": (
+        f"{TRAIN} --initializer-range 0", ["initializer_range", "0", "greater"],
+    ),
+    "damaged configuration": (f"{TRAIN} --out {{tmp}}/damaged", ["config.json", "damaged"]),
+    "report on a damaged run": ("report {tmp}/damaged", ["damaged", "not finished"]),
+    "sample of a damaged run": ("sample {tmp}/damaged", ["config.json", "damaged"]),
+    "memory of an unknown size": ("memory --model 8x", ["model", "8x"]),
+    "card of no size": ("memory --model tiny --fits big", ["fits", "big"]),
+    "memory at a rank above the layers": (
+        "memory --model tiny --method low-rank --rank 99", ["rank", "99", "32"],
+    ),
+    "unknown benchmark": ("bench speed", ["speed"]),
     "sample of nothing": ("sample {tmp}/folder", ["run", "folder", "config.json"]),
     "report on nothing": ("report {tmp}/folder", ["folder", "no runs"]),
     "report on no folder": ("report {tmp}/none", ["folder", "none", "no such folder"]),
@@ -140,6 +177,8 @@ def places(tmp_path, text_corpus):
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
     (tmp_path / "latin.txt").write_bytes("größer ".encode("latin-1") * 99)
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"config": {"mod')
     for name, text in STUDIES.items():
         (tmp_path / "studies" / f"{name}.yaml").write_text(text)
     return {"tmp": str(tmp_path), "text": text_corpus}
@@ -158,6 +197,10 @@ def is_of_whole_corpus(path):
     folder = path if len(inside) < 2 else path.parents[len(inside) - 2]
     whole = (folder / "corpus.json").exists() and not folder.name.startswith(".")
     return not inside or whole
+
+
+def test_the_table_has_more_than_a_hundred_rows():
+    assert len(BAD) >= 100
 
 
 @pytest.mark.parametrize("wrong", BAD)
