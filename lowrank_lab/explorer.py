@@ -22,6 +22,7 @@ from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
+from lowrank_lab.panel import UNSQUEEZED
 from lowrank_lab.runs import DESCRIBES, Run, complete_runs, table_of
 from lowrank_lab.slider import slider
 
@@ -308,7 +309,7 @@ class Dashboard:
         for knob in self._knobs:
             knob.observe(self._changed, "value")
         self.follow.observe(self._follow, "value")
-        left = ipw.VBox([self.folder, *self._knobs[1:], self.follow])
+        left = ipw.VBox([self.folder, *self._knobs[1:], self.follow], layout=UNSQUEEZED)
         self.box = ipw.HBox([left, ipw.VBox([self.text, *self.pictures.values()])])
 
     @property

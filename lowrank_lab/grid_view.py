@@ -255,7 +255,7 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
     known = grid.varying(table)
     start = _fullest(table, row, column)
     # a mapping, from which each widget makes a layout of its own: some are hidden, others not
-    wide: dict[str, Any] = {"style": {"description_width": "13em"}, "layout": {"width": "28em"}}
+    wide: dict[str, Any] = {"style": {"description_width": "15em"}, "layout": {"width": "30em"}}
     options = [(words(name), name) for name in known]
     axes = {
         "row": ipw.Dropdown(options=options, value=row, description="up", **wide),

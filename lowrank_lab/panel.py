@@ -8,6 +8,7 @@ from typing import Any
 
 from lowrank_lab.config import InputError
 
+UNSQUEEZED = {"flex": "0 0 auto"}  # controls keep their width beside a wide picture
 Draw = Callable[[dict[str, Any]], tuple[str, str]]
 
 
@@ -41,4 +42,5 @@ def panel(knobs: Mapping[str, Any], draw: Draw, above: bool = False, waiting: st
     if above:
         row = ipw.HBox(list(knobs.values()), layout={"flex_flow": "row wrap"})
         return ipw.VBox([row, picture, text])
-    return ipw.HBox([ipw.VBox(list(knobs.values())), ipw.VBox([text, picture])])
+    left = ipw.VBox(list(knobs.values()), layout=UNSQUEEZED)
+    return ipw.HBox([left, ipw.VBox([text, picture])])

@@ -608,3 +608,26 @@ def test_a_prompt_may_be_empty_or_longer_than_a_sequence(finished, prompt):
 def test_a_trained_model_is_a_plain_llama(finished):
     assert isinstance(finished.model, Llama)
     assert not finished.model.training
+
+
+def test_each_batch_is_fetched_once_ahead_of_the_numbers_of_the_step_before(
+    config, tmp_path, monkeypatch
+):
+    """So that the copy to a device and its computing overlap: nothing waits for the batch."""
+    order, asked = [], rooms.Corpus.batch
+    real_finite = rooms.Trainer._finite
+
+    def batch(self, split, step, **rest):
+        order.append(("batch", step))
+        return asked(self, split, step, **rest)
+
+    def finite(self, loss, norm):
+        done = real_finite(self, loss, norm)
+        order.append(("numbers", self.updates))
+        return done
+
+    monkeypatch.setattr(rooms.Corpus, "batch", batch)
+    monkeypatch.setattr(rooms.Trainer, "_finite", finite)
+    train(config(steps=4, reset_every=0), tmp_path)
+    ahead = [("batch", 1), ("numbers", 0), ("batch", 2), ("numbers", 1), ("batch", 3)]
+    assert order == [("batch", 0), *ahead, ("numbers", 2), ("numbers", 3)]
