@@ -166,12 +166,15 @@ def test_a_run_before_its_first_step_is_one_line(tmp_path):
     assert "no run in it has trained a step yet" in see(Choice(str(tmp_path))).line
 
 
-@pytest.mark.parametrize("name", ["config.json", "memory.json"])
-def test_a_damaged_record_is_one_line(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("config.json", "config.json is damaged"), ("memory.json", "cannot be read: JSONDecodeError")],
+)
+def test_a_damaged_record_is_one_line(tmp_path, name, words):
     run = write(tmp_path, "hurt")
     (run / name).write_text('{"config"')
     seen = see(Choice(str(tmp_path)))
-    assert "cannot be read: JSONDecodeError" in seen.line
+    assert words in seen.line
     assert seen.figures == {}
 
 
