@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lowrank_lab import checkpoint, memory
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
-from lowrank_lab.corpus import Corpus, Split, prepare
+from lowrank_lab.corpus import Corpus, prepare
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
+from lowrank_lab.sources import Split
 from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
     Batch,
@@ -53,7 +54,7 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     corpus = prepare(config)
     for split in ("validation", "test"):
         if not corpus.num_windows(split, config.sequence_length):
-            most = len(corpus.tokens(split)) - 1
+            most = corpus.length(split) - 1
             allowed = f"the {split} part of {config.corpus} has {most} tokens"
             raise InputError("sequence_length", config.sequence_length, allowed)
     once = corpus.num_windows("train", config.sequence_length) * config.sequence_length
@@ -237,6 +238,8 @@ class Trainer:
         partial = self.folder / ".model.safetensors"
         save_file(weights, partial)
         partial.replace(self.folder / "model.safetensors")
+        if (tokenizer := self.corpus.folder / "tokenizer.json").exists():
+            shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
         parameters = {p for p in self.model.parameters() if p.requires_grad}
         ends = {*self.model.model.embed_tokens.parameters(), *self.model.lm_head.parameters()}
         result = {
