@@ -273,6 +273,8 @@ def hub_documents(hub: Hub) -> Iterator[str]:
             yield text
     except InputError:
         raise
+    except StopIteration:  # its way to say that a file is empty
+        raise InputError("corpus", shown, "it holds no text") from None
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise InputError("corpus", shown, f"{type(error).__name__}: {error}") from None
 
