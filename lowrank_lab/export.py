@@ -35,13 +35,14 @@ def export(run: Run | Path | str, out: Path | str, dtype: ExportDtype | None = N
         InputError: no run folder, a run that hasn't finished, a place that is taken.
     """
     run, out = run if isinstance(run, Run) else Run(run), Path(out)
+    config = run.config
     if not run.finished:
         raise InputError("run", str(run.folder), "it has not finished: result.json is missing")
     _check_place(out)
     if dtype is not None and dtype not in DTYPES:
         raise InputError("dtype", dtype, f"one of {', '.join(DTYPES)}")
     weights = dense_weights(run.model, DTYPES[dtype] if dtype else None)
-    tokenizer = None if run.config.corpus == "markov" else run.tokenizer
+    tokenizer = None if config.corpus == "markov" else run.tokenizer
     end = "" if tokenizer is None else end_of_text(tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -113,6 +113,12 @@ class Run:
         return self._facts.get("label") or describe(self.config)
 
     @property
+    def corpus_sha256(self) -> str | None:
+        """SHA-256 of the tokens it was begun with, if it is known."""
+        sha256: str | None = self._facts.get("ran_on", {}).get("corpus_sha256")
+        return sha256
+
+    @property
     def finished(self) -> bool:
         return (self.folder / "result.json").exists()
 
@@ -229,8 +235,8 @@ class Run:
         path = self.folder / "tokenizer.json"
         if path.exists():
             return Tokenizer.from_file(str(path))
-        corpus, seen = prepare(self.config), self._facts.get("ran_on", {}).get("corpus_sha256")
-        if seen not in (None, corpus.facts["sha256"]):
+        corpus = prepare(self.config)
+        if self.corpus_sha256 not in (None, corpus.facts["sha256"]):
             allowed = "it has changed since the run, which kept no tokenizer of its own"
             raise InputError("corpus", self.config.corpus, allowed)
         return corpus.tokenizer

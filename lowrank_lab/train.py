@@ -121,6 +121,9 @@ def train(
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
     if _is_finished(target, config):
         return Run(target)
+    begun = (target / "config.json").exists()
+    if begun and Run(target).corpus_sha256 not in (None, corpus.facts["sha256"]):
+        raise InputError("corpus", config.corpus, "it has changed since the run in out began")
     trainer = Trainer(config, corpus, target, label)
     trainer.resume()
     while trainer.updates < config.total_steps:

@@ -153,6 +153,14 @@ def test_a_run_needs_no_corpus_to_be_exported(texts_that_go, tmp_path):
     assert (export(run, tmp_path / "out") / "tokenizer.json").exists()
 
 
+def test_a_run_does_not_go_on_with_another_corpus(texts_that_go, tmp_path):
+    config, corpus = check(small(corpus=f"text:{texts_that_go}", vocab_size="byte"))
+    Trainer(config, corpus, tmp_path / "run").resume()
+    (texts_that_go / "more.txt").write_text("something new " * 99)
+    with pytest.raises(lab.InputError, match="it has changed since the run in out began"):
+        lab.train(config, tmp_path / "run")
+
+
 def test_another_corpus_does_not_lend_its_tokenizer(texts_that_go, tmp_path):
     run = lab.train(small(corpus=f"text:{texts_that_go}", vocab_size="byte"), tmp_path / "run")
     (run.folder / "tokenizer.json").unlink()  # as runs of before have none
