@@ -18,8 +18,8 @@ README = HERE.parent / "README.md"
 PEERS = ("galore_torch", "fira", "apollo_torch", "pytorch_optimizer", "transformers")
 TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 SUITES = (
-    "imports", "study_growth", "recording", "layers", "subspaces", "optimizers", "training",
-    "growth",
+    "imports", "study_growth", "corpora", "recording", "layers", "subspaces", "optimizers",
+    "training", "growth",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from lowrank_lab import optim
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import factorize
 from lowrank_lab.methods import METHODS, load_own_methods, register_method
-from lowrank_lab.runs import Run, load_runs
+from lowrank_lab.runs import Run, load, load_runs
 from lowrank_lab.techniques import refactorize_, reset_momentum_
 from lowrank_lab.train import TrainingError, train
 
@@ -15,6 +15,7 @@ __all__ = [
     "RunConfig",
     "TrainingError",
     "factorize",
+    "load",
     "load_runs",
     "optim",
     "refactorize_",

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 import yaml
@@ -134,7 +134,8 @@ def methods(as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--corpus", default="python", help="python | markov | text:PATH")
+@click.option("--corpus", default="python", help="python | markov | text:PATH | c4:PATH | hub:NAME")
+@click.option("--tokenizer", default=None, help="a tokenizer.json; default: trained on the corpus")
 @click.option("--vocab-size", default=None, help="BPE vocabulary, or byte; default: the model's")
 @click.option("--model", default="micro", help="model size whose vocabulary is the default")
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
@@ -259,6 +260,23 @@ def sample(run: Path, **options: Any) -> None:
     from lowrank_lab.sample import sample as sample_text
 
     click.echo(sample_text(Run(run), **options))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    help="of the weights; default: the run's, and fp32 where factors are merged",
+)
+def export(run: Path, out: Path, dtype: Literal["fp32", "bf16"] | None) -> None:
+    """Write a finished run as a Hugging Face LLaMA folder."""
+    from lowrank_lab.export import export as export_run
+
+    done = export_run(run, out, dtype)
+    without = "" if (done / "tokenizer.json").exists() else ", without a tokenizer: it is numbers"
+    click.echo(f"{done}{without}")
 
 
 @main.command()

@@ -111,7 +111,10 @@ class RunConfig(BaseModel):
     num_layers: int | None = help_field(None, "overrides the number of layers", ge=1, le=1024)
     initializer_range: float = help_field(0.02, "std of dense initial weights", gt=0, le=10)
     # data
-    corpus: str = help_field("python", "python | markov | text:PATH")
+    corpus: str = help_field("python", "python | markov | text:PATH | c4:PATH | hub:NAME")
+    tokenizer: str | None = help_field(
+        None, "a tokenizer.json; default: a BPE trained on the corpus"
+    )
     vocab_size: int | Literal["byte"] | None = help_field(
         None, "BPE vocabulary (markov: alphabet), or byte; default: the size's"
     )
@@ -219,6 +222,10 @@ class RunConfig(BaseModel):
             raise InputError("tokens", self.tokens, "give steps or tokens, not both")
         if isinstance(self.vocab_size, int) and not 2 <= self.vocab_size <= 65536:
             raise InputError("vocab_size", self.vocab_size, "must be from 2 to 65536, or byte")
+        if self.tokenizer is not None and self.vocab_size == "byte":
+            raise InputError("tokenizer", self.tokenizer, "vocab_size byte has its own")
+        if self.tokenizer is not None and self.corpus == "markov":
+            raise InputError("tokenizer", self.tokenizer, "markov is numbers, not text")
         if self.batch % self.gradient_accumulation:
             raise InputError(
                 "gradient_accumulation",

@@ -2,12 +2,13 @@
 
 `prepare` builds a corpus once, atomically, under `data/corpora/<name>-<hash>/`:
 
-    train.bin validation.bin test.bin   uint16 tokens, documents separated by END_OF_TEXT
-    tokenizer.json                      byte-level BPE trained on the training part (text corpora)
+    train.bin validation.bin test.bin   uint16 tokens, documents separated by an end-of-text token;
+                                        large splits go on in train.1.bin … (shards.py)
+    tokenizer.json                      byte-level BPE of the training part, or the one given
     corpus.json README.md               counts, SHA-256 of the token files, entropy (markov)
 
-A document's split follows from the hash of its name, so that nothing moves between splits when
-another document changes.
+A document's split follows from the hash of its name, or of its text where it has none, so that
+nothing moves between splits when another document changes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import importlib.metadata
 import json
 import logging
 import math
-import shutil
 import sys
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,13 +33,38 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
+from lowrank_lab.shards import (
+    Shards,
+    forget_progress,
+    new_counts,
+    pack,
+    progress_of,
+    save_progress,
+    shard_paths,
+    workplace,
+)
 from lowrank_lab.sources import (
     FORMAT,
     PACKAGES,
+    SPLITS,
+    Hub,
+    Split,
+    by_text,
+    c4_documents,
+    c4_identity,
     distinct,
+    hub_documents,
     markov_source,
     python_documents,
+    spilled,
     text_documents,
+)
+from lowrank_lab.tokens import (
+    byte_tokenizer,
+    encode,
+    read_tokenizer,
+    train_bpe,
+    vocabulary_of,
 )
 
 if TYPE_CHECKING:
@@ -46,14 +72,11 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-HELD_OUT_SHARE = {"validation": 0.025, "test": 0.025}
-END_OF_TEXT = "<|endoftext|>"
-BPE_SAMPLE_BYTES = 20_000_000
-
+SMALLEST_PART = 512  # bytes of text
 MARKOV_ALPHABET = 16
 MARKOV_TOKENS = {"train": 4_000_000, "validation": 300_000, "test": 300_000}
+
+Texts = Callable[[], Iterator[tuple[Split, str]]]  # the same ones in each call
 
 
 @dataclass(frozen=True)
@@ -72,13 +95,23 @@ class Corpus:
         """Exact entropy rate in nats a token, where it is known: the floor of every loss."""
         return self.facts.get("entropy")
 
+    def length(self, split: Split) -> int:
+        """Tokens of a split."""
+        return len(self._shards[split])
+
     def tokens(self, split: Split) -> np.ndarray:
-        """All tokens of a split (uint16, memory-mapped)."""
-        return self._maps[split]
+        """All tokens of a split (uint16): memory-mapped, or a copy if they are in several files."""
+        parts = self._shards[split].parts
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @cached_property
-    def _maps(self) -> dict[Split, np.ndarray]:
-        return {s: np.memmap(self.folder / f"{s}.bin", np.uint16, "r") for s in SPLITS}
+    def _shards(self) -> dict[Split, Shards]:
+        shards = {split: Shards(self.folder, split) for split in SPLITS}
+        for split, count in self.facts.get("tokens", {}).items():
+            if len(shards[split]) != count:
+                allowed = f"its {split} files are damaged; remove the folder to build it again"
+                raise InputError("corpus", str(self.folder), allowed)
+        return shards
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -91,20 +124,26 @@ class Corpus:
 
     def num_windows(self, split: Split, sequence_length: int) -> int:
         """Windows of `sequence_length` inputs, each with the token that follows them."""
-        return max(0, (len(self.tokens(split)) - 1) // sequence_length)
+        return max(0, (self.length(split) - 1) // sequence_length)
 
     def batch(
-        self, split: Split, step: int, *, batch: int, sequence_length: int, seed: int = 0
-    ) -> tuple[Tensor, Tensor]:
+        self, split: Split, step: int, *, batch: int, sequence_length: int, seed: int = 0,
+        rank: int = 0, ranks: int = 1,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Inputs and targets of one step, each (batch, sequence_length), int64.
 
         Windows are visited in a keyed permutation, another one for every pass, so that nothing
         repeats before everything was seen and a resumed run needs no replay.
+
+        Args:
+            rank: of `ranks` equal parts of the batch, the one to read: the others' shards are not
+                touched, and all parts together are the batch of one reader.
         """
         count = self.num_windows(split, sequence_length)
         if count == 0:
             raise InputError("sequence_length", sequence_length, f"too long for the {split} part")
-        position = step * batch + np.arange(batch, dtype=np.int64)
+        rows = np.arange(batch * rank // ranks, batch * (rank + 1) // ranks, dtype=np.int64)
+        position = step * batch + rows
         windows = np.concatenate(
             [
                 permute(position[position // count == e] % count, count, key=(seed, int(e)))
@@ -118,7 +157,7 @@ class Corpus:
     ) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the given windows, each (len(indices), sequence_length)."""
         offsets = indices[:, None] * sequence_length + np.arange(sequence_length + 1)
-        tokens = torch.from_numpy(self.tokens(split)[offsets].astype(np.int64))
+        tokens = torch.from_numpy(self._shards[split].take(offsets).astype(np.int64))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -147,132 +186,157 @@ def permute(indices: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
 
 
 def vocabulary(config: RunConfig) -> int | Literal["byte"]:
-    """The vocabulary asked for: the configuration's, else the corpus's, else the model size's."""
+    """The vocabulary asked for: the configuration's, else the tokenizer's, the corpus's, or the
+    model size's."""
     if config.vocab_size is not None:
         return config.vocab_size
+    if config.tokenizer is not None:
+        return vocabulary_of(read_tokenizer(config.tokenizer))
     return MARKOV_ALPHABET if config.corpus == "markov" else config.size.vocab_size
 
 
 def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
     """The corpus a configuration asks for, built if it isn't there yet.
 
+    A build that was killed is gone on with. Memory does not depend on the size of the text, but
+    for some 300 bytes a document of `text:` and `python`, whose identical documents are dropped.
+
     Args:
         root: the folder of all corpora; by default data/corpora.
 
     Raises:
-        InputError: an unknown corpus, or text that is empty, binary, not UTF-8 or too short.
+        InputError: an unknown corpus, or text that is empty, damaged, not UTF-8 or too short.
     """
     kind, _, path = config.corpus.partition(":")
     root = root if root is not None else data_folder() / "corpora"
-    if config.corpus == "python":
-        return _prepare_text("python", python_documents, config, root)
     if config.corpus == "markov":
         return _prepare_markov(config, root)
-    if kind == "text":
+    if config.corpus == "python":
+        return _prepare_text("python", python_documents, config, root)
+    if kind in ("text", "c4"):
         source = Path(path).expanduser()
         if not path or not source.exists():
             raise InputError("corpus", config.corpus, "there is no such file or folder")
-        name = f"text-{source.resolve().name}"
-        return _prepare_text(name, lambda: text_documents(source), config, root)
-    raise InputError("corpus", config.corpus, nearest(kind, ("python", "markov", "text:PATH")))
-
-
-def split_of(name: str) -> Split:
-    """The split a document belongs to, by the hash of its name."""
-    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-    if share < HELD_OUT_SHARE["test"]:
-        return "test"
-    return "validation" if share < sum(HELD_OUT_SHARE.values()) else "train"
+        name = f"{kind}-{source.resolve().name}"
+        if kind == "text":
+            return _prepare_text(name, lambda: text_documents(source), config, root)
+        return _prepare_stream(
+            name, lambda: by_text(c4_documents(source)), c4_identity(source), config, root
+        )
+    if kind == "hub" and path:
+        hub = Hub.parse(path)
+        name = f"hub-{hub.name.rstrip('/').rpartition('/')[2]}"
+        return _prepare_stream(
+            name, lambda: by_text(hub_documents(hub)), hub.identity(), config, root
+        )
+    known = ("python", "markov", "text:PATH", "c4:PATH", "hub:NAME")
+    raise InputError("corpus", config.corpus, nearest(kind, known))
 
 
 def _prepare_text(
     name: str, documents: Callable[[], Iterable[tuple[str, str]]], config: RunConfig, root: Path
 ) -> Corpus:
-    vocab = vocabulary(config)
-    if isinstance(vocab, int) and vocab < 257:
-        raise InputError(
-            "vocab_size", vocab, "a BPE has at least 257 entries (256 bytes and an end)"
-        )
+    """A corpus of named documents, each once, in the order of the hash of their names."""
+    vocab = _checked_vocabulary(config)
     # `python` is decided by its pins, so its hash needs no look at 100 MB of text.
     pins = [sys.version_info[:3], [(p, importlib.metadata.version(p)) for p in PACKAGES]]
-    found = None if name == "python" else distinct(documents())
-    content = pins if found is None else [hashlib.sha256(t.encode()).hexdigest() for _, t in found]
-    folder = root / f"{name}-{_short_hash([FORMAT, name, vocab, content])}"
+    known = name == "python"
+    content = pins if known else [entry.digest.hex() for entry in distinct(documents())]
+    folder = root / f"{name}-{_text_hash(name, vocab, content, config)}"
 
     def build(target: Path) -> dict[str, Any]:
-        if found is None:
+        if known:
             LOG.info("building the %s corpus, once; it takes half a minute", name)
-        texts = found if found is not None else distinct(documents())
-        if not texts:
-            raise InputError("corpus", config.corpus, "it holds no text")
-        parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
-        for document, text in texts:
-            parts[split_of(document)].append(text)
-        for split in SPLITS:
-            if sum(map(len, parts[split])) < 512:
-                raise InputError("corpus", config.corpus, f"too short: its {split} part is empty")
-        tokenizer = _byte_tokenizer() if vocab == "byte" else _train_bpe(parts["train"], int(vocab))
-        if vocab != "byte" and tokenizer.get_vocab_size() < int(vocab):
-            reached = f"the text is too short: it gives {tokenizer.get_vocab_size()} entries"
-            raise InputError("vocab_size", vocab, reached)
-        tokenizer.save(str(target / "tokenizer.json"))
-        for split in SPLITS:
-            _write_tokens(target / f"{split}.bin", parts[split], tokenizer)
-        facts: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size()}
-        facts["documents"] = {s: len(parts[s]) for s in SPLITS}
-        facts["bytes"] = {s: sum(len(t.encode()) for t in parts[s]) for s in SPLITS}
-        return facts
+        with tempfile.TemporaryFile(dir=target) as spill:
+            entries = distinct(documents(), spill)
+            if not known and content != [entry.digest.hex() for entry in entries]:
+                raise RuntimeError(f"{config.corpus} changed while it was read")
+            sizes = dict.fromkeys(SPLITS, 0)
+            for entry in entries:
+                sizes[entry.split] += entry.size
+            _check_sizes(config, sizes)
+            return _build_text(target, config, vocab, lambda: spilled(spill, entries))
 
     return _open_or_build(folder, name, build)
 
 
-def _byte_tokenizer() -> Tokenizer:
-    """256 bytes and END_OF_TEXT: a BPE without merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([END_OF_TEXT, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+def _prepare_stream(
+    name: str, texts: Texts, identity: object, config: RunConfig, root: Path
+) -> Corpus:
+    """A corpus of texts in the order in which they come."""
+    vocab = _checked_vocabulary(config)
+    folder = root / f"{name}-{_text_hash(name, vocab, identity, config)}"
+    return _open_or_build(
+        folder, name, partial(_build_text, config=config, vocab=vocab, texts=texts)
     )
-    tokenizer.train_from_iterator(_sample(texts, BPE_SAMPLE_BYTES), trainer)
+
+
+def _checked_vocabulary(config: RunConfig) -> int | Literal["byte"]:
+    vocab = vocabulary(config)
+    if config.tokenizer is not None:
+        own = vocabulary_of(read_tokenizer(config.tokenizer))
+        if vocab != own:
+            raise InputError("vocab_size", vocab, f"the tokenizer has {own} entries")
+    elif isinstance(vocab, int) and vocab < 257:
+        raise InputError(
+            "vocab_size", vocab, "a BPE has at least 257 entries (256 bytes and an end)"
+        )
+    return vocab
+
+
+def _text_hash(name: str, vocab: object, content: object, config: RunConfig) -> str:
+    given = []
+    if config.tokenizer is not None:
+        file = Path(config.tokenizer).expanduser()
+        given = [hashlib.sha256(file.read_bytes()).hexdigest()]
+    return _short_hash([FORMAT, name, vocab, content, *given])
+
+
+def _check_sizes(config: RunConfig, sizes: dict[Split, int]) -> None:
+    """Refuse text that is nothing, or whose parts (in bytes) are next to nothing."""
+    if not any(sizes.values()):
+        raise InputError("corpus", config.corpus, "it holds no text")
+    for split in SPLITS:
+        if sizes[split] < SMALLEST_PART:
+            raise InputError("corpus", config.corpus, f"too short: its {split} part is empty")
+
+
+def _build_text(
+    target: Path, config: RunConfig, vocab: int | Literal["byte"], texts: Texts
+) -> dict[str, Any]:
+    """Tokenizer and token files in `target`, from the first text or from where it was killed."""
+    file = target / "tokenizer.json"
+    if progress_of(target) is None:
+        _tokenizer_for(config, vocab, texts).save(str(file))
+        save_progress(target, new_counts())
+    tokenizer = read_tokenizer(str(file))
+    counts = pack(
+        target,
+        texts(),
+        partial(encode, tokenizer="byte" if vocab == "byte" else tokenizer),
+        lambda so_far: LOG.info(
+            "%s: %s documents, %s tokens so far", config.corpus,
+            *(f"{sum(so_far[kind].values()):,}" for kind in ("documents", "tokens")),
+        ),
+    )  # fmt: skip
+    _check_sizes(config, counts["bytes"])
+    return {"vocab_size": vocabulary_of(tokenizer), **counts}
+
+
+def _tokenizer_for(config: RunConfig, vocab: int | Literal["byte"], texts: Texts) -> Tokenizer:
+    if config.tokenizer is not None:
+        return read_tokenizer(config.tokenizer)
+    if vocab == "byte":
+        return byte_tokenizer()
+    training = (text for split, text in texts() if split == "train")
+    first = next(training, None)
+    if first is None:
+        raise InputError("corpus", config.corpus, "it holds no text")
+    tokenizer = train_bpe(chain([first], training), vocab)
+    if tokenizer.get_vocab_size() < vocab:
+        reached = f"the text is too short: it gives {tokenizer.get_vocab_size()} entries"
+        raise InputError("vocab_size", vocab, reached)
     return tokenizer
-
-
-def _sample(texts: list[str], limit: int) -> Iterator[str]:
-    """The first documents, up to about `limit` characters (their order is random already)."""
-    taken = 0
-    for text in texts:
-        if taken >= limit:
-            return
-        taken += len(text)
-        yield text
-
-
-def _write_tokens(path: Path, texts: list[str], tokenizer: Tokenizer) -> None:
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    with path.open("wb") as file:
-        for start in range(0, len(texts), 256):
-            # END_OF_TEXT written out in a document must not become the token that ends documents.
-            pieces = [t.replace(END_OF_TEXT, "<|end of text|>") for t in texts[start : start + 256]]
-            for encoding in tokenizer.encode_batch_fast(pieces):
-                np.array([*encoding.ids, end], dtype=np.uint16).tofile(file)
 
 
 # The synthetic source
@@ -313,24 +377,32 @@ def _open_or_build(folder: Path, name: str, build: Callable[[Path], dict[str, An
     """Open a corpus, or build it beside its place and move it there in one step."""
     if not (folder / "corpus.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            facts = build(target)
-            files = [target / f"{s}.bin" for s in SPLITS]
-            facts["name"] = name
-            facts["tokens"] = {f.stem: f.stat().st_size // 2 for f in files}
-            facts["sha256"] = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-            (target / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
+        with workplace(folder) as target:
+            facts = {**build(target), "name": name}
+            files = [path for split in SPLITS for path in shard_paths(target, split)]
+            sizes = {s: sum(p.stat().st_size for p in shard_paths(target, s)) for s in SPLITS}
+            facts["tokens"] = {split: size // 2 for split, size in sizes.items()}
+            facts["sha256"] = _sha256(files)
             (target / "README.md").write_text(_readme(facts))
+            forget_progress(target)
+            (target / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
             target.chmod(0o755)
             try:
                 target.rename(folder)
             except OSError:  # another process was faster; its corpus is the same
                 if not (folder / "corpus.json").exists():
                     raise
-        finally:
-            shutil.rmtree(target, ignore_errors=True)
     return Corpus(folder, json.loads((folder / "corpus.json").read_text()))
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    """SHA-256 of files one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def _readme(facts: dict[str, Any]) -> str:

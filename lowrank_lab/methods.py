@@ -258,6 +258,18 @@ def build(config: RunConfig) -> tuple[Llama, torch.optim.Optimizer]:
     """
     config = resolve(config)
     method, options = METHODS[config.method], config.method_options
+    model = build_model(config)
+    targets, rest = partition(model, config.target)
+    if options.get("warm_start"):  # W₀ trains first, and B and A after it
+        train_dense_(model, on=True)
+        targets += partition(model, config.target)[0]
+    return model, method.optimizer(targets, rest, config)
+
+
+def build_model(config: RunConfig) -> Llama:
+    """The model of `build` alone."""
+    config = resolve(config)
+    method, options = METHODS[config.method], config.method_options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Llama(config.size, config.initializer_range, config.activation_checkpointing)
@@ -272,11 +284,7 @@ def build(config: RunConfig) -> tuple[Llama, torch.optim.Optimizer]:
         for t in [*model.parameters(), *model.buffers()]:
             if t.is_floating_point():
                 t.data = t.data.to(torch.bfloat16)  # `model.to` refuses tensors without values
-    targets, rest = partition(model, config.target)
-    if options.get("warm_start"):  # W₀ trains first, and B and A after it
-        train_dense_(model, on=True)
-        targets += partition(model, config.target)[0]
-    return model, method.optimizer(targets, rest, config)
+    return model
 
 
 def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,7 +6,8 @@ spectra.jsonl   one row a layer and recorded step, and a layer and step in which
 memory.json     bytes by category, measured in the first step
 checkpoints/    see checkpoint.py; gone when the run has ended well
 progress.json   where a run in progress is
-model.safetensors, result.json   written last: a folder with result.json is a finished run
+model.safetensors, tokenizer.json (of text), result.json   written last: a folder with result.json
+                is a finished run
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ except ImportError:  # Windows: there, nothing keeps two processes apart
 
 if TYPE_CHECKING:
     import pandas as pd
+    from tokenizers import Tokenizer
 
     from lowrank_lab.llama import Llama
 
@@ -152,9 +154,12 @@ class Run:
     @cached_property
     def _facts(self) -> dict[str, Any]:
         try:
-            facts: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:
+            facts = json.loads((self.folder / "config.json").read_text())
+        except ValueError as error:  # not JSON, or not even text
             raise InputError("run", str(self.folder), f"config.json is damaged: {error}") from None
+        if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+            allowed = "it is not a run folder: its config.json is not a run's"
+            raise InputError("run", str(self.folder), allowed)
         return facts
 
     @property
@@ -163,8 +168,19 @@ class Run:
         return self._facts.get("label") or describe(self.config)
 
     @property
+    def corpus_sha256(self) -> str | None:
+        """SHA-256 of the tokens it was begun with, if it is known."""
+        sha256: str | None = self._facts.get("ran_on", {}).get("corpus_sha256")
+        return sha256
+
+    @property
     def finished(self) -> bool:
         return (self.folder / "result.json").exists()
+
+    @property
+    def is_export(self) -> bool:
+        """Whether it is no run but what `lowrank-lab export` wrote, which has a config.json too."""
+        return (self.folder / "generation_config.json").exists()
 
     @property
     def result(self) -> dict[str, Any]:
@@ -246,7 +262,8 @@ class Run:
 
     @cached_property
     def model(self) -> Llama:
-        """The trained model, on the CPU."""
+        """The trained model, on the CPU, in eval mode; safe to read from a folder of others."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from lowrank_lab import methods
@@ -254,9 +271,42 @@ class Run:
         path = self.folder / "model.safetensors"
         if not path.exists():
             raise InputError("run", str(self.folder), "it has no trained model yet")
-        model, _ = methods.build(self.config)
-        model.load_state_dict(load_file(path))
+        model = methods.build_model(self.config)
+        try:
+            model.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:  # not such a file, or of another model
+            reason = str(error).splitlines()[0]
+            allowed = f"its model.safetensors does not hold its model: {reason}"
+            raise InputError("run", str(self.folder), allowed) from None
         return model.eval()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What the run's text was made into tokens with: the run's own copy, else the corpus's."""
+        from tokenizers import Tokenizer
+
+        from lowrank_lab.corpus import prepare
+
+        path = self.folder / "tokenizer.json"
+        if path.exists():
+            return Tokenizer.from_file(str(path))
+        corpus = prepare(self.config)
+        if self.corpus_sha256 not in (None, corpus.facts["sha256"]):
+            allowed = "it has changed since the run, which kept no tokenizer of its own"
+            raise InputError("corpus", self.config.corpus, allowed)
+        return corpus.tokenizer
+
+
+def load(run: Run | Path | str) -> Llama:
+    """The trained model of a run, on the CPU, in eval mode.
+
+    Args:
+        run: its folder, or the run.
+
+    Raises:
+        InputError: it is not a run folder, or has no trained model yet.
+    """
+    return (run if isinstance(run, Run) else Run(run)).model
 
 
 def describe(config: RunConfig) -> str:
@@ -278,7 +328,8 @@ def find_runs(folder: Path | str) -> list[Run]:
         raise InputError("folder", str(folder), "there is no such folder")
     found = sorted(folder.rglob("config.json"))
     hidden = (any(part.startswith(".") for part in p.relative_to(folder).parts) for p in found)
-    return [Run(path.parent) for path, out in zip(found, hidden, strict=True) if not out]
+    runs = [Run(path.parent) for path, out in zip(found, hidden, strict=True) if not out]
+    return [run for run in runs if not run.is_export]
 
 
 def first_runs(runs: Iterable[Run]) -> list[Run]:

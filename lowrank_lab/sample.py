@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from lowrank_lab.corpus import prepare
 from lowrank_lab.runs import Run
 
 
@@ -17,8 +16,7 @@ def sample(
         tokens: how many to add.
         temperature: of the softmax; 0 takes the likeliest token.
     """
-    corpus = prepare(run.config)
-    ids = corpus.tokenizer.encode(prompt or "\n").ids
+    ids = run.tokenizer.encode(prompt or "\n").ids
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _ in range(tokens):
@@ -29,5 +27,5 @@ def sample(
             else:
                 p = (logits / temperature).softmax(0)
                 ids.append(int(torch.multinomial(p, 1, generator=generator)))
-    text: str = corpus.tokenizer.decode(ids)
+    text: str = run.tokenizer.decode(ids)
     return text

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from lowrank_lab import checkpoint, memory
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
-from lowrank_lab.corpus import Corpus, Split, prepare
+from lowrank_lab.corpus import Corpus, prepare
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
+from lowrank_lab.sources import Split
 from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
     Batch,
@@ -63,7 +64,7 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     corpus = prepare(config)
     for split in ("validation", "test"):
         if not corpus.num_windows(split, config.sequence_length):
-            most = len(corpus.tokens(split)) - 1
+            most = corpus.length(split) - 1
             allowed = f"the {split} part of {config.corpus} has {most} tokens"
             raise InputError("sequence_length", config.sequence_length, allowed)
     once = corpus.num_windows("train", config.sequence_length) * config.sequence_length
@@ -133,6 +134,9 @@ def train(
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
     if _is_finished(target, config):
         return Run(target)
+    begun = (target / "config.json").exists()
+    if begun and Run(target).corpus_sha256 not in (None, corpus.facts["sha256"]):
+        raise InputError("corpus", config.corpus, "it has changed since the run in out began")
     with locked(target), asked_to_stop() as stop:
         if not _is_finished(target, config):  # the process that held it may just have ended it
             _train(Trainer(config, corpus, target, label), on_step, stop)
@@ -223,8 +227,7 @@ class Trainer:
         if warm_start(self.config):
             train_dense_(self.model, on=self.updates < warm_start(self.config))
         last_kept = self.updates if self.updates else -1
-        if self.updates:
-            self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
+        self.bytes = Breakdown(**extra.get("bytes", {}))
         cut_jsonl(self.folder / "spectra.jsonl", last_kept)
         steps = cut_jsonl(self.folder / "metrics.jsonl", last_kept)
         if len(steps) < self.updates:
@@ -279,6 +282,8 @@ class Trainer:
         partial = self.folder / ".model.safetensors"
         save_file(weights, partial)
         partial.replace(self.folder / "model.safetensors")
+        if (tokenizer := self.corpus.folder / "tokenizer.json").exists():
+            shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
         parameters = {p for p in self.model.parameters() if p.requires_grad}
         ends = {*self.model.model.embed_tokens.parameters(), *self.model.lm_head.parameters()}
         result = {
@@ -318,7 +323,7 @@ class Trainer:
                 self.folder / "checkpoints", self.updates, self.model, self.optimizer,
                 kept=self.config.checkpoints_kept, loss=loss, seconds=self.seconds,
                 peaks=self._peaks, recent_losses=list(self._watch.recent), best=self._best,
-                skipped=self._skipped,
+                skipped=self._skipped, bytes=self.bytes.as_dict(),
             )  # fmt: skip
 
     def kept_state(self) -> str:

@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from lowrank_lab.cli import main
+from lowrank_lab.config import RunConfig
+from lowrank_lab.methods import resolve
 
 TRAIN = "train --corpus {text} --vocab-size 300 --model tiny --sequence-length 16 --batch 2"
 BAD = {
@@ -94,6 +96,23 @@ BAD = {
     "markov alphabet": ("data --corpus markov --vocab-size 100", ["vocab_size", "100", "64"]),
     "missing text": ("data --corpus text:{tmp}/none", ["corpus", "none", "no such file"]),
     "text without a path": ("data --corpus text:", ["corpus", "no such file"]),
+    "missing shards": ("data --corpus c4:{tmp}/none", ["corpus", "none", "no such file"]),
+    "folder without shards": ("data --corpus c4:{tmp}/folder", ["corpus", "folder", ".json.gz"]),
+    "shard that is no gzip": (
+        "data --corpus c4:{tmp}/short.txt", ["corpus", "short.txt line 1", "damaged gzip"],
+    ),
+    "dataset that isn't there": ("data --corpus hub:/none/here", ["corpus", "/none/here"]),
+    "dataset without a name": ("data --corpus hub:", ["corpus", "hub:", "hub:NAME"]),
+    "missing tokenizer": (f"{TRAIN} --tokenizer {{tmp}}/none", ["tokenizer", "no such file"]),
+    "tokenizer of numbers": (
+        "data --corpus markov --tokenizer {tmp}/short.txt", ["tokenizer", "short.txt", "numbers"],
+    ),
+    "not a tokenizer": (
+        "data --corpus text:{tmp} --tokenizer {tmp}/short.txt", ["short.txt", "tokenizer.json"],
+    ),
+    "export of nothing": ("export {tmp}/folder {tmp}/out", ["run", "folder", "config.json"]),
+    "export onto a file": ("export {tmp}/run {tmp}/short.txt", ["out", "short.txt", "file"]),
+    "export among files": ("export {tmp}/run {tmp}/studies", ["out", "studies", "files in it"]),
     "empty text": ("data --corpus text:{tmp}/empty.txt", ["corpus", "empty.txt", "no text"]),
     "binary text": ("data --corpus text:{tmp}/binary.txt", ["corpus", "binary.txt", "binary"]),
     "text not UTF-8": ("data --corpus text:{tmp}/latin.txt", ["corpus", "latin.txt", "UTF-8"]),
@@ -179,6 +198,10 @@ def places(tmp_path, text_corpus):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text('{"config": {"mod')
+    (tmp_path / "run").mkdir()
+    config = resolve(RunConfig(model="tiny", corpus="markov")).model_dump()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": config}))
+    (tmp_path / "run" / "result.json").write_text("{}")
     for name, text in STUDIES.items():
         (tmp_path / "studies" / f"{name}.yaml").write_text(text)
     return {"tmp": str(tmp_path), "text": text_corpus}

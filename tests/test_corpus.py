@@ -1,9 +1,15 @@
 """Batches are pure functions, splits don't move, a corpus is built once, whole or not at all."""
 
+import gzip
 import hashlib
 import json
 import math
 import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,19 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_lab import corpus as corpora
+from lowrank_lab import shards, sources
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.corpus import (
-    END_OF_TEXT,
-    SPLITS,
-    Corpus,
-    _byte_tokenizer,
-    _train_bpe,
-    _write_tokens,
-    permute,
-    prepare,
-    split_of,
-)
-from lowrank_lab.sources import markov_source, text_documents
+from lowrank_lab.corpus import Corpus, permute, prepare
+from lowrank_lab.methods import resolve
+from lowrank_lab.sources import SPLITS, markov_source, split_of, text_documents
+from lowrank_lab.tokens import END_OF_TEXT, byte_tokenizer, encode, train_bpe
 
 
 def byte_config(path, **values):
@@ -328,7 +327,7 @@ def test_a_failure_while_building_leaves_nothing(text_folder, tmp_path, monkeypa
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(corpora, "_write_tokens", fails)
+    monkeypatch.setattr(corpora, "pack", fails)
     with pytest.raises(OSError, match="disk full"):
         prepare(byte_config(text_folder), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -365,14 +364,14 @@ def test_two_processes_that_build_at_once_both_get_it(texts, tmp_path):
 
 
 def test_who_loses_the_race_opens_what_the_winner_built(texts, tmp_path, monkeypatch):
-    write = corpora._write_tokens
+    pack = corpora.pack
 
     def slower(*arguments):
-        monkeypatch.setattr(corpora, "_write_tokens", write)
+        monkeypatch.setattr(corpora, "pack", pack)
         prepare(byte_config(texts), tmp_path / "corpora")
-        write(*arguments)
+        return pack(*arguments)
 
-    monkeypatch.setattr(corpora, "_write_tokens", slower)
+    monkeypatch.setattr(corpora, "pack", slower)
     corpus = prepare(byte_config(texts), tmp_path / "corpora")
     assert [corpus.folder] == list((tmp_path / "corpora").iterdir())
 
@@ -397,6 +396,44 @@ def test_tokens_stay_below_the_vocabulary(byte_corpus, bpe_corpus, markov):
         assert max(int(corpus.tokens(split).max()) for split in SPLITS) < size
 
 
+# A file is read in pieces
+
+
+def chunks_of(text, size):
+    """Documents of a whole text in memory, as corpora of one file have always been cut."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size) + 1
+        if end == 0 or end > start + 2 * size:
+            end = start + size
+        yield text[start:end]
+        start = end
+
+
+@given(st.text(st.sampled_from("ab\n"), max_size=4000), st.integers(1, 50), st.integers(1, 300))
+@settings(max_examples=100, deadline=None)
+def test_pieces_of_a_file_are_cut_as_the_whole_is(text, low, piece):
+    pieces = [text[i : i + piece] for i in range(0, len(text), piece)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_CHARACTERS", (low, 8192))
+        found = list(sources._chunks(pieces, len(text)))
+    assert found == list(chunks_of(text, max(low, len(text) // 400)))
+
+
+@pytest.mark.parametrize("place", [(1 << 20) - 1, 1 << 20, (1 << 20) + 5])
+def test_a_bad_byte_is_named_by_its_place_in_the_file(tmp_path, place):
+    text = ("é" * (1 << 20)).encode()[: place - place % 2] + b"x" * (place % 2)
+    (tmp_path / "file.txt").write_bytes(text + b"\xff more")
+    with pytest.raises(InputError, match=f"not UTF-8 at byte {place}"):
+        list(text_documents(tmp_path / "file.txt"))
+
+
+def test_a_character_cut_off_by_the_end_is_named(tmp_path):
+    (tmp_path / "file.txt").write_bytes(b"abc" + "漢".encode()[:2])
+    with pytest.raises(InputError, match="not UTF-8 at byte 3"):
+        list(text_documents(tmp_path / "file.txt"))
+
+
 # Tokenizers
 
 UTF8 = st.text(st.characters(exclude_categories=["Cs"]))
@@ -406,7 +443,7 @@ LITERALS = ("<|endoftext|>", "<|<|endoftext|>endoftext|>", "<|endoftext|><|endof
 @given(UTF8)
 @settings(max_examples=100, deadline=None)
 def test_bytes_survive_the_byte_tokenizer(text):
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     ids = tokenizer.encode(text).ids
     if END_OF_TEXT not in text:
         assert len(ids) == len(text.encode())
@@ -416,7 +453,7 @@ def test_bytes_survive_the_byte_tokenizer(text):
 @pytest.fixture(scope="module")
 def bpe():
     words = ["gradients of weights", "naïve café ünï 漢字\n\t", "moments", "def update(self):"]
-    return _train_bpe(["the rank of the gradient is low " * 30, *(w * 9 for w in words)], 300)
+    return train_bpe(["the rank of the gradient is low " * 30, *(w * 9 for w in words)], 300)
 
 
 @given(text=UTF8.filter(lambda t: END_OF_TEXT not in t))
@@ -432,11 +469,10 @@ def test_bpe_has_the_entries_asked_for_and_shortens_its_own_text(bpe):
 
 
 @pytest.mark.parametrize("middle", LITERALS)
-def test_an_end_token_written_out_in_a_document_does_not_end_it(bpe, tmp_path, middle):
+def test_an_end_token_written_out_in_a_document_does_not_end_it(bpe, middle):
     texts = [f"a{middle}b", middle, "plain"]
-    for tokenizer in (bpe, _byte_tokenizer()):
-        _write_tokens(tmp_path / "out.bin", texts, tokenizer)
-        tokens = np.fromfile(tmp_path / "out.bin", np.uint16)
+    for tokenizer in (bpe, byte_tokenizer()):
+        tokens = encode(texts, tokenizer)
         ends = np.flatnonzero(tokens == tokenizer.token_to_id(END_OF_TEXT))
         assert len(ends) == len(texts)
         parts = [part[part != tokens[-1]] for part in np.split(tokens, ends + 1)[:-1]]
@@ -444,9 +480,20 @@ def test_an_end_token_written_out_in_a_document_does_not_end_it(bpe, tmp_path, m
         assert [tokenizer.decode(part.tolist()) for part in parts] == shown
 
 
-def test_no_documents_give_no_tokens(tmp_path):
-    _write_tokens(tmp_path / "out.bin", [], _byte_tokenizer())
-    assert (tmp_path / "out.bin").read_bytes() == b""
+def test_no_documents_give_no_tokens(bpe):
+    for tokenizer in ("byte", bpe):
+        assert encode([], tokenizer).shape == (0,)
+
+
+@given(st.lists(UTF8, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_bytes_are_encoded_as_the_byte_tokenizer_does(texts):
+    assert np.array_equal(encode(texts, "byte"), encode(texts, byte_tokenizer()))
+
+
+def test_every_byte_is_encoded_as_the_byte_tokenizer_does():
+    texts = ["".join(map(chr, range(256))), "漢\u2028\U0001f600"]
+    assert np.array_equal(encode(texts, "byte"), encode(texts, byte_tokenizer()))
 
 
 def test_markov_has_no_tokenizer(markov):
@@ -504,3 +551,478 @@ def test_who_knows_the_source_loses_just_its_entropy(markov, split):
 def test_splits_of_the_source_are_different_tokens(markov):
     first = [markov.tokens(split)[:1000].tobytes() for split in SPLITS]
     assert len(set(first)) == 3
+
+
+# Shards of c4
+
+
+def rows_of(count, seed=0):
+    chance = random.Random(seed)
+    return [f"page {seed}.{i}: " + "".join(chance.choices("abc é漢\n", k=60)) for i in range(count)]
+
+
+def write_shard(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"text": text, "url": "none"}) + "\n" for text in texts]
+    path.write_bytes(gzip.compress("".join(rows).encode(), mtime=0))
+
+
+@pytest.fixture
+def c4(tmp_path):
+    """Three shards of 300 documents in all, at two depths."""
+    for seed, name in enumerate(["a", "b", "deep/c"]):
+        write_shard(tmp_path / "c4" / f"{name}.json.gz", rows_of(300, seed))
+    return tmp_path / "c4"
+
+
+def c4_config(path, **values):
+    return RunConfig(model="tiny", corpus=f"c4:{path}", **{"vocab_size": "byte", **values})
+
+
+@pytest.mark.parametrize("vocab", ["byte", 300])
+def test_documents_of_shards_are_in_the_tokens_in_their_order(c4, tmp_path, vocab):
+    corpus = prepare(c4_config(c4, vocab_size=vocab), tmp_path / "corpora")
+    texts = [text for seed in range(3) for text in rows_of(300, seed)]
+    for split in SPLITS:
+        assert documents_of(corpus, split) == [t for t in texts if split_of(t) == split]
+        assert corpus.facts["documents"][split] == len(documents_of(corpus, split))
+    assert sum(corpus.facts["documents"].values()) == 900
+
+
+def test_one_shard_is_a_corpus_too(c4, tmp_path):
+    corpus = prepare(c4_config(c4 / "a.json.gz"), tmp_path / "corpora")
+    assert sum(corpus.facts["documents"].values()) == 300
+
+
+def test_documents_stay_in_their_split_when_shards_are_cut_otherwise(c4, tmp_path):
+    texts = [text for seed in range(3) for text in rows_of(300, seed)]
+    random.Random(1).shuffle(texts)
+    write_shard(tmp_path / "other" / "all.json.gz", [*texts, *rows_of(40, 9), texts[0]])
+    before = prepare(c4_config(c4), tmp_path / "corpora")
+    after = prepare(c4_config(tmp_path / "other"), tmp_path / "corpora")
+    for split in SPLITS:
+        assert set(documents_of(before, split)) <= set(documents_of(after, split))
+    assert sum(texts[0] in documents_of(after, split) for split in SPLITS) == 1
+
+
+def test_a_shard_that_changed_makes_another_corpus(c4, tmp_path):
+    first = prepare(c4_config(c4), tmp_path / "corpora")
+    assert prepare(c4_config(c4), tmp_path / "corpora").folder == first.folder
+    texts = rows_of(300, 1)
+    write_shard(c4 / "b.json.gz", [texts[0].swapcase(), *texts[1:]])
+    assert prepare(c4_config(c4), tmp_path / "corpora").folder != first.folder
+
+
+def test_blank_documents_blank_lines_and_halves_of_characters_do_no_harm(tmp_path):
+    lines = [json.dumps({"text": text}) for text in ("", " \n", "half \ud83d", *rows_of(300))]
+    data = "\n\n".join(lines).encode()  # no line end after the last
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "a.json.gz").write_bytes(
+        gzip.compress(data[:999]) + gzip.compress(data[999:])
+    )
+    corpus = prepare(c4_config(tmp_path / "c4"), tmp_path / "corpora")
+    found = [text for split in SPLITS for text in documents_of(corpus, split)]
+    assert sorted(found) == sorted(["half ?", *rows_of(300)])
+
+
+def damaged(path, kind):
+    """A shard whose fourth line is wrong, or that is no whole gzip."""
+    lines = [json.dumps({"text": text}).encode() for text in rows_of(400)]
+    bad = {
+        "cut JSON": lines[3][:20], "no JSON": b"<html>", "a list": b"[1]", "no text": b'{"a": 1}',
+        "text is a number": b'{"text": 3}', "deep": b"[" * 100_000, "latin-1": b'{"text": "\xe9"}',
+    }  # fmt: skip
+    lines[3] = bad.get(kind, lines[3])
+    data = gzip.compress(b"\n".join(lines))
+    if kind == "cut gzip":
+        data = data[: len(data) // 2]
+    if kind == "no end":
+        data = data[:-5]
+    if kind == "flipped":
+        data = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
+    if kind == "no gzip":
+        data = b"\n".join(lines)
+    path.parent.mkdir()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cut JSON", "line 4: not JSON"),
+        ("no JSON", "line 4: not JSON"),
+        ("a list", 'line 4: it has no "text"'),
+        ("no text", 'line 4: it has no "text"'),
+        ("text is a number", 'line 4: it has no "text"'),
+        ("deep", "line 4: not JSON"),
+        ("latin-1", "line 4: not UTF-8 at byte 10"),
+        ("cut gzip", ": damaged gzip"),
+        ("no end", "line 400: damaged gzip"),
+        ("flipped", ": "),
+        ("no gzip", "line 1: damaged gzip"),
+    ],
+)
+def test_a_damaged_shard_is_named_with_the_line(tmp_path, kind, said):
+    damaged(tmp_path / "c4" / "c4-train.00001.json.gz", kind)
+    message = refusal(c4_config(tmp_path / "c4"), tmp_path / "corpora")
+    assert message.startswith("corpus: ")
+    assert "c4-train.00001.json.gz line " in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab", "said"),
+    [
+        ([], "byte", "no text"),
+        ([" "], 300, "no text"),
+        (["one short text"], "byte", "too short: its train part is empty"),
+        (["one short text"] * 300, "byte", "part is empty"),
+        (["one short text", "two"] * 300, 5000, "too short"),
+    ],
+)
+def test_shards_with_too_little_in_them_are_refused(tmp_path, texts, vocab, said):
+    write_shard(tmp_path / "c4" / "a.json.gz", texts)
+    assert said in refusal(c4_config(tmp_path / "c4", vocab_size=vocab), tmp_path / "corpora")
+
+
+def test_a_folder_without_shards_is_refused(text_folder, tmp_path):
+    assert "no .json.gz file" in refusal(c4_config(text_folder), tmp_path / "corpora")
+    assert "no such file" in refusal(c4_config(tmp_path / "none"), tmp_path / "corpora")
+
+
+# Datasets
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A local folder as `datasets` knows them: a training and a test file."""
+    for split in ("train", "test"):
+        rows = [json.dumps({"text": text, "id": 1}) for text in rows_of(900, len(split))]
+        (tmp_path / "local").mkdir(exist_ok=True)
+        (tmp_path / "local" / f"{split}.jsonl").write_text("\n".join(rows))
+    return tmp_path / "local"
+
+
+def hub_config(name, **values):
+    return RunConfig(model="tiny", corpus=f"hub:{name}", **{"vocab_size": "byte", **values})
+
+
+@pytest.mark.parametrize(("suffix", "seed"), [("", 5), ("@train", 5), ("@test", 4)])
+def test_a_dataset_is_streamed(dataset, tmp_path, monkeypatch, suffix, seed):
+    import datasets
+
+    seen, load = [], datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: seen.append(k["streaming"]) or load(*a, **k)
+    )
+    corpus = prepare(hub_config(f"{dataset}{suffix}"), tmp_path / "corpora")
+    for split in SPLITS:
+        expected = [t for t in rows_of(900, seed) if split_of(t) == split]
+        assert documents_of(corpus, split) == expected
+    assert seen == [True]
+    assert prepare(hub_config(f"{dataset}{suffix}"), tmp_path / "corpora").facts == corpus.facts
+    assert seen == [True]  # what is there is opened without a look at the dataset
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"content": "x"}', 'row 1 has no "text"; its columns: content'),
+        ('{"text": 3}', 'row 1 has no "text"'),
+        ("<html>", "hub:"),
+        ("", "no text"),
+    ],
+)
+def test_a_dataset_without_text_is_refused_in_one_line(tmp_path, line, said):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "train.jsonl").write_text(line)
+    assert said in refusal(hub_config(tmp_path / "local"), tmp_path / "corpora")
+
+
+def test_a_split_that_a_dataset_has_not_is_refused_in_one_line(dataset, tmp_path):
+    assert "nope" in refusal(hub_config(f"{dataset}@nope"), tmp_path / "corpora")
+
+
+def test_datasets_that_is_not_installed_is_asked_for(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "lowrank-lab[hub]" in refusal(hub_config(dataset), tmp_path / "corpora")
+
+
+def test_names_of_datasets_may_have_a_configuration_and_a_split(tmp_path):
+    parse = sources.Hub.parse
+    assert parse("allenai/c4,en@validation") == ("allenai/c4", "en", "validation")
+    assert parse("allenai/c4") == ("allenai/c4", None, "train")
+    (tmp_path / "a@b,c").mkdir()
+    assert parse(f"{tmp_path}/a@b,c") == (f"{tmp_path}/a@b,c", None, "train")
+
+
+# A tokenizer that is given
+
+
+@pytest.fixture
+def tokenizer_file(bpe, tmp_path):
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_a_tokenizer_that_is_given_is_used_as_it_is(bpe, tokenizer_file, c4, tmp_path):
+    config = c4_config(c4, vocab_size=None, tokenizer=str(tokenizer_file))
+    assert resolve(config).vocab_size == 300
+    corpus = prepare(config, tmp_path / "corpora")
+    assert corpus.tokenizer.get_vocab() == bpe.get_vocab()
+    assert corpus.tokens("test").tolist()[:50] == [
+        i for t in documents_of(corpus, "test") for i in [*bpe.encode(t).ids, 0]
+    ][:50]  # fmt: skip
+
+
+def test_the_tokenizer_decides_which_corpus_it_is_by_its_content(bpe, tokenizer_file, c4, tmp_path):
+    root, path = tmp_path / "corpora", tmp_path / "moved.json"
+    config = c4_config(c4, vocab_size=None, tokenizer=str(tokenizer_file))
+    first = prepare(config, root)
+    path.write_bytes(tokenizer_file.read_bytes())
+    assert prepare(config.replace(tokenizer=str(path)), root).folder == first.folder
+    train_bpe(["another text " * 90, *rows_of(50)], 300).save(str(path))
+    assert prepare(config.replace(tokenizer=str(path)), root).folder != first.folder
+    assert config.run_id != c4_config(c4, vocab_size=None).run_id
+
+
+def test_what_a_tokenizer_adds_cuts_or_fills_is_left_out(bpe, c4, tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    other = Tokenizer.from_str(bpe.to_str().replace("<|endoftext|>", "</s>"))
+    plain = prepare(c4_config(c4, vocab_size=None, tokenizer=save(other, tmp_path)), tmp_path / "a")
+    other.enable_truncation(5)
+    other.enable_padding(length=99)
+    other.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 0)])
+    again = prepare(c4_config(c4, vocab_size=None, tokenizer=save(other, tmp_path)), tmp_path / "b")
+    assert plain.facts["sha256"] == again.facts["sha256"]
+
+
+def save(tokenizer, folder):
+    path = folder / f"{hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}.json"
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("{}", "not a tokenizer.json"),
+        ("", "not a tokenizer.json"),
+        ("no end", "no token that ends a text"),
+        ("large", "more than 65536 entries"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_in_one_line(bpe, c4, tmp_path, content, said):
+    path = tmp_path / "tokenizer.json"
+    if content == "no end":
+        content = bpe.to_str().replace("<|endoftext|>", "stop")
+    if content == "large":
+        large = json.loads(bpe.to_str())
+        large["model"]["vocab"]["last"] = 65536
+        content = json.dumps(large)
+    if content is not None:
+        path.write_text(content)
+    config = c4_config(c4, vocab_size=None, tokenizer=str(path))
+    message = refusal(config, tmp_path / "corpora")
+    assert message.startswith("tokenizer: ")
+    assert said in message
+
+
+def test_a_tokenizer_beside_another_choice_of_vocabulary_is_refused(tokenizer_file, c4, tmp_path):
+    config = c4_config(c4, vocab_size=400, tokenizer=str(tokenizer_file))
+    assert "the tokenizer has 300 entries" in refusal(config, tmp_path / "corpora")
+    for values in ({"vocab_size": "byte"}, {"corpus": "markov"}):
+        with pytest.raises(InputError, match="tokenizer: "):
+            RunConfig(tokenizer=str(tokenizer_file), **values)
+
+
+# Shards of tokens
+
+
+@pytest.fixture
+def in_shards(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
+
+
+def test_batches_do_not_depend_on_how_tokens_lie_in_files(c4, tmp_path, monkeypatch):
+    whole = prepare(c4_config(c4), tmp_path / "whole")
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
+    cut = prepare(c4_config(c4), tmp_path / "cut")
+    files = sorted(cut.folder.glob("train*.bin"))
+    assert len(files) == math.ceil(whole.length("train") / 1000) > 20
+    assert max(file.stat().st_size for file in files) == 2000
+    assert cut.facts == whole.facts
+    for split in SPLITS:
+        assert np.array_equal(cut.tokens(split), whole.tokens(split))
+    for step in range(20):
+        for batches in zip(
+            *(c.batch("train", step, batch=7, sequence_length=300, seed=3) for c in (cut, whole)),
+            strict=True,
+        ):
+            assert torch.equal(*batches)
+
+
+def test_a_split_that_fills_its_files_exactly_has_no_empty_one(tmp_path, in_shards):
+    texts = [("train", "x" * 499)] * 4  # 2000 tokens
+    counts = shards.pack(tmp_path, texts, lambda t: encode(t, "byte"))
+    assert counts["tokens"]["train"] == 2000
+    assert [p.name for p in shards.shard_paths(tmp_path, "train")] == ["train.bin", "train.1.bin"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_parts_of_all_ranks_are_the_batch(byte_corpus, ranks):
+    arguments = {"batch": 7, "sequence_length": 16, "seed": 2}
+    parts = [
+        byte_corpus.batch("train", 5, **arguments, rank=rank, ranks=ranks) for rank in range(ranks)
+    ]
+    for whole, pieces in zip(
+        byte_corpus.batch("train", 5, **arguments), zip(*parts, strict=True), strict=True
+    ):
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("kind", ["cut", "missing"])
+def test_a_corpus_with_damaged_files_is_refused(c4, tmp_path, in_shards, kind):
+    folder = prepare(c4_config(c4), tmp_path / "corpora").folder
+    if kind == "cut":
+        os.truncate(folder / "train.3.bin", 500)
+    else:
+        (folder / "train.3.bin").unlink()
+    with pytest.raises(InputError, match="its train files are damaged"):
+        prepare(c4_config(c4), tmp_path / "corpora").length("train")
+
+
+# Killed while it builds
+
+
+def _prepare_until_killed(config, root, groups):
+    pack = shards.pack
+    shards.SAVE_EVERY, shards.GROUP = 3000, (8, 1 << 20)
+
+    def killed(folder, texts, encode, on_progress):
+        left = iter(range(groups))
+
+        def then(tokens):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode(tokens)
+
+        return pack(folder, texts, then, on_progress)
+
+    corpora.pack = killed
+    prepare(config, root)
+
+
+def kill_a_build(config, root, groups):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_prepare_until_killed, args=(config, root, groups))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def encoded_documents(monkeypatch):
+    """Counts the documents that are encoded from now on."""
+    counted = []
+    monkeypatch.setattr(
+        corpora,
+        "encode",
+        lambda texts, tokenizer: counted.extend(texts) or encode(texts, tokenizer),
+    )
+    return counted
+
+
+@pytest.mark.parametrize("kind", ["c4", "text"])
+@pytest.mark.parametrize("vocab", ["byte", 300])
+def test_a_killed_build_goes_on_and_ends_the_same(
+    kind, vocab, c4, texts, tmp_path, monkeypatch, in_shards
+):
+    make = c4_config if kind == "c4" else byte_config
+    config = make(c4 if kind == "c4" else texts, vocab_size=vocab)
+    root, whole = tmp_path / "corpora", prepare(config, tmp_path / "whole")
+    root.mkdir()
+    for groups in (3 * 30, 3 * 10):  # killed twice: each group is encoded once for each split
+        kill_a_build(config, root, groups if kind == "c4" else groups // 6)
+        assert not [p for p in root.iterdir() if not p.name.startswith(".")]
+    counted = encoded_documents(monkeypatch)
+    again = prepare(config, root)
+    assert again.facts == whole.facts
+    assert list(root.iterdir()) == [again.folder]
+    names = {p.name for p in again.folder.iterdir()}
+    assert names == {p.name for p in whole.folder.iterdir()}
+    assert all((again.folder / n).read_bytes() == (whole.folder / n).read_bytes() for n in names)
+    assert 0 < len(counted) < 0.9 * sum(whole.facts["documents"].values())
+
+
+def test_a_build_that_is_under_way_is_not_gone_on_with_by_another(c4, tmp_path):
+    root = tmp_path / "corpora"
+    root.mkdir()
+    with shards.workplace(root / "name") as ours, shards.workplace(root / "name") as theirs:
+        assert ours != theirs
+    assert list(root.iterdir()) == []
+
+
+def test_wrong_input_leaves_nothing_of_a_build_that_had_come_far(c4, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SAVE_EVERY", 3000)
+    damaged(tmp_path / "c4" / "z" / "last.json.gz", "cut JSON")
+    assert "last.json.gz line 4" in refusal(c4_config(c4), tmp_path / "corpora")
+
+
+def test_a_full_disk_keeps_what_was_recorded(c4, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SAVE_EVERY", 3000)
+    monkeypatch.setattr(shards, "GROUP", (8, 1 << 20))
+    left = iter(range(90))
+
+    def fails(texts, tokenizer):
+        if next(left, None) is None:
+            raise OSError("disk full")
+        return encode(texts, tokenizer)
+
+    monkeypatch.setattr(corpora, "encode", fails)
+    with pytest.raises(OSError, match="disk full"):
+        prepare(c4_config(c4), tmp_path / "corpora")
+    assert len(list((tmp_path / "corpora").iterdir())) == 1
+    counted = encoded_documents(monkeypatch)
+    prepare(c4_config(c4), tmp_path / "corpora")
+    assert 0 < len(counted) < 900
+
+
+# Memory
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from lowrank_lab.config import RunConfig
+from lowrank_lab.corpus import prepare
+corpus = prepare(RunConfig(corpus=sys.argv[1], vocab_size="byte"), Path(sys.argv[2]))
+corpus.batch("train", 0, batch=16, sequence_length=256)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([peak * 1024, sum(corpus.facts["bytes"].values())]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "c4"])
+def test_memory_does_not_grow_with_the_corpus(kind, tmp_path):
+    """At $LOWRANK_LAB_SCALE MB (default 60) and a tenth of it."""
+    scale = int(os.environ.get("LOWRANK_LAB_SCALE", "60"))
+    peaks = []
+    for megabytes in (scale / 10, scale):
+        path = tmp_path / (f"{megabytes}.txt" if kind == "text" else f"{megabytes}.json.gz")
+        lines = rows_of(1000)
+        with path.open("wb") if kind == "text" else gzip.open(path, "wb", 1) as file:
+            for index in range(int(megabytes * 1e6) // 10_000):
+                text = f"{index} " + (lines[index % 1000] + "\n") * 100
+                file.write(f"{text}\n".encode() if kind == "text" else row_of(text))
+        command = [sys.executable, "-c", MEASURE, f"{kind}:{path}", str(tmp_path / "corpora")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, size = json.loads(done.stdout)
+        assert size > megabytes * 0.7e6
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 0.1 * scale * 1e6 + 10e6
+
+
+def row_of(text):
+    return json.dumps({"text": text}).encode() + b"\n"

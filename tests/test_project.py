@@ -57,14 +57,21 @@ def imported_packages(folder):
 
 
 def test_what_the_library_imports_is_required(project):
-    texts = [*project["dependencies"], *project["optional-dependencies"]["quant"]]
+    extras = project["optional-dependencies"]
+    texts = [*project["dependencies"], *extras["quant"], *extras["hub"]]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
     assert imported_packages(ROOT / "lowrank_lab") <= required
 
 
 def test_what_the_tests_import_is_in_the_extras(project):
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["peers"], *extras["dev"], *extras["quant"]]
+    texts = [
+        *project["dependencies"],
+        *extras["peers"],
+        *extras["dev"],
+        *extras["quant"],
+        *extras["hub"],
+    ]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
     own = {canonicalize_name(p.stem) for p in (ROOT / "tests").rglob("*.py")}
     assert imported_packages(ROOT / "tests") - own <= required

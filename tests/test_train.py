@@ -179,7 +179,7 @@ def test_bytes_are_those_of_weights_gradients_and_states(config, trained):
 def test_a_finished_folder_holds_its_records_and_nothing_else(finished):
     assert sorted(path.name for path in finished.folder.iterdir()) == [
         "config.json", "memory.json", "metrics.jsonl", "model.safetensors", "result.json",
-        "spectra.jsonl",
+        "spectra.jsonl", "tokenizer.json",
     ]  # fmt: skip
     result = finished.result
     assert (result["steps"], result["tokens_seen"]) == (STEPS, STEPS * 64)

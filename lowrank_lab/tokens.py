@@ -1,0 +1,128 @@
+"""Tokenizers of corpora, and texts as arrays of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lowrank_lab.config import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # what other tokenizers call it
+BPE_SAMPLE_BYTES = 20_000_000
+LARGEST_VOCABULARY = 1 << 16  # tokens are uint16
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes and END_OF_TEXT: a BPE without merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([END_OF_TEXT, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_ids() -> np.ndarray:
+    """The byte tokenizer's token of each byte (256): printable bytes come first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    ids = np.empty(256, np.uint16)
+    ids[[*printable, *sorted(set(range(256)) - set(printable))]] = np.arange(1, 257)
+    return ids
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE from the first BPE_SAMPLE_BYTES of the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(texts, BPE_SAMPLE_BYTES), trainer)
+    return tokenizer
+
+
+def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first documents, up to about `limit` characters (their order is random already)."""
+    taken = 0
+    for text in texts:
+        taken += len(text)
+        yield text
+        if taken >= limit:
+            return
+
+
+def read_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, which neither cuts nor pads.
+
+    Raises:
+        InputError: no such file, not a tokenizer, no end-of-text token, too many entries.
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError("tokenizer", path, "there is no such file")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # it has no narrower one
+        raise InputError("tokenizer", path, f"not a tokenizer.json: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    try:
+        end_of_text(tokenizer)
+    except ValueError as error:
+        raise InputError("tokenizer", path, str(error)) from None
+    if vocabulary_of(tokenizer) > LARGEST_VOCABULARY:
+        allowed = f"it has more than {LARGEST_VOCABULARY} entries, which uint16 can't hold"
+        raise InputError("tokenizer", path, allowed)
+    return tokenizer
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding of its tokens needs: ids may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def end_of_text(tokenizer: Tokenizer) -> str:
+    """The token that ends documents; ValueError if it has none."""
+    for name in END_NAMES:
+        if tokenizer.token_to_id(name) is not None:
+            return name
+    raise ValueError(f"it has no token that ends a text: {' '.join(END_NAMES)}")
+
+
+def encode(texts: list[str], tokenizer: Tokenizer | Literal["byte"]) -> np.ndarray:
+    """All texts as one uint16 array, each with the end-of-text token after it.
+
+    That token written out in a text does not become the token.
+    """
+    end = END_OF_TEXT if tokenizer == "byte" else end_of_text(tokenizer)
+    harmless = "<|end of text|>" if end == END_OF_TEXT else f"{end[0]} {end[1:]}"
+    texts = [text.replace(end, harmless) for text in texts]
+    if tokenizer == "byte":  # END_OF_TEXT is its token 0
+        raw = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+        ids = [np.append(_BYTE_IDS[r], np.uint16(0)) for r in raw]
+    else:
+        last = tokenizer.token_to_id(end)
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.array([*e.ids, last], np.uint16) for e in encoded]
+    return np.concatenate(ids) if ids else np.empty(0, np.uint16)
+
+
+_BYTE_IDS = _byte_ids()
