@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.llama import Llama
@@ -44,6 +45,7 @@ class PerLayerUpdates:
 
     def _update(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        distributed.average_([parameter.grad])  # hooks come in the same order in all processes
         self._squares.append(parameter.grad.float().square().sum())
         self._optimizer.step()
         parameter.grad = None
@@ -125,6 +127,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients from equal pieces of one batch, clipped; with `per_layer`, use them up.
 
+    Of several processes each has an equal share of every piece, and all get the same results.
+
     Returns:
         The mean loss and the global gradient norm before clipping, float32 scalars on the device.
     """
@@ -136,6 +140,9 @@ def gradients(
             loss.backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
+    trained = [p.grad for p in model.parameters() if p.grad is not None]
+    with record_function("average"):  # once a batch, however many pieces it came in
+        distributed.average_([*trained, total])
     if per_layer is not None:
         return total, per_layer.norm()
     limit = config.clip if config.clip > 0 else float("inf")

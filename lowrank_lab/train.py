@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowrank_lab import checkpoint, memory
+from lowrank_lab import checkpoint, distributed, memory
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.corpus import Corpus, Split, prepare
 from lowrank_lab.layers import train_dense_
@@ -50,7 +50,9 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     """
     given, config = config, resolve(config)
     device_of(config)
-    corpus = prepare(config)
+    _check_processes(config)
+    with distributed.first_on_each_machine():
+        corpus = prepare(config)
     for split in ("validation", "test"):
         if not corpus.num_windows(split, config.sequence_length):
             most = len(corpus.tokens(split)) - 1
@@ -70,8 +72,24 @@ def device_of(config: RunConfig) -> torch.device:
     """The device a run computes on."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device", "cuda", "there is no CUDA device here; auto or cpu")
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not distributed.launched():
+        return torch.device("cuda")
+    here, count = distributed.local_rank(), torch.cuda.device_count()
+    if here >= count:
+        raise InputError("nproc-per-node", here + 1, f"this machine has {count} CUDA devices")
+    return torch.device("cuda", here)
+
+
+def _check_processes(config: RunConfig) -> None:
+    """Each process has an equal share of every piece of a batch."""
+    processes, pieces = distributed.size(), config.gradient_accumulation
+    if config.batch % (processes * pieces):
+        allowed = f"{processes} processes × gradient_accumulation {pieces} must divide it"
+        raise InputError("batch", config.batch, allowed)
+    if config.parallel != "ddp" and not distributed.launched():
+        raise InputError("parallel", config.parallel, "needs processes: torchrun starts them")
 
 
 @torch.no_grad()
@@ -84,17 +102,22 @@ def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: Ru
     length = config.sequence_length
     count = min(corpus.num_windows(split, length), max(1, tokens // length))
     device = next(model.parameters()).device
-    total, seen = 0.0, 0
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # of losses and tokens
     training = model.training
     model.eval()
+    rank, processes = distributed.rank(), distributed.size()
     for start in range(0, count, config.batch):
-        indices = torch.arange(start, min(start + config.batch, count)).numpy()
+        own = torch.arange(start + rank, min(start + config.batch, count), processes)
+        # Every process computes in every turn, as sharded models do so together.
+        indices = own.numpy() if len(own) else torch.tensor([start]).numpy()
         inputs, targets = (t.to(device) for t in corpus.windows(split, indices, length))
         with autocast(config, device):
-            total += float(model.loss(inputs, targets)) * targets.numel()
-        seen += targets.numel()
+            loss = model.loss(inputs, targets).double()
+        tokens_here = len(own) * length
+        totals += torch.stack([loss * tokens_here, torch.full_like(loss, tokens_here)])
     model.train(training)
-    return total / seen
+    total, seen = distributed.sum_(totals).tolist()
+    return float(total / seen)
 
 
 def train(
@@ -116,9 +139,21 @@ def train(
         InputError: before anything is written.
         TrainingError: the loss or a gradient is not finite; the last good state is in the folder.
     """
+    with distributed.joined(device_of(config)):
+        return _train(config, folder, label, on_step)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path | str | None,
+    label: str | None,
+    on_step: Callable[[dict[str, Any]], None] | None,
+) -> Run:
     config, corpus = check(config)
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
-    if _is_finished(target, config):
+    finished = _is_finished(target, config)
+    distributed.wait_for_all()  # before the first of us writes there
+    if finished:
         return Run(target)
     trainer = Trainer(config, corpus, target, label)
     trainer.resume()
@@ -127,6 +162,7 @@ def train(
         if on_step is not None:
             on_step(row)
     trainer.finish()
+    distributed.wait_for_all()
     return Run(target)
 
 
@@ -168,7 +204,10 @@ class Trainer:
         self._peaks: dict[str, int] = {}  # bytes, by kind of step
         self._spectra = SpectraRecorder(self.model, self.optimizer, config.spectra_layers)
         self._progress_due = 0.0
+        self._writes = distributed.is_first()
         self._ahead: tuple[int, list[Batch]] | None = None  # the next step and its batches
+        if not self._writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
             facts = {
@@ -183,6 +222,9 @@ class Trainer:
         self.updates, extra = checkpoint.load(
             self.folder / "checkpoints", self.model, self.optimizer
         )
+        if not distributed.same_everywhere(self.updates):
+            where = self.folder / "checkpoints"
+            raise TrainingError(f"not every process sees the same checkpoints in {where}")
         self.seconds = extra.get("seconds", 0.0)
         self._peaks = extra.get("peaks", {})
         if warm_start(self.config):
@@ -190,7 +232,7 @@ class Trainer:
         last_kept = self.updates if self.updates else -1
         if self.updates:
             self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
-        for name in ("metrics.jsonl", "spectra.jsonl"):
+        for name in ("metrics.jsonl", "spectra.jsonl") if self._writes else ():
             cut_jsonl(self.folder / name, last_kept)
         if self.updates == 0:
             self._record_spectra()
@@ -199,7 +241,7 @@ class Trainer:
         """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""
         config, kind = self.config, kind_of(self.config, self.updates)
         eventful = kind not in ("first", "next")
-        if eventful:
+        if eventful and self._writes:
             self._spectra.note_momentum()
         started, batches = time.perf_counter(), self._batches(self.updates)
         with self._traced(kind):
@@ -214,8 +256,9 @@ class Trainer:
         row = self._row(*values, elapsed, done, self._peaks.get(kind))
         if self._due(config.cadence("eval_every")):
             row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
-        append_jsonl(self.folder / "metrics.jsonl", [row])
-        if eventful:
+        if self._writes:
+            append_jsonl(self.folder / "metrics.jsonl", [row])
+        if eventful and self._writes:
             moved = self._spectra.momentum_rows(self.updates, kind)
             append_jsonl(self.folder / "spectra.jsonl", moved)
         if self._due(config.cadence("spectra_every")):
@@ -233,6 +276,8 @@ class Trainer:
             f"{split}_loss": self.evaluate(split, self.config.test_tokens)
             for split in ("validation", "test")
         }
+        if not self._writes:
+            return
         weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         partial = self.folder / ".model.safetensors"
         save_file(weights, partial)
@@ -264,7 +309,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Keep the present state, unless weights in it are no longer finite."""
-        if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if self._writes and all(bool(p.isfinite().all()) for p in self.model.parameters()):
             folder = self.folder / "checkpoints"
             checkpoint.save(
                 folder, self.updates, self.model, self.optimizer, seconds=self.seconds,
@@ -275,6 +320,7 @@ class Trainer:
         """End the run, with the last good state kept."""
         self.optimizer.zero_grad(set_to_none=True)
         self.save_checkpoint()
+        distributed.wait_for_all()
         kept = checkpoint.all_checkpoints(self.folder / "checkpoints")
         where = f"the last good state is kept in {kept[-1]}" if kept else "no good state was kept"
         raise TrainingError(f"{reason}; {where}; a lower lr may help")
@@ -288,9 +334,12 @@ class Trainer:
             "train", updates,
             batch=config.batch, sequence_length=config.sequence_length, seed=config.seed,
         )  # fmt: skip
-        tokens, targets = (self._to_device(t) for t in (tokens, targets))
-        pieces = config.gradient_accumulation
-        return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
+        return list(zip(self._pieces(tokens), self._pieces(targets), strict=True))
+
+    def _pieces(self, t: Tensor) -> list[Tensor]:
+        """This process's share of every piece of a batch, on the device."""
+        pieces = t.chunk(self.config.gradient_accumulation)
+        return [self._to_device(distributed.share(piece)) for piece in pieces]
 
     def _fetch_ahead(self) -> None:
         """Get the next step's batches while the device still computes this one."""
@@ -315,7 +364,7 @@ class Trainer:
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):
                 self._stop(f"the {name} of step {self.updates + 1} is {value}")
-        if self._due(self.config.cadence("spectra_every"), self.updates + 1):
+        if self._writes and self._due(self.config.cadence("spectra_every"), self.updates + 1):
             with unseen():  # it is no part of training
                 self._spectra.see_gradients()
         return values[0], values[1]
@@ -374,14 +423,16 @@ class Trainer:
             facts: dict[str, int | None] = dict(self.bytes.as_dict())
             for name in ("activations", "logits"):
                 facts[name] = getattr(activations, name) if activations else None
-            write_json(self.folder / "memory.json", {**facts, "peak": self._peaks.get(kind)})
+            if self._writes:
+                write_json(self.folder / "memory.json", {**facts, "peak": self._peaks.get(kind)})
 
     def _record_spectra(self) -> None:
-        append_jsonl(self.folder / "spectra.jsonl", self._spectra.rows(self.updates))
+        if self._writes:
+            append_jsonl(self.folder / "spectra.jsonl", self._spectra.rows(self.updates))
 
     def _report_progress(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
-        if now < self._progress_due:
+        if now < self._progress_due or not self._writes:
             return
         self._progress_due = now + PROGRESS_SECONDS
         left = (self.config.total_steps - self.updates) * self.seconds / self.updates
