@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent
 TRAINING_ROOMS = (
     "config.py", "distributed.py", "sources.py", "corpus.py", "layers", "attention.py", "llama.py",
     "optim", "techniques.py", "schedule.py", "options.py", "builders.py", "catalogue.py",
-    "methods.py", "step.py", "train.py",
+    "methods.py", "sharded.py", "step.py", "train.py",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from lowrank_lab.methods import build, resolve
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
+from lowrank_lab.sharded import Shards, check_shards
 from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
     Batch,
@@ -30,7 +31,7 @@ from lowrank_lab.step import (
     kind_of,
     take_step_,
 )
-from lowrank_lab.tracing import Breakdown, Tracker, unseen
+from lowrank_lab.tracing import Breakdown, Tracker, tensor_bytes, unseen
 
 PROGRESS_SECONDS = 0.5
 
@@ -51,6 +52,8 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     given, config = config, resolve(config)
     device_of(config)
     _check_processes(config)
+    if config.parallel == "fsdp2":
+        check_shards(config)
     with distributed.first_on_each_machine():
         corpus = prepare(config)
     for split in ("validation", "test"):
@@ -193,7 +196,11 @@ class Trainer:
         """Takes a resolved configuration; writes config.json."""
         self.config, self.corpus, self.folder = config, corpus, folder
         self.device = device_of(config)
-        self.model, self.optimizer = build(config)
+        self._shards = Shards(config, self.device) if config.parallel == "fsdp2" else None
+        if self._shards is None:
+            self.model, self.optimizer = build(config)
+        else:
+            self.model, self.optimizer = self._shards.model, self._shards.optimizer
         self.model.to(self.device).train()
         if config.compile:
             self.model.compile_blocks()
@@ -202,7 +209,7 @@ class Trainer:
         self.bytes = Breakdown()
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._peaks: dict[str, int] = {}  # bytes, by kind of step
-        self._spectra = SpectraRecorder(self.model, self.optimizer, config.spectra_layers)
+        self._spectra = SpectraRecorder(*self._plain(), config.spectra_layers)
         self._progress_due = 0.0
         self._writes = distributed.is_first()
         self._ahead: tuple[int, list[Batch]] | None = None  # the next step and its batches
@@ -219,9 +226,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, and cut the records back to its step."""
-        self.updates, extra = checkpoint.load(
-            self.folder / "checkpoints", self.model, self.optimizer
-        )
+        whole = self._plain() if self._shards is None else self._shards.blank()
+        self.updates, extra = checkpoint.load(self.folder / "checkpoints", *whole)
+        if self._shards is not None and self.updates:
+            self._shards.take_(*whole)
         if not distributed.same_everywhere(self.updates):
             where = self.folder / "checkpoints"
             raise TrainingError(f"not every process sees the same checkpoints in {where}")
@@ -231,23 +239,46 @@ class Trainer:
             train_dense_(self.model, on=self.updates < warm_start(self.config))
         last_kept = self.updates if self.updates else -1
         if self.updates:
-            self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
+            self.bytes = self._persistent()
         for name in ("metrics.jsonl", "spectra.jsonl") if self._writes else ():
             cut_jsonl(self.folder / name, last_kept)
         if self.updates == 0:
             self._record_spectra()
 
+    def _persistent(self) -> Breakdown:
+        """Bytes of weights, gradients and states that this process holds."""
+        if self._shards is None:
+            return memory.persistent(self.model, self.optimizer, self.config.per_layer)
+        found = memory.persistent(self._shards.mirror, self.optimizer)
+        held = self._shards.held()  # the mirror stands for some of them only
+        found.frozen = tensor_bytes(t for t, trains in held if not trains)
+        found.gradients = tensor_bytes(t for t, trains in held if trains)
+        found.weights = found.frozen + found.gradients + tensor_bytes(self.model.buffers())
+        return found
+
+    def _plain(self) -> tuple[Llama, torch.optim.Optimizer]:
+        """Model and optimizer in ordinary tensors; of shards the first process's copy."""
+        plain = None if self._shards is None else self._shards.plain
+        return plain or (self.model, self.optimizer)
+
+    def _gather(self, gradients: bool = False) -> None:
+        """Bring the copy of what is in shards up to date; all processes call it."""
+        if self._shards is not None:
+            self._shards.gather_(gradients)
+
     def advance(self) -> dict[str, Any]:
         """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""
         config, kind = self.config, kind_of(self.config, self.updates)
         eventful = kind not in ("first", "next")
+        if eventful:
+            self._gather()
         if eventful and self._writes:
             self._spectra.note_momentum()
         started, batches = time.perf_counter(), self._batches(self.updates)
         with self._traced(kind):
             values, done = take_step_(
                 self.model, self.optimizer, batches, config, self.updates,
-                per_layer=self._per_layer, check=self._finite,
+                per_layer=self._per_layer, check=self._finite, shards=self._shards,
             )  # fmt: skip
         assert values is not None
         elapsed = time.perf_counter() - started
@@ -258,6 +289,8 @@ class Trainer:
             row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
         if self._writes:
             append_jsonl(self.folder / "metrics.jsonl", [row])
+        if eventful:
+            self._gather()
         if eventful and self._writes:
             moved = self._spectra.momentum_rows(self.updates, kind)
             append_jsonl(self.folder / "spectra.jsonl", moved)
@@ -276,14 +309,16 @@ class Trainer:
             f"{split}_loss": self.evaluate(split, self.config.test_tokens)
             for split in ("validation", "test")
         }
+        self._gather()
         if not self._writes:
             return
-        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        model, _ = self._plain()
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         partial = self.folder / ".model.safetensors"
         save_file(weights, partial)
         partial.replace(self.folder / "model.safetensors")
-        parameters = {p for p in self.model.parameters() if p.requires_grad}
-        ends = {*self.model.model.embed_tokens.parameters(), *self.model.lm_head.parameters()}
+        parameters = {p for p in model.parameters() if p.requires_grad}
+        ends = {*model.model.embed_tokens.parameters(), *model.lm_head.parameters()}
         result = {
             **losses,
             "validation_perplexity": math.exp(min(losses["validation_loss"], 700.0)),
@@ -309,10 +344,12 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Keep the present state, unless weights in it are no longer finite."""
-        if self._writes and all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        self._gather()
+        model, optimizer = self._plain()
+        if self._writes and all(bool(p.isfinite().all()) for p in model.parameters()):
             folder = self.folder / "checkpoints"
             checkpoint.save(
-                folder, self.updates, self.model, self.optimizer, seconds=self.seconds,
+                folder, self.updates, model, optimizer, seconds=self.seconds,
                 peaks=self._peaks,
             )  # fmt: skip
 
@@ -364,9 +401,11 @@ class Trainer:
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):
                 self._stop(f"the {name} of step {self.updates + 1} is {value}")
-        if self._writes and self._due(self.config.cadence("spectra_every"), self.updates + 1):
+        if self._due(self.config.cadence("spectra_every"), self.updates + 1):
             with unseen():  # it is no part of training
-                self._spectra.see_gradients()
+                self._gather(gradients=True)
+                if self._writes:
+                    self._spectra.see_gradients()
         return values[0], values[1]
 
     def _row(
@@ -398,12 +437,13 @@ class Trainer:
         """Learn the peak memory of this step: on CUDA of each one, on a CPU of the first of a kind.
 
         Steps of one kind allocate the same, and only CUDA's allocator counts at no cost. Compiled
-        blocks can't be followed operation by operation.
+        blocks and shards can't be followed operation by operation.
         """
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        if self.config.compile or kind in self._peaks or (cuda and self.updates):
+        opaque = self.config.compile or self._shards is not None
+        if opaque or kind in self._peaks or (cuda and self.updates):
             yield
             activations = None
         else:
@@ -419,7 +459,7 @@ class Trainer:
         if cuda:
             self._peaks[kind] = torch.cuda.max_memory_allocated(self.device)
         if self.updates == 0:
-            self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
+            self.bytes = self._persistent()
             facts: dict[str, int | None] = dict(self.bytes.as_dict())
             for name in ("activations", "logits"):
                 facts[name] = getattr(activations, name) if activations else None
@@ -427,6 +467,7 @@ class Trainer:
                 write_json(self.folder / "memory.json", {**facts, "peak": self._peaks.get(kind)})
 
     def _record_spectra(self) -> None:
+        self._gather()
         if self._writes:
             append_jsonl(self.folder / "spectra.jsonl", self._spectra.rows(self.updates))
 

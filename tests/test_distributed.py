@@ -7,10 +7,13 @@ import sys
 
 import pytest
 from processes import train_all
+from safetensors.torch import load_file
 from short import short_options
 
 from lowrank_lab import METHODS, InputError, RunConfig, train
-from lowrank_lab.methods import resolve
+from lowrank_lab.formulas import optimizer_state_bytes
+from lowrank_lab.methods import build_model, resolve
+from lowrank_lab.sharded import check_shards
 
 # Rounding is another in another order of sums, and steep learning rates amplify it step by step
 # (one process in two pieces instead of one shows as much): these are small enough not to.
@@ -76,6 +79,13 @@ def test_every_method_trains_the_same_with_two_processes(tmp_path):
     assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
 
 
+@pytest.mark.slow
+def test_every_method_but_relora_trains_the_same_in_shards(tmp_path):
+    found = compared([name for name in METHODS if name != "relora"], tmp_path, parallel="fsdp2")
+    table("fsdp2", found)
+    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+
+
 def interrupted(folder, **fields):
     """The losses of a run, and of one that was broken off after a checkpoint and went on."""
     fields = SMALL | {"steps": 14, "checkpoint_every": 5, "clip": 0.5} | fields
@@ -90,6 +100,62 @@ def test_a_run_of_two_processes_goes_on_from_its_checkpoint(tmp_path):
     files = {p.name for p in (tmp_path / "cut").iterdir()}
     kept = {"config.json", "memory.json", "metrics.jsonl", "spectra.jsonl", "result.json"}
     assert files == kept | {"model.safetensors"}
+
+
+@pytest.mark.parametrize("method", ["full-rank", "low-rank", "galore"])
+def test_a_run_in_shards_goes_on_from_its_checkpoint(tmp_path, method):
+    rare = {"refactor_every": 4, "on_refactor": "transport"} if method == "low-rank" else {}
+    whole, cut = interrupted(
+        tmp_path, method=method, parallel="fsdp2", gradient_accumulation=2, **rare
+    )
+    assert (len(cut), cut) == (14, whole)
+    train(RunConfig(**SMALL, steps=14, clip=0.5, method=method, **rare), tmp_path / "one")
+    assert max(differences(tmp_path / "one", tmp_path / "cut")) < 1e-5
+    one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("one", "cut"))
+    assert all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
+    spectra = [(tmp_path / f / "spectra.jsonl").read_text().splitlines() for f in ("one", "cut")]
+    assert [json.loads(r).keys() for r in spectra[0]] == [json.loads(r).keys() for r in spectra[1]]
+
+
+def test_a_run_can_go_on_in_shards_and_in_whole_models_again(tmp_path):
+    fields = SMALL | {"steps": 14, "checkpoint_every": 3, "method": "galore", "rank": 4}
+    sharded = fields | {"parallel": "fsdp2"}
+    jobs = [("run", fields | {"stop": 4}), ("run", sharded | {"stop": 10}), ("run", fields)]
+    assert train_all(jobs, tmp_path / "two") == {}
+    train(RunConfig(**fields), tmp_path / "one")
+    assert max(differences(tmp_path / "one", tmp_path / "two" / "run")) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["full-rank", "low-rank", "galore"])
+def test_bytes_of_a_process_are_those_of_its_shards(tmp_path, method):
+    fields = SMALL | {"method": method, "steps": 2, "parallel": "fsdp2"}
+    assert train_all([("run", fields)], tmp_path) == {}
+    config = resolve(RunConfig(**fields))
+    model = build_model(config)
+    shards = sum(-(-p.shape[0] // 2) * p[0].numel() * 4 for p in model.parameters())
+    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert (found["weights"], found["gradients"]) == (shards, shards)
+    whole = optimizer_state_bytes(config)
+    if method == "galore":  # by layers: as even as these are
+        assert found["optimizer_states"] == pytest.approx(whole / 2, rel=0.1)
+    else:
+        steps = 4 * len(list(model.parameters()))  # torch's own counters
+        assert found["optimizer_states"] == 2 * shards + steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"method": "relora"}, "method: 'relora'"),
+        ({"per_layer": True, "clip": 0.0}, "per_layer: True"),
+        ({"compile": True}, "compile: True"),
+        ({"reset_every": 10, "reset_how": "magnitude"}, "reset_how: 'magnitude'"),
+    ],
+)
+def test_what_is_not_sound_in_shards_is_refused(fields, refusal):
+    config = resolve(RunConfig(**SMALL, parallel="fsdp2", **fields))
+    with pytest.raises(InputError, match=f"{refusal} is not allowed"):
+        check_shards(config)
 
 
 def test_what_two_processes_cannot_share_is_refused_in_one_line(tmp_path):

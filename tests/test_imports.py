@@ -14,7 +14,7 @@ PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
     "config distributed sources corpus layers attention llama optim techniques schedule options "
-    "builders catalogue methods step tracing formulas memory budget spectra checkpoint "
+    "builders catalogue methods sharded step tracing formulas memory budget spectra checkpoint "
     "provenance runs train sample stats one_matrix grid figures slider panel one_matrix_view "
     "grid_view report widgets explorer jobs pages publish study study_view budget_view cli "
     "__main__"
