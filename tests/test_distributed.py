@@ -13,6 +13,7 @@ from short import short_options
 from lowrank_lab import METHODS, InputError, RunConfig, train
 from lowrank_lab.formulas import optimizer_state_bytes
 from lowrank_lab.methods import build_model, resolve
+from lowrank_lab.runs import read_jsonl
 from lowrank_lab.sharded import check_shards
 
 # Rounding is another in another order of sums, and steep learning rates amplify it step by step
@@ -86,61 +87,103 @@ def test_every_method_but_relora_trains_the_same_in_shards(tmp_path):
     assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
 
 
-def interrupted(folder, **fields):
-    """The losses of a run, and of one that was broken off after a checkpoint and went on."""
-    fields = SMALL | {"steps": 14, "checkpoint_every": 5, "clip": 0.5} | fields
-    jobs = [("whole", fields), ("cut", fields | {"stop": 12}), ("cut", fields)]
-    assert train_all(jobs, folder) == {}
-    return [[row["loss"] for row in rows_of(folder / name)] for name in ("whole", "cut")]
+SHORT = SMALL | {"steps": 14, "checkpoint_every": 3, "clip": 0.5, "gradient_accumulation": 2}
+UNEVEN = {
+    "uneven": {"batch": 3, "gradient_accumulation": 1},
+    "pieces": {"gradient_accumulation": 4, "batch": 4},
+}
+RUNS = {
+    "ddp": {"method": "low-rank", "refactor_every": 4},
+    "full-rank": {"method": "full-rank", "parallel": "fsdp2"},
+    "low-rank": {"method": "low-rank", "parallel": "fsdp2", "refactor_every": 4,
+                 "on_refactor": "transport"},
+    "galore": {"method": "galore", "rank": 4, "parallel": "fsdp2"},
+}  # fmt: skip
+SHARDED = [name for name in RUNS if name != "ddp"]
+PER_LAYER = {
+    "method": "galore",
+    "rank": 4,
+    "per_layer": True,
+    "clip": 0,
+    "gradient_accumulation": 1,
+}
 
 
-def test_a_run_of_two_processes_goes_on_from_its_checkpoint(tmp_path):
-    whole, cut = interrupted(tmp_path, method="low-rank", refactor_every=4, gradient_accumulation=2)
-    assert (len(cut), cut) == (14, whole)
-    files = {p.name for p in (tmp_path / "cut").iterdir()}
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Runs of two processes: each of RUNS, and the same broken off at step 10 and gone on with."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [(name, SHORT | fields) for name, fields in RUNS.items()]
+    cut = [(f"{name}-cut", fields) for name, fields in jobs]
+    jobs += [(n, fields | {"stop": 10}) for n, fields in cut] + cut
+    jobs += [("per-layer", SHORT | PER_LAYER)]
+    to_and_fro = [("ddp", 4), ("fsdp2", 10), ("ddp", None)]
+    ways = [{"parallel": way, "stop": stop} for way, stop in to_and_fro]
+    jobs += [("to-and-fro", SHORT | RUNS["galore"] | way) for way in ways]
+    jobs += [(name, SHORT | fields) for name, fields in UNEVEN.items()]
+    return folder, train_all(jobs, folder)
+
+
+def alone(fields, folder):
+    """The folder of the same run in one process."""
+    one = {k: v for k, v in (SHORT | fields).items() if k != "parallel"}
+    return train(RunConfig(**one), folder / "one").folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_two_processes_goes_on_from_its_checkpoint(two, name):
+    whole, cut = (rows_of(two[0] / n) for n in (name, f"{name}-cut"))
+    assert [row["loss"] for row in cut] == [row["loss"] for row in whole]
+    files = {p.name for p in (two[0] / f"{name}-cut").iterdir()}
     kept = {"config.json", "memory.json", "metrics.jsonl", "spectra.jsonl", "result.json"}
     assert files == kept | {"model.safetensors"}
 
 
-@pytest.mark.parametrize("method", ["full-rank", "low-rank", "galore"])
-def test_a_run_in_shards_goes_on_from_its_checkpoint(tmp_path, method):
-    rare = {"refactor_every": 4, "on_refactor": "transport"} if method == "low-rank" else {}
-    whole, cut = interrupted(
-        tmp_path, method=method, parallel="fsdp2", gradient_accumulation=2, **rare
-    )
-    assert (len(cut), cut) == (14, whole)
-    train(RunConfig(**SMALL, steps=14, clip=0.5, method=method, **rare), tmp_path / "one")
-    assert max(differences(tmp_path / "one", tmp_path / "cut")) < 1e-5
-    one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("one", "cut"))
-    assert all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
-    spectra = [(tmp_path / f / "spectra.jsonl").read_text().splitlines() for f in ("one", "cut")]
-    assert [json.loads(r).keys() for r in spectra[0]] == [json.loads(r).keys() for r in spectra[1]]
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_write_what_one_writes(two, name, tmp_path):
+    one, both = alone(RUNS[name], tmp_path), two[0] / f"{name}-cut"
+    assert max(differences(one, both)) < 1e-5
+    weights = [load_file(folder / "model.safetensors") for folder in (one, both)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
+    rows = [read_jsonl(folder / "spectra.jsonl") for folder in (one, both)]
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        assert a.get("singular_values", 0) == pytest.approx(b.get("singular_values", 0), abs=1e-4)
+        assert a.get("gradient", 0) == pytest.approx(b.get("gradient", 0), abs=1e-4)
+        assert a.get("momentum_cosine") == pytest.approx(b.get("momentum_cosine"), abs=1e-3)
 
 
-def test_a_run_can_go_on_in_shards_and_in_whole_models_again(tmp_path):
-    fields = SMALL | {"steps": 14, "checkpoint_every": 3, "method": "galore", "rank": 4}
-    sharded = fields | {"parallel": "fsdp2"}
-    jobs = [("run", fields | {"stop": 4}), ("run", sharded | {"stop": 10}), ("run", fields)]
-    assert train_all(jobs, tmp_path / "two") == {}
-    train(RunConfig(**fields), tmp_path / "one")
-    assert max(differences(tmp_path / "one", tmp_path / "two" / "run")) < 1e-5
+@pytest.mark.parametrize("name", ["per-layer", "to-and-fro"])
+def test_gradients_one_at_a_time_and_changes_of_the_way_change_nothing(two, name, tmp_path):
+    one = alone(PER_LAYER if name == "per-layer" else RUNS["galore"], tmp_path)
+    assert max(differences(one, two[0] / name)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["full-rank", "low-rank", "galore"])
-def test_bytes_of_a_process_are_those_of_its_shards(tmp_path, method):
-    fields = SMALL | {"method": method, "steps": 2, "parallel": "fsdp2"}
-    assert train_all([("run", fields)], tmp_path) == {}
-    config = resolve(RunConfig(**fields))
+@pytest.mark.parametrize("name", SHARDED)
+def test_bytes_of_a_process_are_those_of_its_shards(two, name):
+    config = resolve(RunConfig(**SHORT, **RUNS[name]))
     model = build_model(config)
     shards = sum(-(-p.shape[0] // 2) * p[0].numel() * 4 for p in model.parameters())
-    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    found = json.loads((two[0] / name / "memory.json").read_text())
     assert (found["weights"], found["gradients"]) == (shards, shards)
-    whole = optimizer_state_bytes(config)
-    if method == "galore":  # by layers: as even as these are
-        assert found["optimizer_states"] == pytest.approx(whole / 2, rel=0.1)
+    if name == "galore":  # by layers: as even as these are
+        half = optimizer_state_bytes(config) / 2
+        assert found["optimizer_states"] == pytest.approx(half, rel=0.1)
     else:
         steps = 4 * len(list(model.parameters()))  # torch's own counters
         assert found["optimizer_states"] == 2 * shards + steps
+
+
+def test_what_two_processes_cannot_share_is_refused_in_one_line(two):
+    folder, errors = two
+    assert errors == {
+        f"{name}.{rank}": f"InputError: batch: {batch} is not allowed; 2 processes × "
+        f"gradient_accumulation {pieces} must divide it"
+        for name, batch, pieces in (("uneven", 3, 1), ("pieces", 4, 4))
+        for rank in range(2)
+    }
+    assert not (folder / "uneven").exists()
 
 
 @pytest.mark.parametrize(
@@ -156,25 +199,6 @@ def test_what_is_not_sound_in_shards_is_refused(fields, refusal):
     config = resolve(RunConfig(**SMALL, parallel="fsdp2", **fields))
     with pytest.raises(InputError, match=f"{refusal} is not allowed"):
         check_shards(config)
-
-
-def test_what_two_processes_cannot_share_is_refused_in_one_line(tmp_path):
-    pieces = {"gradient_accumulation": 4, "batch": 4}
-    errors = train_all([("uneven", SMALL | {"batch": 3}), ("pieces", SMALL | pieces)], tmp_path)
-    assert errors == {
-        f"{name}.{rank}": f"InputError: batch: {batch} is not allowed; 2 processes × "
-        f"gradient_accumulation {pieces} must divide it"
-        for name, batch, pieces in (("uneven", 3, 1), ("pieces", 4, 4))
-        for rank in range(2)
-    }
-    assert not (tmp_path / "uneven").exists()
-
-
-def test_per_layer_averages_each_gradient_as_it_comes(tmp_path):
-    fields = SMALL | {"method": "galore", "rank": 4, "steps": 12, "per_layer": True, "clip": 0}
-    assert train_all([("two", fields)], tmp_path) == {}
-    train(RunConfig(**fields), tmp_path / "one")
-    assert max(differences(tmp_path / "one", tmp_path / "two")) < 1e-5
 
 
 def test_the_command_line_trains_under_torchrun(tmp_path):
