@@ -116,7 +116,7 @@ class Shards:
 
     @torch.no_grad()
     def step_(self) -> None:
-        """One step of the optimizer from the gradients in shards, which are freed."""
+        """One step of the optimizer from the model's gradients in shards."""
         for name, p in self._mirrored.items():
             grad = self._sharded[name].grad
             if name not in self._owner and grad is not None:
@@ -126,7 +126,6 @@ class Shards:
         own = [[names for o, names in self._units if o == r] for r in range(distributed.size())]
         for turn in range(max(map(len, own), default=0)):
             self._step_units_({r: units[turn] for r, units in enumerate(own) if turn < len(units)})
-        self.model.zero_grad(set_to_none=True)
 
     def _step_units_(self, units: dict[int, list[str]]) -> None:
         """One layer of each process: gathered, updated by all at the same time, sent back."""

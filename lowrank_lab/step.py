@@ -179,6 +179,8 @@ def update_(
         with record_function("optimizer"):
             optimizer.step() if shards is None else shards.step_()
     optimizer.zero_grad(set_to_none=True)
+    if shards is not None:  # the optimizer knows the mirror's gradients only
+        shards.model.zero_grad(set_to_none=True)
     due = events(step + 1, config)
     return [apply_(event, model, optimizer, config, step + 1, shards) for event in due]
 
