@@ -9,14 +9,17 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 
-.PHONY: study test lab explore figures publish bench lint clean
+.PHONY: study test test-slow lab explore figures publish bench lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
 	$(BIN)/lowrank-lab study notebooks/studies/quick.yaml
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist worksteal
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(AS_ROOT) \

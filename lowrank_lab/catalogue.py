@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lowrank_lab.builders import (
     OptimizerBuilder,
@@ -36,6 +37,8 @@ class Method:
     init: str | None = None  # default initialisation of the factors
     options: Mapping[str, Option] = field(default_factory=dict)
     layer_options: tuple[str, ...] = ()  # options that are the layers' and not the optimizer's
+    # Which weights its optimizer needs whole to update them, and not entry by entry.
+    whole: Literal["none", "targets", "all"] = "all"
     per_layer: bool = True  # can each weight be updated by itself within the backward pass
     states: str = ""  # elements of optimizer state of an m×n target weight, in words
 
@@ -60,6 +63,7 @@ BUILT_IN = (
         optimizer=adamw,
         lr=2.5e-3,
         options=adam_options(eps=1e-8),
+        whole="none",
         states="2mn",
     ),
     Method(
@@ -73,6 +77,7 @@ BUILT_IN = (
         init="kaiming",
         options={**adam_options(eps=1e-8), "alpha": Option.number(None, 1e-6, 1e6)},
         layer_options=("alpha",),
+        whole="none",
         states="2r(m+n)",
     ),
     Method(
@@ -86,6 +91,7 @@ BUILT_IN = (
         init="kaiming",
         options=_LORA,
         layer_options=("alpha",),
+        whole="none",
         states="2r(m+n)",
     ),
     Method(
@@ -105,6 +111,7 @@ BUILT_IN = (
             "warm_start": Option.whole(0, 0),
         },
         layer_options=("alpha",),
+        whole="none",
         states="2r(m+n)",
     ),
     Method(
@@ -122,6 +129,7 @@ BUILT_IN = (
             "keep_weight": Option.flag(False),
         },
         layer_options=("alpha", "sparsity", "keep_weight"),
+        whole="none",
         states="2(r(m+n) + ⌊δmn⌋)",
     ),
     Method(
@@ -140,6 +148,7 @@ BUILT_IN = (
         },
         layer_options=("alpha",),
         per_layer=False,
+        whole="targets",
         states="2r(m+n)",
     ),
     Method(
@@ -156,6 +165,7 @@ BUILT_IN = (
             **projection_options(PROJ_TYPES, REFRESHES, spread=True),
             "scale": Option.number(0.25, 0, 1000),
         },
+        whole="targets",
         states="2r·max(m,n) + r·min(m,n)",
     ),
     Method(
@@ -172,6 +182,7 @@ BUILT_IN = (
             **projection_options(ONE_SIDED, REFRESHES, spread=True),
             "alpha": Option.number(1.0, 0, 1000),
         },
+        whole="targets",
         states="2r·max(m,n) + r·min(m,n) + 1",
     ),
     Method(
@@ -182,6 +193,7 @@ BUILT_IN = (
         lr=1e-2,
         uses_rank=True,
         options=_APOLLO,
+        whole="targets",
         states="2r·max(m,n) + r·min(m,n) + 1; without store_projection r·min(m,n) less",
     ),
     Method(
@@ -197,6 +209,7 @@ BUILT_IN = (
             "scale": Option.number(128.0, 0, 1e6),
             "scale_type": Option.choice("tensor", ("channel", "tensor")),
         },
+        whole="targets",
         states="2·max(m,n) + min(m,n) + 1; without store_projection min(m,n) less",
     ),
     Method(
@@ -214,6 +227,7 @@ BUILT_IN = (
             "scale": Option.number(0.25, 0, 1000),
             "switch": Option.whole(0, 0),
         },
+        whole="targets",
         states="2r·max(m,n) + r·min(m,n)",
     ),
     Method(
@@ -232,6 +246,7 @@ BUILT_IN = (
             "grad_accu_steps": Option.whole(20, 0),
             "density": Option.number(1.0, 1e-6, 1),
         },
+        whole="none",
         states="2mn; with density d < 1 about 2dmn and a mask",
     ),
     Method(
@@ -268,6 +283,7 @@ BUILT_IN = (
             **adam_options(eps=1e-8),
             "momentum": Option.number(0.95, 0, 0.999999),
         },
+        whole="targets",
         states="mn",
     ),
 )

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -19,6 +20,7 @@ from typing import Any, Literal, NoReturn
 import click
 import yaml
 
+from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 
 
@@ -46,7 +48,11 @@ class _OneLine(click.Group):
 
 
 def _fail(line: str, status: int) -> NoReturn:
-    click.echo(line, err=True)
+    """End in one line; of processes that all got the same wrong input, one a machine says so."""
+    if status == 2 and distributed.local_rank():
+        time.sleep(2)  # torchrun ends all when one ends: let that one speak first
+    else:
+        click.echo(line, err=True)
     sys.exit(status)
 
 
@@ -97,7 +103,8 @@ def _config(flags: dict[str, Any]) -> RunConfig:
 def main(methods_from: tuple[Path, ...]) -> None:
     """Run, see and doubt methods that pretrain language models with less memory."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("lowrank_lab").setLevel(logging.INFO)
+    level = logging.INFO if distributed.is_first() else logging.WARNING
+    logging.getLogger("lowrank_lab").setLevel(level)
     if methods_from:
         from lowrank_lab.methods import load_own_methods
 
@@ -161,13 +168,16 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
     from lowrank_lab.train import train as train_run
 
     config = _config(flags)
-    with tqdm(total=config.total_steps, unit="step", disable=None, smoothing=0.05) as bar:
+    hidden = None if distributed.is_first() else True  # None: where there is no terminal
+    with tqdm(total=config.total_steps, unit="step", disable=hidden, smoothing=0.05) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.update(row["step"] - bar.n)
             bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}", refresh=False)
 
         run = train_run(config, out, label=label, on_step=show)
+    if not distributed.is_first():
+        return
     result = run.result
     click.echo(
         f"test loss {result['test_loss']:.4f} (perplexity {result['test_perplexity']:.4g}), "

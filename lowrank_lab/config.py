@@ -81,7 +81,9 @@ SIZES = {
 }
 
 # Fields that change what is recorded or how a run is executed, but not what is trained.
-NOT_IN_RUN_ID = frozenset({"checkpoint_every", "checkpoints_kept", "keep_checkpoints", "device"})
+NOT_IN_RUN_ID = frozenset(
+    {"checkpoint_every", "checkpoints_kept", "keep_checkpoints", "device", "parallel"}
+)
 
 
 def help_field(default: Any, text: str, **limits: Any) -> Any:
@@ -181,6 +183,9 @@ class RunConfig(BaseModel):
     activation_checkpointing: bool = help_field(False, "recompute blocks in the backward pass")
     seed: int = help_field(0, "decides initial weights and batch order", ge=0, lt=1 << 32)
     device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto takes CUDA where it is")
+    parallel: Literal["ddp", "fsdp2"] = help_field(
+        "ddp", "under torchrun: whole models on all processes, or weights and states in shards"
+    )
     # records
     eval_every: int | None = help_field(
         None, "steps between evaluations; default steps/10", ge=1, le=1 << 50

@@ -257,13 +257,8 @@ def build(config: RunConfig) -> tuple[Llama, torch.optim.Optimizer]:
         config: resolved or not.
     """
     config = resolve(config)
-    method, options = METHODS[config.method], config.method_options
     model = build_model(config)
-    targets, rest = partition(model, config.target)
-    if options.get("warm_start"):  # W₀ trains first, and B and A after it
-        train_dense_(model, on=True)
-        targets += partition(model, config.target)[0]
-    return model, method.optimizer(targets, rest, config)
+    return model, build_optimizer(model, config)
 
 
 def build_model(config: RunConfig) -> Llama:
@@ -285,6 +280,15 @@ def build_model(config: RunConfig) -> Llama:
             if t.is_floating_point():
                 t.data = t.data.to(torch.bfloat16)  # `model.to` refuses tensors without values
     return model
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """The optimizer of a resolved configuration, for the model that `build_model` made."""
+    targets, rest = partition(model, config.target)
+    if config.method_options.get("warm_start"):  # W₀ trains first, and B and A after it
+        train_dense_(model, on=True)
+        targets += partition(model, config.target)[0]
+    return METHODS[config.method].optimizer(targets, rest, config)
 
 
 def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from lowrank_lab import distributed
 from lowrank_lab.corpus import Corpus
 
 PACKAGE = Path(__file__).resolve().parent
 # Rooms whose source decides what a run computes; a change elsewhere needs no new training.
 TRAINING_ROOMS = (
-    "config.py", "sources.py", "tokens.py", "shards.py", "corpus.py", "layers", "attention.py",
-    "llama.py", "optim", "techniques.py", "schedule.py", "options.py", "builders.py",
-    "catalogue.py", "methods.py", "step.py", "train.py",
+    "config.py", "distributed.py", "sources.py", "tokens.py", "shards.py", "corpus.py", "layers",
+    "attention.py", "llama.py", "optim", "techniques.py", "schedule.py", "options.py",
+    "builders.py", "catalogue.py", "methods.py", "sharded.py", "step.py", "train.py",
 )  # fmt: skip
 
 
@@ -45,4 +46,5 @@ def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
     }

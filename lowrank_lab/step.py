@@ -6,18 +6,24 @@ Its phases are named ranges, which torch's profiler and `tracing` show under the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
 from lowrank_lab.schedule import Event, events, learning_rate, merge_period
+from lowrank_lab.sharded import Shards
 from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, each (sequences, sequence_length)
 Values = tuple[float, float]  # loss and gradient norm
@@ -44,6 +50,7 @@ class PerLayerUpdates:
 
     def _update(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        distributed.average_([parameter.grad])  # hooks come in the same order in all processes
         self._squares.append(parameter.grad.float().square().sum())
         self._optimizer.step()
         parameter.grad = None
@@ -100,6 +107,7 @@ def take_step_(
     *,
     per_layer: PerLayerUpdates | None = None,
     check: Callable[[Tensor, Tensor], Values | None] | None = None,
+    shards: Shards | None = None,
 ) -> tuple[Values | None, list[dict[str, Any]]]:
     """Update `step` (from 0) on the pieces of one batch, and the events that follow it.
 
@@ -107,16 +115,17 @@ def take_step_(
         per_layer: updates the weights within the backward pass.
         check: reads loss and gradient norm before the weights change; by raising it keeps them, by
             returning None it leaves out this update (not the events that follow it).
+        shards: what the model is with `fsdp2`.
 
     Returns:
         What `check` returned, and what the events did.
     """
     if per_layer is not None:
         set_learning_rate(optimizer, config, step)
-    loss, norm = gradients(model, batches, config, per_layer)
+    loss, norm = gradients(model, batches, config, per_layer, shards)
     values = check(loss, norm) if check is not None else None
     left_out = check is not None and values is None
-    return values, update_(model, optimizer, config, step, left_out)
+    return values, update_(model, optimizer, config, step, left_out, shards)
 
 
 def gradients(
@@ -124,26 +133,35 @@ def gradients(
     batches: Sequence[Batch],
     config: RunConfig,
     per_layer: PerLayerUpdates | None = None,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients from equal pieces of one batch, clipped; with `per_layer`, use them up.
+
+    Of several processes each has an equal share of every piece, and all get the same results.
 
     Returns:
         The mean loss and the global gradient norm before clipping, float32 scalars on the device.
     """
     total: Tensor | None = None
-    for tokens, targets in batches:
+    for piece, (tokens, targets) in enumerate(batches, 1):
+        if shards is not None:
+            cast("FSDPModule", model).set_requires_gradient_sync(piece == len(batches))
         with record_function("forward"), autocast(config, tokens.device):
             loss = model.loss(tokens, targets) / len(batches)
         with record_function("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
+    # Those of shards are averages already.
+    whole = [p.grad for p in model.parameters() if p.grad is not None and shards is None]
+    with record_function("average"):  # once a batch, however many pieces it came in
+        distributed.average_([*whole, total])
     if per_layer is not None:
         return total, per_layer.norm()
     limit = config.clip if config.clip > 0 else float("inf")
     with record_function("clip"):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return total, norm
+    return total, norm if shards is None else cast("DTensor", norm).full_tensor()
 
 
 def update_(
@@ -152,6 +170,7 @@ def update_(
     config: RunConfig,
     step: int,
     left_out: bool = False,
+    shards: Shards | None = None,
 ) -> list[dict[str, Any]]:
     """Apply update `step` (from 0), then the events that follow it; gradients are freed.
 
@@ -164,24 +183,41 @@ def update_(
     if not config.per_layer and not left_out:
         set_learning_rate(optimizer, config, step)
         with record_function("optimizer"):
-            optimizer.step()
+            optimizer.step() if shards is None else shards.step_()
     optimizer.zero_grad(set_to_none=True)
-    return [apply_(event, model, optimizer, config, step + 1) for event in events(step + 1, config)]
+    if shards is not None:  # the optimizer knows the mirror's gradients only
+        shards.model.zero_grad(set_to_none=True)
+    due = events(step + 1, config)
+    return [apply_(event, model, optimizer, config, step + 1, shards) for event in due]
 
 
 def apply_(
-    event: Event, model: Llama, optimizer: torch.optim.Optimizer, config: RunConfig, updates: int
+    event: Event,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    updates: int,
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
     """One event after `updates` updates, and what it did."""
     with record_function(event):
-        return _applied(event, model, optimizer, config, updates)
+        return _applied(event, model, optimizer, config, updates, shards)
 
 
 def _applied(
-    event: Event, model: Llama, optimizer: torch.optim.Optimizer, config: RunConfig, updates: int
+    event: Event,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    updates: int,
+    shards: Shards | None,
 ) -> dict[str, Any]:
     if event == "refactor":
-        changed, deficient = refactorize_(model, optimizer, config.on_refactor)
+        changed, deficient = (
+            refactorize_(model, optimizer, config.on_refactor)
+            if shards is None
+            else shards.refactorize_()
+        )
         return {"event": event, "layers": len(changed), "rank_deficient": deficient}
     if event == "warm-start-ends":
         names = train_dense_(model, on=False)
@@ -196,7 +232,12 @@ def _applied(
         count = _forget_(model, optimizer, factors, how, share, updates)
         return {"event": event, "layers": len(names), "moments": how, "parameters": count}
     how, strength = config.reset_how, config.reset_strength
-    count = _forget_(model, optimizer, config, how, strength, updates)
+    if shards is None:
+        count = _forget_(model, optimizer, config, how, strength, updates)
+    else:
+        _forget_(shards.mirror, optimizer, config, how, strength, updates)
+        all_params = config.reset_params == "all"
+        count = shards.count(None if all_params else partition(shards.mirror, config.target)[0])
     if strength and not count:
         raise InputError("reset_every", config.reset_every, "this optimizer keeps no moments; 0")
     return {"event": event, "how": how, "strength": strength, "parameters": count}

@@ -7,14 +7,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lowrank_lab import checkpoint, memory
+from lowrank_lab import checkpoint, distributed, memory
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.corpus import Corpus, prepare
 from lowrank_lab.layers import train_dense_
@@ -23,6 +23,7 @@ from lowrank_lab.methods import build, resolve
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
+from lowrank_lab.sharded import Shards, check_shards
 from lowrank_lab.sources import Split
 from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
@@ -33,7 +34,7 @@ from lowrank_lab.step import (
     kind_of,
     take_step_,
 )
-from lowrank_lab.tracing import Breakdown, Tracker, unseen
+from lowrank_lab.tracing import Breakdown, Tracker, tensor_bytes, unseen
 from lowrank_lab.watch import LossWatch, asked_to_stop
 
 PROGRESS_SECONDS = 0.5
@@ -61,7 +62,11 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     """
     given, config = config, resolve(config)
     device_of(config)
-    corpus = prepare(config)
+    _check_processes(config)
+    if config.parallel == "fsdp2":
+        check_shards(config)
+    with distributed.first_on_each_machine():
+        corpus = prepare(config)
     for split in ("validation", "test"):
         if not corpus.num_windows(split, config.sequence_length):
             most = corpus.length(split) - 1
@@ -81,8 +86,24 @@ def device_of(config: RunConfig) -> torch.device:
     """The device a run computes on."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device", "cuda", "there is no CUDA device here; auto or cpu")
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not distributed.launched():
+        return torch.device("cuda")
+    here, count = distributed.local_rank(), torch.cuda.device_count()
+    if here >= count:
+        raise InputError("nproc-per-node", here + 1, f"this machine has {count} CUDA devices")
+    return torch.device("cuda", here)
+
+
+def _check_processes(config: RunConfig) -> None:
+    """Each process has an equal share of every piece of a batch."""
+    processes, pieces = distributed.size(), config.gradient_accumulation
+    if config.batch % (processes * pieces):
+        allowed = f"{processes} processes × gradient_accumulation {pieces} must divide it"
+        raise InputError("batch", config.batch, allowed)
+    if config.parallel != "ddp" and not distributed.launched():
+        raise InputError("parallel", config.parallel, "needs processes: torchrun starts them")
 
 
 @torch.no_grad()
@@ -95,17 +116,22 @@ def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: Ru
     length = config.sequence_length
     count = min(corpus.num_windows(split, length), max(1, tokens // length))
     device = next(model.parameters()).device
-    total, seen = 0.0, 0
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # of losses and tokens
     training = model.training
     model.eval()
+    rank, processes = distributed.rank(), distributed.size()
     for start in range(0, count, config.batch):
-        indices = torch.arange(start, min(start + config.batch, count)).numpy()
+        own = torch.arange(start + rank, min(start + config.batch, count), processes)
+        # Every process computes in every turn, as sharded models do so together.
+        indices = own.numpy() if len(own) else torch.tensor([start]).numpy()
         inputs, targets = (t.to(device) for t in corpus.windows(split, indices, length))
         with autocast(config, device):
-            total += float(model.loss(inputs, targets)) * targets.numel()
-        seen += targets.numel()
+            loss = model.loss(inputs, targets).double()
+        tokens_here = len(own) * length
+        totals += torch.stack([loss * tokens_here, torch.full_like(loss, tokens_here)])
     model.train(training)
-    return total / seen
+    total, seen = distributed.sum_(totals).tolist()
+    return float(total / seen)
 
 
 def train(
@@ -130,20 +156,34 @@ def train(
             good state is in the folder.
         Terminated: SIGTERM came; the step was finished and its state saved.
     """
+    with distributed.joined(device_of(config)):
+        return _train(config, folder, label, on_step)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path | str | None,
+    label: str | None,
+    on_step: Callable[[dict[str, Any]], None] | None,
+) -> Run:
     config, corpus = check(config)
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
-    if _is_finished(target, config):
+    finished = _is_finished(target, config)
+    distributed.wait_for_all()  # before the first of us writes there
+    if finished:
         return Run(target)
     begun = (target / "config.json").exists()
     if begun and Run(target).corpus_sha256 not in (None, corpus.facts["sha256"]):
         raise InputError("corpus", config.corpus, "it has changed since the run in out began")
-    with locked(target), asked_to_stop() as stop:
+    with locked(target) if distributed.is_first() else nullcontext(), asked_to_stop() as stop:
+        distributed.wait_for_all()
         if not _is_finished(target, config):  # the process that held it may just have ended it
-            _train(Trainer(config, corpus, target, label), on_step, stop)
+            _advance(Trainer(config, corpus, target, label), on_step, stop)
+        distributed.wait_for_all()
     return Run(target)
 
 
-def _train(
+def _advance(
     trainer: Trainer, on_step: Callable[[dict[str, Any]], None] | None, stop: Callable[[], bool]
 ) -> None:
     try:
@@ -152,7 +192,7 @@ def _train(
             row = trainer.advance()
             if on_step is not None:
                 on_step(row)
-            if stop():
+            if distributed.agreed(stop(), trainer.device):
                 trainer.save_checkpoint()
                 line = f"stopped after step {trainer.updates}; started again, it goes on from there"
                 raise Terminated(line)
@@ -189,7 +229,11 @@ class Trainer:
         """Takes a resolved configuration; writes config.json."""
         self.config, self.corpus, self.folder = config, corpus, folder
         self.device = device_of(config)
-        self.model, self.optimizer = build(config)
+        self._shards = Shards(config, self.device) if config.parallel == "fsdp2" else None
+        if self._shards is None:
+            self.model, self.optimizer = build(config)
+        else:
+            self.model, self.optimizer = self._shards.model, self._shards.optimizer
         self.model.to(self.device).train()
         if config.compile:
             self.model.compile_blocks()
@@ -198,13 +242,16 @@ class Trainer:
         self.bytes = Breakdown()
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._peaks: dict[str, int] = {}  # bytes, by kind of step
-        self._spectra = SpectraRecorder(self.model, self.optimizer, config.spectra_layers)
+        self._spectra = SpectraRecorder(*self._plain(), config.spectra_layers)
         self._progress_due = 0.0
         self._watch = LossWatch()
         self._skipped = 0  # updates left out in a row
         self._found: list[dict[str, Any]] = []  # events that the next row tells
         self._best: dict[str, float] = {}  # the lowest validation loss, and after which step
+        self._writes = distributed.is_first()
         self._ahead: tuple[int, list[Batch]] | None = None  # the next step and its batches
+        if not self._writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
             facts = {
@@ -216,9 +263,15 @@ class Trainer:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, and cut the records back to its step."""
+        whole = self._plain() if self._shards is None else self._shards.blank()
         self.updates, extra = checkpoint.load(
-            self.folder / "checkpoints", self.model, self.optimizer, self._tell_damage
+            self.folder / "checkpoints", *whole, self._tell_damage
         )
+        if self._shards is not None and self.updates:
+            self._shards.take_(*whole)
+        if not distributed.same_everywhere(self.updates):
+            where = self.folder / "checkpoints"
+            raise TrainingError(f"not every process sees the same checkpoints in {where}")
         self.seconds = extra.get("seconds", 0.0)
         self._peaks = extra.get("peaks", {})
         self._watch = LossWatch(extra.get("recent_losses", ()))
@@ -226,27 +279,46 @@ class Trainer:
         self._best = extra.get("best", {})
         if warm_start(self.config):
             train_dense_(self.model, on=self.updates < warm_start(self.config))
-        last_kept = self.updates if self.updates else -1
         self.bytes = Breakdown(**extra.get("bytes", {}))
-        cut_jsonl(self.folder / "spectra.jsonl", last_kept)
-        steps = cut_jsonl(self.folder / "metrics.jsonl", last_kept)
-        if len(steps) < self.updates:
-            lost = f"rows {len(steps) + 1} to {self.updates} of metrics.jsonl can't be read"
-            self._tell_damage(f"{self.folder}: {lost}; training goes on without them")
+        if self._writes:
+            self._cut_records(self.updates if self.updates else -1)
         if self.updates == 0:
             self._record_spectra()
+
+    def _persistent(self) -> Breakdown:
+        """Bytes of weights, gradients and states that this process holds."""
+        if self._shards is None:
+            return memory.persistent(self.model, self.optimizer, self.config.per_layer)
+        found = memory.persistent(self._shards.mirror, self.optimizer)
+        held = self._shards.held()  # the mirror stands for some of them only
+        found.frozen = tensor_bytes(t for t, trains in held if not trains)
+        found.gradients = tensor_bytes(t for t, trains in held if trains)
+        found.weights = found.frozen + found.gradients + tensor_bytes(self.model.buffers())
+        return found
+
+    def _plain(self) -> tuple[Llama, torch.optim.Optimizer]:
+        """Model and optimizer in ordinary tensors; of shards the first process's copy."""
+        plain = None if self._shards is None else self._shards.plain
+        return plain or (self.model, self.optimizer)
+
+    def _gather(self, gradients: bool = False) -> None:
+        """Bring the copy of what is in shards up to date; all processes call it."""
+        if self._shards is not None:
+            self._shards.gather_(gradients)
 
     def advance(self) -> dict[str, Any]:
         """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""
         config, kind = self.config, kind_of(self.config, self.updates)
         eventful = kind not in ("first", "next")
         if eventful:
+            self._gather()
+        if eventful and self._writes:
             self._spectra.note_momentum()
         started, batches = time.perf_counter(), self._batches(self.updates)
         with self._traced(kind):
             values, done = take_step_(
                 self.model, self.optimizer, batches, config, self.updates,
-                per_layer=self._per_layer, check=self._finite,
+                per_layer=self._per_layer, check=self._finite, shards=self._shards,
             )  # fmt: skip
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
@@ -258,8 +330,11 @@ class Trainer:
             loss = row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
             if loss < self._best.get("validation_loss", math.inf):
                 self._best = {"validation_loss": loss, "step": self.updates}
-        append_jsonl(self.folder / "metrics.jsonl", [row])
+        if self._writes:
+            append_jsonl(self.folder / "metrics.jsonl", [row])
         if eventful:
+            self._gather()
+        if eventful and self._writes:
             moved = self._spectra.momentum_rows(self.updates, kind)
             append_jsonl(self.folder / "spectra.jsonl", moved)
         if self._due(config.cadence("spectra_every")):
@@ -278,14 +353,18 @@ class Trainer:
             f"{split}_loss": self.evaluate(split, self.config.test_tokens)
             for split in ("validation", "test")
         }
-        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        self._gather()
+        if not self._writes:
+            return
+        model, _ = self._plain()
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         partial = self.folder / ".model.safetensors"
         save_file(weights, partial)
         partial.replace(self.folder / "model.safetensors")
         if (tokenizer := self.corpus.folder / "tokenizer.json").exists():
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
-        parameters = {p for p in self.model.parameters() if p.requires_grad}
-        ends = {*self.model.model.embed_tokens.parameters(), *self.model.lm_head.parameters()}
+        parameters = {p for p in model.parameters() if p.requires_grad}
+        ends = {*model.model.embed_tokens.parameters(), *model.lm_head.parameters()}
         result = {
             **losses,
             "validation_perplexity": math.exp(min(losses["validation_loss"], 700.0)),
@@ -318,9 +397,11 @@ class Trainer:
         Args:
             loss: on the validation block, if it was just measured.
         """
-        if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        self._gather()
+        model, optimizer = self._plain()
+        if self._writes and all(bool(p.isfinite().all()) for p in model.parameters()):
             checkpoint.save(
-                self.folder / "checkpoints", self.updates, self.model, self.optimizer,
+                self.folder / "checkpoints", self.updates, model, optimizer,
                 kept=self.config.checkpoints_kept, loss=loss, seconds=self.seconds,
                 peaks=self._peaks, recent_losses=list(self._watch.recent), best=self._best,
                 skipped=self._skipped, bytes=self.bytes.as_dict(),
@@ -331,14 +412,24 @@ class Trainer:
         kept = checkpoint.all_checkpoints(self.folder / "checkpoints")
         return f"the last good state is kept in {kept[-1]}" if kept else "no good state was kept"
 
+    def _cut_records(self, last_kept: int) -> None:
+        """Drop what was recorded after the step from which training goes on."""
+        cut_jsonl(self.folder / "spectra.jsonl", last_kept)
+        steps = cut_jsonl(self.folder / "metrics.jsonl", last_kept)
+        if len(steps) < self.updates:
+            lost = f"rows {len(steps) + 1} to {self.updates} of metrics.jsonl can't be read"
+            self._tell_damage(f"{self.folder}: {lost}; training goes on without them")
+
     def _tell_damage(self, line: str) -> None:
-        warnings.warn(line, stacklevel=2)
+        if self._writes:
+            warnings.warn(line, stacklevel=2)
         self._found.append({"event": "damage", "what": line})
 
     def _stop(self, reason: str) -> NoReturn:
         """End the run, with the last good state kept."""
         self.optimizer.zero_grad(set_to_none=True)
         self.save_checkpoint()
+        distributed.wait_for_all()
         raise TrainingError(f"{reason}; {self.kept_state()}; a lower lr may help")
 
     def _batches(self, updates: int) -> list[Batch]:
@@ -350,9 +441,12 @@ class Trainer:
             "train", updates,
             batch=config.batch, sequence_length=config.sequence_length, seed=config.seed,
         )  # fmt: skip
-        tokens, targets = (self._to_device(t) for t in (tokens, targets))
-        pieces = config.gradient_accumulation
-        return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
+        return list(zip(self._pieces(tokens), self._pieces(targets), strict=True))
+
+    def _pieces(self, t: Tensor) -> list[Tensor]:
+        """This process's share of every piece of a batch, on the device."""
+        pieces = t.chunk(self.config.gradient_accumulation)
+        return [self._to_device(distributed.share(piece)) for piece in pieces]
 
     def _fetch_ahead(self) -> None:
         """Get the next step's batches while the device still computes this one."""
@@ -387,7 +481,9 @@ class Trainer:
         self._skipped = 0
         if self._due(self.config.cadence("spectra_every"), self.updates + 1):
             with unseen():  # it is no part of training
-                self._spectra.see_gradients()
+                self._gather(gradients=True)
+                if self._writes:
+                    self._spectra.see_gradients()
         return values[0], values[1]
 
     def _row(
@@ -419,12 +515,13 @@ class Trainer:
         """Learn the peak memory of this step: on CUDA of each one, on a CPU of the first of a kind.
 
         Steps of one kind allocate the same, and only CUDA's allocator counts at no cost. Compiled
-        blocks can't be followed operation by operation.
+        blocks and shards can't be followed operation by operation.
         """
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        if self.config.compile or kind in self._peaks or (cuda and self.updates):
+        opaque = self.config.compile or self._shards is not None
+        if opaque or kind in self._peaks or (cuda and self.updates):
             yield
             activations = None
         else:
@@ -440,18 +537,21 @@ class Trainer:
         if cuda:
             self._peaks[kind] = torch.cuda.max_memory_allocated(self.device)
         if self.updates == 0:
-            self.bytes = memory.persistent(self.model, self.optimizer, self.config.per_layer)
+            self.bytes = self._persistent()
             facts: dict[str, int | None] = dict(self.bytes.as_dict())
             for name in ("activations", "logits"):
                 facts[name] = getattr(activations, name) if activations else None
-            write_json(self.folder / "memory.json", {**facts, "peak": self._peaks.get(kind)})
+            if self._writes:
+                write_json(self.folder / "memory.json", {**facts, "peak": self._peaks.get(kind)})
 
     def _record_spectra(self) -> None:
-        append_jsonl(self.folder / "spectra.jsonl", self._spectra.rows(self.updates))
+        self._gather()
+        if self._writes:
+            append_jsonl(self.folder / "spectra.jsonl", self._spectra.rows(self.updates))
 
     def _report_progress(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
-        if now < self._progress_due:
+        if now < self._progress_due or not self._writes:
             return
         self._progress_due = now + PROGRESS_SECONDS
         left = (self.config.total_steps - self.updates) * self.seconds / self.updates

@@ -13,10 +13,11 @@ from lowrank_lab.provenance import TRAINING_ROOMS
 PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
-    "config sources tokens shards corpus layers attention llama optim techniques schedule options "
-    "builders catalogue methods step tracing formulas memory budget spectra checkpoint provenance "
-    "runs watch train sample export stats one_matrix grid figures slider panel one_matrix_view "
-    "grid_view report widgets explorer jobs pages publish study study_view budget_view cli"
+    "config distributed sources tokens shards corpus layers attention llama optim techniques "
+    "schedule options builders catalogue methods sharded step tracing formulas memory budget "
+    "spectra checkpoint provenance runs watch train sample export stats one_matrix grid figures "
+    "slider panel one_matrix_view grid_view report widgets explorer jobs pages publish study "
+    "study_view budget_view cli __main__"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers datasets".split()

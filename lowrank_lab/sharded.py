@@ -1,0 +1,306 @@
+"""FSDP2: weights, gradients and optimizer states in shards, a share of them on each process.
+
+torch's `fully_shard` takes care of the model: each block's weights are whole only while it
+computes, and gradients arrive averaged and in shards (rows). The optimizer works on a *mirror* of
+the model, whose weights are ordinary tensors:
+
+* this process's shard, for updates that treat every entry by itself (AdamW, SPAM): its states are
+  shards as well, and nothing travels;
+* nothing, for updates that need whole weights (projections, orthogonalisation, norms, pairs of
+  factors, 8-bit blocks). Each layer then has one process that owns it: it alone keeps its states,
+  and in every step receives its weights and gradients, updates them as one process would, and sends
+  the weights back. Any optimizer can so be used, an SVD is computed once and not by all, and never
+  is more than one layer a process whole. What that costs: a layer travels three times more a step.
+
+Checkpoints, spectra and the trained model pass through the memory of the first process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowrank_lab import distributed
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.layers import FactorizedLinear
+from lowrank_lab.llama import Llama
+from lowrank_lab.methods import ADAMS, METHODS, build, build_model, build_optimizer, partition
+from lowrank_lab.techniques import Refactorization, refactorize_
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def check_shards(config: RunConfig) -> None:
+    """Refuse what shards are not sound with; of a resolved configuration."""
+    options = config.method_options
+    refused = (
+        ("per_layer", config.per_layer, "with fsdp2 gradients arrive a block at a time; False"),
+        ("compile", config.compile, "it is not tried with fsdp2; False"),
+        ("stochastic_rounding", config.stochastic_rounding, "it is not tried with fsdp2; False"),
+        ("reset_how", config.reset_how != "scale" and config.reset_how,
+         "with fsdp2 moments are in shards, of which none knows the largest entries; scale"),
+        ("method", "merge_every" in options and config.method,
+         "merges change frozen weights, which is not done in shards; use ddp"),
+    )  # fmt: skip
+    for name, value, allowed in refused:
+        if value:
+            raise InputError(name, value, allowed)
+
+
+class Shards:
+    """A model in shards, its mirror and the optimizer of the mirror.
+
+    Args:
+        config: resolved.
+        device: of this process, which has joined its group.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        self._config, self._device = config, device
+        self.model = build_model(config).to(device)
+        shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        self.mirror = copy.deepcopy(self.model, shared)
+        needed = _needing_whole(self.model, config)
+        self._mesh = init_device_mesh(device.type, (distributed.size(),))
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=self._mesh)
+        fully_shard(self.model, mesh=self._mesh)
+        register_fsdp_forward_method(self.model, "loss")
+        self._sharded = {n: cast("DTensor", p) for n, p in self.model.named_parameters()}
+        self._units = self._assign(needed)
+        self._owner = {name: owner for owner, names in self._units for name in names}
+        for name, p in self._sharded.items():
+            kept = _absent(p) if name in self._owner else _local(p)
+            module, _, last = name.rpartition(".")
+            own = nn.Parameter(kept, requires_grad=p.requires_grad)
+            setattr(self.mirror.get_submodule(module), last, own)
+        self._mirrored = dict(self.mirror.named_parameters())
+        self.optimizer = build_optimizer(self.mirror, config)
+        # The first process's whole copy on the CPU, for records; `gather_` brings it up to date.
+        self.plain = build(config) if distributed.is_first() else None
+
+    def _assign(self, needed: set[str]) -> list[tuple[int, list[str]]]:
+        """Units, which are updated together (what trains in a layer), with their owners.
+
+        The largest first, each to the process that has least: states are then spread evenly.
+        """
+        layers: dict[str, list[str]] = {}
+        for name in needed:
+            layers.setdefault(name.rpartition(".")[0], []).append(name)
+        place = {name: i for i, name in enumerate(self._sharded)}
+        units = [sorted(names, key=place.__getitem__) for names in layers.values()]
+        units.sort(key=lambda names: (-self._entries(names), place[names[0]]))
+        processes = distributed.size()
+        if units and len(units) < processes:
+            allowed = f"{len(units)} layers are updated whole: at most as many processes"
+            raise InputError("nproc-per-node", processes, allowed)
+        held, found = [0] * processes, []
+        for names in units:
+            owner = held.index(min(held))
+            held[owner] += self._entries(names)
+            found.append((owner, names))
+        return found
+
+    def _entries(self, names: Sequence[str]) -> int:
+        return sum(self._sharded[name].numel() for name in names)
+
+    @torch.no_grad()
+    def step_(self) -> None:
+        """One step of the optimizer from the model's gradients in shards."""
+        for name, p in self._mirrored.items():
+            grad = self._sharded[name].grad
+            if name not in self._owner and grad is not None:
+                p.grad = cast("DTensor", grad).to_local()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        own = [[names for o, names in self._units if o == r] for r in range(distributed.size())]
+        for turn in range(max(map(len, own), default=0)):
+            self._step_units_({r: units[turn] for r, units in enumerate(own) if turn < len(units)})
+
+    def _step_units_(self, units: dict[int, list[str]]) -> None:
+        """One layer of each process: gathered, updated by all at the same time, sent back."""
+        me, mine = distributed.rank(), False
+        for owner, names in units.items():
+            for name in names:
+                weight, grad = self._sharded[name].full_tensor(), self._whole_gradient(name)
+                if owner == me and grad is not None:
+                    self._mirrored[name].data, self._mirrored[name].grad = weight, grad
+                    mine = True
+        if mine:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        for owner, names in units.items():
+            for name in names:
+                p, own = self._sharded[name], self._mirrored[name]
+                if p.grad is None:
+                    continue
+                whole_now = own.data if owner == me else own.new_empty(p.shape)
+                dist.broadcast(whole_now, owner)
+                _local(p).copy_(whole_now[_rows(p)])
+                own.data = _absent(p)
+
+    def _whole_gradient(self, name: str) -> Tensor | None:
+        grad = cast("DTensor | None", self._sharded[name].grad)
+        return None if grad is None else grad.full_tensor()
+
+    @torch.no_grad()
+    def refactorize_(self) -> Refactorization:
+        """`techniques.refactorize_`, a layer at a time, each whole on every process for it."""
+        done = Refactorization([], [])
+        for name, layer in self.mirror.named_modules():
+            if isinstance(layer, FactorizedLinear):
+                with self._whole([f"{name}.B", f"{name}.A"]):
+                    found = refactorize_(layer, self.optimizer, self._config.on_refactor)
+                done.changed.extend([name] * len(found.changed))
+                done.rank_deficient.extend([name] * len(found.rank_deficient))
+        return done
+
+    def count(self, params: Sequence[Tensor] | None) -> int:
+        """How many of the mirror's parameters (None: of all) have moments, on any process."""
+        chosen = None if params is None else {id(p) for p in params}
+        counts = [0, 0]  # in shards on every process, or on one
+        for name, p in self._mirrored.items():
+            if chosen is None or id(p) in chosen:
+                state = self.optimizer.state.get(p, {})
+                counts[name in self._owner] += "exp_avg" in state or "momentum_buffer" in state
+        return counts[0] + int(distributed.sum_(torch.tensor(counts[1], device=self._device)))
+
+    @contextmanager
+    def _whole(self, names: Sequence[str]) -> Iterator[None]:
+        """These weights of the mirror, and their states, whole on every process within."""
+        keys = {name: self._in_shards(name) for name in names}
+        for name in names:
+            p, own = self._sharded[name], self._mirrored[name]
+            for key in keys[name]:
+                self.optimizer.state[own][key] = self._joined(self.optimizer.state[own][key], p)
+            own.data = p.full_tensor()
+        yield
+        for name in names:
+            p, own = self._sharded[name], self._mirrored[name]
+            for key in keys[name]:
+                self.optimizer.state[own][key] = self.optimizer.state[own][key][_rows(p)].clone()
+            _local(p).copy_(own.data[_rows(p)])
+            own.data = _absent(p) if name in self._owner else _local(p)
+
+    def _in_shards(self, name: str) -> list[str]:
+        """The states of a weight that are shards like it."""
+        if name in self._owner:
+            return []
+        own = self._mirrored[name]
+        state, shape = self.optimizer.state.get(own, {}), _local(self._sharded[name]).shape
+        return [k for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape]
+
+    def _joined(self, shard: Tensor, like: DTensor) -> Tensor:
+        """The whole of what this is each process's shard of."""
+        from torch.distributed.tensor import DTensor
+
+        joint = DTensor.from_local(
+            shard, self._mesh, like.placements, run_check=False,
+            shape=like.shape, stride=like.stride(),
+        )  # fmt: skip
+        return joint.full_tensor()
+
+    @torch.no_grad()
+    def gather_(self, gradients: bool = False) -> None:
+        """Bring the first process's plain copy up to date: weights, states, and gradients if asked.
+
+        All processes have to call it.
+        """
+        plain = dict(self.plain[0].named_parameters()) if self.plain else {}
+        owned: dict[str, Any] = {}
+        for name, p in self._sharded.items():
+            own = self._mirrored[name]
+            state, whole = dict(self.optimizer.state.get(own, {})), p.full_tensor()
+            grad = (
+                cast("DTensor", p.grad).full_tensor() if gradients and p.grad is not None else None
+            )
+            for key in self._in_shards(name):
+                state[key] = self._joined(state[key], p).cpu()
+            if name in self._owner and state:
+                owned[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+            if self.plain:
+                plain[name].copy_(whole)
+                plain[name].grad = None if grad is None else grad.cpu()
+                self.plain[1].state[plain[name]] = state
+        found: list[dict[str, Any]] = [{}] * distributed.size()
+        dist.gather_object(owned, found if self.plain else None)
+        for name, state in ((n, s) for states in found for n, s in states.items()):
+            if self.plain:
+                self.plain[1].state[plain[name]] = state
+        if self.plain:
+            _copy_groups_(self.optimizer, self.plain[1])
+
+    @torch.no_grad()
+    def take_(self, model: Llama, optimizer: torch.optim.Optimizer) -> None:
+        """Take this process's part of a whole model and its optimizer's states."""
+        for name, whole in model.named_parameters():
+            p, own = self._sharded[name], self._mirrored[name]
+            _local(p).copy_(whole[_rows(p)])
+            state = optimizer.state.get(whole, {})
+            owner = self._owner.get(name)
+            if not state or owner not in (None, distributed.rank()):
+                continue
+            cut = owner is None
+            self.optimizer.state[own] = {
+                key: _moved(value[_rows(p)] if cut and _is_like(value, whole) else value, p)
+                for key, value in state.items()
+            }
+        _copy_groups_(optimizer, self.optimizer)
+
+    def blank(self) -> tuple[Llama, torch.optim.Optimizer]:
+        """A whole model and optimizer on the CPU, to load a checkpoint into."""
+        return self.plain or build(self._config)
+
+    def held(self) -> list[tuple[Tensor, bool]]:
+        """This process's shards of all weights, and whether each trains."""
+        return [(_local(p), p.requires_grad) for p in self._sharded.values()]
+
+
+def _absent(p: DTensor) -> Tensor:
+    """What stands for a weight that isn't here: its shape, one entry of memory."""
+    return torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
+
+
+def _local(p: DTensor) -> Tensor:
+    """This process's shard itself, for changes in place: other ways FSDP would not see."""
+    return cast("DTensor", p.detach()).to_local()
+
+
+def _rows(p: DTensor) -> slice:
+    """The rows of a whole tensor that are this process's shard."""
+    step = -(-p.shape[0] // distributed.size())
+    return slice(step * distributed.rank(), step * (distributed.rank() + 1))
+
+
+def _is_like(value: Any, whole: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == whole.shape
+
+
+def _moved(value: Any, p: Tensor) -> Any:
+    return value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _copy_groups_(source: torch.optim.Optimizer, to: torch.optim.Optimizer) -> None:
+    for ours, theirs in zip(source.param_groups, to.param_groups, strict=True):
+        theirs.update({k: v for k, v in ours.items() if k != "params"})
+
+
+def _needing_whole(model: nn.Module, config: RunConfig) -> set[str]:
+    """Names of the weights that the run's optimizer can't update entry by entry."""
+    method = METHODS[config.method]
+    which = method.whole
+    if config.optimizer not in (None, *ADAMS) or config.method_options.get("density", 1) < 1:
+        which = "all"
+    targets, rest = partition(model, config.target)
+    chosen = {id(p) for p in {"none": [], "targets": targets, "all": targets + rest}[which]}
+    return {name for name, p in model.named_parameters() if id(p) in chosen}

@@ -1,0 +1,224 @@
+"""Two processes train what one trains."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from processes import train_all
+from safetensors.torch import load_file
+from short import short_options
+
+from lowrank_lab import METHODS, InputError, RunConfig, train
+from lowrank_lab.formulas import optimizer_state_bytes
+from lowrank_lab.methods import build_model, resolve
+from lowrank_lab.runs import read_jsonl
+from lowrank_lab.sharded import check_shards
+
+# Rounding is another in another order of sums, and steep learning rates amplify it step by step
+# (one process in two pieces instead of one shows as much): these are small enough not to.
+SMALL = {"model": "tiny", "corpus": "markov", "batch": 8, "sequence_length": 32, "device": "cpu"}
+SMALL |= {"eval_tokens": 1000, "test_tokens": 2000, "checkpoint_every": 50, "lr": 3e-4}
+
+
+def fields_of(method, steps=50):
+    """A run in which everything rare that the method has happens."""
+    found = SMALL | {"method": method, "steps": steps, "method_options": short_options(method, 12)}
+    if METHODS[method].uses_rank:
+        found["rank"] = METHODS[method].rank or 4
+    if METHODS[method].layers:
+        found |= {"refactor_every": 15}
+    if METHODS[method].layers == "low-rank":
+        found["init"] = "spectral"  # two Kaiming-uniform factors amplify rounding a thousandfold
+    if "merge_every" not in METHODS[method].options:
+        found |= {"reset_every": 20}
+    return found
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def differences(one, two):
+    """The largest differences of training loss, of validation loss and of the test loss."""
+    pairs = list(zip(rows_of(one), rows_of(two), strict=True))
+    ends = [json.loads((f / "result.json").read_text())["test_loss"] for f in (one, two)]
+    valid = [
+        abs(a["validation_loss"] - b["validation_loss"]) for a, b in pairs if "validation_loss" in a
+    ]
+    assert [a["events"] for a, _ in pairs] == [b["events"] for _, b in pairs]
+    return max(abs(a["loss"] - b["loss"]) for a, b in pairs), max(valid), abs(ends[0] - ends[1])
+
+
+def compared(names, folder, **changes):
+    """Rows of a table: each method with one process and with two."""
+    jobs = {name: fields_of(name) | changes for name in names}
+    errors = train_all(jobs.items(), folder / "two")
+    found = {}
+    for name, fields in jobs.items():
+        one = {k: v for k, v in fields.items() if k != "parallel"}
+        train(RunConfig(**one), folder / "one" / name)
+        pieces = train(RunConfig(**one | {"gradient_accumulation": 2}), folder / "pieces" / name)
+        assert not [e for e in errors if e.startswith(f"{name}.")], errors
+        ours = differences(folder / "one" / name, folder / "two" / name)
+        found[name] = (*ours, differences(folder / "one" / name, pieces.folder)[0])
+    return found
+
+
+def table(title, found):
+    lines = [f"{title}: largest |one process − two| over 50 steps"]
+    lines += [f"{'method':12} training validation    test  one in two pieces"]
+    lines += [f"{name:12}" + "".join(f" {v:8.1e} " for v in row) for name, row in found.items()]
+    sys.stdout.write("\n" + "\n".join(lines) + "\n")
+
+
+@pytest.mark.slow
+def test_every_method_trains_the_same_with_two_processes(tmp_path):
+    found = compared(METHODS, tmp_path)
+    table("ddp", found)
+    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+
+
+@pytest.mark.slow
+def test_every_method_but_relora_trains_the_same_in_shards(tmp_path):
+    found = compared([name for name in METHODS if name != "relora"], tmp_path, parallel="fsdp2")
+    table("fsdp2", found)
+    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+
+
+SHORT = SMALL | {"steps": 14, "checkpoint_every": 3, "clip": 0.5, "gradient_accumulation": 2}
+UNEVEN = {
+    "uneven": {"batch": 3, "gradient_accumulation": 1},
+    "pieces": {"gradient_accumulation": 4, "batch": 4},
+}
+RUNS = {
+    "ddp": {"method": "low-rank", "refactor_every": 4},
+    "full-rank": {"method": "full-rank", "parallel": "fsdp2"},
+    "low-rank": {"method": "low-rank", "parallel": "fsdp2", "refactor_every": 4,
+                 "on_refactor": "transport"},
+    "galore": {"method": "galore", "rank": 4, "parallel": "fsdp2"},
+}  # fmt: skip
+SHARDED = [name for name in RUNS if name != "ddp"]
+PER_LAYER = {
+    "method": "galore",
+    "rank": 4,
+    "per_layer": True,
+    "clip": 0,
+    "gradient_accumulation": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Runs of two processes: each of RUNS, and the same broken off at step 10 and gone on with."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [(name, SHORT | fields) for name, fields in RUNS.items()]
+    cut = [(f"{name}-cut", fields) for name, fields in jobs]
+    jobs += [(n, fields | {"stop": 10}) for n, fields in cut] + cut
+    jobs += [("per-layer", SHORT | PER_LAYER)]
+    to_and_fro = [("ddp", 4), ("fsdp2", 10), ("ddp", None)]
+    ways = [{"parallel": way, "stop": stop} for way, stop in to_and_fro]
+    jobs += [("to-and-fro", SHORT | RUNS["galore"] | way) for way in ways]
+    jobs += [(name, SHORT | fields) for name, fields in UNEVEN.items()]
+    return folder, train_all(jobs, folder)
+
+
+def alone(fields, folder):
+    """The folder of the same run in one process."""
+    one = {k: v for k, v in (SHORT | fields).items() if k != "parallel"}
+    return train(RunConfig(**one), folder / "one").folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_two_processes_goes_on_from_its_checkpoint(two, name):
+    whole, cut = (rows_of(two[0] / n) for n in (name, f"{name}-cut"))
+    assert [row["loss"] for row in cut] == [row["loss"] for row in whole]
+    files = {p.name for p in (two[0] / f"{name}-cut").iterdir()}
+    kept = {"config.json", "memory.json", "metrics.jsonl", "spectra.jsonl", "result.json"}
+    assert files == kept | {"model.safetensors"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_write_what_one_writes(two, name, tmp_path):
+    one, both = alone(RUNS[name], tmp_path), two[0] / f"{name}-cut"
+    assert max(differences(one, both)) < 1e-5
+    weights = [load_file(folder / "model.safetensors") for folder in (one, both)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
+    rows = [read_jsonl(folder / "spectra.jsonl") for folder in (one, both)]
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        assert a.get("singular_values", 0) == pytest.approx(b.get("singular_values", 0), abs=1e-4)
+        assert a.get("gradient", 0) == pytest.approx(b.get("gradient", 0), abs=1e-4)
+        assert a.get("momentum_cosine") == pytest.approx(b.get("momentum_cosine"), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["per-layer", "to-and-fro"])
+def test_gradients_one_at_a_time_and_changes_of_the_way_change_nothing(two, name, tmp_path):
+    one = alone(PER_LAYER if name == "per-layer" else RUNS["galore"], tmp_path)
+    assert max(differences(one, two[0] / name)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_bytes_of_a_process_are_those_of_its_shards(two, name):
+    config = resolve(RunConfig(**SHORT, **RUNS[name]))
+    model = build_model(config)
+    shards = sum(-(-p.shape[0] // 2) * p[0].numel() * 4 for p in model.parameters())
+    found = json.loads((two[0] / name / "memory.json").read_text())
+    assert (found["weights"], found["gradients"]) == (shards, shards)
+    if name == "galore":  # by layers: as even as these are
+        half = optimizer_state_bytes(config) / 2
+        assert found["optimizer_states"] == pytest.approx(half, rel=0.1)
+    else:
+        steps = 4 * len(list(model.parameters()))  # torch's own counters
+        assert found["optimizer_states"] == 2 * shards + steps
+
+
+def test_what_two_processes_cannot_share_is_refused_in_one_line(two):
+    folder, errors = two
+    assert errors == {
+        f"{name}.{rank}": f"InputError: batch: {batch} is not allowed; 2 processes × "
+        f"gradient_accumulation {pieces} must divide it"
+        for name, batch, pieces in (("uneven", 3, 1), ("pieces", 4, 4))
+        for rank in range(2)
+    }
+    assert not (folder / "uneven").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"method": "relora"}, "method: 'relora'"),
+        ({"per_layer": True, "clip": 0.0}, "per_layer: True"),
+        ({"compile": True}, "compile: True"),
+        ({"reset_every": 10, "reset_how": "magnitude"}, "reset_how: 'magnitude'"),
+    ],
+)
+def test_what_is_not_sound_in_shards_is_refused(fields, refusal):
+    config = resolve(RunConfig(**SMALL, parallel="fsdp2", **fields))
+    with pytest.raises(InputError, match=f"{refusal} is not allowed"):
+        check_shards(config)
+
+
+def test_the_command_line_trains_under_torchrun(tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | {"steps": 3}).items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*torchrun, "--standalone", "-m", "lowrank_lab", "train", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*command, f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert (done.returncode, done.stdout.count("test loss")) == (0, 1), done.stderr
+    assert len(rows_of(tmp_path / "run")) == 3
+    facts = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert facts["ran_on"]["processes"] == 2
+
+
+def test_how_processes_share_the_work_does_not_change_the_run_id():
+    runs = [resolve(RunConfig(parallel=parallel)) for parallel in ("ddp", "fsdp2")]
+    assert runs[0].run_id == runs[1].run_id
+
+
+def test_shards_without_torchrun_are_refused():
+    with pytest.raises(InputError, match="parallel: 'fsdp2' is not allowed"):
+        train(RunConfig(**SMALL, parallel="fsdp2"))
