@@ -105,6 +105,12 @@ class Run:
         return self._facts.get("label") or describe(self.config)
 
     @property
+    def ran_on(self) -> dict[str, Any]:
+        """What it ran on: versions, hashes of source and corpus, the device."""
+        facts: dict[str, Any] = self._facts.get("ran_on", {})
+        return facts
+
+    @property
     def finished(self) -> bool:
         return (self.folder / "result.json").exists()
 
