@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from lowrank_lab.config import InputError, data_folder
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 5
+CONNECT_SECONDS = 4
 
 
 def connect(address: str) -> Client:
@@ -40,16 +42,32 @@ def connect(address: str) -> Client:
     except ImportError:
         allowed = "Dask isn't installed here: pip install 'lowrank-lab[dask]'"
         raise InputError("dask", address, allowed) from None
+
+    class Quiet(Client):
+        """A client that doesn't try to say goodbye to something that never was a scheduler."""
+
+        def __del__(self) -> None:
+            pass
+
     # What it would say of lost connections, the study says in one line.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
-        return Client(  # type: ignore[no-untyped-call]
+        _knock(address)
+        return Quiet(  # type: ignore[no-untyped-call]
             address, timeout=CONNECT_SECONDS, set_as_default=False
         )
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        allowed = f"no Dask scheduler answers there, as in tcp://host:8786 ({why})"
+    except Exception as error:  # anything, if something else than a scheduler answers
+        why = f"{error or type(error).__name__}".splitlines()[0]
+        allowed = f"no Dask scheduler answers there, as one would at tcp://host:8786 ({why})"
         raise InputError("dask", address, allowed) from None
+
+
+def _knock(address: str) -> None:
+    """Raise OSError or ValueError, at once where that can be, if nobody listens at an address."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("tcp", "tls", "ws", "wss") or not parts.hostname or not parts.port:
+        raise ValueError("it isn't of the form tcp://host:port")
+    socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
 
 
 def worker_memory(client: Client) -> int | None:

@@ -32,6 +32,12 @@ QUICK_BYTES = 512 * MIB
 NOTEBOOK_BYTES = 1 * MIB  # an executed notebook with its figures, and its log
 METRICS_ROW, SPECTRA_ROW, PER_VALUE = 450, 400, 20  # bytes in the records
 
+# Fields that decide the activations of a model with dense layers.
+SHAPE = (
+    "model", "hidden_size", "intermediate_size", "num_heads", "num_layers", "vocab_size",
+    "sequence_length", "batch", "gradient_accumulation", "precision", "activation_checkpointing",
+)  # fmt: skip
+
 Source = Literal["simulated", "formula"]
 
 
@@ -88,9 +94,7 @@ def _quick_bytes(config: RunConfig) -> tuple[int, int]:
     except InputError:  # states that no formula knows: as many as Adam's, in float32
         held = sum((b + 8 * w.trains) * w.numel() for w in found)
     gradients = sum(b * w.numel() for w in found if w.trains)
-    dense = config.replace(method="full-rank", rank=None, init=None, method_options={},
-                           refactor_every=0, on_refactor="keep", optimizer=None,
-                           optimizer_options={}, lr=None, per_layer=False)  # fmt: skip
+    dense = RunConfig(**{name: getattr(config, name) for name in SHAPE})
     tokens = config.batch // config.gradient_accumulation * config.sequence_length
     layers = [(m, n) for m, n, target in matrices(config) if target]
     factors = (config.rank or 0) * len(layers) if METHODS[config.method].layers else 0

@@ -16,7 +16,8 @@ ORDER = (
     "config sources corpus layers attention llama optim techniques schedule options builders "
     "catalogue methods step tracing formulas memory budget spectra checkpoint provenance runs "
     "train needs sample stats one_matrix grid figures slider panel one_matrix_view grid_view "
-    "report widgets explorer merge jobs runner cluster pages publish study study_view budget_view cli"
+    "report widgets explorer merge jobs runner cluster pages publish study study_view "
+    "budget_view cli"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = "matplotlib pandas papermill tokenizers seaborn transformers dask distributed".split()
