@@ -95,6 +95,7 @@ def settle(todo: list[Job], retry: bool) -> list[Job]:
     """
     for job in todo:
         known_parameters(job.notebook, job.parameters)
+        job.state, job.error = "queued", ""
         if job.finished:
             job.state = "done"
         elif job.failed_before and not retry:

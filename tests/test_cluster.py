@@ -27,7 +27,7 @@ def start(module, *arguments):
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path_factory):
     """A scheduler's address, and a function that starts a worker, which it returns."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +36,7 @@ def cluster(tmp_path):
     started = [start("dask_scheduler", "--host", host, "--port", port)]
 
     def work():
-        place = ["--local-directory", str(tmp_path.parent / f"{tmp_path.name}-dask")]
+        place = ["--local-directory", str(tmp_path_factory.mktemp("dask"))]
         arguments = ["--nthreads", "1", "--no-nanny", "--host", host, *place]
         started.append(start("dask_worker", address, *arguments))
         return started[-1]
