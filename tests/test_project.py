@@ -57,7 +57,8 @@ def imported_packages(folder):
 
 
 def test_what_the_library_imports_is_required(project):
-    texts = [*project["dependencies"], *project["optional-dependencies"]["quant"]]
+    extras = [project["optional-dependencies"][name] for name in ("quant", "dask")]
+    texts = [*project["dependencies"], *extras[0], *extras[1]]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
     assert imported_packages(ROOT / "lowrank_lab") <= required
 

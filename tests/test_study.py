@@ -86,6 +86,7 @@ def test_a_notebook_without_the_parameters_a_study_gives_is_refused(study_file):
     assert not list(path.parent.rglob("*.log"))  # no kernel was started
 
 
+@pytest.mark.slow
 def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file, tmp_path):
     variants = {
         "full-rank": {"method": "full-rank"},
@@ -119,6 +120,7 @@ def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.ipynb")} == executed
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_recorded_and_the_others_go_on(study_file, tmp_path):
     marker, out = tmp_path / "mended", tmp_path / "out"
     code = f"import pathlib\nassert seed != 1 or pathlib.Path({str(marker)!r}).exists(), 'seed 1'"
@@ -135,6 +137,7 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(study_file, tmp_path):
     assert [job.state for job in jobs] == ["done", "done", "done"]  # and the comparison
 
 
+@pytest.mark.slow
 def test_a_run_that_other_training_code_made_is_trained_again(study_file, tmp_path):
     path, out = study_file(TRAIN), tmp_path / "out"
     ((run_id, (_, config)),) = load_study(path).runs.items()
@@ -148,6 +151,7 @@ def test_a_run_that_other_training_code_made_is_trained_again(study_file, tmp_pa
     assert len(list((out / ".outdated").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_runner_leaves_no_process_and_goes_on_inside_the_run(study_file, tmp_path):
     fields = {"tokens": 6400, "checkpoint_every": 20, "eval_every": 200, "spectra_every": 200}
     path, out = study_file(TRAIN, base=fields, seeds=[0, 1]), tmp_path / "out"
@@ -170,6 +174,7 @@ def test_a_killed_runner_leaves_no_process_and_goes_on_inside_the_run(study_file
     assert run.metrics["step"].tolist() == list(range(1, 201))
 
 
+@pytest.mark.slow
 def test_an_interrupted_runner_ends_what_runs_and_says_so_in_one_line(study_file, tmp_path):
     path, out = study_file("import time\ntime.sleep(100)", seeds=[0, 1]), tmp_path / "out"
     runner = runner_of(path, out, "--jobs", "2")
@@ -185,6 +190,7 @@ def test_an_interrupted_runner_ends_what_runs_and_says_so_in_one_line(study_file
     assert not list(out.glob("*/*ed.json"))  # neither done nor failed
 
 
+@pytest.mark.slow
 def test_a_run_above_its_time_limit_fails_and_a_longer_one_goes_on_inside_it(
     study_file, tmp_path, monkeypatch
 ):
