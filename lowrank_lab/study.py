@@ -76,6 +76,8 @@ def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
         if name in content and not isinstance(content[name], kind):
             words = {"dict": "a mapping", "list": "a list", "str": "text"}[kind.__name__]
             raise InputError(f"{path.name}: {name}", content[name], f"must be {words}")
+    limit = content.get("time_limit")
+    limit = None if limit is None else seconds_of(limit, f"{path.name}: time_limit")
     runs: dict[str, tuple[str, RunConfig]] = {}
     for label, fields in _combinations(content, path):
         try:
@@ -89,10 +91,9 @@ def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
         _notebook(path, key, content.get(key, default))
         for key, default in (("notebook", "02_run"), ("compare", "03_compare"))
     ]
-    limit = content.get("time_limit")
     return Study(
         path.stem, content.get("description", ""), notebooks[0], notebooks[1], runs,
-        None if limit is None else seconds_of(limit, f"{path.name}: time_limit"),
+        limit,
     )  # fmt: skip
 
 
