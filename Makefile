@@ -70,5 +70,5 @@ clean:
 	touch $@
 
 .venv/installed-dev: .venv/installed pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant,hub,explore]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant,hub,explore,dask]'
 	touch $@

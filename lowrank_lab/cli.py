@@ -191,26 +191,73 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
 @click.option("--jobs", type=click.IntRange(1), help="notebooks at a time; default: one a core")
 @click.option("--retry", is_flag=True, help="execute again what failed before")
 @click.option("--seeds", help="instead of those in the file, as 0,1,2")
-def study(file: Path, out: Path | None, jobs: int | None, retry: bool, seeds: str | None) -> None:
+@click.option(
+    "--time-limit", metavar="TIME", help="end a run that takes longer than this, like 90s, 30m, 2h"
+)
+@click.option(
+    "--dask", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786); it shares files"
+)
+@click.option("--dry-run", is_flag=True, help="say what would run and what it needs; run nothing")
+@click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
+def study(
+    file: Path,
+    out: Path | None,
+    retry: bool,
+    seeds: str | None,
+    time_limit: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Run a study file by papermill; what is done already is not done again."""
-    from lowrank_lab.study import run_study
-    from lowrank_lab.study_view import View
+    from lowrank_lab import study_view
+    from lowrank_lab.study import plan_study, run_study, seconds_of
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds is not None else None
     except ValueError:
         raise InputError("seeds", seeds, "must be whole numbers with commas between") from None
-    view = View()
-    options: dict[str, Any] = {"jobs": jobs, "retry": retry, "seeds": numbers}
-    todo, page = run_study(file, out=out, report=view.show, **options)
+    limit = None if time_limit is None else seconds_of(time_limit)
+    if dry_run:
+        facts = study_view.plan_facts(plan_study(file, out=out, retry=retry, seeds=numbers))
+        click.echo(json.dumps(facts, indent=1) if as_json else study_view.plan_text(facts))
+        return
+    view = study_view.View()
+    options |= {"out": out, "retry": retry, "seeds": numbers, "time_limit": limit}
+    todo, page = run_study(file, report=view.show, **options)
     view.close()
-    failed = [job for job in todo if job.state == "failed"]
-    for job in failed:
-        click.echo(f"failed: {job.name}: {job.error}; see {job.folder}", err=True)
+    for job in todo:
+        if job.state == "failed":
+            line = " ".join(f"failed: {job.name}: {job.error}; see {job.folder}".split())
+            click.echo(line, err=True)
     if page is None:
         sys.exit(1)
-    _show_table(page.parent)
-    click.echo(f"\nreport   {page}\nfigures  {page.parent / 'figures'}")
+    _show_table(page.parent, as_json)
+    if not as_json:
+        click.echo(f"\nreport   {page}\nfigures  {page.parent / 'figures'}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument(
+    "folders", nargs=-1, required=True, metavar="FOLDER…", type=click.Path(path_type=Path)
+)
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+def merge(out: Path, folders: tuple[Path, ...], as_json: bool) -> None:
+    """Copy the finished runs of several folders, of other machines perhaps, into OUT."""
+    from lowrank_lab.merge import merge as merge_runs
+
+    merged = merge_runs(out, folders)
+    if as_json:
+        unfinished = [str(folder) for folder in merged.unfinished]
+        facts = {"copied": merged.copied, "there": merged.there, "unfinished": unfinished}
+        click.echo(json.dumps(facts, indent=1))
+        return
+    for folder in merged.unfinished:
+        click.echo(f"not finished, left out: {folder}", err=True)
+    click.echo(
+        f"{len(merged.copied)} runs copied into {out}, {len(merged.there)} were there already"
+    )
 
 
 @main.command()
@@ -248,13 +295,8 @@ def report(
     page = reporting.write_report(folder, title, out=out, figures_in=figures)
     if keep is not None:
         reporting.keep(folder, keep)
-    if as_json:
-        from lowrank_lab.runs import final_table, load_runs
-
-        table = reporting.summary(final_table(load_runs(folder)))
-        click.echo(table.to_json(orient="records", indent=1))
-    else:
-        _show_table(folder)
+    _show_table(folder, as_json)
+    if not as_json:
         click.echo(f"\nreport   {page}")
 
 
@@ -357,11 +399,14 @@ def _publish(out: Path, studies: tuple[Path, ...]) -> None:
         sys.exit(1)
 
 
-def _show_table(folder: Path) -> None:
+def _show_table(folder: Path, as_json: bool = False) -> None:
     from lowrank_lab.report import differences, formatted, summary
     from lowrank_lab.runs import final_table, load_runs
 
     finals = final_table(load_runs(folder))
+    if as_json:
+        click.echo(summary(finals).to_json(orient="records", indent=1))
+        return
     click.echo(formatted(summary(finals)).to_string(index=False))
     pairs = differences(finals)
     if len(pairs):

@@ -34,6 +34,12 @@ class _Markdown(mistune.HTMLRenderer):
         super().__init__(escape=False)
         self.links, self.folder = links, folder
 
+    def inline_html(self, html: str) -> str:
+        return mistune.escape(html)  # none of ours holds any: it came from a study or a label
+
+    def block_html(self, html: str) -> str:
+        return f"<p>{mistune.escape(html)}</p>\n"
+
     def inline_math(self, text: str) -> str:
         return mathml(text, "inline")
 
@@ -52,7 +58,8 @@ class _Markdown(mistune.HTMLRenderer):
     def image(self, text: str, url: str, title: str | None = None) -> str:
         path = self.folder / url
         if not url.startswith("data:"):
-            if "://" in url or not path.is_file():
+            inside = path.resolve().is_relative_to(self.folder.resolve().parent)
+            if "://" in url or not path.is_file() or not inside:
                 return f"<em>(picture: {html.escape(text or url)})</em>"
             kind = "image/svg+xml" if path.suffix == ".svg" else f"image/{path.suffix[1:]}"
             url = data_uri(path.read_bytes(), kind)

@@ -44,7 +44,17 @@ def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
         "corpus_sha256": corpus.facts["sha256"],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "processes": distributed.size(),
     }
+
+
+def _processor() -> str:
+    """The name of the CPU: Linux keeps it where `platform` doesn't look."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or "cpu"

@@ -1,6 +1,6 @@
 """Notebooks and studies → one folder of pages that work from a disk, a stick or any web server.
 
-Notebooks are executed headless, each in a process of its own (`jobs.execute`); what they show is
+Notebooks are executed headless, each in a process of its own (`runner.execute`); what they show is
 put into the page. A page makes no request at all, and its own policy forbids it to.
 """
 
@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from pygments.formatters import HtmlFormatter
 
 from lowrank_lab.config import InputError, data_folder
-from lowrank_lab.jobs import Job, execute, parameter_names
+from lowrank_lab.jobs import Job, parameter_names
 from lowrank_lab.pages import NotebookPage, read_notebook
 from lowrank_lab.report import write_report
+from lowrank_lab.runner import execute
 from lowrank_lab.slider import Slider, slider
 
 __all__ = ["QUICK", "Published", "Slider", "publish", "slider"]
@@ -139,7 +141,8 @@ def _notebook_page(job: Job, out: Path, links: Mapping[str, str]) -> NotebookPag
         words = f"This notebook failed and is shown as far as it went: {html.escape(job.error)}"
         body = f'<p class="failed" role="alert">{words}</p>\n{body}'
     body = body.replace(str(job.folder), "…").replace(str(job.notebook.parent.parent), "…")
-    top = f'<nav><a href="index.html">All pages</a> · <code>{job.notebook.name}</code></nav>'
+    name = html.escape(job.notebook.name)
+    top = f'<nav><a href="index.html">All pages</a> · <code>{name}</code></nav>'
     _write(out / f"{job.name}.html", page.title, f"{top}\n{body}\n{top}")
     return page
 
@@ -164,12 +167,14 @@ def _study_page(folder: Path, out: Path, asked: Path) -> str:
     )
     facts = text.partition("</h1>")[2].partition("<div")[0].strip()
     name = html.escape(folder.name)
-    return f'<li><a href="studies/{name}/report.html">{name}</a>{facts}</li>'
+    href = html.escape(f"studies/{quote(folder.name)}/report.html")
+    return f'<li><a href="{href}">{name}</a>{facts}</li>'
 
 
 def _entry(name: str, page: NotebookPage, error: str) -> str:
     failed = f'<p class="failed">failed: {html.escape(error)}</p>' if error else ""
-    return f'<li><a href="{name}.html">{html.escape(page.title)}</a>{failed}{page.summary}</li>'
+    href = html.escape(quote(f"{name}.html"))
+    return f'<li><a href="{href}">{html.escape(page.title)}</a>{failed}{page.summary}</li>'
 
 
 def _made() -> str:

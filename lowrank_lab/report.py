@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +241,8 @@ def write_report(
     table = summary(finals)
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "table.csv", index=False)
-    parts = [_heading(title or folder.name, description, finals), _html_table(formatted(table))]
+    parts = [_heading(title or folder.name, description, finals), *_origins_section(runs)]
+    parts.append(_html_table(formatted(table)))
     pairs = _differences(finals, table["label"].tolist())
     if len(pairs):
         parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(pairs))]
@@ -294,6 +296,25 @@ def _heading(title: str, description: str, finals: pd.DataFrame) -> str:
     return f"<h1>{html.escape(title)}</h1>\n" + "\n".join(lines)
 
 
+def origins(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
+    """What the runs did not all run on alike: name → value → number of runs."""
+    names = {name: None for run in runs for name in run.ran_on}
+    counted = {
+        name: Counter(str(run.ran_on.get(name, "not recorded")) for run in runs) for name in names
+    }
+    return {name: dict(counts) for name, counts in counted.items() if len(counts) > 1}
+
+
+def _origins_section(runs: Sequence[Run]) -> Iterator[str]:
+    differing = origins(runs)
+    if differing:
+        yield "<p>These runs come from different machines or versions:</p>\n<ul>"
+        for name, counts in differing.items():
+            words = "; ".join(f"{value[:60]} ({n} runs)" for value, n in counts.items())
+            yield f"<li>{html.escape(name.replace('_', ' '))}: {html.escape(words)}</li>"
+        yield "</ul>"
+
+
 def _html_table(table: pd.DataFrame) -> str:
     return f'<div class="scroll">{table.to_html(index=False, border=0, escape=True)}</div>'
 
@@ -318,7 +339,7 @@ def _runs_section(runs: Sequence[Run], out: Path) -> str:
             href = html.escape(notebook.relative_to(out).as_posix(), quote=True)
             link = f' · <a href="{href}">executed notebook</a>'
         shown = html.escape(
-            json.dumps(_changed(facts["config"]) | {"ran_on": facts["ran_on"]}, indent=1)
+            json.dumps(_changed(facts["config"]) | {"ran_on": run.ran_on}, indent=1)
         )
         items.append(
             f"<details><summary>{html.escape(run.label)} · {html.escape(run.folder.name)}{link}"

@@ -168,10 +168,10 @@ class Run:
         return self._facts.get("label") or describe(self.config)
 
     @property
-    def corpus_sha256(self) -> str | None:
-        """SHA-256 of the tokens it was begun with, if it is known."""
-        sha256: str | None = self._facts.get("ran_on", {}).get("corpus_sha256")
-        return sha256
+    def ran_on(self) -> dict[str, Any]:
+        """What it ran on: versions, hashes of source and corpus, the device."""
+        facts: dict[str, Any] = self._facts.get("ran_on", {})
+        return facts
 
     @property
     def finished(self) -> bool:
@@ -291,7 +291,7 @@ class Run:
         if path.exists():
             return Tokenizer.from_file(str(path))
         corpus = prepare(self.config)
-        if self.corpus_sha256 not in (None, corpus.facts["sha256"]):
+        if self.ran_on.get("corpus_sha256") not in (None, corpus.facts["sha256"]):
             allowed = "it has changed since the run, which kept no tokenizer of its own"
             raise InputError("corpus", self.config.corpus, allowed)
         return corpus.tokenizer

@@ -9,6 +9,7 @@ A study file is YAML:
       low rank: {method: low-rank}
     grid: {rank: [8, 16]}                          # every combination, with every variant
     seeds: [0, 1, 2]
+    time_limit: 30m                                # a run that takes longer is ended, and failed
 
 Each run is a notebook executed in a process of its own, in the run's folder
 `data/runs/<study>/<run id>/`. What is done is not done again; what was killed goes on from its
@@ -22,17 +23,21 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lowrank_lab.cluster import connect, execute_on, worker_memory
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
-from lowrank_lab.jobs import Job, execute, known_parameters, parameter_names, read_record
+from lowrank_lab.jobs import Job, known_parameters, parameter_names, read_record, settle
+from lowrank_lab.needs import GB, Need, device_memory, free_disk, machine_memory, needs_of
+from lowrank_lab.runner import execute
 from lowrank_lab.train import check
 
-KEYS = {"description", "notebook", "compare", "base", "variants", "grid", "seeds"}
+KEYS = {"description", "notebook", "compare", "base", "variants", "grid", "seeds", "time_limit"}
+LONGEST_LABEL = 80
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Study:
     notebook: Path
     compare: Path
     runs: dict[str, tuple[str, RunConfig]]  # run id → label, resolved configuration
+    time_limit: float | None = None  # seconds that a run may take
 
 
 def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
@@ -70,6 +76,8 @@ def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
         if name in content and not isinstance(content[name], kind):
             words = {"dict": "a mapping", "list": "a list", "str": "text"}[kind.__name__]
             raise InputError(f"{path.name}: {name}", content[name], f"must be {words}")
+    limit = content.get("time_limit")
+    limit = None if limit is None else seconds_of(limit, f"{path.name}: time_limit")
     runs: dict[str, tuple[str, RunConfig]] = {}
     for label, fields in _combinations(content, path):
         try:
@@ -80,10 +88,30 @@ def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
             ) from None
         runs.setdefault(config.run_id, (label, config))
     notebooks = [
-        _notebook(path, content.get(key, default))
+        _notebook(path, key, content.get(key, default))
         for key, default in (("notebook", "02_run"), ("compare", "03_compare"))
     ]
-    return Study(path.stem, content.get("description", ""), notebooks[0], notebooks[1], runs)
+    return Study(
+        path.stem, content.get("description", ""), notebooks[0], notebooks[1], runs,
+        limit,
+    )  # fmt: skip
+
+
+def seconds_of(text: str | float, field: str = "time_limit") -> float:
+    """`90s`, `30m`, `1h30m` or a number of seconds → seconds.
+
+    Raises:
+        InputError: it is none of these, or not above 0.
+    """
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", str(text).strip())
+    try:
+        parts = [float(part or 0) for part in match.groups()] if match else [0.0]
+    except ValueError:
+        parts = [0.0]
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not 0 < seconds < float("inf"):
+        raise InputError(field, text, "a time above 0, like 90s, 30m or 1h30m")
+    return seconds
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -115,6 +143,9 @@ def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, di
             f"{path.name}: variants", variants, "must name at least one, or be left out"
         )
     for label, changes in variants.items():
+        if len(str(label)) > LONGEST_LABEL or not str(label).isprintable():
+            allowed = f"a label is one line of at most {LONGEST_LABEL} printable characters"
+            raise InputError(f"{path.name}: variants", label, allowed)
         if not isinstance(changes, dict):
             raise InputError(
                 f"{path.name}: variants: {label}", changes, "must be a mapping of fields"
@@ -128,14 +159,49 @@ def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, di
                 yield ", ".join(words), {**fields, "seed": seed}
 
 
-def _notebook(study: Path, name: str) -> Path:
+def _notebook(study: Path, key: str, name: str) -> Path:
     """A notebook named in a study file: a file of the folder above the studies."""
     folder = study.resolve().parent.parent
-    path = (folder / f"{name}.ipynb").resolve()
+    path = (folder / f"{name.replace(chr(0), '')}.ipynb").resolve()
     if not path.is_file() or not path.is_relative_to(folder):
         known = [p.stem for p in folder.glob("*.ipynb")]
-        raise InputError(f"{study.name}: notebook", name, nearest(name, known))
+        raise InputError(f"{study.name}: {key}", name, nearest(name, known))
     return path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study would do: its jobs in the state they are in, and what each needs."""
+
+    study: Study
+    folder: Path
+    jobs: list[Job]
+    needs: list[Need]
+
+
+def plan_study(
+    path: Path | str,
+    *,
+    out: Path | None = None,
+    retry: bool = False,
+    seeds: list[int] | None = None,
+) -> Plan:
+    """The jobs of a study, and what they need; nothing is executed or written.
+
+    Raises:
+        InputError: what is wrong in the file, or a run's folder that leads out of the study's.
+    """
+    study = load_study(path, seeds)
+    folder = (out if out is not None else data_folder() / "runs" / study.name).resolve()
+    needs = list(needs_of(config for _, config in study.runs.values()))
+    todo = []
+    for (run_id, (label, config)), need in zip(study.runs.items(), needs, strict=True):
+        place = folder / run_id
+        if place.parent != folder or place.resolve() != place:
+            raise InputError("out", str(place), "it leads out of the study's folder")
+        todo.append(replace(_run_job(study.notebook, place, label, config), memory=need.memory))
+    settle(todo, retry)
+    return Plan(study, folder, todo, needs)
 
 
 def run_study(
@@ -145,47 +211,85 @@ def run_study(
     jobs: int | None = None,
     retry: bool = False,
     seeds: list[int] | None = None,
+    time_limit: float | None = None,
+    dask: str | None = None,
     report: Callable[[list[Job]], None] = lambda jobs: None,
 ) -> tuple[list[Job], Path | None]:
     """Execute what a study file asks for and isn't done yet, then the comparison and the report.
 
     Args:
         out: the study's folder; by default data/runs/<name of the file>.
-        jobs: notebooks at a time; by default one a CPU core (each has one thread) or CUDA device.
+        jobs: notebooks at a time; by default one a CPU core (each has one thread) or CUDA device,
+            and never more than the machine's memory holds.
         retry: execute again what failed before.
         seeds: instead of those in the file.
+        time_limit: seconds after which a run is ended and counts as failed, instead of the file's.
+        dask: address of a Dask scheduler that executes the runs, on machines that share the files.
         report: called about twice a second with all jobs.
 
     Returns:
         The jobs, and the path of report.html (None if a run failed).
+
+    Raises:
+        InputError: see `load_study`; also a run that fits neither memory nor disk.
     """
-    study = load_study(path, seeds)
-    folder = out if out is not None else data_folder() / "runs" / study.name
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = [
-        _run_job(study.notebook, folder / run_id, label, config)
-        for run_id, (label, config) in study.runs.items()
-    ]
-    execute(todo, jobs, retry, report)
+    planned = plan_study(path, out=out, retry=retry, seeds=seeds)
+    study, folder, todo = planned.study, planned.folder, planned.jobs
+    limit = study.time_limit if time_limit is None else time_limit
+    if dask is not None:
+        with connect(dask) as client:
+            check_fits(planned, worker_memory(client))
+            folder.mkdir(parents=True, exist_ok=True)
+            execute_on(client, todo, retry, report, limit)
+    else:
+        memory = machine_memory()
+        check_fits(planned, memory, device_memory())
+        folder.mkdir(parents=True, exist_ok=True)
+        execute(todo, jobs, retry, report, limit, memory)
     if any(job.state != "done" for job in todo):
         return todo, None
+    comparison = _comparison(study, folder, todo)
+    execute([comparison], 1, True, lambda jobs: report([*todo, *jobs]))
+    page = folder / "report.html"
+    return [*todo, comparison], page if page.exists() else None
+
+
+def check_fits(planned: Plan, memory: int | None, device: int | None = None) -> None:
+    """Refuse a study one of whose runs can't fit by itself.
+
+    Args:
+        memory: bytes that the machine has for a run; None if that isn't known.
+        device: bytes of a CUDA device.
+    """
+    free = free_disk(planned.folder)
+    for job, need in zip(planned.jobs, planned.needs, strict=True):
+        if job.state != "queued":
+            continue
+        there = sum(p.stat().st_size for p in job.folder.rglob("*") if p.is_file())
+        for what, needed, has in (
+            ("memory", need.memory, memory),
+            ("memory of the CUDA device", need.device, device),
+            ("disk", need.disk - there, free),
+        ):
+            if has is not None and needed > has:
+                raise InputError(
+                    f"{planned.study.name}: {job.name}", f"{needed / GB:.2f} GB of {what}",
+                    f"there are {has / GB:.2f} GB",
+                )  # fmt: skip
+
+
+def _comparison(study: Study, folder: Path, todo: list[Job]) -> Job:
+    """The job that compares the runs, once they are done."""
     results = {job.folder.name: read_record(job.folder / "result.json") for job in todo}
     parameters = {
         "folder": str(folder),
         "title": study.name,
         "description": study.description,
         "out": str(folder),
+        "results": hashlib.sha256(json.dumps(results).encode()).hexdigest()[:16],
     }
-    parameters["results"] = hashlib.sha256(json.dumps(results).encode()).hexdigest()[:16]
-    comparison = Job(
-        "comparison",
-        folder / "comparison",
-        study.compare,
-        known_parameters(study.compare, parameters),
-    )
-    execute([comparison], 1, True, lambda jobs: report([*todo, *jobs]))
-    page = folder / "report.html"
-    return [*todo, comparison], page if page.exists() else None
+    known_parameters(study.compare, parameters)
+    return Job("comparison", folder / "comparison", study.compare, parameters)
 
 
 def _run_job(notebook: Path, folder: Path, label: str, config: RunConfig) -> Job:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from typing import Any
 
 from lowrank_lab.jobs import Job, progress_of
+from lowrank_lab.needs import GB, MIB, free_disk, machine_memory
+from lowrank_lab.study import Plan
 
 LOG_SECONDS = 15.0
 MARKS = {"queued": "·", "running": "▶", "done": "✓", "failed": "✗"}
@@ -50,7 +53,8 @@ class View:
 
     @staticmethod
     def _line(job: Job) -> str:
-        return f"{MARKS[job.state]} {job.state:8}{job.name:40} {progress_of(job)}".rstrip()
+        line = f"{MARKS[job.state]} {job.state:8}{job.name:40} {progress_of(job)}".rstrip()
+        return "".join(c if c.isprintable() else " " for c in line)  # an error may hold anything
 
     @staticmethod
     def _write(text: str) -> None:
@@ -61,3 +65,40 @@ class View:
 def _counts(jobs: list[Job]) -> str:
     counts = {state: sum(job.state == state for job in jobs) for state in MARKS}
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """What a study would do and need, in bytes, and what the machine has."""
+    runs = [
+        {
+            "run": job.folder.name, "label": job.name, "state": job.state, "error": job.error,
+            "memory_bytes": need.memory, "device_memory_bytes": need.device,
+            "disk_bytes": need.disk, "memory_by": need.source,
+        }
+        for job, need in zip(plan.jobs, plan.needs, strict=True)
+    ]  # fmt: skip
+    return {
+        "study": plan.study.name,
+        "folder": str(plan.folder),
+        "machine_memory_bytes": machine_memory(),
+        "free_disk_bytes": free_disk(plan.folder),
+        "time_limit": plan.study.time_limit,
+        "runs": runs,
+    }
+
+
+def plan_text(facts: dict[str, Any]) -> str:
+    """`plan_facts` as a table."""
+    width = max(len(run["label"]) for run in facts["runs"])
+    lines = [f"{'state':8}{'run':{width}}  {'memory':>9} {'by':10} {'disk':>9}"]
+    for run in facts["runs"]:
+        memory, disk = run["memory_bytes"] / GB, run["disk_bytes"] / MIB
+        line = f"{run['state']:8}{run['label']:{width}}  {memory:6.2f} GB {run['memory_by']:10} "
+        lines.append(f"{line}{disk:5.0f} MiB")
+    todo = [run for run in facts["runs"] if run["state"] == "queued"]
+    has = facts["machine_memory_bytes"]
+    lines.append(
+        f"{len(todo)} to run; the machine has {(has or 0) / GB:.2f} GB of memory, "
+        f"and {facts['free_disk_bytes'] / GB:.1f} GB are free in {facts['folder']}"
+    )
+    return "\n".join(lines)

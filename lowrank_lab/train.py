@@ -173,7 +173,7 @@ def _train(
     if finished:
         return Run(target)
     begun = (target / "config.json").exists()
-    if begun and Run(target).corpus_sha256 not in (None, corpus.facts["sha256"]):
+    if begun and Run(target).ran_on.get("corpus_sha256") not in (None, corpus.facts["sha256"]):
         raise InputError("corpus", config.corpus, "it has changed since the run in out began")
     with locked(target) if distributed.is_first() else nullcontext(), asked_to_stop() as stop:
         distributed.wait_for_all()

@@ -1,9 +1,12 @@
 """What all tests share: one thread, and a data folder of their own."""
 
 import random
+import shutil
 
 import pytest
 import torch
+import yaml
+from studies import BASE, NOTEBOOKS, write_short_notebooks
 
 WORDS = "the model a rank of weight and gradient is low when step moment factor to sum".split()
 
@@ -38,3 +41,23 @@ def data(tmp_path_factory):
     patch.setenv("LOWRANK_LAB_DATA", str(folder))
     yield folder
     patch.undo()
+
+
+@pytest.fixture
+def study_file(tmp_path, text_corpus):
+    """Writes a study file beside copies of the notebooks, and returns its path."""
+    folder = tmp_path / "notebooks"
+    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns("studies", ".*"))
+    (folder / "studies").mkdir()
+
+    def write(code=None, **content):
+        """With `code`, runs are notebooks that hold this alone, and the comparison is empty."""
+        base = {**BASE, "corpus": text_corpus, **content.pop("base", {})}
+        path = folder / "studies" / "mine.yaml"
+        if code is not None:
+            write_short_notebooks(folder, code)
+            content |= {"notebook": "short", "compare": "empty"}
+        path.write_text(yaml.safe_dump({"base": base, **content}, sort_keys=False))
+        return path
+
+    return write

@@ -172,6 +172,11 @@ BAD = {
     ),
     "study with an unknown notebook": ("study {tmp}/studies/nb.yaml", ["nb.yaml", "02_rum"]),
     "study with a notebook elsewhere": ("study {tmp}/studies/up.yaml", ["up.yaml", "secret"]),
+    "study with a time limit in words": (
+        "study {tmp}/studies/limit.yaml", ["limit.yaml: time_limit", "soon", "30m"],
+    ),
+    "time limit of nothing": ("study {tmp}/studies/x.yaml --time-limit 0m", ["time_limit", "0m"]),
+    "merge of nothing": ("merge {tmp}/new {tmp}/folder", ["folder", "no runs"]),
     "study with a name of other signs": ("study {tmp}/studies/a;b.yaml", ["a;b.yaml", "letters"]),
 }  # fmt: skip
 
@@ -182,6 +187,7 @@ STUDIES = {
     "field": "base: {rnak: 3}",
     "value": "variants: {mine: {method: low-rank, model: tiny, rank: 99}}",
     "grid": "grid: {rank: []}",
+    "limit": "{time_limit: soon, base: {corpus: markov}}",
     "nb": "{notebook: 02_rum, base: {corpus: markov}}",
     "up": "{notebook: ../../secret, base: {corpus: markov}}",
     "a;b": "base: {}",

@@ -58,7 +58,7 @@ def imported_packages(folder):
 
 def test_what_the_library_imports_is_required(project):
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["quant"], *extras["hub"]]
+    texts = [*project["dependencies"], *extras["quant"], *extras["hub"], *extras["dask"]]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
     assert imported_packages(ROOT / "lowrank_lab") <= required
 

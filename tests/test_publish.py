@@ -178,6 +178,25 @@ def test_a_failing_notebook_is_named_and_the_others_are_published(tmp_path, monk
         assert all(alts(text))
 
 
+def test_names_and_error_lines_of_published_notebooks_are_escaped(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    hostile = "<img src=x onerror=alert(1)>"
+    parameters = new_code_cell("n: int = 1  # of", metadata={"tags": ["parameters"]})
+    cells = [
+        new_markdown_cell(f"# {hostile}"),
+        parameters,
+        new_code_cell(f"raise OSError({hostile!r})"),
+    ]
+    nbformat.write(new_notebook(cells=cells), folder / f"{hostile}.ipynb")
+    monkeypatch.setattr(publish, "_notebooks", lambda given: sorted(folder.glob("*.ipynb")))
+    published = publish.publish(tmp_path / "out", [STUDY])
+    assert published.failed
+    for page in published.pages[0], published.index:
+        assert "<img src=x" not in page.read_text()
+        assert "OSError: &lt;img src=x" in page.read_text()
+
+
 def test_two_studies_of_one_name_are_wrong_input(tmp_path):
     done = CliRunner().invoke(main, ["report", "--publish", "x", "a/same", "b/same"])
     assert (done.exit_code, done.stderr.partition(":")[0]) == (2, "folder")

@@ -104,7 +104,9 @@ def test_a_report_reads_only_what_its_figures_show(tmp_path, monkeypatch):
 
 
 def test_what_came_from_outside_is_escaped(tmp_path):
-    write_run(tmp_path / "runs" / "x", "<script>alert(1)</script>")
+    hostile = "<script>alert(1)</script>"
+    write_run(tmp_path / "runs" / "x", hostile, spectra_layers=hostile)
+    write_run(tmp_path / "runs" / "<script>", 'two\nlines "quoted"', seed=1)
     text = report.write_report(tmp_path / "runs", "<b>t</b>", "<i>d</i>").read_text()
     assert "<script" not in text
     assert "<b>t" not in text

@@ -1,64 +1,46 @@
 """Studies: what a file asks for, what is executed, what survives a killed runner."""
 
 import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
-import psutil
 import pytest
-import yaml
 from click.testing import CliRunner
+from studies import NOTEBOOKS, PARAMETERS, TRAIN, processes_in, runner_of, wait_for, write_notebook
 
+from lowrank_lab import runner as running_jobs
+from lowrank_lab import study
 from lowrank_lab.cli import main
-from lowrank_lab.jobs import parameter_names
-from lowrank_lab.runs import Run
-from lowrank_lab.study import load_study, run_study
-
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-BASE = {
-    "model": "tiny", "vocab_size": 300, "sequence_length": 16, "batch": 2, "tokens": 640,
-    "eval_tokens": 64, "test_tokens": 64,
-}  # fmt: skip
-PARAMETERS = "seed: int = 0  # s\nlabel: str = ''  # l\nfolder: str = ''  # f\n"
-PARAMETERS += "headless: bool = True  # h\nmore: dict = {}  # m\n"
-COMPARE = "folder = ''\nout = ''\ntitle = ''\ndescription = ''\nresults = ''\n"
+from lowrank_lab.config import InputError
+from lowrank_lab.jobs import Job, parameter_names
+from lowrank_lab.methods import resolve
+from lowrank_lab.runs import Run, find_runs, write_json
+from lowrank_lab.study import load_study, plan_study, run_study, seconds_of
+from lowrank_lab.study_view import View
+from lowrank_lab.train import train
 
 
-def write_notebook(path, parameters, code):
-    notebook = nbformat.v4.new_notebook()
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    notebook.cells = [cell, nbformat.v4.new_code_cell(code)]
-    nbformat.write(notebook, path)
+def executed(path, out, **options):
+    """The states of a study's runs after these are executed, without the comparison."""
+    jobs = plan_study(path, out=out).jobs
+    running_jobs.execute(jobs, 1, options.get("retry", False), lambda jobs: None)
+    return [job.state for job in jobs]
 
 
-@pytest.fixture
-def study_file(tmp_path, text_corpus):
-    """Writes a study file beside copies of the notebooks, and returns its path."""
-    folder = tmp_path / "notebooks"
-    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns("studies", ".*"))
-    (folder / "studies").mkdir()
-
-    def write(**content):
-        base = {**BASE, "corpus": text_corpus, **content.pop("base", {})}
-        path = folder / "studies" / "mine.yaml"
-        path.write_text(yaml.safe_dump({"base": base, **content}, sort_keys=False))
-        return path
-
-    return write
+def mark_done(job):
+    job.folder.mkdir(parents=True)
+    write_json(job.folder / "done.json", {"key": job.key})
+    return job.folder / "done.json"
 
 
 def test_runs_are_variants_times_grid_times_seeds(study_file):
     variants = {"a": {"method": "low-rank"}, "b": {"method": "galore"}}
-    study = load_study(study_file(variants=variants, grid={"rank": [2, 4]}, seeds=[0, 1]))
-    found = [(label, c.method, c.rank, c.seed) for label, c in study.runs.values()]
-    assert found == [
+    found = load_study(study_file(variants=variants, grid={"rank": [2, 4]}, seeds=[0, 1]))
+    points = [(label, c.method, c.rank, c.seed) for label, c in found.runs.values()]
+    assert points == [
         (f"{label}, rank {rank}", method, rank, seed)
         for label, method in (("a", "low-rank"), ("b", "galore"))
         for rank in (2, 4)
@@ -67,21 +49,28 @@ def test_runs_are_variants_times_grid_times_seeds(study_file):
 
 
 def test_seeds_can_be_given_instead_of_those_in_the_file(study_file):
-    study = load_study(study_file(seeds=[0]), seeds=[3, 4])
-    assert [config.seed for _, config in study.runs.values()] == [3, 4]
+    found = load_study(study_file(seeds=[0]), seeds=[3, 4])
+    assert [config.seed for _, config in found.runs.values()] == [3, 4]
 
 
 def test_points_that_train_the_same_are_run_once(study_file):
-    study = load_study(study_file(base={"method": "full-rank"}, grid={"rank": [2, 4, 8]}))
-    assert len(study.runs) == 1
+    found = load_study(study_file(base={"method": "full-rank"}, grid={"rank": [2, 4, 8]}))
+    assert len(found.runs) == 1
 
 
-def test_the_quick_study_is_valid():
-    study = load_study(NOTEBOOKS / "studies" / "quick.yaml")
-    methods = {config.method for _, config in study.runs.values()}
+def test_the_quick_study_is_valid_and_what_the_kept_records_were_made_from(monkeypatch):
+    monkeypatch.setattr(study, "check", lambda config: (resolve(config), None))  # corpus unread
+    quick = load_study(NOTEBOOKS / "studies" / "quick.yaml", seeds=[0, 1, 2])
+    methods = {config.method for _, config in quick.runs.values()}
     assert methods == {"full-rank", "low-rank", "galore", "fira"}
-    tokens = {c.total_steps * c.tokens_per_step for _, c in study.runs.values()}
+    tokens = {c.total_steps * c.tokens_per_step for _, c in quick.runs.values()}
     assert len(tokens) == 1  # compared at equal tokens
+    kept = find_runs(NOTEBOOKS.parent / "data" / "study" / "quick")
+    facts = [
+        {(label, c.seed, c.method, c.rank, c.lr, c.init, c.total_steps) for label, c in pairs}
+        for pairs in (quick.runs.values(), [(run.label, run.config) for run in kept])
+    ]
+    assert facts[0] == facts[1]  # so that the corpus is long enough, too
 
 
 def test_parameter_names_are_those_of_the_tagged_cell():
@@ -97,6 +86,7 @@ def test_a_notebook_without_the_parameters_a_study_gives_is_refused(study_file):
     assert not list(path.parent.rglob("*.log"))  # no kernel was started
 
 
+@pytest.mark.slow
 def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file, tmp_path):
     variants = {
         "full-rank": {"method": "full-rank"},
@@ -130,79 +120,245 @@ def test_a_study_ends_in_table_figures_and_report_and_is_not_repeated(study_file
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.ipynb")} == executed
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_recorded_and_the_others_go_on(study_file, tmp_path):
-    path, out = study_file(notebook="fails", compare="empty", seeds=[0, 1, 2]), tmp_path / "out"
-    marker = tmp_path / "mended"
+    marker, out = tmp_path / "mended", tmp_path / "out"
     code = f"import pathlib\nassert seed != 1 or pathlib.Path({str(marker)!r}).exists(), 'seed 1'"
-    write_notebook(path.parent.parent / "fails.ipynb", PARAMETERS, code)
-    write_notebook(path.parent.parent / "empty.ipynb", COMPARE, "1")
-    jobs, page = run_study(path, out=out)
-    assert [job.state for job in jobs] == ["done", "failed", "done"]
+    path = study_file(code, seeds=[1, 0])
+    jobs, page = run_study(path, out=out, jobs=1)
+    assert [job.state for job in jobs] == ["failed", "done"]
     assert page is None
-    assert "AssertionError: seed 1" in jobs[1].error
-    assert "AssertionError" in (jobs[1].folder / "notebook.ipynb").read_text()
+    assert "AssertionError: seed 1" in jobs[0].error
+    assert "AssertionError" in (jobs[0].folder / "notebook.ipynb").read_text()
     marker.touch()
     jobs, _ = run_study(path, out=out)
-    assert [job.state for job in jobs] == ["done", "failed", "done"]  # only asked for is it retried
+    assert [job.state for job in jobs] == ["failed", "done"]  # only asked for is it retried
     jobs, _ = run_study(path, out=out, retry=True)
-    assert [job.state for job in jobs] == ["done", "done", "done", "done"]  # and the comparison
+    assert [job.state for job in jobs] == ["done", "done", "done"]  # and the comparison
 
 
+@pytest.mark.slow
 def test_a_run_that_other_training_code_made_is_trained_again(study_file, tmp_path):
-    path, out = study_file(), tmp_path / "out"
-    (first,), _ = run_study(path, out=out, report=lambda jobs: None)[0][:1], None
-    facts = json.loads((first.folder / "config.json").read_text())
+    path, out = study_file(TRAIN), tmp_path / "out"
+    ((run_id, (_, config)),) = load_study(path).runs.items()
+    train(config, out / run_id)
+    facts = json.loads((out / run_id / "config.json").read_text())
     facts["ran_on"]["training_source"] = "another"
-    (first.folder / "config.json").write_text(json.dumps(facts))
-    (first.folder / "done.json").unlink()
-    before = (first.folder / "result.json").stat().st_mtime_ns
-    run_study(path, out=out)
-    assert (first.folder / "result.json").stat().st_mtime_ns > before
+    (out / run_id / "config.json").write_text(json.dumps(facts))
+    before = (out / run_id / "result.json").stat().st_mtime_ns
+    assert executed(path, out) == ["done"]
+    assert (out / run_id / "result.json").stat().st_mtime_ns > before
     assert len(list((out / ".outdated").iterdir())) == 1
 
 
-def processes_in(folder):
-    """Processes that work in a folder or name it in their command line."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if process.pid != os.getpid() and (
-            str(folder) in words or process.info["cwd"] == str(folder)
-        ):
-            found.append(process.pid)
-    return found
-
-
-def wait_for(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
+@pytest.mark.slow
 def test_a_killed_runner_leaves_no_process_and_goes_on_inside_the_run(study_file, tmp_path):
-    fields = {"tokens": 12800, "checkpoint_every": 20, "eval_every": 400, "spectra_every": 400}
-    path, out = study_file(base=fields, seeds=[0, 1]), tmp_path / "out"
-    command = [sys.executable, "-m", "lowrank_lab.cli", "study", str(path), "--jobs", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runner = subprocess.Popen(
-        [*command, "--out", str(out)], env=environment, stderr=subprocess.DEVNULL
-    )
+    fields = {"tokens": 6400, "checkpoint_every": 20, "eval_every": 200, "spectra_every": 200}
+    path, out = study_file(TRAIN, base=fields, seeds=[0, 1]), tmp_path / "out"
+    done = mark_done(plan_study(path, out=out).jobs[0])
+    runner = runner_of(path, out, "--jobs", "1")
     try:
-        wait_for(lambda: any(out.glob("*/done.json")))
-        done = next(out.glob("*/done.json"))
-        wait_for(lambda: any(p.parents[1] != done.parent for p in out.glob("*/checkpoints/step-*")))
+        wait_for(lambda: any(out.glob("*/checkpoints/step-*")))
     finally:
         runner.send_signal(signal.SIGKILL)
         runner.wait()
     wait_for(lambda: not processes_in(tmp_path), 20)
     halfway = next(p.parents[1] for p in out.glob("*/checkpoints/step-*"))
     assert not (halfway / "result.json").exists()
-    finished = done.stat().st_mtime_ns
-    subprocess.run([*command, "--out", str(out)], env=environment, check=True, capture_output=True)
-    assert done.stat().st_mtime_ns == finished
-    undisturbed, _ = run_study(path, out=tmp_path / "undisturbed", jobs=1)
-    for job in undisturbed[:2]:
-        run = Run(out / job.folder.name)
-        assert run.result["test_loss"] == Run(job.folder).result["test_loss"]
-        assert run.metrics["step"].tolist() == list(range(1, 401))
+    marked = done.stat().st_mtime_ns
+    assert executed(path, out) == ["done", "done"]
+    assert done.stat().st_mtime_ns == marked
+    _, config = load_study(path).runs[halfway.name]
+    run, undisturbed = Run(halfway), train(config, tmp_path / "undisturbed")
+    assert run.result["test_loss"] == undisturbed.result["test_loss"]
+    assert run.metrics["step"].tolist() == list(range(1, 201))
+
+
+@pytest.mark.slow
+def test_an_interrupted_runner_ends_what_runs_and_says_so_in_one_line(study_file, tmp_path):
+    path, out = study_file("import time\ntime.sleep(100)", seeds=[0, 1]), tmp_path / "out"
+    runner = runner_of(path, out, "--jobs", "2")
+    try:
+        wait_for(lambda: len(list(out.glob("*/.partial.ipynb"))) == 2)
+        runner.send_signal(signal.SIGINT)
+        _, said = runner.communicate(timeout=30)
+    finally:
+        runner.kill()
+    assert runner.returncode == 130
+    assert said.splitlines()[-1].startswith("interrupted")
+    assert not processes_in(tmp_path)
+    assert not list(out.glob("*/*ed.json"))  # neither done nor failed
+
+
+@pytest.mark.slow
+def test_a_run_above_its_time_limit_fails_and_a_longer_one_goes_on_inside_it(
+    study_file, tmp_path, monkeypatch
+):
+    marker, out = tmp_path / "mended", tmp_path / "out"
+    hangs = f"""import os
+print('as far as it went')
+pause = lambda row: time.sleep(1000 * (row['step'] == 16 and not os.path.exists({str(marker)!r})))
+# %%
+"""
+    code = TRAIN.replace("# %%\n", hangs)
+    path = study_file(code, base={"checkpoint_every": 5}, time_limit="1h")
+
+    def leaping():  # a clock on which the limit is over as soon as the run hangs
+        return time.monotonic() + 3600 * any(out.glob("*/checkpoints/step-00000015"))
+
+    clock = SimpleNamespace(monotonic=leaping, sleep=time.sleep)
+    with monkeypatch.context() as patch:
+        patch.setattr(running_jobs, "time", clock)
+        (job,), page = run_study(path, out=out)
+    assert (job.state, page) == ("failed", None)
+    assert job.error.startswith("it took longer than the time limit of 3600 s")
+    assert not processes_in(tmp_path)
+    notebook = nbformat.read(job.folder / "notebook.ipynb", as_version=4)
+    assert "as far as it went" in str(notebook.cells[-2].outputs)
+    assert (job.folder / "checkpoints" / "step-00000015").exists()
+    assert executed(path, out) == ["failed"]  # not tried again unasked
+    marker.touch()
+    assert executed(path, out, retry=True) == ["done"]
+    rows = Run(job.folder).metrics
+    assert rows["step"].tolist() == list(range(1, 21))
+    assert rows["seconds"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), (45, 45), ("0.5h", 1800)]
+)
+def test_time_limits_have_units(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3m", "0", "soon", "1.2.3s", "30 minutes", "inf"])
+def test_a_time_limit_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="90s, 30m or 1h30m"):
+        seconds_of(text)
+
+
+def test_a_dry_run_says_what_each_run_needs_and_writes_nothing(study_file, tmp_path):
+    path, out = study_file("1", seeds=[0, 1]), tmp_path / "out"
+    arguments = ["study", str(path), "--out", str(out), "--dry-run"]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert [run["state"] for run in facts["runs"]] == ["queued", "queued"]
+    for run in facts["runs"]:
+        assert 2**29 < run["memory_bytes"] < 2**30
+        assert 2**20 < run["disk_bytes"] < 2**23
+        assert run["memory_by"] == "formula"
+    assert not out.exists()
+    for job in plan_study(path, out=out).jobs:
+        mark_done(job)
+    table = CliRunner().invoke(main, arguments).stdout.splitlines()
+    assert [line.split()[0] for line in table[1:3]] == ["done", "done"]
+    assert table[3].startswith("0 to run")
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_a_run_that_cannot_fit_is_refused_before_anything_starts(
+    study_file, tmp_path, monkeypatch, what
+):
+    name, has = ("machine_memory", 10**8) if what == "memory" else ("free_disk", 10**5)
+    monkeypatch.setattr(study, name, lambda *arguments: has)
+    result = CliRunner().invoke(
+        main, ["study", str(study_file("1")), "--out", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert "full-rank, seed 0" in line
+    assert f"GB of {what}" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_jobs_run_at_a_time_only_as_far_as_memory_reaches(study_file, tmp_path, monkeypatch):
+    running, most, order = [], [], []
+
+    def perform(job, *arguments):
+        running.append(job.memory)
+        order.append(job.name)
+        most.append(sum(running))
+        time.sleep(0.05)
+        running.remove(job.memory)
+        job.state = "done"
+
+    monkeypatch.setattr(running_jobs, "perform", perform)
+    notebook = study_file("1").parent.parent / "short.ipynb"
+    sizes = (6, 6, 3, 20, 3, 1)
+    todo = [Job(f"{i}", tmp_path / f"{i}", notebook, {}, memory=m) for i, m in enumerate(sizes)]
+    running_jobs.execute(todo, 4, False, lambda jobs: None, memory=10)
+    assert {job.state for job in todo} == {"done"}
+    assert max(m for m in most if m != 20) <= 10
+    assert order.index("2") < order.index("1")  # a small one goes beside what runs
+    assert most.count(20) == 1  # alone
+
+
+HOSTILE = {
+    "a notebook above the folder": ({"notebook": "../../secret"}, "notebook"),
+    "a comparison above the folder": ({"compare": "../studies/../../secret"}, "compare"),
+    "a notebook by its absolute path": ({"notebook": "/tmp/secret"}, "notebook"),
+    "a notebook behind a link": ({"notebook": "link"}, "notebook"),
+    "a notebook with a NUL": ({"notebook": "../\0secret"}, "notebook"),
+    "a label of two lines": ({"variants": {"two\nlines": {}}}, "printable"),
+    "a label that moves the cursor": ({"variants": {"\x1b[2J": {}}}, "printable"),
+    "a label as long as a page": ({"variants": {"x" * 500: {}}}, "at most 80"),
+    "a method that is a path": ({"base": {"method": "../../x"}}, "method"),
+    "a model that is a path": ({"base": {"model": "../../x"}}, "model"),
+}
+
+
+@pytest.mark.parametrize("wrong", HOSTILE)
+def test_a_hostile_study_file_is_refused_in_one_line(study_file, tmp_path, wrong):
+    content, word = HOSTILE[wrong]
+    path = study_file(**content)
+    write_notebook(tmp_path / "secret.ipynb", PARAMETERS, "1")
+    (path.parent.parent / "link.ipynb").symlink_to(tmp_path / "secret.ipynb")
+    result = CliRunner().invoke(main, ["study", str(path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert word in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_yaml_that_would_run_code_is_refused(study_file, tmp_path):
+    path = study_file()
+    path.write_text(f"base: !!python/object/apply:os.system ['touch {tmp_path}/owned']")
+    result = CliRunner().invoke(main, ["study", str(path)])
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_run_folder_that_is_a_link_to_elsewhere_is_refused(study_file, tmp_path):
+    path, out, elsewhere = study_file("1"), tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (out / next(iter(load_study(path).runs))).symlink_to(elsewhere)
+    result = CliRunner().invoke(main, ["study", str(path), "--out", str(out)])
+    assert result.exit_code == 2
+    assert "leads out of" in result.stderr
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_relative_folder_of_results_is_the_callers(study_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (job,) = plan_study(study_file("1"), out=Path("out")).jobs
+    assert job.parameters["folder"] == str(tmp_path / "out" / job.folder.name)
+
+
+def test_a_study_that_was_moved_is_not_executed_again(study_file, tmp_path):
+    path = study_file("1")
+    mark_done(plan_study(path, out=tmp_path / "out").jobs[0])
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert [job.state for job in plan_study(path, out=tmp_path / "moved").jobs] == ["done"]
+
+
+def test_the_terminal_shows_hostile_words_on_one_line_and_without_control(capsys):
+    job = Job("<b>x</b>", Path("x"), Path("x"), {}, state="failed", error="a\n\x1b[2Jb")
+    view = View()
+    view.show([job])
+    view.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "\x1b" not in line
+    assert "<b>x</b>" in line

@@ -1,0 +1,162 @@
+"""What a run needs of a machine, estimated before it starts, and what the machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.formulas import (
+    activation_bytes,
+    by_formula,
+    element_bytes,
+    matrices,
+    weights,
+)
+from lowrank_lab.memory import simulate
+from lowrank_lab.methods import METHODS
+from lowrank_lab.train import device_of
+
+MIB, GB = 2**20, 10**9
+# A kernel with torch and matplotlib loaded, and papermill beside it: resident bytes, as measured.
+PROCESS_BYTES = 700 * MIB
+# Up to this, the quick estimate (which is meant to be too high) is taken: a simulation takes
+# seconds, and the process outweighs what it would say.
+QUICK_BYTES = 512 * MIB
+NOTEBOOK_BYTES = 1 * MIB  # an executed notebook with its figures, and its log
+METRICS_ROW, SPECTRA_ROW, PER_VALUE = 450, 400, 20  # bytes in the records
+
+# Fields that decide the activations of a model with dense layers.
+SHAPE = (
+    "model", "hidden_size", "intermediate_size", "num_heads", "num_layers", "vocab_size",
+    "sequence_length", "batch", "gradient_accumulation", "precision", "activation_checkpointing",
+)  # fmt: skip
+
+Source = Literal["simulated", "formula"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run takes at most: of memory, of a CUDA device's memory, and of disk."""
+
+    memory: int
+    device: int
+    disk: int
+    source: Source  # of the memory
+
+    @property
+    def words(self) -> str:
+        return f"{self.memory / GB:.2f} GB of memory, {self.disk / GB:.3f} GB of disk"
+
+
+def needs_of(configs: Iterable[RunConfig]) -> Iterator[Need]:
+    """The needs of resolved configurations; those that differ in seed and lr alone are one."""
+    known: dict[str, Need] = {}
+    for config in configs:
+        key = config.replace(seed=0, lr=1.0).model_dump_json()
+        if key not in known:
+            known[key] = need_of(config)
+        yield known[key]
+
+
+def need_of(config: RunConfig) -> Need:
+    """The needs of one resolved configuration."""
+    held, quick = _quick_bytes(config)
+    cuda = device_of(config).type == "cuda"
+    source: Source = "formula"
+    if quick > QUICK_BYTES:
+        # not of a method of one's own that looks at values, which a simulation hasn't
+        with suppress(RuntimeError, NotImplementedError):
+            quick = simulate(config, "cuda" if cuda else "cpu").peak.total
+            source = "simulated"
+    # the last ones, the best one, and one that is being written
+    checkpoints = (config.checkpoints_kept + 2) * held
+    disk = checkpoints + _record_bytes(config) + NOTEBOOK_BYTES
+    if cuda:
+        return Need(2 * PROCESS_BYTES, quick, disk, source)
+    return Need(PROCESS_BYTES + quick, 0, disk, source)
+
+
+def _quick_bytes(config: RunConfig) -> tuple[int, int]:
+    """Bytes of weights and states, which a checkpoint holds too, and of the peak: rather too high.
+
+    At the peak there are gradients, activations of dense layers, what factors keep besides, logits
+    with their gradients, and temporaries of the largest matrix.
+    """
+    b, found = element_bytes(config), list(weights(config))
+    try:
+        rest = by_formula(config)
+        held = rest.weights + rest.optimizer_states
+    except InputError:  # states that no formula knows: as many as Adam's, in float32
+        held = sum((b + 8 * w.trains) * w.numel() for w in found)
+    gradients = sum(b * w.numel() for w in found if w.trains)
+    dense = RunConfig(**{name: getattr(config, name) for name in SHAPE})
+    tokens = config.batch // config.gradient_accumulation * config.sequence_length
+    layers = [(m, n) for m, n, target in matrices(config) if target]
+    factors = (config.rank or 0) * len(layers) if METHODS[config.method].layers else 0
+    logits = 4 * tokens * config.size.vocab_size
+    largest = max(w.numel() for w in found)
+    whole = max((m * n for m, n in layers), default=0)
+    activations = (activation_bytes(dense) or 0) + b * tokens * factors
+    return held, held + gradients + activations + 3 * logits + 4 * (6 * max(largest, whole))
+
+
+def _record_bytes(config: RunConfig) -> int:
+    """metrics.jsonl and spectra.jsonl."""
+    steps = config.total_steps
+    recorded = matrices(config.replace(target=config.spectra_layers))
+    rows = sum(SPECTRA_ROW + 4 * PER_VALUE * min(m, n) for m, n, kept in recorded if kept)
+    times = steps // config.cadence("spectra_every") + 2
+    return steps * METRICS_ROW + times * rows
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory that this process and others beside it may use; None where nobody says."""
+    limits = [_number(path) for path in _limit_files()]
+    with suppress(ValueError, OSError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min((n for n in limits if n is not None and n > 0), default=None)
+
+
+def _limit_files() -> Iterator[Path]:
+    """Files that hold the limits of this process's control group and of those above it."""
+    roots = {
+        "": (Path("/sys/fs/cgroup"), "memory.max"),
+        "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # of version 1
+    }
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, inside = line.split(":", 2)
+        if controllers not in roots:
+            continue
+        root, name = roots[controllers]
+        below = root / inside.lstrip("/")
+        yield from (place / name for place in (below, *below.parents) if place.is_relative_to(root))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such limit, or `max`
+        return None
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is or would be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def device_memory() -> int | None:
+    """Bytes of the smallest CUDA device; None without one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
+    return min(sizes, default=None)

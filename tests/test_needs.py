@@ -1,0 +1,69 @@
+"""What runs need, held against simulations and against real folders; what the machine has."""
+
+import pytest
+
+from lowrank_lab import needs
+from lowrank_lab.config import RunConfig
+from lowrank_lab.memory import simulate
+from lowrank_lab.methods import resolve
+from lowrank_lab.train import train
+
+SMALL = {"model": "tiny", "sequence_length": 16, "batch": 2, "vocab_size": 300, "steps": 40}
+
+
+@pytest.mark.parametrize("method", ["full-rank", "low-rank", "relora", "sltrain", "fira", "muon"])
+@pytest.mark.parametrize("length", [16, 256])
+def test_the_quick_estimate_is_above_the_simulation_but_not_far(method, length):
+    config = resolve(RunConfig(**SMALL | {"sequence_length": length}, method=method))
+    quick = needs.need_of(config).memory - needs.PROCESS_BYTES
+    simulated = simulate(config).peak.total
+    assert simulated <= quick <= 2 * simulated
+
+
+def test_large_models_are_simulated(monkeypatch):
+    monkeypatch.setattr(needs, "QUICK_BYTES", 0)
+    config = resolve(RunConfig(**SMALL))
+    need = needs.need_of(config)
+    assert need.source == "simulated"
+    assert need.memory == needs.PROCESS_BYTES + simulate(config).peak.total
+
+
+def test_a_configuration_is_simulated_once_for_all_its_seeds_and_learning_rates(monkeypatch):
+    seen = []
+    monkeypatch.setattr(needs, "need_of", lambda config: seen.append(config) or len(seen))
+    configs = [RunConfig(**SMALL, seed=s, lr=lr) for s in (0, 1) for lr in (1e-3, 2e-3)]
+    configs.append(RunConfig(**SMALL | {"batch": 4}))
+    assert list(needs.needs_of(configs)) == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["full-rank", "galore", "low-rank"])
+def test_disk_is_estimated_above_what_a_run_takes_but_not_far(tmp_path, text_corpus, method):
+    config = resolve(RunConfig(**SMALL, corpus=text_corpus, method=method, checkpoint_every=10))
+    most = []
+
+    def watch(row):
+        most.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()))
+
+    train(config, tmp_path, on_step=watch)
+    watch(None)
+    estimated = needs.need_of(config).disk - needs.NOTEBOOK_BYTES
+    assert max(most) <= estimated <= 4 * max(most)
+
+
+def test_a_configuration_whose_states_nobody_knows_has_needs(text_corpus):
+    config = resolve(RunConfig(**SMALL, corpus=text_corpus, optimizer="torch.optim.NAdam"))
+    assert needs.need_of(config).memory > needs.PROCESS_BYTES
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
+    here = needs.machine_memory()
+    for name, limit, expected in (("a", "123456789\n", 123456789), ("b", "max\n", here)):
+        (tmp_path / name).write_text(limit)
+        monkeypatch.setattr(needs, "_limit_files", lambda path=tmp_path / name: [path])
+        assert needs.machine_memory() == expected
+
+
+def test_free_disk_is_that_of_the_folder_that_will_be(tmp_path):
+    assert needs.free_disk(tmp_path / "not" / "yet") == pytest.approx(
+        needs.free_disk(tmp_path), rel=0.1
+    )
