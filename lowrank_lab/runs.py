@@ -17,7 +17,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it, or nothing can be written there.
     """
-    path = folder / ".lock"
+    path, is_new = folder / ".lock", not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _hold(path)
@@ -68,8 +68,13 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # something was written
+                    folder.rmdir()
 
 
 def _hold(path: Path) -> TextIO:

@@ -197,6 +197,12 @@ def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path):
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_folder_of_a_killed_process_is_free(tmp_path):
     def hold():
         with locked(tmp_path):
