@@ -1,6 +1,7 @@
 """What tests of studies share: small study files and notebooks, runners and their processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,5 +62,10 @@ def runner_of(path, out, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, *arguments], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        text=True,
+        text=True, preexec_fn=listening,
     )  # fmt: skip
+
+
+def listening():
+    """Heed Ctrl-C: what a shell starts in the background doesn't, nor do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -19,6 +19,14 @@ from lowrank_lab.train import train
 pytest.importorskip("distributed")
 
 
+def answers(host, port):
+    try:
+        socket.create_connection((host, port), 1).close()
+        return True
+    except OSError:
+        return False
+
+
 def start(module, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -42,6 +50,7 @@ def cluster(tmp_path_factory):
         started.append(start("dask_worker", address, *arguments))
         return started[-1]
 
+    wait_for(lambda: answers(host, int(port)))
     yield address, work
     for process in started[::-1]:
         process.kill()
