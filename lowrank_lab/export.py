@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from copy import deepcopy
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_lab.config import InputError
 from lowrank_lab.layers import FactorizedLinear
 from lowrank_lab.llama import NORM_EPS, ROPE_BASE
-from lowrank_lab.runs import Run
+from lowrank_lab.runs import Run, write_json
 from lowrank_lab.tokens import end_of_text
 
 ExportDtype = Literal["fp32", "bf16"]
@@ -58,7 +57,7 @@ def export(run: Run | Path | str, out: Path | str, dtype: ExportDtype | None = N
                 "eos_token": end,
                 "clean_up_tokenization_spaces": False,
             }
-            _write_json(partial / "tokenizer_config.json", facts)
+            write_json(partial / "tokenizer_config.json", facts)
         partial.chmod(0o755)
         partial.rename(out)
     finally:
@@ -126,9 +125,5 @@ def _write_model(folder: Path, run: Run, weights: dict[str, Tensor], end: int | 
         "bos_token_id": end,
         "eos_token_id": end,
     }
-    _write_json(folder / "config.json", facts)
-    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_json(folder / "config.json", facts)
+    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})

@@ -12,6 +12,7 @@ model.safetensors, tokenizer.json (of text), result.json   written last: a folde
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -20,16 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lowrank_lab.config import InputError, RunConfig
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows: there, nothing keeps two processes apart
-    fcntl = None
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,8 +76,6 @@ def _hold(path: Path) -> TextIO:
     while True:
         file = path.open("a+")
         try:
-            if fcntl is None:
-                return file
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file

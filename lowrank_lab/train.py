@@ -56,9 +56,8 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     training.
 
     Raises:
-        InputError: see `resolve` and `prepare`; also a run longer than its corpus without `repeat`,
-        a
-            held-out part shorter than a sequence, or a device that isn't there.
+        InputError: see `resolve` and `prepare`; also a run longer than its corpus without
+            `repeat`, a held-out part shorter than a sequence, or a device that isn't there.
     """
     given, config = config, resolve(config)
     device_of(config)

@@ -142,15 +142,14 @@ def test_a_run_killed_inside_a_checkpoint_write_ends_as_if_undisturbed(
     assert not list(tmp_path.rglob(".partial*"))
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, undisturbed, data):
-    config = config_of("galore", steps=STEPS)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {
-        "model": "tiny", "num_layers": 1, "corpus": "markov", "vocab_size": 64, "steps": 20_000,
-        "sequence_length": 16, "batch": 4, "checkpoint_every": 20_000, "eval_every": 20_000,
-        "spectra_every": 20_000, "repeat": "true",
-    }.items() if name != "repeat"]  # fmt: skip
-    command = [sys.executable, "-m", "lowrank_lab.cli", "train", *flags, "--repeat",
-               f"--out={tmp_path}"]  # fmt: skip
+def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, data):
+    fields = {
+        "model": "tiny", "num-layers": 1, "corpus": "markov", "vocab-size": 64, "steps": 20_000,
+        "sequence-length": 16, "batch": 4, "checkpoint-every": 20_000, "eval-every": 20_000,
+        "spectra-every": 20_000, "out": tmp_path,
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in fields.items()]
+    command = [sys.executable, "-m", "lowrank_lab.cli", "train", *flags, "--repeat"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)  # fmt: skip
     metrics = tmp_path / "metrics.jsonl"
@@ -165,7 +164,6 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, undisturbed, da
     )
     (kept,) = checkpoint.all_checkpoints(tmp_path / "checkpoints")
     assert kept.name == f"step-{last:08d}"
-    assert config.run_id  # the run of the other tests is untouched
 
 
 def test_a_run_that_was_asked_to_stop_goes_on_as_if_undisturbed(tmp_path, undisturbed):
@@ -309,7 +307,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     part, damage, tmp_path, undisturbed
 ):
     config = config_of("low-rank")
-    before, newest = interrupted(config, tmp_path)[-2:]
+    newest = interrupted(config, tmp_path)[-1]
     assert sorted(p.name for p in newest.iterdir()) == sorted(PARTS)
     DAMAGES[damage](newest / part)
     with pytest.warns(UserWarning, match=newest.name) as warned:
@@ -319,7 +317,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert event["what"] == str(warned[0].message)
     assert f"{newest} is damaged: " in event["what"]
     assert part in event["what"] or part == "SHA256SUMS"
-    assert before.name < newest.name
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(tmp_path):
