@@ -20,8 +20,9 @@ GB = 10**9
 LONG = 10_000  # steps of a run in which everything happens that happens only now and then
 # Fields that a method may have no use for: left out, where it refuses them.
 OF_SOME_METHODS = (
-    "refactor_every", "on_refactor", "reset_every", "init", "per_layer", "state_precision",
-    "stochastic_rounding", "optimizer", "optimizer_options", "method_options",
+    "refactor_every", "on_refactor", "refactor_basis", "refactor_above", "reset_every", "init",
+    "per_layer", "state_precision", "stochastic_rounding", "optimizer", "optimizer_options",
+    "method_options",
 )  # fmt: skip
 
 

@@ -153,6 +153,12 @@ class RunConfig(BaseModel):
     on_refactor: Literal["keep", "reset", "transport"] = help_field(
         "keep", "what a refactorization does to the factors' moments"
     )
+    refactor_basis: Literal["singular", "nearest"] = help_field(
+        "singular", "factors in their singular vectors, or balanced with the least turning"
+    )
+    refactor_above: float = help_field(
+        0.0, "leave a layer alone while the imbalance of its factors is not above this", ge=0, lt=1
+    )
     recovery_steps: int = help_field(
         10, "steps the learning rate takes to recover", ge=0, le=1 << 50
     )

@@ -147,8 +147,10 @@ def _check_techniques(config: RunConfig, method: Method) -> None:
     if config.init == "spectral" and method.layers not in (None, "low-rank"):
         allowed = f"the factors of {method.name} stand beside other weights; kaiming"
         raise InputError("init", config.init, allowed)
-    if config.on_refactor != "keep" and not config.refactor_every:
-        raise InputError("on_refactor", config.on_refactor, "needs refactor_every; or keep")
+    for name in ("on_refactor", "refactor_basis", "refactor_above"):
+        value, default = getattr(config, name), RunConfig.model_fields[name].default
+        if value != default and not config.refactor_every:
+            raise InputError(name, value, f"needs refactor_every; or {default}")
     if config.optimizer is not None:
         if method.optimizer is not adamw:
             allowed = f"{method.name} brings an optimizer of its own"

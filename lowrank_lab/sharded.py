@@ -156,13 +156,15 @@ class Shards:
     @torch.no_grad()
     def refactorize_(self) -> Refactorization:
         """`techniques.refactorize_`, a layer at a time, each whole on every process for it."""
-        done = Refactorization([], [])
+        done = Refactorization([], [], [])
+        config = self._config
+        how = config.on_refactor, config.refactor_basis, config.refactor_above
         for name, layer in self.mirror.named_modules():
             if isinstance(layer, FactorizedLinear):
                 with self._whole([f"{name}.B", f"{name}.A"]):
-                    found = refactorize_(layer, self.optimizer, self._config.on_refactor)
-                done.changed.extend([name] * len(found.changed))
-                done.rank_deficient.extend([name] * len(found.rank_deficient))
+                    found = refactorize_(layer, self.optimizer, *how)
+                for names, of_layer in zip(done, found, strict=True):
+                    names.extend([name] * len(of_layer))
         return done
 
     def count(self, params: Sequence[Tensor] | None) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank_lab.layers import (
     FactorizedLinear,
     SLTrainLinear,
+    imbalance,
     product_singular_values,
     target_layers,
 )
@@ -85,10 +86,7 @@ class FactorHealth(NamedTuple):
 def factor_health(layer: FactorizedLinear) -> FactorHealth:
     """Condition numbers of B and A, and how far they are from balanced (2505.22922)."""
     B, A = (t.double() for t in layer.factors())
-    left, right = B.T @ B, A @ A.T
-    total = left.norm() + right.norm()
-    imbalance = float((left - right).norm() / total) if total > 0 else 0.0
-    return FactorHealth(_condition(B), _condition(A), imbalance)
+    return FactorHealth(_condition(B), _condition(A), float(imbalance(B, A)))
 
 
 def _condition(X: Tensor) -> float:

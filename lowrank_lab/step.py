@@ -213,12 +213,10 @@ def _applied(
     shards: Shards | None,
 ) -> dict[str, Any]:
     if event == "refactor":
-        changed, deficient = (
-            refactorize_(model, optimizer, config.on_refactor)
-            if shards is None
-            else shards.refactorize_()
-        )
-        return {"event": event, "layers": len(changed), "rank_deficient": deficient}
+        how = config.on_refactor, config.refactor_basis, config.refactor_above
+        done = refactorize_(model, optimizer, *how) if shards is None else shards.refactorize_()
+        result = {"event": event, "layers": len(done.changed)}
+        return result | {"rank_deficient": done.rank_deficient, "balanced": len(done.balanced)}
     if event == "warm-start-ends":
         names = train_dense_(model, on=False)
         for _, layer in lora_layers(model):
@@ -231,16 +229,16 @@ def _applied(
         factors = config.replace(reset_moments="both", reset_params="targets")
         count = _forget_(model, optimizer, factors, how, share, updates)
         return {"event": event, "layers": len(names), "moments": how, "parameters": count}
-    how, strength = config.reset_how, config.reset_strength
+    prune, strength = config.reset_how, config.reset_strength
     if shards is None:
-        count = _forget_(model, optimizer, config, how, strength, updates)
+        count = _forget_(model, optimizer, config, prune, strength, updates)
     else:
-        _forget_(shards.mirror, optimizer, config, how, strength, updates)
+        _forget_(shards.mirror, optimizer, config, prune, strength, updates)
         all_params = config.reset_params == "all"
         count = shards.count(None if all_params else partition(shards.mirror, config.target)[0])
     if strength and not count:
         raise InputError("reset_every", config.reset_every, "this optimizer keeps no moments; 0")
-    return {"event": event, "how": how, "strength": strength, "parameters": count}
+    return {"event": event, "how": prune, "strength": strength, "parameters": count}
 
 
 def _forget_(

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.layers import Balance, FactorizedLinear, balance, generator_of
+from lowrank_lab.layers import Balance, FactorizedLinear, balance, generator_of, imbalance
 from lowrank_lab.layers.base import RANK_TOLERANCE, value_of
 from lowrank_lab.optim.base import is_quantized
 
@@ -25,6 +25,7 @@ class Refactorization(NamedTuple):
 
     changed: list[str]
     rank_deficient: list[str]
+    balanced: list[str]
 
 
 @torch.no_grad()
@@ -32,6 +33,8 @@ def refactorize_(
     module: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     on_refactor: Literal["keep", "reset", "transport"] = "keep",
+    basis: Literal["singular", "nearest"] = "singular",
+    above: float = 0.0,
 ) -> Refactorization:
     """Balance the factors of every factorised layer: B ← U√Σ, A ← √ΣVᵀ with B A = U Σ Vᵀ, in place.
 
@@ -45,6 +48,10 @@ def refactorize_(
         optimizer: what trains the factors; needed to `reset` or `transport` their moments.
         on_refactor: what becomes of the factors' moments: `keep` leaves them, `reset` restarts
             them, `transport` carries them into the new factors (`transport_moments_`).
+        basis: `singular`: BᵀB is diagonal and descending, as published; `nearest`: balanced with
+            the least turning of the factors (`Balance.nearest`), so that kept moments stay about
+            what they were collected for.
+        above: a layer whose `imbalance` (0 to 1) is not above this is left alone.
 
     Source: 2505.22922, weight refactorization, through the r×r core instead of the m×n product.
     """
@@ -55,15 +62,21 @@ def refactorize_(
     if on_refactor == "transport":
         assert optimizer is not None
         _refuse_projected(module, optimizer)
-    done = Refactorization([], [])
+    if basis not in ("singular", "nearest"):
+        raise ValueError(f"basis: {basis!r} is not allowed; singular or nearest")
+    done = Refactorization([], [], [])
     for name, layer in module.named_modules():
         if not isinstance(layer, FactorizedLinear):
             continue
         B, A = layer.factors()
+        if above and not value_of(imbalance(B, A) > above, usually=True):
+            done.balanced.append(name)
+            continue
         found = balance(B, A)
         if not value_of(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0], usually=True):
             done.rank_deficient.append(name)
             continue
+        found = found.nearest() if basis == "nearest" else found
         _balance_(B, A, found)
         done.changed.append(name)
         if on_refactor == "reset":

@@ -19,6 +19,9 @@ BAD = {
     "methods from no file": ("--methods-from none.py methods", ["METHODS", "none.py", "no such"]),
     "kaiming only": (f"{TRAIN} --method lora --init spectral", ["init", "spectral", "kaiming"]),
     "nothing refactorized": (f"{TRAIN} --on-refactor reset", ["on_refactor", "refactor_every"]),
+    "nothing to turn": (f"{TRAIN} --refactor-basis nearest", ["refactor_basis", "refactor_every"]),
+    "a threshold alone": (f"{TRAIN} --refactor-above 0.1", ["refactor_above", "refactor_every"]),
+    "imbalance above one": (f"{TRAIN} --refactor-above 1", ["refactor_above", "less than 1"]),
     "transport undone by a reset": (
         f"{TRAIN} --method low-rank --steps 40 --refactor-every 10 --reset-every 20 "
         "--on-refactor transport", ["on_refactor", "transport", "step 20"],

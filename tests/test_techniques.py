@@ -192,14 +192,14 @@ def test_a_rank_deficient_layer_is_left_alone_and_named(kind, dtype):
 
 def test_a_rank_one_layer_of_zeros_is_named_as_deficient():
     layer = layer_of(torch.zeros(5, 1), torch.ones(1, 7))
-    assert refactorize_(layer) == ([], [""])
+    assert refactorize_(layer) == ([], [""], [])
     assert torch.equal(layer.A, torch.ones(1, 7))
 
 
 def test_a_model_without_factors_is_left_alone():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     before = copy.deepcopy(net.state_dict())
-    assert refactorize_(net) == ([], [])
+    assert refactorize_(net) == ([], [], [])
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 

@@ -13,6 +13,7 @@ from lowrank_lab.layers.base import (
     Balance,
     FactorizedLinear,
     balance,
+    imbalance,
     product_singular_values,
 )
 from lowrank_lab.layers.lora import LoRALinear, generator_of, lora_layers, merge_, train_dense_
@@ -29,6 +30,7 @@ __all__ = [
     "balance",
     "factorize",
     "generator_of",
+    "imbalance",
     "lora_layers",
     "merge_",
     "product_singular_values",

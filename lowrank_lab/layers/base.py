@@ -66,9 +66,20 @@ class FactorizedLinear(nn.Module):
 class Balance(NamedTuple):
     """B A = (B T) (T⁻¹ A), where (B T)ᵀ (B T) = (T⁻¹ A) (T⁻¹ A)ᵀ = Σ. All of it in float64."""
 
+    # With `nearest` both sides are equal too, but not diagonal: Σ turned by an orthogonal matrix.
+
     S: Tensor  # r, descending: the singular values of B A
     T: Tensor  # r×r; where B A is rank-deficient (RANK_TOLERANCE), T and T⁻¹ mean nothing
     T_inverse: Tensor  # r×r
+
+    def nearest(self) -> Balance:
+        """The one that turns the factors least: T = H O ⇒ T ← H, symmetric and positive.
+
+        Balanced factors stay what they are (H = I), and what is one entry's history, like Adam's
+        moments, goes on being about nearly the same entry.
+        """
+        U, s, _ = torch.linalg.svd(self.T)
+        return Balance(self.S, (U * s) @ U.T, (U / s) @ U.T)
 
 
 def balance(B: Tensor, A: Tensor) -> Balance:
@@ -91,6 +102,13 @@ def balance(B: Tensor, A: Tensor) -> Balance:
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
     inverse_root = S.rsqrt()
     return Balance(S, R_A.T @ Vh.T * inverse_root, (U * inverse_root).T @ R_B)
+
+
+def imbalance(B: Tensor, A: Tensor) -> Tensor:
+    """‖BᵀB − AAᵀ‖ / (‖BᵀB‖ + ‖AAᵀ‖) in float64: 0 balanced, towards 1 one-sided; 0 of zeros."""
+    left, right = _gram(B.double()), _gram(A.double().T)
+    total = left.norm() + right.norm()
+    return torch.where(total > 0, (left - right).norm() / total, torch.zeros_like(total))
 
 
 def value_of(scalar: Tensor, usually: float) -> float:
