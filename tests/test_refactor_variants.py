@@ -132,6 +132,6 @@ def test_a_run_with_the_nearest_balance_says_what_it_left_alone(tmp_path):
         method="low-rank", rank=4, refactor_every=2, refactor_basis="nearest", refactor_above=0.999,
     )  # fmt: skip
     run = train(config, tmp_path / "run")
-    events = [row[0] for row in run.metrics["events"].dropna()]
+    events = [event for row in run.metrics["events"].dropna() for event in row]
     assert [(e["layers"], e["balanced"]) for e in events] == [(0, 14)] * len(events)
     assert events
