@@ -6,7 +6,7 @@ A study file is YAML:
     base: {model: micro, tokens: 4000000}          # fields of RunConfig, for all runs
     variants:                                      # named changes to the base
       full rank: {method: full-rank, lr: 1.0e-2}
-      low rank: {method: low-rank}
+      low rank: {method: low-rank, grid: {lr: [0.005, 0.01]}}    # with a grid of its own
     grid: {rank: [8, 16]}                          # every combination, with every variant
     seeds: [0, 1, 2]
     time_limit: 30m                                # a run that takes longer is ended, and failed
@@ -131,32 +131,53 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Label and fields of every run: variants × grid × seeds."""
-    base, grid = content.get("base", {}), content.get("grid", {})
+    """Label and fields of every run: variants × grids × seeds."""
+    base, seeds = content.get("base", {}), content.get("seeds", [0])
     variants = content.get("variants", {"": {}})
-    seeds = content.get("seeds", [0])
-    for name, values in [*grid.items(), ("seeds", seeds)]:
-        if not isinstance(values, list) or not values:
-            raise InputError(f"{path.name}: {name}", values, "must be a list with something in it")
+    _check_lists({"seeds": seeds}, path.name)
     if not variants:
         raise InputError(
             f"{path.name}: variants", variants, "must name at least one, or be left out"
         )
     for label, changes in variants.items():
+        place = f"{path.name}: variants: {label}"
         if len(str(label)) > LONGEST_LABEL or not str(label).isprintable():
             allowed = f"a label is one line of at most {LONGEST_LABEL} printable characters"
             raise InputError(f"{path.name}: variants", label, allowed)
         if not isinstance(changes, dict):
-            raise InputError(
-                f"{path.name}: variants: {label}", changes, "must be a mapping of fields"
-            )
+            raise InputError(place, changes, "must be a mapping of fields")
+        own = changes.get("grid", {})
+        if not isinstance(own, dict):
+            raise InputError(f"{place}: grid", own, "must be a mapping of fields to lists")
+        grid = content.get("grid", {}) | own
+        _check_lists(grid, place if own else path.name)
+        given = base | {name: value for name, value in changes.items() if name != "grid"}
         for values in itertools.product(*grid.values()):
-            point = dict(zip(grid, values, strict=True))
-            fields = {**base, **changes, **point}
+            fields = given
+            for name, value in zip(grid, values, strict=True):
+                fields = with_field(fields, str(name), value)
             words = [str(label or fields.get("method", "full-rank"))]
-            words += [f"{name.replace('_', ' ')} {value}" for name, value in point.items()]
+            words += [
+                f"{str(name).rpartition('.')[2].replace('_', ' ')} {value}"
+                for name, value in zip(grid, values, strict=True)
+            ]
             for seed in seeds:
                 yield ", ".join(words), {**fields, "seed": seed}
+
+
+def _check_lists(lists: dict[str, Any], place: str) -> None:
+    for name, values in lists.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{place}: {name}", values, "must be a list with something in it")
+
+
+def with_field(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Fields of a run with one set; `method_options.scale` sets one of its mapping."""
+    outer, _, inner = name.partition(".")
+    held = fields.get(outer, {})
+    if inner and isinstance(held, dict):
+        return {**fields, outer: {**held, inner: value}}
+    return {**fields, name: value}
 
 
 def _notebook(study: Path, key: str, name: str) -> Path:
