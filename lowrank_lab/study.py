@@ -9,6 +9,7 @@ A study file is YAML:
       low rank: {method: low-rank, grid: {lr: [0.005, 0.01]}}    # with a grid of its own
     grid: {rank: [8, 16]}                          # every combination, with every variant
     seeds: [0, 1, 2]
+    select: {from: tune, by: method, best: lr}     # what an earlier study chooses (selection.py)
     time_limit: 30m                                # a run that takes longer is ended, and failed
 
 Each run is a notebook executed in a process of its own, in the run's folder
@@ -34,9 +35,13 @@ from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
 from lowrank_lab.jobs import Job, known_parameters, parameter_names, read_record, settle
 from lowrank_lab.needs import GB, Need, device_memory, free_disk, machine_memory, needs_of
 from lowrank_lab.runner import execute
+from lowrank_lab.selection import read_selection
 from lowrank_lab.train import check
 
-KEYS = {"description", "notebook", "compare", "base", "variants", "grid", "seeds", "time_limit"}
+KEYS = {
+    "description", "notebook", "compare", "base", "variants", "grid", "select", "seeds",
+    "time_limit",
+}  # fmt: skip
 LONGEST_LABEL = 80
 
 
@@ -135,6 +140,8 @@ def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, di
     base, seeds = content.get("base", {}), content.get("seeds", [0])
     variants = content.get("variants", {"": {}})
     _check_lists({"seeds": seeds}, path.name)
+    select = content.get("select")
+    selection = None if select is None else read_selection(select, f"{path.name}: select")
     if not variants:
         raise InputError(
             f"{path.name}: variants", variants, "must name at least one, or be left out"
@@ -146,12 +153,21 @@ def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, di
             raise InputError(f"{path.name}: variants", label, allowed)
         if not isinstance(changes, dict):
             raise InputError(place, changes, "must be a mapping of fields")
-        own = changes.get("grid", {})
-        if not isinstance(own, dict):
-            raise InputError(f"{place}: grid", own, "must be a mapping of fields to lists")
+        own, like = changes.get("grid", {}), changes.get("select", {})
+        for name, value in (("grid", own), ("select", like)):
+            if not isinstance(value, dict):
+                raise InputError(f"{place}: {name}", value, "must be a mapping of fields")
         grid = content.get("grid", {}) | own
         _check_lists(grid, place if own else path.name)
-        given = base | {name: value for name, value in changes.items() if name != "grid"}
+        changes = {n: v for n, v in changes.items() if n not in ("grid", "select")}
+        given = base | changes
+        if selection is not None:
+            for name, value in selection.choose(str(label), given, like).items():
+                if value is None or name in grid or value_given(changes, name):
+                    continue
+                given = with_field(given, name, value)
+                if name in selection.around:
+                    grid |= {name: [value * factor for factor in selection.around[name]]}
         for values in itertools.product(*grid.values()):
             fields = given
             for name, value in zip(grid, values, strict=True):
@@ -169,6 +185,12 @@ def _check_lists(lists: dict[str, Any], place: str) -> None:
     for name, values in lists.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"{place}: {name}", values, "must be a list with something in it")
+
+
+def value_given(fields: dict[str, Any], name: str) -> bool:
+    """Whether a field, or `method_options.NAME`, is among these."""
+    outer, _, inner = name.partition(".")
+    return outer in fields and (not inner or inner in fields[outer])
 
 
 def with_field(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:

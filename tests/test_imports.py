@@ -17,7 +17,7 @@ ORDER = (
     "schedule options builders catalogue methods sharded step tracing formulas memory budget "
     "spectra checkpoint provenance runs watch train needs sample export stats one_matrix grid "
     "figures slider panel one_matrix_view grid_view report widgets explorer merge jobs runner "
-    "cluster pages publish study study_view budget_view cli __main__"
+    "selection cluster pages publish study study_view budget_view cli __main__"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = (

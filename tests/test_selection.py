@@ -1,0 +1,146 @@
+"""What a study takes over from an earlier one."""
+
+import pytest
+
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.methods import resolve
+from lowrank_lab.runs import write_json
+from lowrank_lab.study import load_study
+
+BY = ["method", "refactor_every"]
+
+
+@pytest.fixture
+def tried(data, request, study_file):
+    """Writes finished runs of a study named after the test, and gives its name."""
+    name = request.node.name.replace("[", "-").rstrip("]")
+
+    def write(*runs, place="runs"):
+        for index, (fields, loss) in enumerate(runs):
+            folder = data / place / name / f"{index}"
+            folder.mkdir(parents=True)
+            fields = {"model": "tiny", "vocab_size": 300, "steps": 10, "rank": 4, **fields}
+            config = resolve(RunConfig(**fields)).model_dump()
+            write_json(folder / "config.json", {"config": config})
+            if loss is not None:
+                write_json(folder / "result.json", {"validation_loss": loss})
+        return name
+
+    return write
+
+
+def low_rank(lr, **fields):
+    return {"method": "low-rank", "lr": lr, **fields}
+
+
+def test_each_variant_takes_the_rate_with_the_lowest_validation_loss(study_file, tried):
+    name = tried(
+        *((low_rank(lr), loss) for lr, loss in ((1e-3, 3.0), (2e-3, 2.0), (4e-3, 2.5))),
+        *(({"method": "galore", "lr": lr}, loss) for lr, loss in ((1e-3, 3), (2e-3, 2), (4e-3, 4))),
+    )
+    path = study_file(
+        select={"from": name, "by": "method", "best": "lr"},
+        variants={"a": {"method": "low-rank"}, "b": {"method": "galore"}, "c": low_rank(0.5)},
+    )
+    assert [(label, c.lr) for label, c in load_study(path).runs.values()] == [
+        ("a", 2e-3), ("b", 2e-3), ("c", 0.5),
+    ]  # fmt: skip
+
+
+def test_several_seeds_decide_together(study_file, tried):
+    name = tried(
+        (low_rank(1e-3, seed=0), 1.0), (low_rank(1e-3, seed=1), 4.0),
+        (low_rank(2e-3, seed=0), 2.0), (low_rank(2e-3, seed=1), 2.0),
+    )  # fmt: skip
+    path = study_file(select={"from": name}, variants={"a": {"method": "low-rank"}})
+    assert [c.lr for _, c in load_study(path).runs.values()] == [2e-3]
+
+
+def test_options_of_a_method_are_chosen_with_its_rate_and_around_makes_a_grid(study_file, tried):
+    def galore(lr, scale):
+        return {"method": "galore", "lr": lr, "method_options": {"scale": scale}}
+
+    name = tried(
+        (galore(1e-3, 0.25), 3.0), (galore(2e-3, 1.0), 2.0), (galore(2e-3, 0.25), 4.0),
+        (low_rank(1e-3), 1.0),
+    )  # fmt: skip
+    best = ["lr", "method_options.scale"]
+    path = study_file(
+        select={"from": name, "best": best, "around": {"lr": [0.5, 1]}},
+        variants={
+            "g": {"method": "galore", "method_options": {"update_proj_gap": 7}},
+            "l": {"method": "low-rank"},
+        },
+    )
+    found = [(label, c.lr, c.method_options) for label, c in load_study(path).runs.values()]
+    assert [(label, lr) for label, lr, _ in found] == [
+        ("g, lr 0.001", 1e-3), ("g, lr 0.002", 2e-3), ("l, lr 0.0005", 5e-4), ("l, lr 0.001", 1e-3),
+    ]  # fmt: skip
+    assert all((o["scale"], o["update_proj_gap"]) == (1.0, 7) for _, _, o in found[:2])
+
+
+def test_a_variant_can_take_the_values_of_another(study_file, tried):
+    name = tried((low_rank(1e-3, refactor_every=4), 1.0), (low_rank(2e-3), 1.0))
+    path = study_file(
+        select={"from": name, "by": BY},
+        variants={
+            "own": {"method": "low-rank", "refactor_every": 4},
+            "other": {"method": "low-rank", "refactor_every": 2, "select": {"refactor_every": 4}},
+        },
+    )
+    assert [c.lr for _, c in load_study(path).runs.values()] == [1e-3, 1e-3]
+
+
+def test_this_machine_s_runs_come_before_the_kept_ones(study_file, tried):
+    name = tried((low_rank(1e-3), 1.0), place="study")
+    path = study_file(select={"from": name}, variants={"a": {"method": "low-rank"}})
+    assert [c.lr for _, c in load_study(path).runs.values()] == [1e-3]
+    tried((low_rank(2e-3), 1.0))
+    assert [c.lr for _, c in load_study(path).runs.values()] == [2e-3]
+
+
+def test_an_unfinished_study_chooses_nothing(study_file, tried):
+    name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), None))
+    with pytest.raises(InputError, match="no finished study of this name"):
+        load_study(study_file(select={"from": name}, variants={"a": {"method": "low-rank"}}))
+
+
+@pytest.mark.parametrize("losses", [(1.0, 2.0, 3.0), (3.0, 2.0, 1.0)])
+def test_a_best_value_at_the_edge_of_its_grid_is_refused_unless_allowed(study_file, tried, losses):
+    rates = (1e-3, 2e-3, 4e-3)
+    name = tried(*((low_rank(lr), loss) for lr, loss in zip(rates, losses, strict=True)))
+    variants = {"a": {"method": "low-rank"}}
+    with pytest.raises(InputError, match=r"a: lr: 0.00\d is not allowed; it lies at the edge"):
+        load_study(study_file(select={"from": name}, variants=variants))
+    select = {"from": name, "edges": "allow"}
+    assert len(load_study(study_file(select=select, variants=variants)).runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("tune", "select: 'tune' is not allowed; a mapping with from"),
+        ({"by": "method"}, "a mapping with from"),
+        ({"from": "../x"}, "select: from: '../x' is not allowed; the name of a study"),
+        ({"from": "nothing"}, "select: from: 'nothing' is not allowed; no finished study"),
+        ({"from": "nothing", "by": "metod"}, "by: 'metod' is not allowed; .*'method'"),
+        ({"from": "nothing", "by": "lr.x"}, "by: 'lr.x' is not allowed"),
+        ({"from": "nothing", "best": []}, r"best: \[\] is not allowed"),
+        ({"from": "nothing", "bets": "lr"}, "select: bets: 'lr' is not allowed; .*'best'"),
+        ({"from": "nothing", "around": {"lr": [0]}}, "around: .* is not allowed"),
+        ({"from": "nothing", "around": {"rank": [1]}}, "around: .* is not allowed"),
+        ({"from": "nothing", "edges": True}, "edges: True is not allowed; refuse or allow"),
+    ],
+)
+def test_a_selection_that_means_nothing_is_one_line(study_file, select, message):
+    with pytest.raises(InputError, match=f"mine.yaml: .*{message}"):
+        load_study(study_file(select=select, variants={"a": {"method": "low-rank"}}))
+
+
+def test_a_variant_like_nothing_that_was_tried_is_named(study_file, tried):
+    name = tried((low_rank(1e-3), 1.0))
+    with pytest.raises(InputError, match="select: a: 'method galore' is not allowed; no such run"):
+        load_study(study_file(select={"from": name}, variants={"a": {"method": "galore"}}))
+    variants = {"a": {"method": "low-rank", "select": {"rank": 4}}}
+    with pytest.raises(InputError, match="select: a: rank: 4 is not allowed"):
+        load_study(study_file(select={"from": name, "by": BY}, variants=variants))
