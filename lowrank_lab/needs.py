@@ -47,6 +47,7 @@ class Need:
     memory: int
     device: int
     disk: int
+    kept: int  # of disk, when it has finished
     source: Source  # of the memory
 
     @property
@@ -76,10 +77,11 @@ def need_of(config: RunConfig) -> Need:
             source = "simulated"
     # the last ones, the best one, and one that is being written
     checkpoints = (config.checkpoints_kept + 2) * held
-    disk = checkpoints + _record_bytes(config) + NOTEBOOK_BYTES
-    if cuda:
-        return Need(2 * PROCESS_BYTES, quick, disk, source)
-    return Need(PROCESS_BYTES + quick, 0, disk, source)
+    records = _record_bytes(config) + NOTEBOOK_BYTES
+    trained = element_bytes(config) * sum(w.numel() for w in weights(config))
+    kept = records + (checkpoints if config.keep_checkpoints else trained)
+    memory, device = (2 * PROCESS_BYTES, quick) if cuda else (PROCESS_BYTES + quick, 0)
+    return Need(memory, device, max(checkpoints + records, kept), kept, source)
 
 
 def _quick_bytes(config: RunConfig) -> tuple[int, int]:

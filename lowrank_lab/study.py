@@ -298,27 +298,29 @@ def run_study(
 
 
 def check_fits(planned: Plan, memory: int | None, device: int | None = None) -> None:
-    """Refuse a study one of whose runs can't fit by itself.
+    """Refuse a study one of whose runs can't fit by itself, or whose results can't all be kept.
 
     Args:
         memory: bytes that the machine has for a run; None if that isn't known.
         device: bytes of a CUDA device.
     """
-    free = free_disk(planned.folder)
+    free, kept, working = free_disk(planned.folder), 0, 0
     for job, need in zip(planned.jobs, planned.needs, strict=True):
         if job.state != "queued":
             continue
         there = sum(p.stat().st_size for p in job.folder.rglob("*") if p.is_file())
-        for what, needed, has in (
-            ("memory", need.memory, memory),
-            ("memory of the CUDA device", need.device, device),
-            ("disk", need.disk - there, free),
-        ):
-            if has is not None and needed > has:
-                raise InputError(
-                    f"{planned.study.name}: {job.name}", f"{needed / GB:.2f} GB of {what}",
-                    f"there are {has / GB:.2f} GB",
-                )  # fmt: skip
+        kept += max(0, need.kept - there)
+        working = max(working, need.disk - max(need.kept, there))
+        _check_need(planned, job.name, "memory", need.memory, memory)
+        _check_need(planned, job.name, "memory of the CUDA device", need.device, device)
+        _check_need(planned, job.name, "disk", need.disk - there, free)
+    _check_need(planned, "all runs", "disk", kept + working, free)
+
+
+def _check_need(planned: Plan, of: str, what: str, needed: int, has: int | None) -> None:
+    if has is not None and needed > has:
+        field, value = f"{planned.study.name}: {of}", f"{needed / GB:.2f} GB of {what}"
+        raise InputError(field, value, f"there are {has / GB:.2f} GB")
 
 
 def _comparison(study: Study, folder: Path, todo: list[Job]) -> Job:

@@ -48,6 +48,8 @@ def test_disk_is_estimated_above_what_a_run_takes_but_not_far(tmp_path, text_cor
     watch(None)
     estimated = needs.need_of(config).disk - needs.NOTEBOOK_BYTES
     assert max(most) <= estimated <= 4 * max(most)
+    kept = needs.need_of(config).kept - needs.NOTEBOOK_BYTES
+    assert most[-1] <= kept <= 4 * most[-1]
 
 
 def test_a_configuration_whose_states_nobody_knows_has_needs(text_corpus):

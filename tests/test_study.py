@@ -272,6 +272,20 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_study_whose_results_do_not_all_fit_on_the_disk_is_refused(
+    study_file, tmp_path, monkeypatch
+):
+    path, out = study_file("1", seeds=[0, 1, 2]), tmp_path / "out"
+    need = plan_study(path, out=out).needs[0]
+    assert need.kept < need.disk
+    monkeypatch.setattr(study, "free_disk", lambda folder: need.disk + 2 * need.kept - 1)
+    result = CliRunner().invoke(main, ["study", str(path), "--out", str(out)])
+    assert result.exit_code == 2, result.output
+    assert "mine: all runs" in result.stderr
+    assert "GB of disk" in result.stderr
+    assert not out.exists()
+
+
 def test_jobs_run_at_a_time_only_as_far_as_memory_reaches(study_file, tmp_path, monkeypatch):
     running, most, order = [], [], []
 
