@@ -35,11 +35,7 @@ explore: .venv/installed-explore
 		build/$(EXPLORER).ipynb
 
 figures: .venv/installed
-	for study in data/study/*/; do \
-		name=$$(basename $$study); \
-		$(BIN)/lowrank-lab report $$study --title $$name \
-			--out data/runs/kept/$$name --figures figures/$$name || exit 1; \
-	done
+	$(BIN)/lowrank-lab report
 
 publish: .venv/installed
 	$(BIN)/lowrank-lab report --publish build/pages

@@ -269,6 +269,10 @@ def merge(out: Path, folders: tuple[Path, ...], as_json: bool) -> None:
     "--keep", type=click.Path(path_type=Path), help="copy the runs' records there as well"
 )
 @click.option(
+    "--keep-rows", type=click.IntRange(0), default=200, show_default=True,
+    help="training steps of each run among them, evaluations not counted",
+)  # fmt: skip
+@click.option(
     "--publish",
     type=click.Path(path_type=Path),
     help="write pages of all notebooks and of these studies (none given: all kept ones) there",
@@ -280,24 +284,47 @@ def report(
     figures: Path | None,
     title: str | None,
     keep: Path | None,
+    keep_rows: int,
     publish: Path | None,
     as_json: bool,
 ) -> None:
-    """Table, figures and a self-contained HTML page from a folder of finished runs."""
+    """Table, figures and a self-contained HTML page from a folder of finished runs.
+
+    Without a FOLDER: of every study kept in data/study, with the figures in figures/NAME.
+    """
     from lowrank_lab import report as reporting
 
     if publish is not None:
         _publish(publish, folders)
+        return
+    if not folders:
+        _report_kept(out, figures)
         return
     if len(folders) != 1:
         raise InputError("folder", [str(f) for f in folders], "one folder, except with --publish")
     (folder,) = folders
     page = reporting.write_report(folder, title, out=out, figures_in=figures)
     if keep is not None:
-        reporting.keep(folder, keep)
+        reporting.keep(folder, keep, keep_rows)
     _show_table(folder, as_json)
     if not as_json:
         click.echo(f"\nreport   {page}")
+
+
+def _report_kept(out: Path | None, figures: Path | None) -> None:
+    """Report on every study in data/study, and make the figures of the repository from them."""
+    from lowrank_lab import report as reporting
+    from lowrank_lab.config import data_folder
+
+    kept = sorted(path for path in (data_folder() / "study").glob("*/") if any(path.glob("*/")))
+    if not kept:
+        raise InputError("folder", str(data_folder() / "study"), "it holds no kept studies")
+    for folder in kept:
+        pages = (out or data_folder() / "runs" / "kept") / folder.name
+        pictures = (figures or Path("figures")) / folder.name
+        page = reporting.write_report(folder, out=pages, figures_in=pictures)
+        click.echo(f"\n{folder.name}: {page}")
+        _show_table(folder, as_json=False)
 
 
 @main.command()

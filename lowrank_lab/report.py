@@ -32,6 +32,8 @@ from lowrank_lab.runs import (
 from lowrank_lab.stats import mean_interval
 
 MOST_LABELS = 12  # in one figure
+MOST_ROWS = 32  # of labels in a figure that has a row for each
+FEWEST_RATES = 3  # learning rates of one setting, from which on they are a study of them
 KEPT_ROWS = 200  # rows of metrics.jsonl that `keep` copies of each run, evaluations not counted
 
 
@@ -137,6 +139,7 @@ def _pictures(
     runs: Sequence[Run], finals: pd.DataFrame, ranking: pd.Series[str], folder: Path | str
 ) -> Iterator[Picture]:
     """The figures of runs whose labels are ranked; only what they show is read."""
+    yield from _comparisons(finals, ranking)
     labels = set(ranking.head(MOST_LABELS))
     shown = [run for run in runs if run.label in labels]
     table, finals = table_of(shown, folder), finals[finals["label"].isin(labels)]
@@ -186,6 +189,27 @@ def _pictures(
             f"spectra_{name}", figures.spectrum_curves(table), table,
             f"Singular values of the weights while {label} trains, from light to dark "
             "(one layer of each kind; one seed).",
+        )  # fmt: skip
+
+
+def _comparisons(finals: pd.DataFrame, ranking: pd.Series[str]) -> Iterator[Picture]:
+    """All labels by their final losses: over learning rates, or seed by seed against full rank."""
+    rates = figures.rate_table(finals)
+    if (rates.groupby("label")["lr"].nunique() >= FEWEST_RATES).any():
+        yield Picture(
+            "rates", figures.rates(finals), rates,
+            "Validation loss over peak learning rates, with the best one of each variant.",
+        )  # fmt: skip
+        return
+    repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
+    labels = [label for label in ranking if label not in repeated]
+    if finals["seed"].nunique() > 1 and 1 < len(labels) <= MOST_ROWS:
+        reference = "full-rank" if "full-rank" in labels else labels[0]
+        compared = finals[finals["label"].isin(labels)]
+        yield Picture(
+            "differences", figures.differences(compared, reference),
+            figures.difference_table(compared, reference),
+            f"Test loss less that of {reference} with the same seed: all seeds and their mean.",
         )  # fmt: skip
 
 
@@ -258,8 +282,11 @@ def write_report(
     return page
 
 
-def keep(folder: Path | str, out: Path | str) -> int:
+def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> int:
     """Copy the records of finished runs, without weights and with metrics thinned, to keep in git.
+
+    Args:
+        rows: of training steps that stay of each run, evaluations and events not counted.
 
     Returns:
         The number of runs kept.
@@ -273,10 +300,10 @@ def keep(folder: Path | str, out: Path | str) -> int:
         for name in ("config.json", "memory.json", "spectra.jsonl", "result.json"):
             if (run.folder / name).exists():
                 shutil.copyfile(run.folder / name, target / name)
-        rows = read_jsonl(run.folder / "metrics.jsonl")
-        every = max(1, len(rows) // KEPT_ROWS)
+        steps = read_jsonl(run.folder / "metrics.jsonl")
+        every = max(1, len(steps) // rows) if rows else len(steps) + 1
         wanted = (
-            r for r in rows if r["step"] % every == 0 or "validation_loss" in r or r["events"]
+            r for r in steps if r["step"] % every == 0 or "validation_loss" in r or r["events"]
         )
         append_jsonl(target / "metrics.jsonl", wanted)
     return len(runs)

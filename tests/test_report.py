@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from lowrank_lab import report
+from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods import resolve
-from lowrank_lab.runs import append_jsonl, final_table, load_runs, write_json
+from lowrank_lab.runs import append_jsonl, final_table, load_runs, read_jsonl, write_json
 
 
 def write_run(folder, label, seed=0, loss=2.0, steps=1000, **fields):
@@ -86,9 +88,9 @@ def test_the_page_stands_alone_and_each_picture_has_words(folder, tmp_path):
     assert "<script" not in text
     assert "What is asked." in text
     pictures = re.findall(r"<img alt=\"([^\"]+)\" src=\"data:image/png;base64,", text)
-    assert len(pictures) == 7
+    assert len(pictures) == 8
     assert (tmp_path / "out" / "table.csv").exists()
-    assert len(list((tmp_path / "out" / "figures").iterdir())) == 21
+    assert len(list((tmp_path / "out" / "figures").iterdir())) == 24
 
 
 def test_a_report_reads_only_what_its_figures_show(tmp_path, monkeypatch):
@@ -136,3 +138,24 @@ def test_kept_records_are_thin_and_give_the_same_report(folder, tmp_path):
 def test_a_grid_of_one_method_gets_heat_maps(study, names):
     folder = Path(__file__).parents[1] / "data" / "study" / study
     assert [picture.name for picture in report.pictures(folder, "map")] == names
+
+
+def test_records_can_be_kept_without_training_steps(folder, tmp_path):
+    report.keep(folder, tmp_path / "kept", rows=0)
+    rows = read_jsonl(tmp_path / "kept" / "a0" / "metrics.jsonl")
+    assert rows
+    assert all("validation_loss" in row or row["events"] for row in rows)
+
+
+def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    refused = CliRunner().invoke(main, ["report"])
+    assert refused.exit_code == 2
+    assert "it holds no kept studies" in refused.output
+    for name in ("one", "two"):
+        report.keep(folder, tmp_path / "data" / "study" / name)
+    done = CliRunner().invoke(main, ["report", "--figures", str(tmp_path / "pictures")])
+    assert done.exit_code == 0, done.output
+    for name in ("one", "two"):
+        assert (tmp_path / "data" / "runs" / "kept" / name / "report.html").exists()
+        assert (tmp_path / "pictures" / name / "loss_by_tokens.png").exists()

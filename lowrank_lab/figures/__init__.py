@@ -5,6 +5,7 @@ with the table behind it as CSV. A method has the same colour everywhere; its te
 line.
 """
 
+from lowrank_lab.figures.comparison import difference_table, differences, rate_table, rates
 from lowrank_lab.figures.drawing import (
     COLOURS,
     MIB,
@@ -71,6 +72,8 @@ __all__ = [
     "curve_table",
     "data_uri",
     "described",
+    "difference_table",
+    "differences",
     "effective_rank_curves",
     "effective_rank_table",
     "fact_curves",
@@ -88,6 +91,8 @@ __all__ = [
     "momentum_bars",
     "nothing",
     "png",
+    "rate_table",
+    "rates",
     "rows_of",
     "save",
     "share_curves",

@@ -1,0 +1,112 @@
+"""Figures that compare labels by their final losses: seed by seed, and over learning rates."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lowrank_lab.config import InputError
+from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, look, rows_of
+from lowrank_lab.stats import mean_interval
+
+RATE = re.compile(r", lr [^,]+")
+MOST_IN_A_ROW = 4
+
+
+def difference_table(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Test loss of each label less the reference's, seed by seed; best first.
+
+    Columns: label, difference (mean), half_width (95 %, Student's t), n, and each seed's own.
+
+    Args:
+        finals: `runs.final_table`, one run a label and seed.
+
+    Raises:
+        InputError: the reference is not among the labels.
+    """
+    labels = list(dict.fromkeys(finals["label"]))
+    if reference not in labels:
+        raise InputError("reference", reference, f"one of {', '.join(labels)}")
+    losses = finals.pivot(index="seed", columns="label", values="test_loss")
+    rows = []
+    for label in labels:
+        paired = (losses[label] - losses[reference]).dropna()
+        if len(paired):
+            found = mean_interval(paired.tolist())
+            rows.append(
+                (label, found.mean, found.half_width, found.n, *paired.reindex(losses.index))
+            )
+    seeds = [f"seed {seed}" for seed in losses.index]
+    columns = ["label", "difference", "half_width", "n", *seeds]
+    return pd.DataFrame(rows, columns=columns).sort_values("difference", ignore_index=True)
+
+
+def differences(finals: pd.DataFrame, reference: str) -> Figure:
+    """Test loss of each label less the reference's, a row a label: every seed, mean, interval."""
+    table = difference_table(finals, reference)
+    labels = table["label"].tolist()
+    figure, ax = canvas(6.6, 0.9 + 0.26 * len(table))
+    seeds = [column for column in table if str(column).startswith("seed ")]
+    for y, (row, own) in enumerate(zip(rows_of(table), table[seeds].to_numpy(), strict=True)):
+        colour, *_ = look(row.label, labels)
+        ax.plot(own, [y + 0.24] * len(own), "o", color=colour, ms=3, alpha=0.6, mew=0)
+        width = None if math.isnan(row.half_width) else row.half_width
+        ax.errorbar(row.difference, y, xerr=width, fmt="o", ms=6, color=colour, capsize=3)
+        ax.annotate(
+            f"{row.difference:+.3f}" if row.label != reference else "0", (1.01, y),
+            xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=8.5,
+        )  # fmt: skip
+    ax.axvline(0, color="0.4", lw=1)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(f"test loss − that of {reference}, same seed (nats a token)")
+    low, high = int(table["n"].min()), int(table["n"].max())
+    count = f"{high}" if low == high else f"{low} to {high}"
+    ax.set_title(f"{count} seeds, mean and 95 % interval", loc="right", color="0.4", fontsize=8)
+    return figure
+
+
+def rate_table(finals: pd.DataFrame) -> pd.DataFrame:
+    """Validation loss over learning rates: variant, label without its rate, lr, mean, n."""
+    table = finals.assign(label=[RATE.sub("", label) for label in finals["label"]])
+    table = table.assign(variant=[label.split(", ")[0] for label in table["label"]])
+    grouped = table.groupby(["variant", "label", "lr"], sort=False)["validation_loss"]
+    return grouped.agg(["mean", "count"]).reset_index().rename(columns={"count": "n"})
+
+
+def rates(finals: pd.DataFrame) -> Figure:
+    """Validation loss against learning rate: a panel a variant, a line a setting, best marked."""
+    table = rate_table(finals)
+    variants = list(dict.fromkeys(table["variant"]))
+    columns = min(MOST_IN_A_ROW, len(variants))
+    lines = math.ceil(len(variants) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(2.3 * columns, 1.75 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
+    for ax, variant in zip(axes, variants, strict=False):
+        part = table[table["variant"] == variant]
+        for colour, (label, line) in zip(RANKED, part.groupby("label", sort=False), strict=False):
+            line = line.sort_values("lr")
+            setting = str(label).partition(", ")[2]
+            ax.plot(line["lr"], line["mean"], "o-", color=colour, ms=3.5, lw=1.2, label=setting)
+        best = part.loc[part["mean"].idxmin()]
+        ax.plot(best["lr"], best["mean"], "o", ms=9, mfc="none", color="0.2")
+        ax.set_xscale("log", base=2)
+        ax.set_title(variant, loc="left", fontsize=8.5)
+        ax.set_ylim(best["mean"] - 0.05, best["mean"] + 0.6)
+        if part["label"].nunique() > 1:
+            ax.legend(fontsize=7, frameon=False)
+    for ax in axes[len(variants) :]:
+        ax.set_axis_off()
+    axes[0].set_xlim(table["lr"].min() / 1.3, table["lr"].max() * 1.3)
+    axes[0].set_xticks(sorted(table["lr"].unique())[::2], minor=False)
+    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[0].minorticks_off()
+    figure.supxlabel("peak learning rate", fontsize=9.5)
+    figure.supylabel("validation loss (nats a token)", fontsize=9.5)
+    return figure

@@ -1,0 +1,83 @@
+"""Figures that compare final losses: paired by seed, and over learning rates."""
+
+import pandas as pd
+import pytest
+from scipy.stats import ttest_rel
+
+from lowrank_lab import figures
+from lowrank_lab.config import InputError
+
+
+def finals(losses, lr=0.01):
+    """label → losses by seed."""
+    rows = [
+        {"label": label, "seed": seed, "lr": lr, "test_loss": loss, "validation_loss": loss}
+        for label, of in losses.items()
+        for seed, loss in enumerate(of)
+        if loss is not None
+    ]
+    return pd.DataFrame(rows)
+
+
+LOSSES = {"full-rank": [3.0, 3.5, 2.8], "galore": [3.2, 3.6, 3.1], "mine": [2.9, 3.3, 2.9]}
+
+
+def test_differences_are_paired_by_seed_with_student_s_interval():
+    table = figures.difference_table(finals(LOSSES), "full-rank").set_index("label")
+    for label in ("galore", "mine"):
+        test = ttest_rel(LOSSES[label], LOSSES["full-rank"]).confidence_interval(0.95)
+        row = table.loc[label]
+        low, high = row["difference"] - row["half_width"], row["difference"] + row["half_width"]
+        assert (low, high) == pytest.approx((test.low, test.high))
+    assert table.loc["full-rank", "difference"] == 0
+    assert table.index.tolist() == ["mine", "full-rank", "galore"]
+
+
+def test_only_seeds_that_both_have_are_compared():
+    table = figures.difference_table(
+        finals({"a": [1.0, 2.0, 3.0], "b": [1.5, None, 4.0], "c": [None, None, 3.5]}), "a"
+    ).set_index("label")
+    assert table["n"].to_dict() == {"a": 3, "b": 2, "c": 1}
+    assert table.loc["b", "difference"] == pytest.approx(0.75)
+    assert pd.isna(table.loc["c", "half_width"])
+    assert pd.isna(table.loc["b", "seed 1"])
+
+
+def test_the_figure_of_differences_shows_every_seed_mean_and_interval():
+    (ax,) = figures.differences(finals(LOSSES), "full-rank").axes
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    assert names == ["mine", "full-rank", "galore"]
+    dots = [line for line in ax.lines if line.get_markersize() == 3]
+    assert sorted(dots[2].get_xdata()) == pytest.approx([0.1, 0.2, 0.3])
+    assert "full-rank, same seed" in ax.get_xlabel()
+    assert "3 seeds" in ax.get_title(loc="right")
+
+
+def test_a_reference_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="reference: 'best' is not allowed; one of full-rank"):
+        figures.difference_table(finals(LOSSES), "best")
+
+
+def tuned():
+    parts = [
+        finals({f"galore, scale {scale}, lr {lr}": [loss, loss + 0.2]}, lr=lr)
+        for scale in (0.25, 1.0)
+        for lr, loss in ((0.01, 3.0 + scale), (0.02, 2.8), (0.04, 3.1))
+    ]
+    return pd.concat([*parts, finals({"muon, lr 0.02": [2.5]}, lr=0.02)], ignore_index=True)
+
+
+def test_rates_are_grouped_by_variant_and_setting_with_the_mean_over_seeds():
+    table = figures.rate_table(tuned())
+    assert table["variant"].unique().tolist() == ["galore", "muon"]
+    assert set(table["label"]) == {"galore, scale 0.25", "galore, scale 1.0", "muon"}
+    row = table[(table["label"] == "galore, scale 1.0") & (table["lr"] == 0.01)].iloc[0]
+    assert (row["mean"], row["n"]) == (pytest.approx(4.1), 2)
+
+
+def test_the_best_rate_of_each_variant_is_marked():
+    axes = figures.rates(tuned()).axes
+    assert [ax.get_title(loc="left") for ax in axes[:2]] == ["galore", "muon"]
+    rings = [line for line in axes[0].lines if line.get_markersize() == 9]
+    assert [(r.get_xdata()[0], r.get_ydata()[0]) for r in rings] == [(0.02, pytest.approx(2.9))]
+    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["scale 0.25", "scale 1.0"]
