@@ -53,6 +53,12 @@ def data_folder() -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "data"
 
 
+def located(path: str) -> Path:
+    """A file or folder that a configuration names: where it is, else in the data folder."""
+    found = Path(path).expanduser()
+    return found if found.exists() else data_folder() / found
+
+
 class Size(NamedTuple):
     """Dimensions of a LLaMA model (2505.22922, Table 2 and the sizes its code ships)."""
 
