@@ -116,6 +116,28 @@ def test_a_head_says_what_formulas_say(size, monkeypatch):
     assert_head_says(size, facts_of(size), [n for n in COLUMNS if n != "device_memory_bytes"])
 
 
+def test_the_readme_says_what_the_head_says():
+    section = (NOTEBOOKS.parent / "README.md").read_text().partition("## On GPUs")[2]
+    rows = re.findall(r"^\| ([a-z].+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) \|$", section, re.M)
+    assert len(rows) == 5
+    shown = {label: values for label, *values in re.findall(f"^{ROW}$", head_of("60m"), re.M)}
+    for label, held, peak, hours in rows:
+        assert [held, peak, hours] == [shown[label][i] for i in (0, 1, 3)]
+
+
+def test_a_dry_run_with_flops_prints_such_rows_without_corpus_or_card(study_file):
+    path = study_file(base={"model": "mini", "vocab_size": 2048, "corpus": "c4:nowhere"})
+    result = CliRunner().invoke(main, ["study", str(path), "--dry-run", "--flops", "1e6"])
+    assert result.exit_code == 0, result.stderr
+    ((label, held, peak, _, hours, _),) = re.findall(f"^{ROW}$", result.stdout, re.M)
+    assert label == "full-rank"
+    assert 0 < float(held) < float(peak) < 1
+    (run,) = plan_facts(plan_study(path, elsewhere=True), 1e6)["runs"]
+    assert agrees(hours, run["flops"] / 1e6 / 3600)
+    assert float(hours) > 1
+    assert result.stdout.splitlines()[-1].startswith("1 runs, ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_a_head_says_what_steps_on_fake_tensors_take_and_a_card_holds_it(size):
