@@ -24,6 +24,7 @@ from benchmarks.harness import (
     take_turns,
 )
 from lowrank_lab.config import SIZES, RunConfig, Size
+from lowrank_lab.formulas import flops_per_token
 from lowrank_lab.llama import NORM_EPS, ROPE_BASE, Llama
 from lowrank_lab.step import gradients, update_
 
@@ -212,10 +213,5 @@ def their_step(model: nn.Module) -> Step:
 
 
 def model_flops(size: Size, length: int) -> float:
-    """FLOPs of a forward and backward pass a token: 6 N for N matrix weights, and attention.
-
-    The embedding is a lookup and isn't counted; causal attention is half of the square.
-    """
-    d = size.hidden_size
-    in_layers = size.num_layers * (4 * d**2 + 3 * d * size.intermediate_size)
-    return 6 * (in_layers + size.vocab_size * d) + 6 * size.num_layers * length * d
+    """FLOPs of a forward and backward pass a token, full rank."""
+    return flops_per_token(RunConfig(**size._asdict(), sequence_length=length))

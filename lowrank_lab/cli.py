@@ -198,6 +198,13 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
     "--dask", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786); it shares files"
 )
 @click.option("--dry-run", is_flag=True, help="say what would run and what it needs; run nothing")
+@click.option(
+    "--flops",
+    type=float,
+    metavar="RATE",
+    help="with --dry-run: memory and hours on a CUDA card that computes so many FLOP/s, like "
+    "400e12; neither card nor corpus need be here",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
 def study(
     file: Path,
@@ -206,6 +213,7 @@ def study(
     seeds: str | None,
     time_limit: str | None,
     dry_run: bool,
+    flops: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -218,9 +226,14 @@ def study(
     except ValueError:
         raise InputError("seeds", seeds, "must be whole numbers with commas between") from None
     limit = None if time_limit is None else seconds_of(time_limit)
+    if flops is not None and not (dry_run and 0 < flops < math.inf):
+        raise InputError("flops", flops, "FLOP/s above 0, like 400e12, and --dry-run with it")
     if dry_run:
-        facts = study_view.plan_facts(plan_study(file, out=out, retry=retry, seeds=numbers))
-        click.echo(json.dumps(facts, indent=1) if as_json else study_view.plan_text(facts))
+        elsewhere = flops is not None
+        plan = plan_study(file, out=out, retry=retry, seeds=numbers, elsewhere=elsewhere)
+        facts = study_view.plan_facts(plan, flops)
+        text = study_view.card_text if elsewhere else study_view.plan_text
+        click.echo(json.dumps(facts, indent=1) if as_json else text(facts))
         return
     view = study_view.View()
     options |= {"out": out, "retry": retry, "seeds": numbers, "time_limit": limit}

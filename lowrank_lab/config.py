@@ -53,6 +53,18 @@ def data_folder() -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "data"
 
 
+STARTED_IN = "LOWRANK_LAB_STARTED_IN"  # set by the runner of studies
+
+
+def located(path: str) -> Path:
+    """A file or folder that a configuration names: from here, or in the data folder.
+
+    Notebooks of a study work in folders of their own: here is then where the study was started.
+    """
+    found = Path(os.environ.get(STARTED_IN, "")) / Path(path).expanduser()
+    return found if found.exists() else data_folder() / Path(path).expanduser()
+
+
 class Size(NamedTuple):
     """Dimensions of a LLaMA model (2505.22922, Table 2 and the sizes its code ships)."""
 

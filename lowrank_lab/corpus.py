@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
+from lowrank_lab.config import InputError, RunConfig, data_folder, located, nearest
 from lowrank_lab.shards import (
     Shards,
     forget_progress,
@@ -214,9 +214,13 @@ def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
     if config.corpus == "python":
         return _prepare_text("python", python_documents, config, root)
     if kind in ("text", "c4"):
-        source = Path(path).expanduser()
+        source = located(path)
         if not path or not source.exists():
-            raise InputError("corpus", config.corpus, "there is no such file or folder")
+            what = {"text": "text files", "c4": ".json.gz shards of C4"}[kind]
+            allowed = (
+                f"there is no such file or folder, here or in {data_folder()}; put {what} there"
+            )
+            raise InputError("corpus", config.corpus, allowed)
         name = f"{kind}-{source.resolve().name}"
         if kind == "text":
             return _prepare_text(name, lambda: text_documents(source), config, root)
@@ -287,8 +291,7 @@ def _checked_vocabulary(config: RunConfig) -> int | Literal["byte"]:
 def _text_hash(name: str, vocab: object, content: object, config: RunConfig) -> str:
     given = []
     if config.tokenizer is not None:
-        file = Path(config.tokenizer).expanduser()
-        given = [hashlib.sha256(file.read_bytes()).hexdigest()]
+        given = [hashlib.sha256(located(config.tokenizer).read_bytes()).hexdigest()]
     return _short_hash([FORMAT, name, vocab, content, *given])
 
 

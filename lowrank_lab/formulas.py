@@ -1,4 +1,4 @@
-"""Bytes by formula: what can be counted from a configuration alone, without a model or a step."""
+"""Bytes and FLOPs by formula: what a configuration alone tells, without a model or a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.layers.association import association_flops
 from lowrank_lab.methods import METHODS, resolve
 from lowrank_lab.optim.projection import sides
 from lowrank_lab.tracing import Breakdown
@@ -123,6 +124,34 @@ def activation_bytes(config: RunConfig) -> int | None:
     rest = c * (d + 1) * tokens + 16 * config.batch * length
     rest += (0 if full else c * length * (d // heads)) + 4
     return tokens * layers * of_a_block + of_weights + rest
+
+
+def flops_per_token(config: RunConfig) -> float:
+    """FLOPs of a forward and backward pass a token: of matrix products and causal attention.
+
+    6 for each entry of a dense matrix (the embedding is a lookup, the head a matrix); for factors
+    those of the order of products that their layers take, which the tokens of a piece decide.
+    Optimizers and what activation checkpointing computes again aren't counted.
+    """
+    config = resolve(config)
+    size, kind = config.size, METHODS[config.method].layers
+    tokens = config.tokens_per_step // config.gradient_accumulation
+    total = 6 * size.num_layers * config.sequence_length * size.hidden_size * tokens
+    for m, n, target in matrices(config):
+        total += _layer_flops(config, kind if target else None, tokens, m, n)
+    return total / tokens
+
+
+def _layer_flops(config: RunConfig, kind: str | None, tokens: int, m: int, n: int) -> int:
+    """FLOPs of a forward and backward pass of an m×n layer, of the association that it takes."""
+    if kind is None:
+        return 6 * tokens * m * n
+    costs = association_flops(tokens, m, n, config.rank or 0, base=kind == "lora")
+    if kind == "sltrain":  # S is a part of the weight, and its gradient one of the weight's
+        return costs["gradient"]
+    if kind == "lora" and config.precision != "fp32":  # it forms W in float32 only
+        return costs["factors"]
+    return min(costs.values())
 
 
 def optimizer_state_bytes(config: RunConfig) -> int:

@@ -15,6 +15,7 @@ from lowrank_lab.formulas import (
     activation_bytes,
     by_formula,
     element_bytes,
+    flops_per_token,
     matrices,
     weights,
 )
@@ -42,38 +43,46 @@ Source = Literal["simulated", "formula"]
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run takes at most: of memory, of a CUDA device's memory, and of disk."""
+    """Bytes that a run takes at most: of memory, a CUDA device's memory and disk; and its FLOPs."""
 
     memory: int
     device: int
     disk: int
     kept: int  # of disk, when it has finished
     source: Source  # of the memory
+    held: int  # bytes of weights and optimizer states
+    flops: float  # of all forward and backward passes of its training
 
     @property
     def words(self) -> str:
         return f"{self.memory / GB:.2f} GB of memory, {self.disk / GB:.3f} GB of disk"
 
 
-def needs_of(configs: Iterable[RunConfig]) -> Iterator[Need]:
-    """The needs of resolved configurations; those that differ in seed and lr alone are one."""
+def needs_of(configs: Iterable[RunConfig], cuda: bool | None = None) -> Iterator[Need]:
+    """The needs of resolved configurations; those that differ in seed and lr alone are one.
+
+    Args:
+        cuda: on a CUDA device, or on a CPU; by default on what there is here.
+    """
     known: dict[str, Need] = {}
     for config in configs:
         key = config.replace(seed=0, lr=1.0).model_dump_json()
         if key not in known:
-            known[key] = need_of(config)
+            known[key] = need_of(config, cuda)
         yield known[key]
 
 
-def need_of(config: RunConfig) -> Need:
+def need_of(config: RunConfig, cuda: bool | None = None) -> Need:
     """The needs of one resolved configuration."""
     held, quick = _quick_bytes(config)
-    cuda = device_of(config).type == "cuda"
+    flops = flops_per_token(config) * config.tokens_per_step * config.total_steps
+    if cuda is None:
+        cuda = device_of(config).type == "cuda"
     source: Source = "formula"
     if quick > QUICK_BYTES:
         # not of a method of one's own that looks at values, which a simulation hasn't
         with suppress(RuntimeError, NotImplementedError):
-            quick = simulate(config, "cuda" if cuda else "cpu").peak.total
+            quick = simulate(_in_two_pieces(config), "cuda" if cuda else "cpu").peak.total
             source = "simulated"
     # the last ones, the best one, and one that is being written
     checkpoints = (config.checkpoints_kept + 2) * held
@@ -81,7 +90,14 @@ def need_of(config: RunConfig) -> Need:
     trained = element_bytes(config) * sum(w.numel() for w in weights(config))
     kept = records + (checkpoints if config.keep_checkpoints else trained)
     memory, device = (2 * PROCESS_BYTES, quick) if cuda else (PROCESS_BYTES + quick, 0)
-    return Need(memory, device, max(checkpoints + records, kept), kept, source)
+    return Need(memory, device, max(checkpoints + records, kept), kept, source, held, flops)
+
+
+def _in_two_pieces(config: RunConfig) -> RunConfig:
+    """The configuration with two pieces of its batch: all further ones do what the second does."""
+    pieces = min(config.gradient_accumulation, 2)
+    batch = config.batch // config.gradient_accumulation * pieces
+    return config.replace(batch=batch, gradient_accumulation=pieces)
 
 
 def _quick_bytes(config: RunConfig) -> tuple[int, int]:

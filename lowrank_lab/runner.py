@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from lowrank_lab.config import data_folder
+from lowrank_lab.config import STARTED_IN, data_folder
 from lowrank_lab.jobs import PARTIAL, Job, read_record, settle
 from lowrank_lab.provenance import training_source
 from lowrank_lab.runs import write_json
@@ -169,7 +169,8 @@ def _papermill(
     ]  # fmt: skip
     variables = {
         **os.environ, "TOKENIZERS_PARALLELISM": "false",
-        "LOWRANK_LAB_DATA": str(data_folder().resolve()), **environment,
+        "LOWRANK_LAB_DATA": str(data_folder().resolve()), STARTED_IN: str(Path.cwd()),
+        **environment,
     }  # fmt: skip
     end = time.monotonic() + (float("inf") if time_limit is None else time_limit)
     with (job.folder / "papermill.log").open("wb") as log:

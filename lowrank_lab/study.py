@@ -33,6 +33,7 @@ import yaml
 from lowrank_lab.cluster import connect, execute_on, worker_memory
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
 from lowrank_lab.jobs import Job, known_parameters, parameter_names, read_record, settle
+from lowrank_lab.methods import resolve
 from lowrank_lab.needs import GB, Need, device_memory, free_disk, machine_memory, needs_of
 from lowrank_lab.runner import execute
 from lowrank_lab.selection import read_selection
@@ -57,11 +58,12 @@ class Study:
     time_limit: float | None = None  # seconds that a run may take
 
 
-def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
+def load_study(path: Path | str, seeds: list[int] | None = None, *, corpora: bool = True) -> Study:
     """Read a study file and check every run in it, before anything starts.
 
     Args:
         seeds: instead of those in the file.
+        corpora: prepare them and check that they are long enough; without, they need not be there.
 
     Raises:
         InputError: one line that names the file, the key or field, and what is allowed.
@@ -86,7 +88,8 @@ def load_study(path: Path | str, seeds: list[int] | None = None) -> Study:
     runs: dict[str, tuple[str, RunConfig]] = {}
     for label, fields in _combinations(content, path):
         try:
-            config, _ = check(RunConfig(**fields))
+            config = RunConfig(**fields)
+            config = check(config)[0] if corpora else resolve(config)
         except InputError as error:
             raise InputError(
                 f"{path.name}: {label}: {error.field}", error.value, error.allowed
@@ -228,15 +231,20 @@ def plan_study(
     out: Path | None = None,
     retry: bool = False,
     seeds: list[int] | None = None,
+    elsewhere: bool = False,
 ) -> Plan:
     """The jobs of a study, and what they need; nothing is executed or written.
+
+    Args:
+        elsewhere: say what they need on a CUDA device; neither that nor a corpus has to be here.
 
     Raises:
         InputError: what is wrong in the file, or a run's folder that leads out of the study's.
     """
-    study = load_study(path, seeds)
+    study = load_study(path, seeds, corpora=not elsewhere)
     folder = (out if out is not None else data_folder() / "runs" / study.name).resolve()
-    needs = list(needs_of(config for _, config in study.runs.values()))
+    configs = (config for _, config in study.runs.values())
+    needs = list(needs_of(configs, cuda=True if elsewhere else None))
     todo = []
     for (run_id, (label, config)), need in zip(study.runs.items(), needs, strict=True):
         place = folder / run_id

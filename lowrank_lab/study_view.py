@@ -67,13 +67,19 @@ def _counts(jobs: list[Job]) -> str:
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """What a study would do and need, in bytes, and what the machine has."""
+def plan_facts(plan: Plan, rate: float | None = None) -> dict[str, Any]:
+    """What a study would do and need, in bytes and FLOPs, and what the machine has.
+
+    Args:
+        rate: FLOP/s, which FLOPs are turned into hours by.
+    """
     runs = [
         {
             "run": job.folder.name, "label": job.name, "state": job.state, "error": job.error,
             "memory_bytes": need.memory, "device_memory_bytes": need.device,
             "disk_bytes": need.disk, "memory_by": need.source,
+            "weights_and_states_bytes": need.held, "flops": need.flops,
+            "hours": None if rate is None else need.flops / rate / 3600,
         }
         for job, need in zip(plan.jobs, plan.needs, strict=True)
     ]  # fmt: skip
@@ -101,4 +107,20 @@ def plan_text(facts: dict[str, Any]) -> str:
         f"{len(todo)} to run; the machine has {(has or 0) / GB:.2f} GB of memory, "
         f"and {facts['free_disk_bytes'] / GB:.1f} GB are free in {facts['folder']}"
     )
+    return "\n".join(lines)
+
+
+def card_text(facts: dict[str, Any]) -> str:
+    """`plan_facts` as a table of what runs take on a CUDA card of that rate."""
+    runs = facts["runs"]
+    width = max(len(run["label"]) for run in runs)
+    lines = [f"{'run':{width}}  weights + states  peak memory    EFLOP    hours      disk"]
+    for run in runs:
+        held, peak = run["weights_and_states_bytes"] / GB, run["device_memory_bytes"] / GB
+        lines.append(
+            f"{run['label']:{width}}  {held:13.3f} GB  {peak:8.2f} GB  {run['flops'] / 1e18:7.3f}"
+            f"  {run['hours']:7.2f}  {run['disk_bytes'] / GB:5.2f} GB"
+        )
+    hours, disk = (sum(run[name] for run in runs) for name in ("hours", "disk_bytes"))
+    lines.append(f"{len(runs)} runs, {hours:.1f} hours, {disk / GB:.1f} GB of disk")
     return "\n".join(lines)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lowrank_lab.config import InputError
+from lowrank_lab.config import InputError, located
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,7 +74,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    file = Path(path).expanduser()
+    file = located(path)
     if not file.is_file():
         raise InputError("tokenizer", path, "there is no such file")
     try:

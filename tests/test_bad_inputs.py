@@ -179,6 +179,9 @@ BAD = {
         "study {tmp}/studies/limit.yaml", ["limit.yaml: time_limit", "soon", "30m"],
     ),
     "time limit of nothing": ("study {tmp}/studies/x.yaml --time-limit 0m", ["time_limit", "0m"]),
+    "FLOP/s without a dry run": ("study {tmp}/studies/x.yaml --flops 1e12", ["flops", "--dry-run"]),
+    "no FLOP/s": ("study {tmp}/studies/x.yaml --dry-run --flops 0", ["flops", "0", "400e12"]),
+    "FLOP/s in words": ("study {tmp}/studies/x.yaml --dry-run --flops many", ["flops", "many"]),
     "merge of nothing": ("merge {tmp}/new {tmp}/folder", ["folder", "no runs"]),
     "study with a name of other signs": ("study {tmp}/studies/a;b.yaml", ["a;b.yaml", "letters"]),
 }  # fmt: skip

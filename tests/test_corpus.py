@@ -594,6 +594,18 @@ def test_one_shard_is_a_corpus_too(c4, tmp_path):
     assert sum(corpus.facts["documents"].values()) == 300
 
 
+def test_relative_paths_are_those_from_here_or_else_in_the_data_folder(c4, tmp_path, monkeypatch):
+    byte_tokenizer().save(str(c4 / "tokenizer.json"))
+    config = c4_config("c4", vocab_size=None, tokenizer="c4/tokenizer.json")
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path))
+    from_data = prepare(config, tmp_path / "corpora")
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "none"))
+    with pytest.raises(InputError, match="no such file"):
+        prepare(config, tmp_path / "corpora")
+    monkeypatch.chdir(tmp_path)
+    assert prepare(config, tmp_path / "corpora").folder == from_data.folder
+
+
 def test_documents_stay_in_their_split_when_shards_are_cut_otherwise(c4, tmp_path):
     texts = [text for seed in range(3) for text in rows_of(300, seed)]
     random.Random(1).shuffle(texts)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from short import QUICK
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab import InputError, RunConfig
-from lowrank_lab.formulas import optimizer_state_bytes
+from lowrank_lab.formulas import flops_per_token, optimizer_state_bytes
 from lowrank_lab.memory import persistent
 from lowrank_lab.methods import METHODS, build
 from lowrank_lab.tracing import Breakdown, tensor_bytes
@@ -129,3 +130,22 @@ def test_states_follow_the_options_of_the_method(method, options, text_corpus):
 def test_states_of_an_unknown_optimizer_have_no_formula():
     with pytest.raises(InputError, match="no formula"):
         optimizer_state_bytes(RunConfig(model="tiny", optimizer="torch.optim.NAdam"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("method", ["full-rank", "low-rank", "lora", "sltrain", "galore"])
+def test_flops_by_formula_are_those_that_are_counted(method, pieces, precision, text_corpus):
+    rank = {"rank": 12} if METHODS[method].uses_rank else {}
+    config = RunConfig(
+        model="tiny", method=method, precision=precision, corpus=text_corpus, batch=4,
+        sequence_length=16, gradient_accumulation=pieces, **rank,
+    )  # fmt: skip
+    model, _ = build(config)
+    tokens = torch.randint(VOCABULARY, (4 // pieces, 16))
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens, tokens).backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for kind, n in counts.items() if "attention" not in str(kind))
+    attention = 6 * 2 * 16 * 32  # layers × length × width
+    assert products == (flops_per_token(config) - attention) * tokens.numel()

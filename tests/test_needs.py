@@ -4,6 +4,7 @@ import pytest
 
 from lowrank_lab import needs
 from lowrank_lab.config import RunConfig
+from lowrank_lab.formulas import by_formula
 from lowrank_lab.memory import simulate
 from lowrank_lab.methods import resolve
 from lowrank_lab.train import train
@@ -28,9 +29,37 @@ def test_large_models_are_simulated(monkeypatch):
     assert need.memory == needs.PROCESS_BYTES + simulate(config).peak.total
 
 
+@pytest.mark.parametrize("method", ["full-rank", "low-rank"])
+def test_pieces_after_the_second_need_no_memory_and_no_simulation(monkeypatch, method):
+    monkeypatch.setattr(needs, "QUICK_BYTES", 0)
+    config = resolve(RunConfig(**SMALL | {"batch": 16}, method=method, gradient_accumulation=8))
+    whole = simulate(config, "cuda").peak.total
+    assert needs.need_of(config, cuda=True).device == pytest.approx(whole, abs=16 * 16 * 16)
+    short = simulate(config.replace(batch=4, gradient_accumulation=2), "cuda").peak.total
+    assert needs.need_of(config, cuda=True).device == short
+
+
+def test_a_cuda_device_can_be_asked_about_where_there_is_none():
+    need = needs.need_of(resolve(RunConfig(**SMALL)), cuda=True)
+    assert need.memory == 2 * needs.PROCESS_BYTES < need.memory + need.device
+
+
+def test_flops_of_a_run_grow_with_its_tokens_and_pass_over_embeddings():
+    config = resolve(RunConfig(**SMALL))
+    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 88) + 300 * 32
+    attention = 2 * 16 * 32  # layers × length × width
+    assert needs.need_of(config).flops == 6 * (matrices + attention) * 40 * 2 * 16
+
+
+def test_weights_and_states_are_those_of_the_formula():
+    config = resolve(RunConfig(**SMALL, method="fira"))
+    found = by_formula(config)
+    assert needs.need_of(config).held == found.weights + found.optimizer_states
+
+
 def test_a_configuration_is_simulated_once_for_all_its_seeds_and_learning_rates(monkeypatch):
     seen = []
-    monkeypatch.setattr(needs, "need_of", lambda config: seen.append(config) or len(seen))
+    monkeypatch.setattr(needs, "need_of", lambda config, cuda: seen.append(config) or len(seen))
     configs = [RunConfig(**SMALL, seed=s, lr=lr) for s in (0, 1) for lr in (1e-3, 2e-3)]
     configs.append(RunConfig(**SMALL | {"batch": 4}))
     assert list(needs.needs_of(configs)) == [1, 1, 1, 1, 2]

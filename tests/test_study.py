@@ -1,6 +1,7 @@
 """Studies: what a file asks for, what is executed, what survives a killed runner."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -75,6 +76,15 @@ def test_the_quick_study_is_valid_and_what_the_kept_records_were_made_from(monke
 
 def test_parameter_names_are_those_of_the_tagged_cell():
     assert {"method", "more", "folder"} <= parameter_names(NOTEBOOKS / "02_run.ipynb")
+
+
+def test_a_relative_corpus_is_looked_for_where_the_study_was_started(
+    study_file, text_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(text_folder, tmp_path / "here" / "texts")
+    monkeypatch.chdir(tmp_path / "here")
+    path = study_file(code=TRAIN, base={"corpus": "text:texts"})
+    assert executed(path, tmp_path / "out") == ["done"]
 
 
 def test_a_notebook_without_the_parameters_a_study_gives_is_refused(study_file):

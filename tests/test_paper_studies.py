@@ -1,0 +1,223 @@
+"""The paper's own tables as study files: they resolve and train, and their heads are right."""
+
+import gzip
+import json
+import math
+import random
+import re
+import shlex
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from studies import NOTEBOOKS
+
+from lowrank_lab import needs
+from lowrank_lab.cli import _config, _given, main
+from lowrank_lab.config import RunConfig
+from lowrank_lab.methods import resolve
+from lowrank_lab.study import load_study, plan_study
+from lowrank_lab.study_view import plan_facts
+from lowrank_lab.tokens import byte_tokenizer
+from lowrank_lab.train import train
+
+# rank and tokens of each size, as published
+PUBLISHED = {"60m": (128, 1.1e9), "130m": (256, 2.2e9), "350m": (256, 6.4e9), "1b": (512, 13.1e9)}
+METHODS = "full-rank spam stable-spam galore fira apollo low-rank lora relora sltrain loro".split()
+CARD = 80e9
+ROW = r"(.+), seed 0 +([\d.]+) GB +([\d.]+) GB +([\d.]+) +([\d.]+) +([\d.]+) GB"
+COLUMNS = ("weights_and_states_bytes", "device_memory_bytes", "flops", "hours", "disk_bytes")
+UNITS = dict(zip(COLUMNS, (1e9, 1e9, 1e18, 1, 1e9), strict=True))
+
+
+def path_of(size):
+    return NOTEBOOKS / "studies" / f"paper_{size}.yaml"
+
+
+def head_of(size):
+    """The comment that a file begins with, without its signs."""
+    lines = path_of(size).read_text().splitlines()
+    count = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line[1:].strip() for line in lines[:count])
+
+
+def command_in(head, start):
+    """The words of a command that a head gives, after its name."""
+    (found,) = re.findall(rf"{start} (.+?)(?:`|\n\n|$)", head.replace("\\\n", ""), re.S)
+    return shlex.split(found)
+
+
+def flags_of(command, words):
+    """The fields of RunConfig, the label and the folder that a command is given."""
+    with main.commands[command].make_context(command, words) as context:
+        names = {*RunConfig.model_fields, "label", "out"}
+        return {name: value for name, value in context.params.items() if name in names}
+
+
+def agrees(shown, value):
+    """Whether a value, rounded to the digits shown, is what is shown; give or take the last."""
+    digits = len(shown.partition(".")[2])
+    return abs(float(shown) - value) <= 1.01 * 10**-digits
+
+
+def facts_of(size):
+    """What the command in a head prints, as facts."""
+    words = command_in(head_of(size), f"study notebooks/studies/paper_{size}.yaml --dry-run")
+    assert words[0] == "--flops"
+    return plan_facts(plan_study(path_of(size), elsewhere=True), float(words[1]))
+
+
+def assert_head_says(size, facts, columns):
+    head = head_of(size)
+    rows = {label: values for label, *values in re.findall(rf"^{ROW}$", head, re.M)}
+    runs = {run["label"].removesuffix(", seed 0"): run for run in facts["runs"]}
+    assert list(rows) == list(runs)
+    for label, run in runs.items():
+        shown = dict(zip(COLUMNS, rows[label], strict=True))
+        wrong = {
+            name: (shown[name], run[name] / UNITS[name])
+            for name in columns
+            if not agrees(shown[name], run[name] / UNITS[name])
+        }
+        assert not wrong, f"{label}: {wrong}; write into the head what its command prints"
+    ((count, hours, disk),) = re.findall(r"^(\d+) runs, ([\d.]+) hours, ([\d.]+) GB", head, re.M)
+    assert int(count) == len(runs)
+    assert agrees(hours, sum(run["hours"] for run in runs.values()))
+    assert agrees(disk, sum(run["disk_bytes"] for run in runs.values()) / 1e9)
+
+
+def test_every_file_is_tested_here():
+    assert {p.stem for p in (NOTEBOOKS / "studies").glob("paper_*")} == {
+        f"paper_{size}" for size in PUBLISHED
+    }
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_every_run_resolves_to_the_papers_recipe_without_a_corpus(size):
+    runs = load_study(path_of(size), corpora=False).runs.values()
+    configs = [config for _, config in runs]
+    assert {config.method for config in configs} == set(METHODS)
+    both = [c.method for c in configs if c.refactor_every and c.refactor_every == c.reset_every]
+    assert both == ["low-rank", "sltrain"]
+    rank, tokens = PUBLISHED[size]
+    for config in configs:
+        assert (config.model, config.size.vocab_size) == (size, 32000)
+        assert config.rank in (rank, None)
+        assert (config.batch, config.sequence_length) == (512, 256)
+        assert 0 <= tokens - config.total_steps * config.tokens_per_step < config.tokens_per_step
+        assert (config.precision, config.weight_decay, config.clip) == ("bf16", 0, 0)
+        assert (config.warmup, config.schedule, config.min_lr_ratio) == (0.1, "cosine", 0.1)
+        assert config.init in ("kaiming", None)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_a_head_says_what_formulas_say(size, monkeypatch):
+    monkeypatch.setattr(needs, "QUICK_BYTES", float("inf"))
+    assert_head_says(size, facts_of(size), [n for n in COLUMNS if n != "device_memory_bytes"])
+
+
+def test_the_readme_says_what_the_head_says():
+    section = (NOTEBOOKS.parent / "README.md").read_text().partition("## On GPUs")[2]
+    rows = re.findall(r"^\| ([a-z].+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) \|$", section, re.M)
+    assert len(rows) == 5
+    shown = {label: values for label, *values in re.findall(f"^{ROW}$", head_of("60m"), re.M)}
+    for label, held, peak, hours in rows:
+        assert [held, peak, hours] == [shown[label][i] for i in (0, 1, 3)]
+
+
+def test_a_dry_run_with_flops_prints_such_rows_without_corpus_or_card(study_file):
+    path = study_file(base={"model": "mini", "vocab_size": 2048, "corpus": "c4:nowhere"})
+    result = CliRunner().invoke(main, ["study", str(path), "--dry-run", "--flops", "1e6"])
+    assert result.exit_code == 0, result.stderr
+    ((label, held, peak, _, hours, _),) = re.findall(f"^{ROW}$", result.stdout, re.M)
+    assert label == "full-rank"
+    assert 0 < float(held) < float(peak) < 1
+    (run,) = plan_facts(plan_study(path, elsewhere=True), 1e6)["runs"]
+    assert agrees(hours, run["flops"] / 1e6 / 3600)
+    assert float(hours) > 1
+    assert result.stdout.splitlines()[-1].startswith("1 runs, ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_a_head_says_what_steps_on_fake_tensors_take_and_a_card_holds_it(size):
+    facts = facts_of(size)
+    assert {run["memory_by"] for run in facts["runs"]} == {"simulated"}
+    assert max(run["device_memory_bytes"] for run in facts["runs"]) < 0.9 * CARD
+    assert_head_says(size, facts, COLUMNS)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_other_commands_of_a_head_are_about_its_runs(size):
+    head = head_of(size)
+    runs = load_study(path_of(size), corpora=False).runs
+    ((run_id, (_, galore)),) = [item for item in runs.items() if item[1][0] == "galore"]
+    flags = flags_of("train", command_in(head, "-m lowrank_lab train"))
+    assert flags.pop("label") == "galore"
+    assert flags.pop("out").parent.as_posix() == f"data/runs/paper_{size}"
+    config = resolve(_config(flags))
+    assert config.run_id == run_id
+    assert config.batch % (8 * config.gradient_accumulation) == 0  # for eight processes
+    asked = _config(
+        {"steps": 1000} | _given(flags_of("memory", command_in(head, "lowrank-lab memory")))
+    )
+    for name in ("model", "method", "rank", "batch", "gradient_accumulation", "clip"):
+        assert getattr(asked, name) == getattr(galore, name), name
+
+
+@pytest.fixture
+def c4(tmp_path, monkeypatch):
+    """A data folder with one small shard of C4 and a tokenizer: what a configuration calls them."""
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    shards = tmp_path / "data" / "c4" / "en"
+    shards.mkdir(parents=True)
+    chance = random.Random(0)
+    rows = [f"page {i}: " + "".join(chance.choices("abc é漢\n", k=80)) for i in range(600)]
+    text = "".join(json.dumps({"text": row, "url": "none"}) + "\n" for row in rows)
+    (shards / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(text.encode()))
+    byte_tokenizer().save(str(shards.parent / "tokenizer.json"))
+    return {"corpus": "c4:c4/en", "tokenizer": "c4/tokenizer.json"}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_a_study_loads_with_shards_and_a_tokenizer_in_the_data_folder(size, c4, study_file):
+    path = study_file()
+    content = yaml.safe_load(path_of(size).read_text())
+    assert content["base"]["corpus"] == c4["corpus"]
+    content["base"] |= c4 | {"repeat": True, "eval_tokens": 512, "test_tokens": 512}
+    path.write_text(yaml.safe_dump(content))
+    assert len(load_study(path).runs) == len(content["variants"])
+
+
+def test_missing_shards_are_one_line_that_says_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path))
+    said = []
+    for _ in range(2):
+        result = CliRunner().invoke(main, ["study", str(path_of("60m")), "--dry-run"])
+        assert result.exit_code == 2
+        said += result.stderr.splitlines()
+        (tmp_path / "c4" / "en").mkdir(parents=True, exist_ok=True)
+    missing, empty = said
+    assert missing.startswith("paper_60m.yaml: full-rank: corpus: 'c4:c4/en' is not allowed")
+    assert f"here or in {tmp_path}; put .json.gz shards of C4 there" in missing
+    assert "c4/en' is not allowed; there is no .json.gz file in it" in empty
+
+
+@pytest.mark.parametrize(
+    "label", [pytest.param("galore", marks=pytest.mark.slow), "low-rank + refactor + reset"]
+)
+def test_a_run_of_60m_trains(label, c4, tmp_path):
+    runs = load_study(path_of("60m"), corpora=False).runs.values()
+    (config,) = [config for name, config in runs if name == label]
+    short = {"refactor_every": 1, "reset_every": 2, "recovery_steps": 2}
+    config = config.replace(
+        **c4, vocab_size=None, batch=2, steps=3, eval_every=3, spectra_every=3,
+        checkpoint_every=3, eval_tokens=512, test_tokens=512, spectra_layers="0.self_attn.q_proj",
+        **(short if config.refactor_every else {}),
+    )  # fmt: skip
+    run = train(config, tmp_path / "run")
+    assert run.finished
+    assert run.config.size[:4] == (512, 1376, 8, 8)
+    losses = list(run.metrics["loss"])
+    assert losses[0] == pytest.approx(math.log(257), abs=0.5)
+    assert losses[2] < losses[0] - 1
