@@ -21,7 +21,7 @@ from benchmarks.harness import Row
 
 LIMIT = 1.25  # peak memory of a corpus to that of a tenth of it
 # kind, vocabulary, MB of text (a BPE takes minutes for hundreds of MB)
-CASES = (("text", "byte", 500), ("c4", "byte", 500), ("c4", "1024", 100))
+CASES = (("text", "byte", 500), ("c4", "byte", 500), ("c4", "1024", 500))
 WORDS, DOCUMENT = 20_000, 400  # different words; words of a document
 SHARDS = 5
 PROGRAM = """
