@@ -6,9 +6,10 @@ In a study file:
 
 Every variant then gets those values of the `best` fields with which, in the runs of the study
 `tune` that have the same values of the `by` fields, the validation loss was lowest (its mean, where
-there are several seeds). More keys of it: `around: {lr: [0.5, 1, 2]}` makes a grid of multiples of
-what was chosen; `edges: allow` takes a best value that is the first or last of three or more tried.
-A variant's own key `select: {init: kaiming}` looks as if it had these values of the `by` fields.
+there are several seeds). An option of which one value alone was tried is left as it is. More keys
+of it: `around: {lr: [0.5, 1, 2]}` makes a grid of multiples of what was chosen; `edges: allow`
+takes a best value that is the first or last of three or more tried. A variant's own key
+`select: {init: kaiming}` looks as if it had these values of the `by` fields.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Selection:
     tried: Sequence[tuple[RunConfig, float]] = ()  # and the validation losses of these runs
 
     def choose(self, label: str, fields: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-        """The best values of the `best` fields for a variant; None where they are not its own.
+        """The best values of those `best` fields that a variant has and that were tried.
 
         Args:
             fields: of the variant.
@@ -67,7 +68,12 @@ class Selection:
         best = min(means, key=means.__getitem__)
         if not self.edges:
             self._check_inside(place, best, list(means))
-        return dict(zip(self.best, best, strict=True))
+        tried = dict(zip(self.best, zip(*means, strict=True), strict=True))
+        return {
+            name: value
+            for name, value in zip(self.best, best, strict=True)
+            if value is not None and ("." not in name or len(set(tried[name])) > 1)
+        }
 
     def _check_inside(self, place: str, best: Values, tried: list[Values]) -> None:
         """Refuse a number that is the least or most of three or more, the others being equal."""

@@ -166,7 +166,7 @@ def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, di
         given = base | changes
         if selection is not None:
             for name, value in selection.choose(str(label), given, like).items():
-                if value is None or name in grid or value_given(changes, name):
+                if name in grid or value_given(changes, name):
                     continue
                 given = with_field(given, name, value)
                 if name in selection.around:

@@ -79,6 +79,15 @@ def test_options_of_a_method_are_chosen_with_its_rate_and_around_makes_a_grid(st
     assert all((o["scale"], o["update_proj_gap"]) == (1.0, 7) for _, _, o in found[:2])
 
 
+def test_an_option_of_which_one_value_was_tried_is_left_as_it_is(study_file, tried):
+    spectral = {"method": "low-rank", "init": "spectral"}
+    name = tried(({**spectral, "lr": 1e-3}, 2.0), ({**spectral, "lr": 2e-3}, 1.0))
+    select = {"from": name, "best": ["lr", "method_options.alpha"]}
+    path = study_file(select=select, variants={"a": {**spectral, "rank": 8}})
+    ((_, config),) = load_study(path).runs.values()
+    assert (config.lr, config.method_options["alpha"]) == (2e-3, 8.0)  # alpha follows the rank
+
+
 def test_a_variant_can_take_the_values_of_another(study_file, tried):
     name = tried((low_rank(1e-3, refactor_every=4), 1.0), (low_rank(2e-3), 1.0))
     path = study_file(
