@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -26,7 +27,7 @@ from lowrank_lab.attention import flash_kernels
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import optimizer_state_bytes
 from lowrank_lab.methods import build, resolve
-from lowrank_lab.ranks import check_ranks, fullest, of_ranks, one_of
+from lowrank_lab.ranks import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
 from lowrank_lab.schedule import warm_start
 from lowrank_lab.sharded import Shards
 from lowrank_lab.step import Batch, PerLayerUpdates, kind_of, periods, take_step_
@@ -187,6 +188,7 @@ def measure(config: RunConfig, device: str = "cpu") -> Account:
     """The memory of training a configuration, from real steps on random tokens.
 
     Live storages are followed operation by operation; beside them stands what the allocator says.
+    A process of a group measures its shards, with `parallel: fsdp2`; all of them have to.
 
     Raises:
         InputError: the configuration, or a device that isn't there.
@@ -196,10 +198,14 @@ def measure(config: RunConfig, device: str = "cpu") -> Account:
     config = resolve(config).replace(compile=False)
     started = time.perf_counter()
     account = Account(config, "measured")
-    stepping = _Stepping(config, torch.device(device), CUDA_BLOCK if device == "cuda" else 1)
+    in_shards = config.parallel == "fsdp2" and dist.is_initialized()
+    if in_shards:
+        account.ranks, account.rank = distributed.size(), distributed.rank()
+    granularity = CUDA_BLOCK if device == "cuda" else 1
+    stepping = _Stepping(config, torch.device(device), granularity, in_shards)
     for name, run in stepping.kinds():
         before = stepping.tracker.alive_bytes
-        with allocator_peak(stepping.device) as above:
+        with whole_shapes_unseen(), allocator_peak(stepping.device) as above:
             run()
         account.steps[name] = stepping.tracker.trace()
         account.allocated[name] = before + above[0]

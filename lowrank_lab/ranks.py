@@ -55,14 +55,14 @@ def one_of(ranks: int, rank: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
-        with _whole_shapes_unseen():
+        with whole_shapes_unseen():
             yield
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def _whole_shapes_unseen() -> Iterator[None]:
+def whole_shapes_unseen() -> Iterator[None]:
     """Hide how DTensor finds shapes: by operations on tensors as large as all shards together."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 

@@ -370,12 +370,17 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A named range begins or ends; torch names its own with capitals and dots."""
         if "enter" in func.overloadpacket.__name__:
             self._ranges.append(str(args[0]))
-        elif self._ranges.pop() == "forward":
+            ended = ""
+        else:
+            ended = self._ranges.pop()
+        if ended.startswith("FSDP::pre_"):
+            self._name_whole()
+        if (ended or self._ranges[-1]).startswith("FSDP::") and "reduce" not in ended:
+            return
+        if ended == "forward":
             self._keep_activations()
         named = [name for name in self._ranges if name[0].islower()]
         phase = named[-1] if named else "between"
-        for name, p in self._model.named_parameters(remove_duplicate=False):
-            self._names.setdefault(p, name)  # with shards others while a block is whole
         for p, name in self._names.items():
             if p.grad is not None:
                 self.see(p.grad, "gradients", name)
@@ -395,6 +400,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             frozen = isinstance(t, nn.Parameter) and not t.requires_grad
             kind = "frozen" if frozen else "indices" if name.endswith("indices") else "weights"
             self.see(t, kind, name)
+
+    def _name_whole(self) -> None:
+        """Of shards, the parameters that stand for them while a block is whole."""
+        for name, p in self._model.named_parameters(remove_duplicate=False):
+            if p.requires_grad and p not in self._names:
+                self._names[p] = name
+                self._handles.append(p.register_post_accumulate_grad_hook(self._gradient(name)))  # type: ignore[no-untyped-call]
 
     def _name_states(self) -> None:
         for p, state in self._optimizer.state.items():
