@@ -143,7 +143,11 @@ def simulate(
     if ranks is None:
         return _simulate(resolve(config), device, Account(config, "simulated"))
     config = check_ranks(config, ranks)
-    rank = fullest(config, ranks) if rank is None else rank
+    if rank is None:
+        try:
+            rank, _ = fullest(of_ranks(config, ranks))
+        except InputError:  # states that no formula knows
+            rank = 0
     if not 0 <= rank < ranks:
         raise InputError("rank", rank, f"0 to {ranks - 1}")
     account = Account(config, "simulated", ranks=ranks, rank=rank)
@@ -260,7 +264,7 @@ class _Stepping:
         self.tracker = Tracker(
             self.model, self.optimizer, granularity=granularity,
             hidden=LAPACK if granularity == 1 else {},
-            mirror=self._shards and self._shards.mirror,
+            mirror=None if self._shards is None else self._shards.mirror,
         )  # fmt: skip
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._assumed: Tensor | None = None

@@ -7,7 +7,7 @@ no values, which is all that `memory.simulate` needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -75,13 +75,9 @@ def whole_shapes_unseen() -> Iterator[None]:
         setattr(ShardingPropagator, name, found)
 
 
-def fullest(config: RunConfig, ranks: int) -> int:
-    """The process that holds most: the first of those, and 0 where no formula knows the states."""
-    try:
-        totals = [account.total for account in of_ranks(config, ranks)]
-    except InputError:
-        return 0
-    return totals.index(max(totals))
+def fullest(accounts: Sequence[Breakdown]) -> tuple[int, Breakdown]:
+    """The process that holds most, the first of those, and what it holds."""
+    return max(enumerate(accounts), key=lambda item: (item[1].total, -item[0]))
 
 
 def of_ranks(config: RunConfig, ranks: int) -> list[Breakdown]:
@@ -132,7 +128,9 @@ def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[int, list[Weight]]]:
 
     The largest come first, each to the process that has fewest entries (`sharded.Shards`).
     """
-    units = [[w for w in layer if w.trains and _needed_whole(w, config)] for layer in layers(config)]
+    units = [
+        [w for w in layer if w.trains and _needed_whole(w, config)] for layer in layers(config)
+    ]
     held = [0] * ranks
     for unit in sorted(units, key=lambda unit: -sum(w.numel() for w in unit)):
         owner = held.index(min(held))

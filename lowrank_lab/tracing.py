@@ -93,7 +93,9 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def storages(t: Tensor) -> list[tuple[int, int]]:
-    """(key, bytes) of the storages behind a tensor: several of a quantized one, a DTensor's shard."""
+    """(key, bytes) of the storages behind a tensor: several of a quantized one, of a DTensor its
+    shard's.
+    """
     return [(s._cdata, s.nbytes()) for s in _storages(t)]
 
 

@@ -35,5 +35,8 @@ def test_the_simulation_of_a_process_is_what_two_processes_measure(measured, met
     real = measured[method, rank]
     account = simulate(RunConfig(**fields_of(method)), ranks=2, rank=rank)
     simulated = {kind: trace.peak.total for kind, trace in account.steps.items()}
-    ratios = {k: (round(v / real["live"][k], 4), round(v / real["allocated"][k], 4)) for k, v in simulated.items()}
-    sys.stdout.write(f"\n{method} {rank} {ratios} {account.at_rest.as_dict()==real['at_rest']}")
+    ratios = {
+        k: (round(v / real["live"][k], 4), round(v / real["allocated"][k], 4))
+        for k, v in simulated.items()
+    }
+    sys.stdout.write(f"\n{method} {rank} {ratios} {account.at_rest.as_dict() == real['at_rest']}")
