@@ -31,11 +31,20 @@ def train_all(jobs, folder, timeout=600, size=SIZE):
 def measure_all(jobs, folder, timeout=600, size=SIZE):
     """Measure the memory of each of the pairs of a name and fields, in each of the processes.
 
-    Returns facts by name and rank: `allocated` and `live` peaks by kind of step, and `at_rest`.
+    Returns facts by name and rank: peaks by kind of step (`allocated`) and by phase, and `at_rest`.
     """
     _start("measure", jobs, folder, timeout, size)
     found = {tuple(p.name.split(".")[:2]): json.loads(p.read_text()) for p in folder.glob("*.json")}
     return {(name, int(rank)): facts for (name, rank), facts in found.items() if rank != "json"}
+
+
+def phase_peaks(trace):
+    """The most bytes in each phase of a step."""
+    total, found = trace.total(), {}
+    ends = [first for first, _ in trace.phases[1:]] + [len(total)]
+    for (first, name), end in zip(trace.phases, ends, strict=True):
+        found[name] = max(found.get(name, 0), *map(int, total[first:end]), 0)
+    return found
 
 
 def _start(what, jobs, folder, timeout, size):
@@ -94,7 +103,7 @@ def _measure(name, fields, folder, rank):
     account = measure(RunConfig(**fields))
     facts = {
         "allocated": account.allocated,
-        "live": {kind: trace.peak.total for kind, trace in account.steps.items()},
+        "phases": {kind: phase_peaks(trace) for kind, trace in account.steps.items()},
         "at_rest": account.at_rest.as_dict(),
     }
     (folder / f"{name}.{rank}.json").write_text(json.dumps(facts))
