@@ -100,9 +100,11 @@ def _measure(name, fields, folder, rank):
     from lowrank_lab import RunConfig
     from lowrank_lab.memory import measure
 
-    account = measure(RunConfig(**fields))
+    # What gloo's own threads release is not recorded and so counts on: the least of some is right.
+    accounts = [measure(RunConfig(**fields)) for _ in range(3)]
+    account = accounts[0]
     facts = {
-        "allocated": account.allocated,
+        "allocated": {kind: min(a.allocated[kind] for a in accounts) for kind in account.steps},
         "phases": {kind: phase_peaks(trace) for kind, trace in account.steps.items()},
         "at_rest": account.at_rest.as_dict(),
     }
