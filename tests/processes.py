@@ -31,7 +31,7 @@ def train_all(jobs, folder, timeout=600, size=SIZE):
 def measure_all(jobs, folder, timeout=600, size=SIZE):
     """Measure the memory of each of the pairs of a name and fields, in each of the processes.
 
-    Returns facts by name and rank: peaks by kind of step (`allocated`) and by phase, and `at_rest`.
+    Returns facts by name and rank: peaks by kind of step (`allocated`), and `at_rest`.
     """
     _start("measure", jobs, folder, timeout, size)
     found = {tuple(p.name.split(".")[:2]): json.loads(p.read_text()) for p in folder.glob("*.json")}
@@ -106,7 +106,6 @@ def _measure(name, fields, folder, rank):
     account = accounts[0]
     facts = {
         "allocated": {kind: min(a.allocated[kind] for a in accounts) for kind in account.steps},
-        "phases": {kind: phase_peaks(trace) for kind, trace in account.steps.items()},
         "at_rest": account.at_rest.as_dict(),
     }
     (folder / f"{name}.{rank}.json").write_text(json.dumps(facts))
