@@ -11,6 +11,7 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import by_formula
 from lowrank_lab.memory import Account, simulate
 from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.ranks import check_ranks, fullest, of_ranks
 
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -91,17 +92,19 @@ class Attempt:
         return ", ".join(WORDS[name].format(value) for name, value in self.changes.items())
 
 
-def ways_to_fit(config: RunConfig, capacity: int, device: str = "cuda") -> list[Attempt]:
+def ways_to_fit(
+    config: RunConfig, capacity: int, device: str = "cuda", ranks: int | None = None
+) -> list[Attempt]:
     """What was tried to get a configuration into so many bytes, up to the first that fits.
 
     Nothing that changes what is learned comes first: recomputing blocks, then fewer sequences at a
     time; then updates within the backward pass, which leave out gradient clipping; then a smaller
-    batch, then a lower rank.
+    batch, then a lower rank. With `ranks` they are those of one of so many processes.
     """
     tried: list[Attempt] = []
-    for family in _families(config):
+    for family in _families(config, in_shards=ranks is not None):
         for changes in family:
-            attempt = _attempt(config, changes, capacity, device)
+            attempt = _attempt(config, changes, capacity, device, ranks)
             if attempt is None:
                 continue
             tried.append(attempt)
@@ -112,7 +115,7 @@ def ways_to_fit(config: RunConfig, capacity: int, device: str = "cuda") -> list[
     return tried
 
 
-def _families(config: RunConfig) -> Iterator[Iterator[dict[str, Any]]]:
+def _families(config: RunConfig, in_shards: bool) -> Iterator[Iterator[dict[str, Any]]]:
     """Changes that could help, each family in the order of how far it goes."""
     frugal: dict[str, Any] = {"activation_checkpointing": True}
     at_once: dict[str, Any] = {"per_layer": True, "clip": 0.0, "gradient_accumulation": 1}
@@ -121,8 +124,9 @@ def _families(config: RunConfig) -> Iterator[Iterator[dict[str, Any]]]:
         halves = _halves(config.batch // config.gradient_accumulation)
         pieces = (config.batch // part for part in halves if config.batch % part == 0)
         yield ({**frugal, "gradient_accumulation": count} for count in pieces)
+    if not config.per_layer and not in_shards:
         yield iter([at_once, frugal | at_once])
-    most = frugal | at_once
+    most = frugal if in_shards else frugal | at_once
     yield ({**most, "batch": batch} for batch in _halves(config.batch))
     if config.rank is not None:
         yield ({**most, "rank": rank} for rank in _halves(config.rank))
@@ -135,20 +139,22 @@ def _halves(count: int) -> Iterator[int]:
 
 
 def _attempt(
-    config: RunConfig, changes: dict[str, Any], capacity: int, device: str
+    config: RunConfig, changes: dict[str, Any], capacity: int, device: str, ranks: int | None
 ) -> Attempt | None:
     """The outcome of a change; None if it isn't one or is refused."""
     changes = {name: value for name, value in changes.items() if getattr(config, name) != value}
     try:
         changed = resolve(config.replace(**changes))
+        if ranks is not None:
+            check_ranks(changed, ranks)
     except InputError:
         return None
     if not changes:
         return None
-    least = least_bytes(changed)
+    least = least_bytes(changed, ranks)
     if least > capacity:
         return Attempt(changes, None, least, fits=False)
-    account = simulate(changed, device)
+    account = simulate(changed, device, ranks=ranks)
     peak = account.peak.total
     return Attempt(changes, account, peak, peak <= capacity)
 
@@ -160,10 +166,10 @@ def _hopeless(last: Sequence[Attempt], capacity: int) -> bool:
     return last[1].peak - (last[0].peak - last[1].peak) > capacity
 
 
-def least_bytes(config: RunConfig) -> int:
+def least_bytes(config: RunConfig, ranks: int | None = None) -> int:
     """What a step can't do without: weights, states and gradients, or the largest one of these."""
     try:
-        found = by_formula(config)
+        found = by_formula(config) if ranks is None else fullest(of_ranks(config, ranks))[1]
     except InputError:  # states that no formula knows
         return 0
     return found.weights + found.optimizer_states + found.gradients

@@ -13,26 +13,37 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import by_formula
 from lowrank_lab.memory import Account, measure, simulate
 from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.ranks import check_ranks, of_ranks
 from lowrank_lab.tracing import CATEGORIES, NAMES, PARTS, Trace
 
 MOST_OWNERS = 8
+NEVER_AT_REST = ("temporaries", "gathered")
 
 
 def facts(
-    config: RunConfig, capacity: int | None, device: str = "cuda", measured: bool = False
+    config: RunConfig,
+    capacity: int | None,
+    device: str = "cuda",
+    measured: bool = False,
+    ranks: int | None = None,
 ) -> dict[str, Any]:
     """Everything about one configuration's memory, in bytes.
 
     At the top level the categories at rest (weights, gradients and states), activations as the
-    backward pass begins, and the peak.
+    backward pass begins, and the peak. With `ranks` all is of the process of so many that holds
+    most, and `states_of_ranks` has the fewest and the most states that one holds.
     """
     config = resolve(config)
-    account = simulate(config, device)
+    account = simulate(config, device, ranks=ranks)
     found = account_facts(account)
     try:
-        found["formula"] = by_formula(config).as_dict()
+        accounts = [by_formula(config)] if ranks is None else of_ranks(config, ranks)
+        found["formula"] = accounts[account.rank].as_dict()
+        states = [each.optimizer_states for each in accounts]
     except InputError:
-        found["formula"] = None
+        found["formula"], states = None, [found["optimizer_states"]]
+    if ranks is not None:
+        found["states_of_ranks"] = [min(states), max(states)]
     if measured:
         here, real = account if device == "cpu" else simulate(config), measure(config)
         found["measured"] = account_facts(real) | {
@@ -47,7 +58,7 @@ def facts(
         found["fits"] = account.peak.total <= capacity
         found["ways"] = [
             {"flags": a.flags, "peak": a.peak, "simulated": a.account is not None, "fits": a.fits}
-            for a in ([] if found["fits"] else budget.ways_to_fit(config, capacity, device))
+            for a in ([] if found["fits"] else budget.ways_to_fit(config, capacity, device, ranks))
         ]
     return found
 
@@ -61,7 +72,8 @@ def account_facts(account: Account) -> dict[str, Any]:
         "method": config.method, "model": config.model, "rank": config.rank,
         "batch": config.batch, "sequence_length": config.sequence_length,
         "precision": config.precision, "source": account.source,
-        **{name: rest[name] for name in NAMES if name != "temporaries"},
+        **({"ranks": account.ranks, "process": account.rank} if account.ranks else {}),
+        **{name: rest[name] for name in NAMES if name not in NEVER_AT_REST},
         "peak": account.peak.total,
         "peak_step": account.peak_step,
         "peak_phase": step.phase_of(step.peak_event),
@@ -76,32 +88,41 @@ def account_facts(account: Account) -> dict[str, Any]:
 
 
 def comparison(
-    config: RunConfig, capacity: int | None, device: str = "cuda", measured: bool = False
+    config: RunConfig,
+    capacity: int | None,
+    device: str = "cuda",
+    measured: bool = False,
+    ranks: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The facts of every method, one after the other; with a capacity the ways to fit in as well.
 
     A method that can't be had with this configuration is a row with `refused`.
+
+    Raises:
+        InputError: ranks that no method could share the run by.
     """
+    if ranks is not None:
+        check_ranks(budget.of_method(config, "full-rank"), ranks)
     for method in METHODS:
         try:
             changed = resolve(budget.of_method(config, method))
+            yield facts(changed, capacity, device, measured, ranks)
         except InputError as error:
             yield {"method": method, "refused": str(error), "seconds": 0.0}
-            continue
-        yield facts(changed, capacity, device, measured)
 
 
 def text(found: dict[str, Any]) -> str:
     """The facts of one configuration, to be read."""
     rank = f", rank {found['rank']}" if found["rank"] else ""
-    lines = [
+    lines = [_of_ranks(found)] if "ranks" in found else []
+    lines += [
         f"{found['method']}, {found['model']}{rank}, {found['precision']}, batch {found['batch']} "
         f"× {found['sequence_length']} tokens; simulated in {found['seconds']:.1f} s",
         f"{'in GB':<20}{'held':>8}{'at the peak':>14}",
     ]
     at_rest_only = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
     for name in NAMES:
-        rest, peak = found.get(name), found["at_the_peak"][name]  # temporaries are never at rest
+        rest, peak = found.get(name), found["at_the_peak"][name]
         if name in PARTS and not rest and not peak:
             continue
         title = ("  of them " if name in PARTS else "") + name.replace("_", " ")
@@ -141,6 +162,16 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _of_ranks(found: dict[str, Any]) -> str:
+    """What a process is, of how many, and its share of the batch."""
+    least, most = (size / GB for size in found["states_of_ranks"])
+    return (
+        f"process {found['process']} of {found['ranks']} by FSDP2, which holds most (states: "
+        f"{least:.3f} to {most:.3f} GB a process); {found['batch'] // found['ranks']} of "
+        f"{found['batch']} sequences a process"
+    )
+
+
 def _verdict(found: dict[str, Any]) -> str:
     capacity, spare = found["capacity"], (found["capacity"] - found["peak"]) / GB
     if found["fits"]:
@@ -161,7 +192,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     with_fits = any("fits" in row for row in rows)
     with_measures = any("measured" in row for row in rows)
     head = ["GB", "weights", "gradients", "states", "activations", "peak", "weights+states"]
-    lines = [
+    shared = next((row for row in rows if "ranks" in row), None)
+    lines = []
+    if shared is not None:
+        head += ["gathered", "least states"]
+        count = shared["ranks"]
+        lines = [
+            f"one process of {count} by FSDP2, that which holds most; {shared['batch'] // count} "
+            f"of {shared['batch']} sequences a process; gathered: whole weights of the block at "
+            "work and what travels, at the peak; least states: of the process that holds fewest"
+        ]
+    lines += [
         "".join(f"{name:>16}" if i else f"{name:<14}" for i, name in enumerate(head))
         + ("   simulated / allocated, by kind of step" if with_measures else "")
         + ("   fits" if with_fits else "")
@@ -174,6 +215,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["weights"], row["gradients"], row["optimizer_states"], row["activations"],
             row["peak"], row["weights"] + row["optimizer_states"],
         ]  # fmt: skip
+        if "ranks" in row:
+            values += [row["at_the_peak"]["gathered"], row["states_of_ranks"][0]]
         line = f"{row['method']:<14}" + "".join(f"{value / GB:>16.3f}" for value in values)
         if "measured" in row:
             found = row["measured"]["simulated_over_allocated"]

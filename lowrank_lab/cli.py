@@ -379,9 +379,17 @@ def export(run: Path, out: Path, dtype: Literal["fp32", "bf16"] | None) -> None:
     "what cards sold as 24 GB have)",
 )
 @click.option("--all", "every", is_flag=True, help="compare all methods")
+@click.option("--ranks", type=int, help="of one of so many processes that share the run by FSDP2")
 @click.option("--measure", is_flag=True, help="take real steps on this machine as well")
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
-def memory(fits: str | None, every: bool, measure: bool, as_json: bool, **flags: Any) -> None:
+def memory(
+    fits: str | None,
+    every: bool,
+    ranks: int | None,
+    measure: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Memory of training a configuration, simulated: nothing is allocated.
 
     In bfloat16 as in the paper and for a CUDA card, unless --precision and --device say otherwise.
@@ -394,15 +402,17 @@ def memory(fits: str | None, every: bool, measure: bool, as_json: bool, **flags:
         given["clip"] = 0.0
     config = _config(given)
     device = "cpu" if config.device == "cpu" else "cuda"
+    if measure and ranks is not None:
+        raise InputError("measure", measure, "one process takes no steps of many; leave out ranks")
     if every:
         rows = []
-        for row in budget_view.comparison(config, capacity, device, measure):
+        for row in budget_view.comparison(config, capacity, device, measure, ranks):
             rows.append(row)
             click.echo(f"{row['method']}: {row['seconds']:.1f} s", err=True)
         click.echo(json.dumps({"methods": rows}, indent=1) if as_json else budget_view.table(rows))
         return
     config = budget.of_method(config, config.method)
-    found = budget_view.facts(config, capacity, device, measure)
+    found = budget_view.facts(config, capacity, device, measure, ranks)
     click.echo(json.dumps(found, indent=1) if as_json else budget_view.text(found))
 
 

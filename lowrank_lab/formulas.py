@@ -41,7 +41,7 @@ def by_formula(config: RunConfig) -> Breakdown:
     config = resolve(config)
     b = element_bytes(config)
     found = list(weights(config))
-    sparse = [_sparse_entries(config, m, n) for m, n, target in matrices(config) if target]
+    sparse = [sparse_entries(config, m, n) for m, n, target in matrices(config) if target]
     gradients = [b * w.numel() for w in found if w.trains]
     indices = 4 * sum(sparse)
     return Breakdown(
@@ -50,9 +50,7 @@ def by_formula(config: RunConfig) -> Breakdown:
         indices=indices,
         gradients=max(gradients) if config.per_layer else sum(gradients),
         optimizer_states=optimizer_state_bytes(config),
-        projections=sum(
-            _projections(w, config) * b for w in found if w.target and config.method in PROJECTING
-        ),
+        projections=sum(projection_bytes(w, config) for w in found),
         activations=activation_bytes(config) or 0,
     )
 
@@ -75,23 +73,30 @@ def matrices(config: RunConfig) -> Iterator[tuple[int, int, bool]]:
 
 def weights(config: RunConfig) -> Iterator[Weight]:
     """The weights of a resolved configuration's model, sparse positions left out."""
+    for layer in layers(config):
+        yield from layer
+
+
+def layers(config: RunConfig) -> Iterator[list[Weight]]:
+    """The weights layer by layer: embeddings, norms, linear layers in the model's order."""
     size, kind, r = config.size, METHODS[config.method].layers, config.rank or 0
-    yield Weight((size.vocab_size, size.hidden_size))
+    yield [Weight((size.vocab_size, size.hidden_size))]
     for _ in range(2 * size.num_layers + 1):
-        yield Weight((size.hidden_size,))
+        yield [Weight((size.hidden_size,))]
     for m, n, target in matrices(config):
         if kind is None or not target:
-            yield Weight((m, n), target)
+            yield [Weight((m, n), target)]
             continue
-        yield Weight((m, r), True)
-        yield Weight((r, n), True)
+        layer = [Weight((m, r), True), Weight((r, n), True)]
         if kind == "lora":
-            yield Weight((m, n), True, trains=False)
+            layer.append(Weight((m, n), True, trains=False))
         elif kind == "sltrain":
-            yield Weight((_sparse_entries(config, m, n),), True)
+            layer.append(Weight((sparse_entries(config, m, n),), True))
+        yield layer
 
 
-def _sparse_entries(config: RunConfig, m: int, n: int) -> int:
+def sparse_entries(config: RunConfig, m: int, n: int) -> int:
+    """Entries of SLTrain's sparse part of an m × n weight."""
     sparsity: float = config.method_options.get("sparsity", 0)
     return math.floor(sparsity * m * n)
 
@@ -161,11 +166,26 @@ def optimizer_state_bytes(config: RunConfig) -> int:
         InputError: a method of one's own or an optimizer by import path: states aren't known.
     """
     config = resolve(config)
+    return sum(state_bytes(w, config) for w in weights(config) if w.trains)
+
+
+def state_bytes(w: Weight, config: RunConfig) -> int:
+    """Bytes of the states of one weight that trains; of a resolved configuration.
+
+    Raises:
+        InputError: as `optimizer_state_bytes`.
+    """
     if config.method not in STATE_BYTES or config.optimizer is not None:
         name = "method" if config.optimizer is None else "optimizer"
         raise InputError(name, getattr(config, name), "there is no formula for its states")
-    rule, b = STATE_BYTES[config.method], element_bytes(config)
-    return sum(rule(w, w.target, b, config) for w in weights(config) if w.trains)
+    return STATE_BYTES[config.method](w, w.target, element_bytes(config), config)
+
+
+def projection_bytes(w: Weight, config: RunConfig) -> int:
+    """Bytes of them that are stored projections."""
+    if not w.target or config.method not in PROJECTING:
+        return 0
+    return _projections(w, config) * element_bytes(config)
 
 
 # (weight, whether it is a target, bytes of its entries, resolved configuration) → bytes of states

@@ -17,17 +17,21 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lowrank_lab import distributed
 from lowrank_lab.attention import flash_kernels
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import optimizer_state_bytes
 from lowrank_lab.methods import build, resolve
+from lowrank_lab.ranks import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
 from lowrank_lab.schedule import warm_start
+from lowrank_lab.sharded import Shards
 from lowrank_lab.step import Batch, PerLayerUpdates, kind_of, periods, take_step_
-from lowrank_lab.tracing import Breakdown, Trace, Tracker, tensor_bytes
+from lowrank_lab.tracing import Breakdown, Trace, Tracker, resizing, tensor_bytes
 
 CUDA_BLOCK = 512  # bytes: CUDA's caching allocator rounds up to a multiple of it
 
@@ -46,6 +50,12 @@ LAPACK: dict[str, Callable[..., int]] = {
     "aten::_linalg_eigh": lambda A, *args: 2 * _copy(A),
     "aten::linalg_cholesky_ex": _copy,
     "aten::linalg_qr": _copy_of_tall,
+}
+# And what gloo takes beside what it is given: flat copies of all that travels.
+GLOO: dict[str, Callable[..., int]] = {
+    "c10d::_allgather_base_": lambda out, A, *args, **kwargs: _copy(out),
+    "c10d::_reduce_scatter_base_": lambda out, A, *args, **kwargs: _copy(A),
+    "_c10d_functional::all_gather_into_tensor": lambda A, size, *args: size * _copy(A),
 }
 
 
@@ -75,6 +85,16 @@ def persistent(
     )
 
 
+def persistent_shards(shards: Shards) -> Breakdown:
+    """`persistent` of what this process holds of a model in shards."""
+    found = persistent(shards.mirror, shards.optimizer)
+    held = shards.held()  # the mirror stands for some of them only
+    found.frozen = tensor_bytes(t for t, trains in held if not trains)
+    found.gradients = tensor_bytes(t for t, trains in held if trains)
+    found.weights = found.frozen + found.gradients + tensor_bytes(shards.model.buffers())
+    return found
+
+
 @dataclass
 class Account:
     """The memory of a configuration's training, step by step of each kind.
@@ -85,6 +105,7 @@ class Account:
         at_rest: weights, gradients and states as training holds them after the last of the steps.
         allocated: bytes at the peak of each step according to the allocator (measured only).
         left_out: what isn't in the figures, in words.
+        ranks: how many processes share the run by FSDP2, and `rank` which of them this is; 0: none.
         seconds: that it took.
     """
 
@@ -94,6 +115,8 @@ class Account:
     at_rest: Breakdown = field(default_factory=Breakdown)
     allocated: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    ranks: int = 0
+    rank: int = 0
     seconds: float = 0.0
 
     @property
@@ -107,30 +130,61 @@ class Account:
         return self.steps[self.peak_step].peak
 
 
-def simulate(config: RunConfig, device: str = "cpu") -> Account:
+def simulate(
+    config: RunConfig, device: str = "cpu", *, ranks: int | None = None, rank: int | None = None
+) -> Account:
     """The memory of training a configuration, from the training step itself on fake tensors.
 
     Args:
         config: any method and size; `compile` is left out, as compilers plan memory of their own.
         device: `cpu`, or `cuda` for what differs there: flash attention, blocks of 512 bytes.
+        ranks: that many processes share the run by FSDP2, its batch too; the account is of one.
+        rank: which one; by default the one that holds most, as owners of layers differ.
 
     Raises:
-        InputError: the configuration, or a device that isn't known.
+        InputError: the configuration, a device that isn't known, or ranks that can't share it.
     """
     if device not in ("cpu", "cuda"):
         raise InputError("device", device, "cpu or cuda")
-    config = resolve(config).replace(compile=False)
+    if ranks is None:
+        return _simulate(resolve(config), device, Account(config, "simulated"))
+    config = check_ranks(config, ranks)
+    if rank is None:
+        try:
+            rank, _ = fullest(of_ranks(config, ranks))
+        except InputError:  # states that no formula knows
+            rank = 0
+    if not 0 <= rank < ranks:
+        raise InputError("rank", rank, f"0 to {ranks - 1}")
+    account = Account(config, "simulated", ranks=ranks, rank=rank)
+    with one_of(ranks, rank):
+        try:
+            return _simulate(config, device, account)
+        except InputError as error:  # of Shards: more processes than layers
+            name = "ranks" if error.field == "nproc-per-node" else error.field
+            raise InputError(name, error.value, error.allowed) from None
+
+
+def _simulate(config: RunConfig, device: str, account: Account) -> Account:
+    """Fill the account of a resolved configuration."""
+    account.config = config = config.replace(compile=False)
     started = time.perf_counter()
-    account = Account(config, "simulated")
     with ExitStack() as stack:
         if device == "cuda":
             stack.enter_context(flash_kernels())
             account.left_out.append("CUDA's context and libraries (some 0.5 GiB), fragmentation")
+        if account.ranks:
+            account.left_out.append("buffers of NCCL or gloo, and the first process's copy in RAM")
         stack.enter_context(FakeTensorMode())
-        stepping = _Stepping(config, torch.device("cpu"), CUDA_BLOCK if device == "cuda" else 1)
+        granularity = CUDA_BLOCK if device == "cuda" else 1
+        stepping = _Stepping(config, torch.device("cpu"), granularity, account.ranks > 0)
         if config.method == "adamw-8bit":
             account.left_out.append("temporaries of the 8-bit step (its states are by formula)")
-            stepping.assume_states(optimizer_state_bytes(config))
+            stepping.assume_states(
+                of_ranks(config, account.ranks)[account.rank].optimizer_states
+                if account.ranks
+                else optimizer_state_bytes(config)
+            )
         for name, run in stepping.kinds():
             run()
             account.steps[name] = stepping.tracker.trace()
@@ -144,6 +198,7 @@ def measure(config: RunConfig, device: str = "cpu") -> Account:
     """The memory of training a configuration, from real steps on random tokens.
 
     Live storages are followed operation by operation; beside them stands what the allocator says.
+    A process of a group measures its shards, with `parallel: fsdp2`; all of them have to.
 
     Raises:
         InputError: the configuration, or a device that isn't there.
@@ -153,10 +208,15 @@ def measure(config: RunConfig, device: str = "cpu") -> Account:
     config = resolve(config).replace(compile=False)
     started = time.perf_counter()
     account = Account(config, "measured")
-    stepping = _Stepping(config, torch.device(device), CUDA_BLOCK if device == "cuda" else 1)
+    in_shards = config.parallel == "fsdp2" and dist.is_initialized()
+    if in_shards:
+        account.ranks, account.rank = distributed.size(), distributed.rank()
+    granularity = CUDA_BLOCK if device == "cuda" else 1
+    stepping = _Stepping(config, torch.device(device), granularity, in_shards)
     for name, run in stepping.kinds():
         before = stepping.tracker.alive_bytes
-        with allocator_peak(stepping.device) as above:
+        # A release by one of gloo's threads is not recorded: what it held then counts on.
+        with whole_shapes_unseen(), allocator_peak(stepping.device) as above:
             run()
         account.steps[name] = stepping.tracker.trace()
         account.allocated[name] = before + above[0]
@@ -192,15 +252,26 @@ def allocator_peak(device: torch.device) -> Iterator[list[int]]:
 class _Stepping:
     """A model in training that takes one step of each kind, under a tracker."""
 
-    def __init__(self, config: RunConfig, device: torch.device, granularity: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        granularity: int = 1,
+        in_shards: bool = False,
+    ) -> None:
         self.config, self.device = config, device
-        self.model, self.optimizer = build(config)
-        if device.type != "cpu":
-            self.model.to(device)
+        self._shards = Shards(config, device) if in_shards else None
+        if self._shards is not None:
+            self.model, self.optimizer = self._shards.model, self._shards.optimizer
+        else:
+            self.model, self.optimizer = build(config)
+            if device.type != "cpu":
+                self.model.to(device)
         self.model.train()
         self.tracker = Tracker(
             self.model, self.optimizer, granularity=granularity,
-            hidden=LAPACK if granularity == 1 else {},
+            hidden=LAPACK | GLOO if granularity == 1 else {},
+            mirror=None if self._shards is None else self._shards.mirror,
         )  # fmt: skip
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._assumed: Tensor | None = None
@@ -225,7 +296,10 @@ class _Stepping:
                 yield name, partial(self._take, updates)
 
     def at_rest(self) -> Breakdown:
-        found = persistent(self.model, self.optimizer, self.config.per_layer)
+        if self._shards is None:
+            found = persistent(self.model, self.optimizer, self.config.per_layer)
+        else:
+            found = persistent_shards(self._shards)
         if self._assumed is not None:
             found.optimizer_states = tensor_bytes([self._assumed])
         return found
@@ -234,15 +308,17 @@ class _Stepping:
         """The step after so many updates, as training takes it."""
         config = self.config
         self._set_clock(updates)
-        with self.tracker:
+        with resizing(self.tracker), self.tracker:
             with record_function("batch"):
                 batches = self._batches()
             take_step_(
-                self.model, self.optimizer, batches, config, updates, per_layer=self._per_layer
-            )
+                self.model, self.optimizer, batches, config, updates,
+                per_layer=self._per_layer, shards=self._shards,
+            )  # fmt: skip
 
     def _batches(self) -> list[Batch]:
-        shape = self.config.batch, self.config.sequence_length
+        own = distributed.size() if self._shards is not None else 1
+        shape = self.config.batch // own, self.config.sequence_length
         tokens, targets = (
             torch.randint(self.config.size.vocab_size, shape, device=self.device) for _ in range(2)
         )

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
@@ -67,11 +68,14 @@ class Shards:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         self._config, self._device = config, device
-        self.model = build_model(config).to(device)
+        self.model = build_model(config)
+        if device.type != "cpu":  # `to` refuses tensors without values
+            self.model.to(device)
         shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
         self.mirror = copy.deepcopy(self.model, shared)
         needed = _needing_whole(self.model, config)
-        self._mesh = init_device_mesh(device.type, (distributed.size(),))
+        with unset_fake_temporarily():  # who has which place in the mesh is read off real tensors
+            self._mesh = init_device_mesh(device.type, (distributed.size(),))
         for block in self.model.model.layers:
             fully_shard(block, mesh=self._mesh)
         fully_shard(self.model, mesh=self._mesh)

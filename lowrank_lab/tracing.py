@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -39,22 +40,28 @@ CATEGORIES = (
     "weights", "gradients", "optimizer_states", "activations", "logits", "temporaries",
 )  # fmt: skip
 # What is a part of a category: part → category.
-PARTS = {"frozen": "weights", "indices": "weights", "projections": "optimizer_states"}
+PARTS = {
+    "frozen": "weights", "indices": "weights", "projections": "optimizer_states",
+    "gathered": "temporaries",
+}  # fmt: skip
+TRAVEL = ("c10d", "_c10d_functional")  # namespaces of what processes do together
 
 
 @dataclass
 class Breakdown:
-    """Bytes by category. `frozen` and `indices` are parts of weights, `projections` of states.
+    """Bytes by category. Indented ones are parts of the category above them.
 
     weights           parameters and buffers
-    frozen            … of them parameters that don't train (LoRA's W₀)
-    indices           … of them the positions of sparse entries (SLTrain)
+      frozen          … of them parameters that don't train (LoRA's W₀)
+      indices         … of them the positions of sparse entries (SLTrain)
     gradients         of parameters
     optimizer_states  all tensors that an optimizer keeps from step to step
-    projections       … of them stored projections (GaLore's P)
+      projections     … of them stored projections (GaLore's P)
     activations       what the backward pass waits for
     logits            logits, loss and the gradients that the loss forms at once
     temporaries       everything else: gradients of activations, what an operation is just making
+      gathered        … of them whole weights of the block or layer at work, and what travels
+                      between processes (with shards)
     """
 
     weights: int = 0
@@ -66,6 +73,7 @@ class Breakdown:
     activations: int = 0
     logits: int = 0
     temporaries: int = 0
+    gathered: int = 0
 
     @property
     def total(self) -> int:
@@ -85,7 +93,9 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def storages(t: Tensor) -> list[tuple[int, int]]:
-    """(key, bytes) of the storages behind a tensor: several, if it is quantized."""
+    """(key, bytes) of the storages behind a tensor: several of a quantized one, of a DTensor its
+    shard's.
+    """
     return [(s._cdata, s.nbytes()) for s in _storages(t)]
 
 
@@ -94,7 +104,8 @@ def _storages(t: Tensor) -> list[torch.UntypedStorage]:
     if not quantized:
         return [t.untyped_storage()]
     names: list[str] = t.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-    return [s for name in names for s in _storages(getattr(t, name))]
+    parts = [getattr(t, name) for name in names]  # of a DTensor its mesh is one
+    return [s for part in parts if isinstance(part, Tensor) for s in _storages(part)]
 
 
 @dataclass
@@ -192,6 +203,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         model, optimizer: what is trained. Their hooks are taken off by `close`.
+        mirror: has the optimizer's parameters by the same names, if they aren't the model's.
         granularity: allocators round blocks up to a multiple of this (CUDA's: 512).
         hidden: bytes that an operation takes for itself while it runs, by its name, from its
             arguments (`memory.LAPACK`).
@@ -204,6 +216,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         granularity: int = 1,
         hidden: Mapping[str, Callable[..., int]] | None = None,
+        mirror: nn.Module | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._optimizer = model, optimizer
@@ -211,6 +224,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        self._updated = self._names | {
+            p: name for name, p in (mirror.named_parameters() if mirror else ())
         }
         self._modules: list[str] = []  # whose forward pass is running, the innermost last
         self._going_back = ""  # the block whose backward pass is running
@@ -229,6 +245,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(t.__module__.startswith("torch.distributed.tensor") for t in types):
+            return NotImplemented  # it comes again, as operations on this process's shards
         if func.namespace == "profiler":
             self._mark(func, args)
             return func(*args, **kwargs)
@@ -236,11 +254,16 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if body is not None:  # an operation of ours: what it does within counts as well
             with self:
                 out = body(*args, **kwargs)
+        elif func.overloadpacket.__name__ == "wait_tensor" and isinstance(args[0], FakeTensor):
+            out = args[0]  # torch would make another one
         else:
             out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
+        travels = func.namespace in TRAVEL
+        for leaf in tree_leaves((args, out) if travels else out):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
+                if travels:
+                    self._gathered(leaf)
         hidden = self._hidden.get(func.overloadpacket._qualified_op_name)
         if hidden is not None:
             self._flash(hidden(*args, **kwargs))
@@ -290,25 +313,42 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 block = self._blocks[self._alive[key][1]]
                 block.category, block.owner = category, owner
 
+    def _gathered(self, t: Tensor) -> None:
+        for storage in _storages(t):
+            block = self._blocks[self._alive[storage._cdata][1]]
+            if block.category == "temporaries":
+                block.category = "gathered"
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note that a storage has given its memory back, or has got new memory, by `resize_`."""
+        if storage._cdata in self._alive:
+            self._died(storage._cdata)
+        if storage.nbytes():
+            self._born(storage, storage._cdata)
+
     def _born(self, storage: torch.UntypedStorage, key: int) -> None:
         size = -(-storage.nbytes() // self._granularity) * self._granularity
         index = len(self._blocks)
 
-        def died(_: Any) -> None:
-            place = self._alive.pop(key, None)
-            if place is not None:
-                self._event += 1
-                self._blocks[place[1]].died = self._event
-                self._changes.append((self._event, place[1], -1))
-
         if self._phases[-1][1] != "start":
             self._event += 1
-        category = "logits" if "loss" in self._ranges[-1:] else "temporaries"
+        category = "temporaries"
+        if self._ranges and self._ranges[-1] == "loss":
+            category = "logits"
+        elif self._ranges and self._ranges[-1].startswith("FSDP::"):
+            category = "gathered"
         self._blocks.append(Block(size, category, self._owner(), self._event))
         self._changes.append((self._event, index, 1))
-        self._alive[key] = (weakref.ref(storage, died), index)
+        self._alive[key] = (weakref.ref(storage, lambda _: self._died(key)), index)
         for made in self._made_in:
             made.append(index)
+
+    def _died(self, key: int) -> None:
+        place = self._alive.pop(key, None)
+        if place is not None:
+            self._event += 1
+            self._blocks[place[1]].died = self._event
+            self._changes.append((self._event, place[1], -1))
 
     def _flash(self, size: int) -> None:
         """Memory that is there and gone within one operation."""
@@ -332,7 +372,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A named range begins or ends; torch names its own with capitals and dots."""
         if "enter" in func.overloadpacket.__name__:
             self._ranges.append(str(args[0]))
-        elif self._ranges.pop() == "forward":
+            ended = ""
+        else:
+            ended = self._ranges.pop()
+        if ended.startswith("FSDP::pre_"):
+            self._name_whole()
+        if (ended or self._ranges[-1]).startswith("FSDP::") and "reduce" not in ended:
+            return
+        if ended == "forward":
             self._keep_activations()
         named = [name for name in self._ranges if name[0].islower()]
         phase = named[-1] if named else "between"
@@ -356,12 +403,19 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = "frozen" if frozen else "indices" if name.endswith("indices") else "weights"
             self.see(t, kind, name)
 
+    def _name_whole(self) -> None:
+        """Of shards, the parameters that stand for them while a block is whole."""
+        for name, p in self._model.named_parameters(remove_duplicate=False):
+            if p.requires_grad and p not in self._names:
+                self._names[p] = name
+                self._handles.append(p.register_post_accumulate_grad_hook(self._gradient(name)))  # type: ignore[no-untyped-call]
+
     def _name_states(self) -> None:
         for p, state in self._optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     kind = "projections" if key.startswith("projection") else "optimizer_states"
-                    self.see(value, kind, self._names.get(p, key))
+                    self.see(value, kind, self._updated.get(p, key))
 
     def _hooks(self) -> Iterable[RemovableHandle]:
         for name, module in self._model.named_modules():
@@ -388,7 +442,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._phase == "backward" and not self._made_in:  # recomputed: it waits again
                 alive = {index for _, index in self._alive.values()}
                 for index in alive.intersection(made):
-                    self._blocks[index].category = "activations"
+                    if self._blocks[index].category == "temporaries":
+                        self._blocks[index].category = "activations"
             if isinstance(output, Tensor) and output.requires_grad and name.count(".") == 2:
                 output.register_hook(self._back(name))  # type: ignore[no-untyped-call]
 
@@ -406,6 +461,23 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.see(p.grad, "gradients", name)
 
         return hook
+
+
+@contextmanager
+def resizing(tracker: Tracker) -> Iterator[None]:
+    """Tell a tracker in this block of storages that are resized: so FSDP frees whole weights."""
+    resize = torch.UntypedStorage.resize_
+
+    def seen(storage: torch.UntypedStorage, size: int) -> Any:
+        changed = resize(storage, size)
+        tracker.resized(storage)
+        return changed
+
+    torch.UntypedStorage.resize_ = seen  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from lowrank_lab.step import (
     kind_of,
     take_step_,
 )
-from lowrank_lab.tracing import Breakdown, Tracker, tensor_bytes, unseen
+from lowrank_lab.tracing import Breakdown, Tracker, unseen
 from lowrank_lab.watch import LossWatch, asked_to_stop
 
 PROGRESS_SECONDS = 0.5
@@ -286,14 +286,9 @@ class Trainer:
 
     def _persistent(self) -> Breakdown:
         """Bytes of weights, gradients and states that this process holds."""
-        if self._shards is None:
-            return memory.persistent(self.model, self.optimizer, self.config.per_layer)
-        found = memory.persistent(self._shards.mirror, self.optimizer)
-        held = self._shards.held()  # the mirror stands for some of them only
-        found.frozen = tensor_bytes(t for t, trains in held if not trains)
-        found.gradients = tensor_bytes(t for t, trains in held if trains)
-        found.weights = found.frozen + found.gradients + tensor_bytes(self.model.buffers())
-        return found
+        if self._shards is not None:
+            return memory.persistent_shards(self._shards)
+        return memory.persistent(self.model, self.optimizer, self.config.per_layer)
 
     def _plain(self) -> tuple[Llama, torch.optim.Optimizer]:
         """Model and optimizer in ordinary tensors; of shards the first process's copy."""

@@ -1,8 +1,9 @@
 """Runs of two gloo processes, for tests: a program that trains many configurations in one start.
 
-python tests/processes.py JOBS.json FOLDER, as rank $RANK of $WORLD_SIZE. JOBS is a list of pairs: a
-name and fields of RunConfig, beside which `stop` is a step after which the run is broken off. Each
-run goes to FOLDER/name, and what it raised to FOLDER/name.RANK.error.
+python tests/processes.py WHAT JOBS.json FOLDER, as rank $RANK of $WORLD_SIZE. JOBS is a list of
+pairs: a name and fields of RunConfig, beside which `stop` is a step after which the run is broken
+off. WHAT is `train`: each run goes to FOLDER/name, and what it raised to FOLDER/name.RANK.error;
+or `measure`: the memory that steps take goes to FOLDER/name.RANK.json.
 """
 
 import json
@@ -23,9 +24,33 @@ def train_all(jobs, folder, timeout=600, size=SIZE):
 
     Returns what they raised, by name and rank.
     """
+    _start("train", jobs, folder, timeout, size)
+    return {p.name.removesuffix(".error"): p.read_text() for p in folder.glob("*.error")}
+
+
+def measure_all(jobs, folder, timeout=600, size=SIZE):
+    """Measure the memory of each of the pairs of a name and fields, in each of the processes.
+
+    Returns facts by name and rank: peaks by kind of step (`allocated`), and `at_rest`.
+    """
+    _start("measure", jobs, folder, timeout, size)
+    found = {tuple(p.name.split(".")[:2]): json.loads(p.read_text()) for p in folder.glob("*.json")}
+    return {(name, int(rank)): facts for (name, rank), facts in found.items() if rank != "json"}
+
+
+def phase_peaks(trace):
+    """The most bytes in each phase of a step."""
+    total, found = trace.total(), {}
+    ends = [first for first, _ in trace.phases[1:]] + [len(total)]
+    for (first, name), end in zip(trace.phases, ends, strict=True):
+        found[name] = max(found.get(name, 0), *map(int, total[first:end]), 0)
+    return found
+
+
+def _start(what, jobs, folder, timeout, size):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(list(jobs)))
-    command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder)]
+    command = [sys.executable, __file__, what, str(folder / "jobs.json"), str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
     started = [
         subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
@@ -37,35 +62,53 @@ def train_all(jobs, folder, timeout=600, size=SIZE):
     finally:
         for process in started:
             process.kill()
-    return {p.name.removesuffix(".error"): p.read_text() for p in folder.glob("*.error")}
 
 
-def _main(jobs, folder):
+def _main(what, jobs, folder):
     import torch.distributed as dist
 
-    from lowrank_lab import RunConfig, train
-
-    rank = int(os.environ["RANK"])
+    rank, folder = int(os.environ["RANK"]), Path(folder)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/.store", rank=rank,
         world_size=int(os.environ["WORLD_SIZE"]),
     )  # fmt: skip
     for name, fields in json.loads(Path(jobs).read_text()):
-        stop = fields.pop("stop", None)
-
-        def on_step(row, stop=stop):
-            if row["step"] == stop:
-                raise Stopped
-
-        try:
-            train(RunConfig(**fields), Path(folder) / name, on_step=on_step)
-        except Stopped:
-            pass
-        except Exception as error:
-            (Path(folder) / f"{name}.{rank}.error").write_text(f"{type(error).__name__}: {error}")
+        (_train if what == "train" else _measure)(name, fields, folder, rank)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's own end sometimes hangs
+
+
+def _train(name, fields, folder, rank):
+    from lowrank_lab import RunConfig, train
+
+    stop = fields.pop("stop", None)
+
+    def on_step(row):
+        if row["step"] == stop:
+            raise Stopped
+
+    try:
+        train(RunConfig(**fields), folder / name, on_step=on_step)
+    except Stopped:
+        pass
+    except Exception as error:
+        (folder / f"{name}.{rank}.error").write_text(f"{type(error).__name__}: {error}")
+
+
+def _measure(name, fields, folder, rank):
+    from lowrank_lab import RunConfig
+    from lowrank_lab.memory import measure
+
+    # What gloo's own threads release is not recorded and so counts on: the least of some is right.
+    times = 1 if fields["method"] == "adamw-8bit" else 3  # it compiles for long
+    accounts = [measure(RunConfig(**fields)) for _ in range(times)]
+    account = accounts[0]
+    facts = {
+        "allocated": {kind: min(a.allocated[kind] for a in accounts) for kind in account.steps},
+        "at_rest": account.at_rest.as_dict(),
+    }
+    (folder / f"{name}.{rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -159,6 +159,28 @@ BAD = {
     "memory at a rank above the layers": (
         "memory --model tiny --method low-rank --rank 99", ["rank", "99", "32"],
     ),
+    "ranks of nobody": ("memory --model tiny --ranks 0", ["ranks", "0", "1 or more"]),
+    "ranks not a number": ("memory --model tiny --ranks many", ["--ranks", "many", "integer"]),
+    "ranks that don't divide the batch": (
+        "memory --model tiny --batch 8 --ranks 3 --all", ["ranks", "3", "batch 8"],
+    ),
+    "ranks that don't divide a piece": (
+        "memory --model tiny --batch 8 --gradient-accumulation 4 --ranks 4",
+        ["ranks", "4", "gradient_accumulation 4"],
+    ),
+    "ranks with updates per layer": (
+        "memory --model tiny --batch 8 --ranks 2 --per-layer --all", ["per_layer", "fsdp2"],
+    ),
+    "ranks of merges": (
+        "memory --model tiny --method relora --rank 4 --batch 8 --ranks 2", ["relora", "shards"],
+    ),
+    "more ranks than layers": (
+        "memory --model tiny --method galore --rank 4 --batch 40 --ranks 40",
+        ["ranks", "40", "14 layers"],
+    ),
+    "ranks to measure": (
+        "memory --model tiny --batch 8 --ranks 2 --measure", ["measure", "ranks"],
+    ),
     "unknown benchmark": ("bench speed", ["speed"]),
     "sample of nothing": ("sample {tmp}/folder", ["run", "folder", "config.json"]),
     "report on nothing": ("report {tmp}/folder", ["folder", "no runs"]),

@@ -14,7 +14,7 @@ PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
     "config distributed sources tokens shards corpus layers attention llama optim techniques "
-    "schedule options builders catalogue methods sharded step tracing formulas memory budget "
+    "schedule options builders catalogue methods sharded step tracing formulas ranks memory budget "
     "spectra checkpoint provenance runs watch train needs sample export stats one_matrix grid "
     "figures slider panel one_matrix_view grid_view report widgets explorer merge jobs runner "
     "selection cluster pages publish study study_view budget_view cli __main__"
@@ -70,6 +70,7 @@ def test_the_rooms_that_decide_a_run_are_those_that_training_uses():
     records = {
         "tracing",
         "formulas",
+        "ranks",
         "memory",
         "spectra",
         "checkpoint",
