@@ -4,9 +4,9 @@ A study file is YAML:
 
     description: what is asked
     base: {model: micro, tokens: 4000000}          # fields of RunConfig, for all runs
-    variants:                                      # named changes to the base
+    variants:                                      # named changes to the base; grid and seeds too
       full rank: {method: full-rank, lr: 1.0e-2}
-      low rank: {method: low-rank, grid: {lr: [0.005, 0.01]}}    # with a grid of its own
+      low rank: {method: low-rank, grid: {lr: [0.005, 0.01]}, seeds: [0]}
     grid: {rank: [8, 16]}                          # every combination, with every variant
     seeds: [0, 1, 2]
     select: {from: tune, by: method, best: lr}     # what an earlier study chooses (selection.py)
@@ -69,7 +69,7 @@ def load_study(path: Path | str, seeds: list[int] | None = None, *, corpora: boo
         InputError: one line that names the file, the key or field, and what is allowed.
     """
     path = Path(path)
-    content = _read_yaml(path) | ({} if seeds is None else {"seeds": seeds})
+    content = _read_yaml(path)
     for name in content:
         if name not in KEYS:
             raise InputError(
@@ -86,7 +86,7 @@ def load_study(path: Path | str, seeds: list[int] | None = None, *, corpora: boo
     limit = content.get("time_limit")
     limit = None if limit is None else seconds_of(limit, f"{path.name}: time_limit")
     runs: dict[str, tuple[str, RunConfig]] = {}
-    for label, fields in _combinations(content, path):
+    for label, fields in _combinations(content, path, seeds):
         try:
             config = RunConfig(**fields)
             config = check(config)[0] if corpora else resolve(config)
@@ -138,11 +138,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _combinations(
+    content: dict[str, Any], path: Path, only_seeds: list[int] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Label and fields of every run: variants × grids × seeds."""
     base, seeds = content.get("base", {}), content.get("seeds", [0])
     variants = content.get("variants", {"": {}})
-    _check_lists({"seeds": seeds}, path.name)
+    _check_lists({"seeds": seeds if only_seeds is None else only_seeds}, path.name)
     select = content.get("select")
     selection = None if select is None else read_selection(select, f"{path.name}: select")
     if not variants:
@@ -162,7 +164,9 @@ def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, di
                 raise InputError(f"{place}: {name}", value, "must be a mapping of fields")
         grid = content.get("grid", {}) | own
         _check_lists(grid, place if own else path.name)
-        changes = {n: v for n, v in changes.items() if n not in ("grid", "select")}
+        own_seeds = changes.get("seeds", seeds)
+        _check_lists({"seeds": own_seeds}, place)
+        changes = {n: v for n, v in changes.items() if n not in ("grid", "select", "seeds")}
         given = base | changes
         if selection is not None:
             for name, value in selection.choose(str(label), given, like).items():
@@ -180,7 +184,7 @@ def _combinations(content: dict[str, Any], path: Path) -> Iterator[tuple[str, di
                 f"{str(name).rpartition('.')[2].replace('_', ' ')} {value}"
                 for name, value in zip(grid, values, strict=True)
             ]
-            for seed in seeds:
+            for seed in own_seeds if only_seeds is None else only_seeds:
                 yield ", ".join(words), {**fields, "seed": seed}
 
 

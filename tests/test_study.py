@@ -49,6 +49,29 @@ def test_runs_are_variants_times_grid_times_seeds(study_file):
     ]
 
 
+def test_a_variant_can_have_a_grid_and_seeds_of_its_own(study_file):
+    variants = {"a": {"method": "low-rank", "seeds": [1, 2], "grid": {"rank": [2, 4]}}, "b": {}}
+    path = study_file(variants=variants, seeds=[0])
+    assert [(label, c.seed) for label, c in load_study(path).runs.values()] == [
+        ("a, rank 2", 1), ("a, rank 2", 2), ("a, rank 4", 1), ("a, rank 4", 2), ("b", 0),
+    ]  # fmt: skip
+    assert {c.seed for _, c in load_study(path, seeds=[7]).runs.values()} == {7}
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"grid": [1]}, r"variants: a: grid: \[1\] is not allowed; must be a mapping"),
+        ({"grid": {"lr": 1}}, "variants: a: lr: 1 is not allowed; must be a list"),
+        ({"seeds": []}, r"variants: a: seeds: \[\] is not allowed; must be a list"),
+        ({"select": "x"}, "variants: a: select: 'x' is not allowed; must be a mapping"),
+    ],
+)
+def test_what_is_wrong_in_a_variant_is_one_line(study_file, variant, message):
+    with pytest.raises(InputError, match=message):
+        load_study(study_file(variants={"a": variant}))
+
+
 def test_seeds_can_be_given_instead_of_those_in_the_file(study_file):
     found = load_study(study_file(seeds=[0]), seeds=[3, 4])
     assert [config.seed for _, config in found.runs.values()] == [3, 4]
