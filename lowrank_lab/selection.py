@@ -6,8 +6,8 @@ In a study file:
 
 Every variant then gets those values of the `best` fields with which, in the runs of the study
 `tune` that have the same values of the `by` fields, the validation loss was lowest (its mean, where
-there are several seeds). An option of which one value alone was tried is left as it is. More keys
-of it: `around: {lr: [0.5, 1, 2]}` makes a grid of multiples of what was chosen; `edges: allow`
+there are several seeds). An option whose best value is the default is left to the variant. More
+keys of it: `around: {lr: [0.5, 1, 2]}` makes a grid of multiples of what was chosen; `edges: allow`
 takes a best value that is the first or last of three or more tried. A variant's own key
 `select: {init: kaiming}` looks as if it had these values of the `by` fields.
 """
@@ -58,9 +58,12 @@ class Selection:
         config = resolve(RunConfig(**fields))
         wanted = tuple(like[name] if name in like else value_of(config, name) for name in self.by)
         losses: dict[Values, list[float]] = defaultdict(list)
+        first: dict[Values, RunConfig] = {}
         for run, loss in self.tried:
             if tuple(value_of(run, name) for name in self.by) == wanted:
-                losses[tuple(value_of(run, name) for name in self.best)].append(loss)
+                values = tuple(value_of(run, name) for name in self.best)
+                losses[values].append(loss)
+                first.setdefault(values, run)
         if not losses:
             looked_for = ", ".join(f"{n} {v}" for n, v in zip(self.by, wanted, strict=True))
             raise InputError(place, looked_for, f"no such run in {self.source}")
@@ -68,12 +71,8 @@ class Selection:
         best = min(means, key=means.__getitem__)
         if not self.edges:
             self._check_inside(place, best, list(means))
-        tried = dict(zip(self.best, zip(*means, strict=True), strict=True))
-        return {
-            name: value
-            for name, value in zip(self.best, best, strict=True)
-            if value is not None and ("." not in name or len(set(tried[name])) > 1)
-        }
+        found = {n: v for n, v in zip(self.best, best, strict=True) if v is not None}
+        return {n: v for n, v in found.items() if "." not in n or v != _default(first[best], n)}
 
     def _check_inside(self, place: str, best: Values, tried: list[Values]) -> None:
         """Refuse a number that is the least or most of three or more, the others being equal."""
@@ -91,6 +90,12 @@ def value_of(config: RunConfig, name: str) -> Any:
     outer, _, inner = name.partition(".")
     held = getattr(config, outer)
     return held.get(inner) if inner else held
+
+
+def _default(config: RunConfig, option: str) -> Any:
+    """What `method_options.NAME` of a resolved configuration would be if it weren't given."""
+    given = {n: v for n, v in config.method_options.items() if n != option.partition(".")[2]}
+    return value_of(resolve(config.replace(method_options=given)), option)
 
 
 def read_selection(content: Any, place: str) -> Selection:

@@ -79,13 +79,19 @@ def test_options_of_a_method_are_chosen_with_its_rate_and_around_makes_a_grid(st
     assert all((o["scale"], o["update_proj_gap"]) == (1.0, 7) for _, _, o in found[:2])
 
 
-def test_an_option_of_which_one_value_was_tried_is_left_as_it_is(study_file, tried):
+def test_an_option_whose_best_value_is_the_default_is_left_to_the_variant(study_file, tried):
     spectral = {"method": "low-rank", "init": "spectral"}
-    name = tried(({**spectral, "lr": 1e-3}, 2.0), ({**spectral, "lr": 2e-3}, 1.0))
-    select = {"from": name, "best": ["lr", "method_options.alpha"]}
-    path = study_file(select=select, variants={"a": {**spectral, "rank": 8}})
-    ((_, config),) = load_study(path).runs.values()
-    assert (config.lr, config.method_options["alpha"]) == (2e-3, 8.0)  # alpha follows the rank
+    kaiming = {"method": "low-rank", "init": "kaiming", "method_options": {"alpha": 8.0}}
+    name = tried(
+        ({**spectral, "lr": 1e-3}, 2.0),
+        ({**spectral, "lr": 2e-3}, 1.0),
+        ({**kaiming, "lr": 3e-3}, 1.0),
+    )
+    select = {"from": name, "by": ["method", "init"], "best": ["lr", "method_options.alpha"]}
+    variants = {"a": {**spectral, "rank": 8}, "b": {"method": "low-rank", "init": "kaiming"}}
+    found = [c for _, c in load_study(study_file(select=select, variants=variants)).runs.values()]
+    # that of spectral factors is the rank: with another rank it is another one
+    assert [(c.lr, c.method_options["alpha"]) for c in found] == [(2e-3, 8.0), (3e-3, 8.0)]
 
 
 def test_a_variant_can_take_the_values_of_another(study_file, tried):
