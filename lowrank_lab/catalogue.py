@@ -16,6 +16,7 @@ from lowrank_lab.builders import (
     whole_model,
 )
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
+from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 from lowrank_lab.options import Option, adam_options, projection_options
 
@@ -47,7 +48,7 @@ _APOLLO = {
     **adam_options(eps=1e-6),
     **projection_options(ONE_SIDED),
     "scale": Option.number(1.0, 0, 1e6),
-    "proj": Option.choice("random", ("random", "svd")),
+    "proj": Option.choice("random", PROJECTIONS),
     "scale_type": Option.choice("channel", ("channel", "tensor")),
     "scale_front": Option.flag(False),
     "store_projection": Option.flag(True),
