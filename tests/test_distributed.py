@@ -36,6 +36,35 @@ def fields_of(method, steps=50):
     return found
 
 
+def changed(method, method_options=(), **changes):
+    found = fields_of(method) | changes
+    return found | {"method_options": found["method_options"] | dict(method_options)}
+
+
+GRAM = {"refresh": "gram"}
+# What is updated in shards without gathering a layer, or in another way than by default.
+IN_SHARDS = {
+    "galore gram": changed("galore", GRAM),
+    "galore gram left": changed("galore", GRAM | {"proj_type": "left"}),
+    "galore gram reverse": changed("galore", GRAM | {"proj_type": "reverse_std"}),
+    "galore gram full": changed("galore", GRAM | {"proj_type": "full"}),  # has owners
+    "galore gram spread": changed("galore", GRAM | {"spread_refresh": True}),
+    "fira gram": changed("fira", GRAM),
+    "golore gram": changed("golore", GRAM | {"switch": 25, "update_proj_gap": 10}),
+    "golore random": changed("golore", {"switch": 0}),
+    "apollo seed": changed("apollo", {"store_projection": False}),
+    "apollo gram": changed("apollo", {"proj": "gram"}),
+    "apollo svd": changed("apollo", {"proj": "svd"}),
+    "apollo-mini front": changed("apollo-mini", {"scale_front": True}),
+    "keep": changed("low-rank", on_refactor="keep", reset_every=0),
+    "reset": changed("low-rank", on_refactor="reset", reset_every=0),
+    "transport": changed("low-rank", on_refactor="transport", reset_every=0),
+    "sltrain transport": changed("sltrain", on_refactor="transport", reset_every=0),
+    "relora": changed("relora"),
+    "relora part": changed("relora", {"merge_share": 0.9, "merge_every": 20}),
+}
+
+
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -51,9 +80,9 @@ def differences(one, two):
     return max(abs(a["loss"] - b["loss"]) for a, b in pairs), max(valid), abs(ends[0] - ends[1])
 
 
-def compared(names, folder, **changes):
-    """Rows of a table: each method with one process and with two."""
-    jobs = {name: fields_of(name) | changes for name in names}
+def compared(jobs, folder, **changes):
+    """Rows of a table: each of the fields by name with one process and with two."""
+    jobs = {name: fields | changes for name, fields in jobs.items()}
     errors = train_all(jobs.items(), folder / "two")
     found = {}
     for name, fields in jobs.items():
@@ -68,22 +97,29 @@ def compared(names, folder, **changes):
 
 def table(title, found):
     lines = [f"{title}: largest |one process − two| over 50 steps"]
-    lines += [f"{'method':12} training validation    test  one in two pieces"]
-    lines += [f"{name:12}" + "".join(f" {v:8.1e} " for v in row) for name, row in found.items()]
+    lines += [f"{'':20} training validation    test  one in two pieces"]
+    lines += [f"{name:20}" + "".join(f" {v:8.1e} " for v in row) for name, row in found.items()]
     sys.stdout.write("\n" + "\n".join(lines) + "\n")
 
 
 @pytest.mark.slow
 def test_every_method_trains_the_same_with_two_processes(tmp_path):
-    found = compared(METHODS, tmp_path)
+    found = compared({name: fields_of(name) for name in METHODS}, tmp_path)
     table("ddp", found)
     assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
 
 
 @pytest.mark.slow
-def test_every_method_but_relora_trains_the_same_in_shards(tmp_path):
-    found = compared([name for name in METHODS if name != "relora"], tmp_path, parallel="fsdp2")
+def test_every_method_trains_the_same_in_shards(tmp_path):
+    found = compared({name: fields_of(name) for name in METHODS}, tmp_path, parallel="fsdp2")
     table("fsdp2", found)
+    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+
+
+@pytest.mark.slow
+def test_what_gathers_no_layer_trains_the_same_in_shards(tmp_path):
+    found = compared(IN_SHARDS, tmp_path, parallel="fsdp2")
+    table("fsdp2, in shards", found)
     assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
 
 
@@ -189,7 +225,14 @@ def test_what_two_processes_cannot_share_is_refused_in_one_line(two):
 @pytest.mark.parametrize(
     ("fields", "refusal"),
     [
-        ({"method": "relora"}, "method: 'relora'"),
+        (
+            {"method": "relora", "method_options": {"merge_moments": "random"}},
+            "method_options.merge_moments: 'random'",
+        ),
+        (
+            {"method": "relora", "steps": 9, "method_options": {"warm_start": 4}},
+            "method_options.warm_start: 4",
+        ),
         ({"per_layer": True, "clip": 0.0}, "per_layer: True"),
         ({"compile": True}, "compile: True"),
         ({"reset_every": 10, "reset_how": "magnitude"}, "reset_how: 'magnitude'"),
