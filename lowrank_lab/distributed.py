@@ -196,9 +196,9 @@ class Part(Whole):
         return t.chunk(size(), dim)[rank()].clone(memory_format=torch.contiguous_format)
 
     def joined(self, t: Tensor, dim: int = 0) -> Tensor:
-        parts = t.new_empty((size() * t.shape[0], *t.shape[1:]))
-        dist.all_gather_into_tensor(parts, t.contiguous())
-        return torch.cat(parts.chunk(size()), dim) if dim else parts
+        parts = t.new_empty((size(), *t.shape))
+        dist.all_gather(list(parts), t.contiguous())
+        return parts.flatten(0, 1) if dim == 0 else torch.cat(list(parts), dim)
 
 
 def same_everywhere(value: int) -> bool:

@@ -1,7 +1,8 @@
 """Runs of two gloo processes, for tests: a program that trains many configurations in one start.
 
 python tests/processes.py JOBS.json FOLDER, as rank $RANK of $WORLD_SIZE. JOBS is a list of pairs: a
-name and fields of RunConfig, beside which `stop` is a step after which the run is broken off. Each
+name and fields of RunConfig, beside which `stop` is a step after which the run is broken off, and
+`sent` asks for a list of what its optimizer steps and events exchange: FOLDER/name.RANK.sent. Each
 run goes to FOLDER/name, and what it raised to FOLDER/name.RANK.error.
 """
 
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 SIZE = 2
@@ -40,6 +42,40 @@ def train_all(jobs, folder, timeout=600, size=SIZE):
     return {p.name.removesuffix(".error"): p.read_text() for p in folder.glob("*.error")}
 
 
+@contextmanager
+def listed(found):
+    """Append what steps and events in shards exchange: kind, name of the collective, entries."""
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from lowrank_lab.sharded import Shards
+
+    class Listed(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
+                sizes = [t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                found[-1].append([func.name().partition("::")[2].partition(".")[0], max(sizes)])
+            return func(*args, **(kwargs or {}))
+
+    def within(method):
+        def run(self, *args):
+            found.append([method.__name__])
+            with Listed():
+                return method(self, *args)
+
+        return run
+
+    kept = {name: getattr(Shards, name) for name in ("step_", "refactorize_", "merge_")}
+    try:
+        for name, method in kept.items():
+            setattr(Shards, name, within(method))
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(Shards, name, method)
+
+
 def _main(jobs, folder):
     import torch.distributed as dist
 
@@ -51,18 +87,22 @@ def _main(jobs, folder):
         world_size=int(os.environ["WORLD_SIZE"]),
     )  # fmt: skip
     for name, fields in json.loads(Path(jobs).read_text()):
-        stop = fields.pop("stop", None)
+        stop, found = fields.pop("stop", None), []
+        listing = listed(found) if fields.pop("sent", False) else nullcontext()
 
         def on_step(row, stop=stop):
             if row["step"] == stop:
                 raise Stopped
 
         try:
-            train(RunConfig(**fields), Path(folder) / name, on_step=on_step)
+            with listing:
+                train(RunConfig(**fields), Path(folder) / name, on_step=on_step)
         except Stopped:
             pass
         except Exception as error:
             (Path(folder) / f"{name}.{rank}.error").write_text(f"{type(error).__name__}: {error}")
+        if found:
+            (Path(folder) / f"{name}.{rank}.sent").write_text(json.dumps(found))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's own end sometimes hangs

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from short import short_options
 
 from lowrank_lab import METHODS, InputError, RunConfig, train
-from lowrank_lab.formulas import optimizer_state_bytes
+from lowrank_lab.formulas import by_formula, optimizer_state_bytes
 from lowrank_lab.methods import build_model, resolve
 from lowrank_lab.runs import read_jsonl
 from lowrank_lab.sharded import check_shards
@@ -134,6 +134,14 @@ RUNS = {
     "low-rank": {"method": "low-rank", "parallel": "fsdp2", "refactor_every": 4,
                  "on_refactor": "transport"},
     "galore": {"method": "galore", "rank": 4, "parallel": "fsdp2"},
+    "fira": {"method": "fira", "rank": 4, "parallel": "fsdp2",
+             "method_options": {"refresh": "gram", "update_proj_gap": 4}},
+    "golore": {"method": "golore", "rank": 4, "parallel": "fsdp2",
+               "method_options": {"refresh": "gram", "update_proj_gap": 4, "switch": 6}},
+    "apollo": {"method": "apollo", "rank": 4, "parallel": "fsdp2",
+               "method_options": {"update_proj_gap": 4}},
+    "relora": {"method": "relora", "rank": 4, "parallel": "fsdp2",
+               "method_options": {"merge_every": 4}},
 }  # fmt: skip
 SHARDED = [name for name in RUNS if name != "ddp"]
 PER_LAYER = {
@@ -151,6 +159,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     jobs = [(name, SHORT | fields) for name, fields in RUNS.items()]
     cut = [(f"{name}-cut", fields) for name, fields in jobs]
+    jobs = [(name, fields | {"sent": name in SHARDED}) for name, fields in jobs]
     jobs += [(n, fields | {"stop": 10}) for n, fields in cut] + cut
     jobs += [("per-layer", SHORT | PER_LAYER)]
     to_and_fro = [("ddp", 4), ("fsdp2", 10), ("ddp", None)]
@@ -199,16 +208,57 @@ def test_gradients_one_at_a_time_and_changes_of_the_way_change_nothing(two, name
 @pytest.mark.parametrize("name", SHARDED)
 def test_bytes_of_a_process_are_those_of_its_shards(two, name):
     config = resolve(RunConfig(**SHORT, **RUNS[name]))
-    model = build_model(config)
-    shards = sum(-(-p.shape[0] // 2) * p[0].numel() * 4 for p in model.parameters())
+    weights = list(build_model(config).parameters())
+    trained = [p for p in weights if p.requires_grad]
     found = json.loads((two[0] / name / "memory.json").read_text())
-    assert (found["weights"], found["gradients"]) == (shards, shards)
+    assert found["weights"] == 4 * sum(p.numel() for p in weights) / 2
+    assert found["gradients"] == 4 * sum(p.numel() for p in trained) / 2
+    states = optimizer_state_bytes(config)
     if name == "galore":  # by layers: as even as these are
-        half = optimizer_state_bytes(config) / 2
-        assert found["optimizer_states"] == pytest.approx(half, rel=0.1)
+        assert found["optimizer_states"] == pytest.approx(states / 2, rel=0.1)
+        return
+    # All have torch's counters of steps, or the norms of the whole that limit growth.
+    with_numbers = {"fira": 14, "apollo": 14, "golore": 0}.get(name, len(trained))
+    assert found["optimizer_states"] == (states + 4 * with_numbers) / 2
+    assert found["projections"] == by_formula(config).projections / 2
+
+
+def sent(folder, name):
+    """What steps and events exchanged: the method, then pairs of a collective and its entries."""
+    return json.loads((folder / f"{name}.0.sent").read_text())
+
+
+@pytest.mark.parametrize("name", ["fira", "golore", "apollo"])
+def test_projections_and_gram_matrices_are_all_that_a_step_in_shards_exchanges(two, name):
+    side, rank, layers = 32, 4, 14
+    steps = [calls for kind, *calls in sent(two[0], name) if kind == "step_"]
+    assert len(steps) == SHORT["steps"]
+    for step, calls in enumerate(steps):
+        gram = step % 4 == 0 and not (name == "golore" and step >= 6) and name != "apollo"
+        largest = {kind: max(n for k, n in calls if k == kind) for kind, _ in calls}
+        assert largest.pop("allgather_") <= side * rank
+        assert largest.pop("broadcast_", 0) == (side * rank if gram else 0)
+        # norms of the whole; signs (rank numbers) or carried moments (rank² numbers)
+        small = rank**2 if step % 4 == 0 else 1
+        assert largest.pop("allreduce_", 0) <= (side**2 if gram else small)
+        assert sum(n > small for k, n in calls if k == "allreduce_") == (layers if gram else 0)
+        assert not largest
+
+
+@pytest.mark.parametrize(("name", "event"), [("low-rank", "refactorize_"), ("relora", "merge_")])
+def test_r_by_r_matrices_are_all_that_refactorization_exchanges_and_merges_a_factor(
+    two, name, event
+):
+    rank = 8 if name == "low-rank" else 4
+    calls = sent(two[0], name)
+    assert {kind for kind, *exchanged in calls if exchanged} == {event}  # and steps nothing
+    exchanged = [call for kind, *found in calls if kind == event for call in found]
+    if event == "merge_":
+        assert {kind for kind, _ in exchanged} == {"allgather_"}
+        assert max(n for _, n in exchanged) <= 88 * rank
     else:
-        steps = 4 * len(list(model.parameters()))  # torch's own counters
-        assert found["optimizer_states"] == 2 * shards + steps
+        assert {kind for kind, _ in exchanged} == {"allreduce_", "broadcast_"}
+        assert max(n for _, n in exchanged) == 2 * rank**2
 
 
 def test_what_two_processes_cannot_share_is_refused_in_one_line(two):
