@@ -141,7 +141,7 @@ class Shards:
         units = [sorted(names, key=place.__getitem__) for names in layers.values()]
         units.sort(key=lambda names: (-self._entries(names), place[names[0]]))
         processes = distributed.size()
-        if units and len(units) < processes:
+        if units and not self._parts and len(units) < processes:
             allowed = f"{len(units)} layers are updated whole: at most as many processes"
             raise InputError("nproc-per-node", processes, allowed)
         held, found = [0] * processes, []
@@ -321,10 +321,13 @@ class Shards:
             state = optimizer.state.get(whole, {})
             if not state or self._owner.get(name) not in (None, distributed.rank()):
                 continue
-            for key, value in state.items():
-                dim = self._cut_of(name, key, value, whole.shape)
-                part = value if dim is None else _cut(value, dim).contiguous()
-                self.optimizer.state[own][key] = _moved(part, p)
+            cuts = {
+                key: self._cut_of(name, key, value, whole.shape) for key, value in state.items()
+            }
+            self.optimizer.state[own] = {
+                key: _moved(value if dim is None else _cut(state[key], dim).contiguous(), p)
+                for (key, value), dim in zip(state.items(), cuts.values(), strict=True)
+            }
         _copy_groups_(optimizer, self.optimizer)
 
     def blank(self) -> tuple[Llama, torch.optim.Optimizer]:

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 SIZE = 2
@@ -42,42 +42,9 @@ def train_all(jobs, folder, timeout=600, size=SIZE):
     return {p.name.removesuffix(".error"): p.read_text() for p in folder.glob("*.error")}
 
 
-@contextmanager
-def listed(found):
-    """Append what steps and events in shards exchange: kind, name of the collective, entries."""
-    from torch import Tensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    from lowrank_lab.sharded import Shards
-
-    class Listed(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
-                sizes = [t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-                found[-1].append([func.name().partition("::")[2].partition(".")[0], max(sizes)])
-            return func(*args, **(kwargs or {}))
-
-    def within(method):
-        def run(self, *args):
-            found.append([method.__name__])
-            with Listed():
-                return method(self, *args)
-
-        return run
-
-    kept = {name: getattr(Shards, name) for name in ("step_", "refactorize_", "merge_")}
-    try:
-        for name, method in kept.items():
-            setattr(Shards, name, within(method))
-        yield
-    finally:
-        for name, method in kept.items():
-            setattr(Shards, name, method)
-
-
 def _main(jobs, folder):
     import torch.distributed as dist
+    from exchanges import listed
 
     from lowrank_lab import RunConfig, train
 

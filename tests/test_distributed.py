@@ -123,6 +123,24 @@ def test_what_gathers_no_layer_trains_the_same_in_shards(tmp_path):
     assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
 
 
+@pytest.mark.slow
+def test_layers_that_cannot_be_cut_evenly_train_the_same(tmp_path):
+    # Of three processes: 36 rows and columns can be cut, 88 can't.
+    size = {"hidden_size": 36, "batch": 9, "steps": 22, "parallel": "fsdp2", "spectra_every": 5}
+    names = ("galore gram", "fira gram", "apollo-mini front", "transport", "relora")
+    jobs = {name: IN_SHARDS[name] | size for name in names}
+    for fields in jobs.values():
+        fields["method_options"] = fields["method_options"] | {
+            key: 5 for key in ("update_proj_gap", "merge_every") if key in fields["method_options"]
+        }
+    jobs["transport"] |= {"refactor_every": 5}
+    assert train_all(jobs.items(), tmp_path / "three", size=3) == {}
+    for name, fields in jobs.items():
+        train(RunConfig(**fields | {"parallel": "ddp"}), tmp_path / "one" / name)
+        ours = differences(tmp_path / "one" / name, tmp_path / "three" / name)
+        assert max(ours) < 1e-5, (name, ours)
+
+
 SHORT = SMALL | {"steps": 14, "checkpoint_every": 3, "clip": 0.5, "gradient_accumulation": 2}
 UNEVEN = {
     "uneven": {"batch": 3, "gradient_accumulation": 1},
