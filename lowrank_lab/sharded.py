@@ -321,13 +321,10 @@ class Shards:
             state = optimizer.state.get(whole, {})
             if not state or self._owner.get(name) not in (None, distributed.rank()):
                 continue
-            cuts = {
-                key: self._cut_of(name, key, value, whole.shape) for key, value in state.items()
-            }
-            self.optimizer.state[own] = {
-                key: _moved(value if dim is None else _cut(state[key], dim).contiguous(), p)
-                for (key, value), dim in zip(state.items(), cuts.values(), strict=True)
-            }
+            for key, value in state.items():
+                dim = self._cut_of(name, key, value, whole.shape)
+                part = value if dim is None else _cut(value, dim).contiguous()
+                self.optimizer.state[own][key] = _moved(part, p)
         _copy_groups_(optimizer, self.optimizer)
 
     def blank(self) -> tuple[Llama, torch.optim.Optimizer]:
