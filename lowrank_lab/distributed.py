@@ -152,6 +152,10 @@ class Whole:
         """The sum of what all holders have computed from their parts, in place."""
         return t
 
+    def max_(self, t: Tensor) -> Tensor:
+        """The largest of what all holders have found in their parts, in place."""
+        return t
+
     def norm(self, t: Tensor) -> Tensor:
         """Norms of the whole from those of the parts."""
         return t
@@ -183,6 +187,10 @@ class Part(Whole):
 
     def sum_(self, t: Tensor) -> Tensor:
         return sum_(t)
+
+    def max_(self, t: Tensor) -> Tensor:
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return t
 
     def norm(self, t: Tensor) -> Tensor:
         return sum_(t.double().square()).sqrt().to(t.dtype)

@@ -5,7 +5,7 @@ computes, and gradients arrive averaged and in shards. The optimizer works on a 
 model, whose weights are ordinary tensors:
 
 * this process's shard, for updates that treat every entry by itself (AdamW, SPAM): its states are
-  shards as well, and nothing travels;
+  shards as well, and nothing travels, or a few numbers for all (Stable-SPAM's norms);
 * this process's shard, cut along the side that isn't projected, for projections that need no whole
   gradient (`refresh: gram`, random ones; `ProjectedAdamW.cut`). Moments and projections are shards
   too. What travels a layer: the projection (r columns) in every step, if it isn't drawn from a
@@ -27,8 +27,8 @@ Checkpoints, spectra and the trained model pass through the memory of the first 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -55,11 +55,6 @@ def check_shards(config: RunConfig) -> None:
         ("per_layer", config.per_layer, "with fsdp2 gradients arrive a block at a time; False"),
         ("compile", config.compile, "it is not tried with fsdp2; False"),
         ("stochastic_rounding", config.stochastic_rounding, "it is not tried with fsdp2; False"),
-        ("reset_how", config.reset_how != "scale" and config.reset_how,
-         "with fsdp2 moments are in shards, of which none knows the largest entries; scale"),
-        ("method_options.merge_moments",
-         options.get("merge_moments", "scale") != "scale" and options["merge_moments"],
-         "with fsdp2 moments are in shards, of which none knows the largest entries; scale"),
         ("method_options.warm_start", options.get("warm_start"),
          "with fsdp2 the weights that train are the same from start to end; 0"),
     )  # fmt: skip
@@ -237,21 +232,31 @@ class Shards:
     @contextmanager
     def _whole(self, names: Sequence[str]) -> Iterator[None]:
         """These weights of the mirror, and their states, whole on every process within."""
-        cuts = {name: self._in_shards(name) for name in names}
+        with ExitStack() as states:
+            for name in names:
+                states.enter_context(self._whole_states(name))
+                self._mirrored[name].data = self._sharded[name].full_tensor()
+            yield
         for name in names:
             p, own = self._sharded[name], self._mirrored[name]
-            for key, dim in cuts[name].items():
-                state = self.optimizer.state[own]
-                state[key] = self._joined(state[key], dim, p.shape[dim])
-            own.data = p.full_tensor()
-        yield
-        for name in names:
-            p, own = self._sharded[name], self._mirrored[name]
-            for key, dim in cuts[name].items():
-                state = self.optimizer.state[own]
-                state[key] = _cut(state[key], dim).clone()
             _local(p).copy_(_cut(own.data, _dim(p)))
             own.data = _absent(p) if name in self._owner else _local(p)
+
+    @contextmanager
+    def _whole_states(self, name: str) -> Iterator[None]:
+        """The states of a weight whole within, on every process or on its owner."""
+        cuts, state = self._in_shards(name), self.optimizer.state.get(self._mirrored[name], {})
+        state.update({key: self._joined(name, key, dim) for key, dim in cuts.items()})
+        yield
+        for key, dim in cuts.items():
+            state[key] = _cut(state[key], dim).clone(memory_format=torch.contiguous_format)
+
+    def each_whole(self, params: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Some of the mirror's parameters one by one, each with its states whole in its turn."""
+        names: dict[Tensor, str] = {p: name for name, p in self._mirrored.items()}
+        for p in params:
+            with self._whole_states(names[p]):
+                yield p
 
     def _in_shards(self, name: str) -> dict[str, int]:
         """The states of a weight that are in shards, and along which dimension."""
@@ -269,10 +274,13 @@ class Shards:
             return dim if value.ndim else None  # norms of the whole are numbers
         return _dim(self._sharded[name]) if value.shape == shape else None
 
-    def _joined(self, shard: Tensor, dim: int, length: int) -> Tensor:
-        """The whole, `length` along `dim`, of what this is each process's shard of."""
+    def _joined(self, name: str, key: str, dim: int) -> Tensor:
+        """The whole of a weight's state that is in shards along a dimension."""
         from torch.distributed.tensor import DTensor, Shard
 
+        shard: Tensor = self.optimizer.state[self._mirrored[name]][key]
+        even = shard.shape[dim] * distributed.size()
+        length = even if name in self._parts else self._sharded[name].shape[dim]
         shape = torch.Size(length if i == dim else n for i, n in enumerate(shard.shape))
         joint = DTensor.from_local(
             shard, self._mesh, [Shard(dim)], run_check=False,
@@ -295,9 +303,7 @@ class Shards:
                 cast("DTensor", p.grad).full_tensor() if gradients and p.grad is not None else None
             )
             for key, dim in self._in_shards(name).items():
-                even = state[key].shape[dim] * distributed.size()
-                length = even if name in self._parts else p.shape[dim]
-                state[key] = self._joined(state[key], dim, length).cpu()
+                state[key] = self._joined(name, key, dim).cpu()
             if name in self._owner and state:
                 owned[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
             if self.plain:
@@ -371,14 +377,14 @@ def _copy_groups_(source: torch.optim.Optimizer, to: torch.optim.Optimizer) -> N
 def _parts(
     weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, config: RunConfig
 ) -> dict[str, Part]:
-    """The matrices that each process updates its part of, cut evenly on both sides, by name."""
+    """The weights that each process updates its part of, cut evenly on all sides, by name."""
     found: dict[str, Part] = {}
-    # Methods of one's own may update in ways that `cut` knows nothing of.
-    if not isinstance(optimizer, ProjectedAdamW) or METHODS[config.method].whole != "targets":
+    method = METHODS[config.method]
+    if not method.in_parts or not isinstance(optimizer, ProjectedAdamW):
         return found
     names: dict[Tensor, str] = {p: name for name, p in weights.items()}
     for group in optimizer.param_groups:
-        for p in group["params"] if "rank" in group else ():
+        for p in group["params"] if "rank" in group or method.whole == "all" else ():
             dim = optimizer.cut(group, p.shape)
             if dim is not None and not any(n % distributed.size() for n in p.shape):
                 found[names[p]] = Part(dim)

@@ -257,6 +257,8 @@ def _forget_(
         if params is None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
         seed = config.seed * 1_000_003 + updates
-        return prune_moments_(optimizer, params, 1 - strength, how, seed, moments)
-    count = reset_momentum_(optimizer, strength, moments, params)
+        each = params if shards is None else shards.each_whole(params)
+        count = prune_moments_(optimizer, each, 1 - strength, how, seed, moments)
+    else:
+        count = reset_momentum_(optimizer, strength, moments, params)
     return count if shards is None else shards.count(params)

@@ -62,6 +62,12 @@ IN_SHARDS = {
     "sltrain transport": changed("sltrain", on_refactor="transport", reset_every=0),
     "relora": changed("relora"),
     "relora part": changed("relora", {"merge_share": 0.9, "merge_every": 20}),
+    "relora pruned": changed("relora", {"merge_share": 0.9, "merge_moments": "magnitude"}),
+    "galore pruned": changed("galore", GRAM, reset_how="magnitude", reset_strength=0.9),
+    "fira owners pruned": changed("fira", reset_how="random", reset_strength=0.9),
+    "full-rank pruned": changed(
+        "full-rank", reset_how="random", reset_strength=0.9, reset_params="all"
+    ),
 }
 
 
@@ -294,16 +300,11 @@ def test_what_two_processes_cannot_share_is_refused_in_one_line(two):
     ("fields", "refusal"),
     [
         (
-            {"method": "relora", "method_options": {"merge_moments": "random"}},
-            "method_options.merge_moments: 'random'",
-        ),
-        (
             {"method": "relora", "steps": 9, "method_options": {"warm_start": 4}},
             "method_options.warm_start: 4",
         ),
         ({"per_layer": True, "clip": 0.0}, "per_layer: True"),
         ({"compile": True}, "compile: True"),
-        ({"reset_every": 10, "reset_how": "magnitude"}, "reset_how: 'magnitude'"),
     ],
 )
 def test_what_is_not_sound_in_shards_is_refused(fields, refusal):

@@ -88,7 +88,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
-    # Matrices of which this process holds a part, and how it holds the one that is being updated.
+    # Weights of which this process holds a part, and how it holds the one that is being updated.
     parts: Mapping[Tensor, Whole] = MappingProxyType({})
     held: Whole = WHOLE
 
@@ -156,10 +156,10 @@ class ProjectedAdamW(torch.optim.Optimizer):
             )
 
     def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        """Along which dimension processes can hold parts of a matrix of a ranked group.
+        """Along which dimension processes can hold parts of a weight that `update_` is called for.
 
-        `update_` then gets parts of W, G and the moments, and asks `held` for what it needs of the
-        others. None, the default: it needs whole matrices.
+        It then gets parts of W, G and the moments, and asks `held` for what it needs of the others.
+        None, the default: it needs whole weights.
         """
         return None
 
