@@ -160,8 +160,8 @@ class Whole:
         """Norms of the whole from those of the parts."""
         return t
 
-    def agreed(self, t: Tensor) -> Tensor:
-        """The first holder's `t`: rounding may be another on another machine."""
+    def agreed(self, t: Tensor, source: int = 0) -> Tensor:
+        """What one holder has for `t`: rounding may be another on another machine."""
         return t
 
     def own(self, t: Tensor, dim: int = 0) -> Tensor:
@@ -195,8 +195,8 @@ class Part(Whole):
     def norm(self, t: Tensor) -> Tensor:
         return sum_(t.double().square()).sqrt().to(t.dtype)
 
-    def agreed(self, t: Tensor) -> Tensor:
-        dist.broadcast(t := t.contiguous(), 0)
+    def agreed(self, t: Tensor, source: int = 0) -> Tensor:
+        dist.broadcast(t := t.contiguous(), source)
         return t
 
     def own(self, t: Tensor, dim: int = 0) -> Tensor:

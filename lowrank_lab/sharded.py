@@ -10,7 +10,7 @@ model, whose weights are ordinary tensors:
   gradient (`refresh: gram`, random ones; `ProjectedAdamW.cut`). Moments and projections are shards
   too. What travels a layer: the projection (r columns) in every step, if it isn't drawn from a
   seed, the p×p Gram matrix of the projected side where it is renewed, and a number for a norm of
-  the whole. The eigenvectors of that matrix are computed by all, and the first one's are taken;
+  the whole. Each process finds the eigenvectors of other layers' Gram matrices;
 * nothing, for updates that need whole weights (SVDs, orthogonalisation, pairs of factors, 8-bit
   blocks; matrices that can't be cut evenly). Each layer then has one process that owns it: it alone
   keeps its states, and in every step receives its weights and gradients, updates them as one

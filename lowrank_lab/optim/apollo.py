@@ -22,6 +22,7 @@ from lowrank_lab.optim.projection import (
     channel_norms,
     check_projection,
     projected,
+    refresh_parts_,
     refreshed,
     sides,
     unprojected,
@@ -96,6 +97,10 @@ class Apollo(ProjectedAdamW):
 
     def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return None if group["proj"] == "svd" else unprojected(group, shape)
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if group["proj"] == "gram":
+            refresh_parts_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float

@@ -163,6 +163,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
         """
         return None
 
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """What is done together for the parts of several matrices before `update_` of each."""
+
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
@@ -187,6 +190,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
         if "rank" in group:
+            self.prepare_([p for p in params if p in self.parts], group)
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)

@@ -13,6 +13,7 @@ from lowrank_lab.optim.projection import (
     check_projection,
     lift_add_,
     projected,
+    refresh_parts_,
     refreshed,
     unprojected,
 )
@@ -46,6 +47,9 @@ class Fira(ProjectedAdamW):
 
     def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected(group, shape) if group["refresh"] == "gram" else None
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        refresh_parts_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float

@@ -16,6 +16,7 @@ from lowrank_lab.optim.projection import (
     joined,
     lift_add_,
     projected,
+    refresh_parts_,
     refreshed,
     sides,
     store_,
@@ -53,6 +54,10 @@ class GoLore(ProjectedAdamW):
     def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         no_svd = group["refresh"] == "gram" or group["switch"] == 0
         return unprojected(group, shape) if no_svd else None
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        before = [p for p in params if self.state[p].get("step", 0) < group["switch"]]
+        refresh_parts_(self, before, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_lab import distributed
 from lowrank_lab.distributed import WHOLE, Whole
 from lowrank_lab.layers.base import gram
 from lowrank_lab.optim.base import ProjectedAdamW, in_state_precision, place
@@ -49,21 +50,59 @@ def refreshed(
     With `spread_refresh` each weight has its turn at another step of the gap, so that no step has
     to wait for all of them; all have their first one at once.
     """
-    gap = group["update_proj_gap"]
-    if group.get("spread_refresh") and "refresh_offset" not in state:
-        count = sum(len(g["params"]) for g in optimizer.param_groups)
-        state["refresh_offset"] = place(optimizer, state) * gap // (count + 1)
-    if (state["step"] + state.get("refresh_offset", 0)) % gap == 0 or stored(state) == (None, None):
-        held, rank = optimizer.held, group["rank"]
-        which, old = sides(group["proj_type"], held.shape(G)), stored(state)
-        if group["refresh"] == "svd":
+    if is_due(optimizer, state, group):
+        rank, old = group["rank"], stored(state)
+        which = sides(group["proj_type"], G.shape)
+        if "found" in state:
+            found = state.pop("found")
+        elif group["refresh"] == "svd":
             found = leading_subspaces(G, rank, which)
         elif group["refresh"] == "gram":
-            found = gram_subspaces(G, rank, which, old=old, held=held)
+            found = gram_subspaces(G, rank, which, old=old)
         else:
             found = randomized_subspaces(G, rank, which, seed=state["step"], old=old)
         store_(state, found, G.dtype)
     return joined(stored(state), optimizer.held)
+
+
+def is_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    """Whether a weight's projections are recomputed in this step."""
+    gap = group["update_proj_gap"]
+    if group.get("spread_refresh") and "refresh_offset" not in state:
+        count = sum(len(g["params"]) for g in optimizer.param_groups)
+        state["refresh_offset"] = place(optimizer, state) * gap // (count + 1)
+    step: int = state.get("step", 0) + state.get("refresh_offset", 0)
+    return step % gap == 0 or stored(state) == (None, None)
+
+
+def refresh_parts_(optimizer: ProjectedAdamW, params: list[Tensor], group: dict[str, Any]) -> None:
+    """Find this process's rows of the projections of parts that are due, for `refreshed`.
+
+    Of a gradient in parts only its Gram matrix travels. Each process finds the eigenvectors of
+    another gradient at the same time, and gives them to all.
+    """
+    due = [p for p in params if is_due(optimizer, optimizer.state[p], group)]
+    me, rank, together = distributed.rank(), group["rank"], distributed.size()
+    for batch in (due[i : i + together] for i in range(0, len(due), together)):
+        mine = None
+        for i, p in enumerate(batch):
+            total = optimizer.parts[p].sum_(gram(_elongated(p, optimizer).double()))
+            mine = total if i == me else mine
+        V = None if mine is None else _eigenvectors(mine, rank)
+        for i, p in enumerate(batch):
+            held, state, G = optimizer.parts[p], optimizer.state[p], _elongated(p, optimizer)
+            empty = G.new_empty((G.shape[1], rank), dtype=torch.float32)
+            P = V if V is not None and i == me else empty
+            left, right = stored(state)
+            old = right if left is None else left
+            P = _aligned(held.own(held.agreed(P, source=i)), old, held)
+            state["found"] = (P, None) if held.dim == 1 else (None, P)
+
+
+def _elongated(p: Tensor, optimizer: ProjectedAdamW) -> Tensor:
+    """A gradient in parts, or its transpose, with the side that isn't projected first."""
+    assert p.grad is not None
+    return p.grad.T if optimizer.parts[p].dim == 1 else p.grad
 
 
 def stored(state: dict[str, Any]) -> Projections:
@@ -197,23 +236,21 @@ def gram_subspaces(
     which: Sides,
     *,
     old: Projections = (None, None),
-    held: Whole = WHOLE,
 ) -> Projections:
     """Leading singular vectors of G (m×n) as eigenvectors of G Gᵀ (L) and GᵀG (R), in float64.
 
     As exact as an SVD in float32, with other rounding, and cheaper where G is elongated. Signs
-    follow the old ones. Where processes hold parts of G, L and R are this process's rows: of G only
-    its Gram matrix travels.
+    follow the old ones. `refresh_parts_` does the same where processes hold parts of G.
     """
-    left = _eigenvectors(G.T, rank, old[0], held) if which[0] else None
-    return left, _eigenvectors(G, rank, old[1], held) if which[1] else None
+    G = G.double()
+    left = _aligned(_eigenvectors(gram(G.T), rank), old[0]) if which[0] else None
+    return left, _aligned(_eigenvectors(gram(G), rank), old[1]) if which[1] else None
 
 
-def _eigenvectors(X: Tensor, rank: int, old: Tensor | None, held: Whole) -> Tensor:
-    """This process's rows of the leading right singular vectors (p×rank) of X (q×p)."""
-    _, V = torch.linalg.eigh(held.sum_(gram(X.double())))  # ascending
-    P = held.agreed(V[:, -rank:].flip(1).to(torch.float32))
-    return _aligned(held.own(P), old, held).contiguous()
+def _eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors (p×rank) of a Gram matrix (p×p), rounded to float32."""
+    V: Tensor = torch.linalg.eigh(gram)[1]  # ascending
+    return V[:, -rank:].flip(1).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _aligned(P: Tensor, old: Tensor | None, held: Whole = WHOLE) -> Tensor:
