@@ -1,4 +1,4 @@
-"""What the steps and events of a run in shards exchange between processes."""
+"""What the steps and events of a run in shards exchange between processes, and who solves what."""
 
 from contextlib import contextmanager
 
@@ -10,14 +10,15 @@ from lowrank_lab.sharded import Shards
 
 
 class Exchanges(TorchDispatchMode):
-    """Appends the name of each collective and the entries of its largest tensor."""
+    """Appends the name of each collective or eigenproblem and the entries of its largest tensor."""
 
     def __init__(self, found):
         super().__init__()
         self.found = found
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
+        sent = func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name()
+        if sent or func.name() == "aten::_linalg_eigh":
             sizes = [t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self.found.append([func.name().partition("::")[2].partition(".")[0], max(sizes)])
         return func(*args, **(kwargs or {}))

@@ -164,6 +164,8 @@ RUNS = {
                "method_options": {"refresh": "gram", "update_proj_gap": 4, "switch": 6}},
     "apollo": {"method": "apollo", "rank": 4, "parallel": "fsdp2",
                "method_options": {"update_proj_gap": 4}},
+    "stable-spam": {"method": "stable-spam", "parallel": "fsdp2",
+                    "method_options": {"update_proj_gap": 4}},
     "relora": {"method": "relora", "rank": 4, "parallel": "fsdp2",
                "method_options": {"merge_every": 4}},
 }  # fmt: skip
@@ -241,9 +243,9 @@ def test_bytes_of_a_process_are_those_of_its_shards(two, name):
     if name == "galore":  # by layers: as even as these are
         assert found["optimizer_states"] == pytest.approx(states / 2, rel=0.1)
         return
-    # All have torch's counters of steps, or the norms of the whole that limit growth.
-    with_numbers = {"fira": 14, "apollo": 14, "golore": 0}.get(name, len(trained))
-    assert found["optimizer_states"] == (states + 4 * with_numbers) / 2
+    # All have torch's counters of steps, or the norms of the whole that limit updates.
+    numbers = {"fira": 14, "apollo": 14, "golore": 0, "stable-spam": 3 * len(trained)}
+    assert found["optimizer_states"] == (states + 4 * numbers.get(name, len(trained))) / 2
     assert found["projections"] == by_formula(config).projections / 2
 
 
@@ -258,6 +260,8 @@ def test_projections_and_gram_matrices_are_all_that_a_step_in_shards_exchanges(t
     steps = [calls for kind, *calls in sent(two[0], name) if kind == "step_"]
     assert len(steps) == SHORT["steps"]
     for step, calls in enumerate(steps):
+        solved = [n for kind, n in calls if kind == "_linalg_eigh"]
+        calls = [call for call in calls if call[0] != "_linalg_eigh"]
         gram = step % 4 == 0 and not (name == "golore" and step >= 6) and name != "apollo"
         largest = {kind: max(n for k, n in calls if k == kind) for kind, _ in calls}
         assert largest.pop("allgather_") <= side * rank
@@ -267,6 +271,13 @@ def test_projections_and_gram_matrices_are_all_that_a_step_in_shards_exchanges(t
         assert largest.pop("allreduce_", 0) <= (side**2 if gram else small)
         assert sum(n > small for k, n in calls if k == "allreduce_") == (layers if gram else 0)
         assert not largest
+        assert solved == ([side**2] * (layers // 2) if gram else [])  # the others' are the other's
+
+
+def test_stable_spam_exchanges_two_numbers_a_weight_in_a_step(two):
+    trained = 2 * 9 + 3
+    for _, *calls in sent(two[0], "stable-spam"):
+        assert calls == [["allreduce_", 1]] * (2 * trained)
 
 
 @pytest.mark.parametrize(("name", "event"), [("low-rank", "refactorize_"), ("relora", "merge_")])
@@ -281,7 +292,7 @@ def test_r_by_r_matrices_are_all_that_refactorization_exchanges_and_merges_a_fac
         assert {kind for kind, _ in exchanged} == {"allgather_"}
         assert max(n for _, n in exchanged) <= 88 * rank
     else:
-        assert {kind for kind, _ in exchanged} == {"allreduce_", "broadcast_"}
+        assert {kind for kind, _ in exchanged} == {"_linalg_eigh", "allreduce_", "broadcast_"}
         assert max(n for _, n in exchanged) == 2 * rank**2
 
 
