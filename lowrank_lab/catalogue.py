@@ -16,6 +16,7 @@ from lowrank_lab.builders import (
     whole_model,
 )
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
+from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 from lowrank_lab.options import Option, adam_options, projection_options
 
@@ -39,6 +40,7 @@ class Method:
     layer_options: tuple[str, ...] = ()  # options that are the layers' and not the optimizer's
     # Which weights its optimizer needs whole to update them, and not entry by entry.
     whole: Literal["none", "targets", "all"] = "all"
+    in_parts: bool = False  # processes can update parts of those whose `cut` (optim.base) says so
     per_layer: bool = True  # can each weight be updated by itself within the backward pass
     states: str = ""  # elements of optimizer state of an m×n target weight, in words
 
@@ -47,7 +49,7 @@ _APOLLO = {
     **adam_options(eps=1e-6),
     **projection_options(ONE_SIDED),
     "scale": Option.number(1.0, 0, 1e6),
-    "proj": Option.choice("random", ("random", "svd")),
+    "proj": Option.choice("random", PROJECTIONS),
     "scale_type": Option.choice("channel", ("channel", "tensor")),
     "scale_front": Option.flag(False),
     "store_projection": Option.flag(True),
@@ -166,6 +168,7 @@ BUILT_IN = (
             "scale": Option.number(0.25, 0, 1000),
         },
         whole="targets",
+        in_parts=True,
         states="2r·max(m,n) + r·min(m,n)",
     ),
     Method(
@@ -183,6 +186,7 @@ BUILT_IN = (
             "alpha": Option.number(1.0, 0, 1000),
         },
         whole="targets",
+        in_parts=True,
         states="2r·max(m,n) + r·min(m,n) + 1",
     ),
     Method(
@@ -194,6 +198,7 @@ BUILT_IN = (
         uses_rank=True,
         options=_APOLLO,
         whole="targets",
+        in_parts=True,
         states="2r·max(m,n) + r·min(m,n) + 1; without store_projection r·min(m,n) less",
     ),
     Method(
@@ -210,6 +215,7 @@ BUILT_IN = (
             "scale_type": Option.choice("tensor", ("channel", "tensor")),
         },
         whole="targets",
+        in_parts=True,
         states="2·max(m,n) + min(m,n) + 1; without store_projection min(m,n) less",
     ),
     Method(
@@ -228,6 +234,7 @@ BUILT_IN = (
             "switch": Option.whole(0, 0),
         },
         whole="targets",
+        in_parts=True,
         states="2r·max(m,n) + r·min(m,n)",
     ),
     Method(
@@ -262,6 +269,7 @@ BUILT_IN = (
             "theta": Option.number(0.999, 0, 0.999999),
             "update_proj_gap": Option.whole(1000, 1),
         },
+        in_parts=True,
         states="2mn + 3",
     ),
     Method(

@@ -139,6 +139,76 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from filling.values()
 
 
+class Whole:
+    """How a process holds a matrix: all of it. What holders of parts exchange is nothing here."""
+
+    dim: int | None = None  # along which it is cut
+
+    def shape(self, t: Tensor) -> tuple[int, ...]:
+        """The shape of the whole of which `t` is held here."""
+        return tuple(t.shape)
+
+    def sum_(self, t: Tensor) -> Tensor:
+        """The sum of what all holders have computed from their parts, in place."""
+        return t
+
+    def max_(self, t: Tensor) -> Tensor:
+        """The largest of what all holders have found in their parts, in place."""
+        return t
+
+    def norm(self, t: Tensor) -> Tensor:
+        """Norms of the whole from those of the parts."""
+        return t
+
+    def agreed(self, t: Tensor, source: int = 0) -> Tensor:
+        """What one holder has for `t`: rounding may be another on another machine."""
+        return t
+
+    def own(self, t: Tensor, dim: int = 0) -> Tensor:
+        """This process's part along `dim` of what all hold."""
+        return t
+
+    def joined(self, t: Tensor, dim: int = 0) -> Tensor:
+        """The whole of which each process holds the part `t`, equal in size, along `dim`."""
+        return t
+
+
+WHOLE = Whole()
+
+
+class Part(Whole):
+    """One of equal parts along a dimension, each held by one process of the run."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim: int = dim
+
+    def shape(self, t: Tensor) -> tuple[int, ...]:
+        return tuple(n * size() if i == self.dim else n for i, n in enumerate(t.shape))
+
+    def sum_(self, t: Tensor) -> Tensor:
+        return sum_(t)
+
+    def max_(self, t: Tensor) -> Tensor:
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return t
+
+    def norm(self, t: Tensor) -> Tensor:
+        return sum_(t.double().square()).sqrt().to(t.dtype)
+
+    def agreed(self, t: Tensor, source: int = 0) -> Tensor:
+        dist.broadcast(t := t.contiguous(), source)
+        return t
+
+    def own(self, t: Tensor, dim: int = 0) -> Tensor:
+        # A copy: a view would keep all of it alive.
+        return t.chunk(size(), dim)[rank()].clone(memory_format=torch.contiguous_format)
+
+    def joined(self, t: Tensor, dim: int = 0) -> Tensor:
+        parts = t.new_empty((size(), *t.shape))
+        dist.all_gather(list(parts), t.contiguous())
+        return parts.flatten(0, 1) if dim == 0 else torch.cat(list(parts), dim)
+
+
 def same_everywhere(value: int) -> bool:
     """Whether all processes hold the same number (below 2⁶³)."""
     if not dist.is_initialized():

@@ -6,10 +6,11 @@ no values, which is all that `memory.simulate` needs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
+import torch
 import torch.distributed as dist
 
 from lowrank_lab.config import InputError, RunConfig
@@ -26,6 +27,9 @@ from lowrank_lab.formulas import (
 from lowrank_lab.methods import METHODS, resolve
 from lowrank_lab.sharded import check_shards
 from lowrank_lab.tracing import Breakdown, unseen
+
+if TYPE_CHECKING:
+    from lowrank_lab.optim.base import ProjectedAdamW
 
 
 def check_ranks(config: RunConfig, ranks: int) -> RunConfig:
@@ -83,32 +87,86 @@ def fullest(accounts: Sequence[Breakdown]) -> tuple[int, Breakdown]:
 def of_ranks(config: RunConfig, ranks: int) -> list[Breakdown]:
     """Weights, gradients and states of each of so many processes.
 
-    Weights and gradients are padded to as many rows on all of them, and sparse positions are whole
-    on each. What an optimizer updates entry by entry has states of the process's own rows; of a
-    layer that it needs whole one process owns all states.
+    Weights and gradients are padded to as many rows (or columns) on all of them, and sparse
+    positions are whole on each. What an optimizer updates entry by entry, or in parts, has states
+    of the process's own share; of a layer that it needs whole one process owns all states.
 
     Raises:
         InputError: a method of one's own or an optimizer by import path: states aren't known.
     """
     config = resolve(config)
-    shared = _in_rows(config)
-    found = [_shards(config, ranks) for _ in range(ranks)]
-    for rank, account in enumerate(found):
-        for w in shared:
-            rows = -(-w.shape[0] // ranks)
-            own = max(0, min(rows, w.shape[0] - rank * rows))
-            _add_states_(account, w._replace(shape=(own, *w.shape[1:])), config)
-    for owner, layer in _owned(config, ranks):
+    placed = list(_placed(config, ranks))
+    found = [_shards(config, placed, ranks) for _ in range(ranks)]
+    for w, place in placed:
+        if not w.trains or place.way == "owner":
+            continue
+        for rank, account in enumerate(found):
+            if place.way == "part":
+                _add_part_(account, w, config, ranks)
+            else:
+                _add_states_(account, _share(w, place.dim, ranks, rank), config)
+    for owner, layer in _owned(config, placed, ranks):
         for w in layer:
             _add_states_(found[owner], w, config)
     return found
 
 
-def _shards(config: RunConfig, ranks: int) -> Breakdown:
+class Place(NamedTuple):
+    """How processes share a weight."""
+
+    layer: int  # its number: what is updated together
+    dim: int  # along which it is cut
+    way: Literal["shard", "part", "owner"]  # what its states are
+
+
+def _placed(config: RunConfig, ranks: int) -> Iterator[tuple[Weight, Place]]:
+    """All weights of a resolved configuration, placed as `sharded.Shards` places them."""
+    method, cuts = METHODS[config.method], _cuts(config, ranks)
+    for number, layer in enumerate(layers(config)):
+        for index, w in enumerate(layer):
+            whole = _needed_whole(w, config)
+            cut = cuts.get((w.shape, w.target)) if whole else None
+            if cut is not None:
+                yield w, Place(number, cut, "part")
+                continue
+            is_A = method.layers is not None and index == 1
+            by_columns = is_A and not whole and not w.shape[1] % ranks
+            way: Literal["shard", "owner"] = "owner" if whole and w.trains else "shard"
+            yield w, Place(number, int(by_columns), way)
+
+
+def _cuts(config: RunConfig, ranks: int) -> dict[tuple[tuple[int, ...], bool], int]:
+    """The dimension along which weights are held that are updated in parts, by shape and target."""
+    method = METHODS[config.method]
+    found: dict[tuple[tuple[int, ...], bool], int] = {}
+    if not method.in_parts:
+        return found
+    for shape, target in {(w.shape, w.target) for w in weights(config)}:
+        if any(n % ranks for n in shape) or not (target or method.whole == "all"):
+            continue
+        one = [torch.empty(shape, device="meta", requires_grad=True)]
+        optimizer = method.optimizer(*((one, []) if target else ([], one)), config)
+        group = next(group for group in optimizer.param_groups if group["params"])
+        dim = cast("ProjectedAdamW", optimizer).cut(group, torch.Size(shape))
+        if dim is not None:
+            found[shape, target] = dim
+    return found
+
+
+def _share(w: Weight, dim: int, ranks: int, rank: int | None = None) -> Weight:
+    """A process's part of a weight; without `rank` as it is padded."""
+    length = -(-w.shape[dim] // ranks)
+    if rank is not None:
+        length = max(0, min(length, w.shape[dim] - rank * length))
+    shape = tuple(length if i == dim else n for i, n in enumerate(w.shape))
+    return w._replace(shape=shape)
+
+
+def _shards(config: RunConfig, placed: list[tuple[Weight, Place]], ranks: int) -> Breakdown:
     """What every process has as much of: weights and gradients."""
     found, b = Breakdown(), element_bytes(config)
-    for w in weights(config):
-        size = b * -(-w.shape[0] // ranks) * math.prod(w.shape[1:])
+    for w, place in placed:
+        size = b * _share(w, place.dim, ranks).numel()
         found.weights += size
         found.gradients += size * w.trains
         found.frozen += size * (not w.trains)
@@ -118,21 +176,19 @@ def _shards(config: RunConfig, ranks: int) -> Breakdown:
     return found
 
 
-def _in_rows(config: RunConfig) -> list[Weight]:
-    """The weights whose states are in shards like them."""
-    return [w for w in weights(config) if w.trains and not _needed_whole(w, config)]
-
-
-def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[int, list[Weight]]]:
+def _owned(
+    config: RunConfig, placed: list[tuple[Weight, Place]], ranks: int
+) -> Iterator[tuple[int, list[Weight]]]:
     """What trains in layers that are updated whole, with its owner.
 
     The largest come first, each to the process that has fewest entries (`sharded.Shards`).
     """
-    units = [
-        [w for w in layer if w.trains and _needed_whole(w, config)] for layer in layers(config)
-    ]
+    units: dict[int, list[Weight]] = {}
+    for w, place in placed:
+        if place.way == "owner":
+            units.setdefault(place.layer, []).append(w)
     held = [0] * ranks
-    for unit in sorted(units, key=lambda unit: -sum(w.numel() for w in unit)):
+    for unit in sorted(units.values(), key=lambda unit: -sum(w.numel() for w in unit)):
         owner = held.index(min(held))
         held[owner] += sum(w.numel() for w in unit)
         yield owner, unit
@@ -143,8 +199,15 @@ def _add_states_(account: Breakdown, w: Weight, config: RunConfig) -> None:
     account.projections += projection_bytes(w, config)
 
 
+def _add_part_(account: Breakdown, w: Weight, config: RunConfig, ranks: int) -> None:
+    """An equal share of the states, and numbers about the whole, which all processes have."""
+    numbers = state_bytes(w._replace(shape=(0,) * len(w.shape)), config)
+    account.optimizer_states += (state_bytes(w, config) - numbers) // ranks + numbers
+    account.projections += projection_bytes(w, config) // ranks
+
+
 def _needed_whole(w: Weight, config: RunConfig) -> bool:
-    """Whether an update of the weight needs all of it, and not its rows alone."""
+    """Whether an update of the weight needs more of it than single entries."""
     which = METHODS[config.method].whole
     if config.method_options.get("density", 1) < 1:
         which = "all"

@@ -1,16 +1,25 @@
 """FSDP2: weights, gradients and optimizer states in shards, a share of them on each process.
 
 torch's `fully_shard` takes care of the model: each block's weights are whole only while it
-computes, and gradients arrive averaged and in shards (rows). The optimizer works on a *mirror* of
-the model, whose weights are ordinary tensors:
+computes, and gradients arrive averaged and in shards. The optimizer works on a *mirror* of the
+model, whose weights are ordinary tensors:
 
 * this process's shard, for updates that treat every entry by itself (AdamW, SPAM): its states are
-  shards as well, and nothing travels;
-* nothing, for updates that need whole weights (projections, orthogonalisation, norms, pairs of
-  factors, 8-bit blocks). Each layer then has one process that owns it: it alone keeps its states,
-  and in every step receives its weights and gradients, updates them as one process would, and sends
-  the weights back. Any optimizer can so be used, an SVD is computed once and not by all, and never
-  is more than one layer a process whole. What that costs: a layer travels three times more a step.
+  shards as well, and nothing travels, or a few numbers for all (Stable-SPAM's norms);
+* this process's shard, cut along the side that isn't projected, for projections that need no whole
+  gradient (`refresh: gram`, random ones; `ProjectedAdamW.cut`). Moments and projections are shards
+  too. What travels a layer: the projection (r columns) in every step, if it isn't drawn from a
+  seed, the p×p Gram matrix of the projected side where it is renewed, and a number for a norm of
+  the whole. Each process finds the eigenvectors of other layers' Gram matrices;
+* nothing, for updates that need whole weights (SVDs, orthogonalisation, pairs of factors, 8-bit
+  blocks; matrices that can't be cut evenly). Each layer then has one process that owns it: it alone
+  keeps its states, and in every step receives its weights and gradients, updates them as one
+  process would, and sends the weights back. Any optimizer can so be used, an SVD is computed once
+  and not by all, and never is more than one layer a process whole. What that costs: a layer travels
+  three times more a step.
+
+Factors are rows of B and columns of A, so that refactorization exchanges r×r matrices alone, and a
+merge A; where columns can't be cut evenly, both are made whole for it.
 
 Checkpoints, spectra and the trained model pass through the memory of the first process.
 """
@@ -18,8 +27,8 @@ Checkpoints, spectra and the trained model pass through the memory of the first 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,13 +38,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.layers import FactorizedLinear
+from lowrank_lab.distributed import WHOLE, Part, Whole
+from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import ADAMS, METHODS, build, build_model, build_optimizer, partition
+from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.techniques import Refactorization, refactorize_
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
 
 def check_shards(config: RunConfig) -> None:
@@ -45,10 +56,8 @@ def check_shards(config: RunConfig) -> None:
         ("per_layer", config.per_layer, "with fsdp2 gradients arrive a block at a time; False"),
         ("compile", config.compile, "it is not tried with fsdp2; False"),
         ("stochastic_rounding", config.stochastic_rounding, "it is not tried with fsdp2; False"),
-        ("reset_how", config.reset_how != "scale" and config.reset_how,
-         "with fsdp2 moments are in shards, of which none knows the largest entries; scale"),
-        ("method", "merge_every" in options and config.method,
-         "merges change frozen weights, which is not done in shards; use ddp"),
+        ("method_options.warm_start", options.get("warm_start"),
+         "with fsdp2 the weights that train are the same from start to end; 0"),
     )  # fmt: skip
     for name, value, allowed in refused:
         if value:
@@ -65,7 +74,7 @@ class Shards:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import register_fsdp_forward_method
 
         self._config, self._device = config, device
         self.model = build_model(config)
@@ -73,25 +82,51 @@ class Shards:
             self.model.to(device)
         shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
         self.mirror = copy.deepcopy(self.model, shared)
-        needed = _needing_whole(self.model, config)
-        with unset_fake_temporarily():  # who has which place in the mesh is read off real tensors
-            self._mesh = init_device_mesh(device.type, (distributed.size(),))
-        for block in self.model.model.layers:
-            fully_shard(block, mesh=self._mesh)
-        fully_shard(self.model, mesh=self._mesh)
-        register_fsdp_forward_method(self.model, "loss")
-        self._sharded = {n: cast("DTensor", p) for n, p in self.model.named_parameters()}
-        self._units = self._assign(needed)
-        self._owner = {name: owner for owner, names in self._units for name in names}
-        for name, p in self._sharded.items():
-            kept = _absent(p) if name in self._owner else _local(p)
+        for name, weight in self.model.named_parameters():
             module, _, last = name.rpartition(".")
-            own = nn.Parameter(kept, requires_grad=p.requires_grad)
+            own = nn.Parameter(_absent(weight), requires_grad=weight.requires_grad)
             setattr(self.mirror.get_submodule(module), last, own)
         self._mirrored = dict(self.mirror.named_parameters())
         self.optimizer = build_optimizer(self.mirror, config)
+        needed = _needing_whole(self.model, config)
+        self._parts = _parts(self._mirrored, self.optimizer, config)
+        columns = self._columns(needed)
+        with unset_fake_temporarily():  # who has which place in the mesh is read off real tensors
+            self._mesh = init_device_mesh(device.type, (distributed.size(),))
+        for module in [*self.model.model.layers, self.model]:
+            self._shard_(module, columns)
+        register_fsdp_forward_method(self.model, "loss")
+        self._sharded = {n: cast("DTensor", p) for n, p in self.model.named_parameters()}
+        self._units = self._assign(needed - self._parts.keys())
+        self._owner = {name: owner for owner, names in self._units for name in names}
+        for name, p in self._sharded.items():
+            if name not in self._owner:
+                self._mirrored[name].data = _local(p)
+        if isinstance(self.optimizer, ProjectedAdamW):
+            self.optimizer.parts = {self._mirrored[n]: part for n, part in self._parts.items()}
         # The first process's whole copy on the CPU, for records; `gather_` brings it up to date.
         self.plain = build(config) if distributed.is_first() else None
+
+    def _columns(self, needed: set[str]) -> set[str]:
+        """Names of the weights that are sharded by columns; all others are by rows."""
+        factors = {
+            f"{name}.A"
+            for name, layer in self.mirror.named_modules()
+            if isinstance(layer, FactorizedLinear)
+            and not layer.in_features % distributed.size()
+            and f"{name}.A" not in needed
+        }
+        return factors | {name for name, part in self._parts.items() if part.dim == 1}
+
+    def _shard_(self, module: nn.Module, columns: set[str]) -> None:
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
+
+        by_columns = {id(p) for name, p in self.model.named_parameters() if name in columns}
+        fully_shard(
+            module, mesh=self._mesh,
+            shard_placement_fn=lambda p: Shard(1) if id(p) in by_columns else None,
+        )  # fmt: skip
 
     def _assign(self, needed: set[str]) -> list[tuple[int, list[str]]]:
         """Units, which are updated together (what trains in a layer), with their owners.
@@ -105,7 +140,7 @@ class Shards:
         units = [sorted(names, key=place.__getitem__) for names in layers.values()]
         units.sort(key=lambda names: (-self._entries(names), place[names[0]]))
         processes = distributed.size()
-        if units and len(units) < processes:
+        if units and not self._parts and len(units) < processes:
             allowed = f"{len(units)} layers are updated whole: at most as many processes"
             raise InputError("nproc-per-node", processes, allowed)
         held, found = [0] * processes, []
@@ -150,7 +185,7 @@ class Shards:
                     continue
                 whole_now = own.data if owner == me else own.new_empty(p.shape)
                 dist.broadcast(whole_now, owner)
-                _local(p).copy_(whole_now[_rows(p)])
+                _local(p).copy_(_cut(whole_now, _dim(p)))
                 own.data = _absent(p)
 
     def _whole_gradient(self, name: str) -> Tensor | None:
@@ -159,17 +194,36 @@ class Shards:
 
     @torch.no_grad()
     def refactorize_(self) -> Refactorization:
-        """`techniques.refactorize_`, a layer at a time, each whole on every process for it."""
+        """`techniques.refactorize_` of the factors in shards."""
         done = Refactorization([], [], [])
         config = self._config
         how = config.on_refactor, config.refactor_basis, config.refactor_above
         for name, layer in self.mirror.named_modules():
             if isinstance(layer, FactorizedLinear):
-                with self._whole([f"{name}.B", f"{name}.A"]):
-                    found = refactorize_(layer, self.optimizer, *how)
+                with self._held(name, whole=("B", "A")) as held:
+                    found = refactorize_(layer, self.optimizer, *how, held)
                 for names, of_layer in zip(done, found, strict=True):
                     names.extend([name] * len(of_layer))
         return done
+
+    @torch.no_grad()
+    def merge_(self, seed: int) -> list[str]:
+        """`layers.merge_` of the layers in shards."""
+        names = []
+        for index, (name, layer) in enumerate(lora_layers(self.mirror)):
+            with self._held(name, whole=("A",)) as held:
+                layer.merge_(generator_of(seed, index), held)
+            names.append(name)
+        return names
+
+    @contextmanager
+    def _held(self, layer: str, whole: Sequence[str]) -> Iterator[Whole]:
+        """How a layer's factors are held: in parts, or else those named are whole within."""
+        if _dim(self._sharded[f"{layer}.A"]) == 1:
+            yield Part(0)
+        else:
+            with self._whole([f"{layer}.{factor}" for factor in whole]):
+                yield WHOLE
 
     def count(self, params: Sequence[Tensor] | None) -> int:
         """How many of the mirror's parameters (None: of all) have moments, on any process."""
@@ -184,35 +238,59 @@ class Shards:
     @contextmanager
     def _whole(self, names: Sequence[str]) -> Iterator[None]:
         """These weights of the mirror, and their states, whole on every process within."""
-        keys = {name: self._in_shards(name) for name in names}
+        with ExitStack() as states:
+            for name in names:
+                states.enter_context(self._whole_states(name))
+                self._mirrored[name].data = self._sharded[name].full_tensor()
+            yield
         for name in names:
             p, own = self._sharded[name], self._mirrored[name]
-            for key in keys[name]:
-                self.optimizer.state[own][key] = self._joined(self.optimizer.state[own][key], p)
-            own.data = p.full_tensor()
-        yield
-        for name in names:
-            p, own = self._sharded[name], self._mirrored[name]
-            for key in keys[name]:
-                self.optimizer.state[own][key] = self.optimizer.state[own][key][_rows(p)].clone()
-            _local(p).copy_(own.data[_rows(p)])
+            _local(p).copy_(_cut(own.data, _dim(p)))
             own.data = _absent(p) if name in self._owner else _local(p)
 
-    def _in_shards(self, name: str) -> list[str]:
-        """The states of a weight that are shards like it."""
-        if name in self._owner:
-            return []
-        own = self._mirrored[name]
-        state, shape = self.optimizer.state.get(own, {}), _local(self._sharded[name]).shape
-        return [k for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape]
+    @contextmanager
+    def _whole_states(self, name: str) -> Iterator[None]:
+        """The states of a weight whole within, on every process or on its owner."""
+        cuts, state = self._in_shards(name), self.optimizer.state.get(self._mirrored[name], {})
+        state.update({key: self._joined(name, key, dim) for key, dim in cuts.items()})
+        yield
+        for key, dim in cuts.items():
+            state[key] = _cut(state[key], dim).clone(memory_format=torch.contiguous_format)
 
-    def _joined(self, shard: Tensor, like: DTensor) -> Tensor:
-        """The whole of what this is each process's shard of."""
-        from torch.distributed.tensor import DTensor
+    def each_whole(self, params: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Some of the mirror's parameters one by one, each with its states whole in its turn."""
+        names: dict[Tensor, str] = {p: name for name, p in self._mirrored.items()}
+        for p in params:
+            with self._whole_states(names[p]):
+                yield p
 
+    def _in_shards(self, name: str) -> dict[str, int]:
+        """The states of a weight that are in shards, and along which dimension."""
+        state = self.optimizer.state.get(self._mirrored[name], {})
+        shape = _local(self._sharded[name]).shape
+        cuts = {key: self._cut_of(name, key, value, shape) for key, value in state.items()}
+        return {key: dim for key, dim in cuts.items() if dim is not None}
+
+    def _cut_of(self, name: str, key: str, value: Any, shape: torch.Size) -> int | None:
+        """Along which dimension a state of a weight of that shape is cut; None: it is not."""
+        if name in self._owner or not isinstance(value, Tensor):
+            return None
+        if name in self._parts:
+            dim = 0 if key.startswith("projection") else self._parts[name].dim
+            return dim if value.ndim else None  # norms of the whole are numbers
+        return _dim(self._sharded[name]) if value.shape == shape else None
+
+    def _joined(self, name: str, key: str, dim: int) -> Tensor:
+        """The whole of a weight's state that is in shards along a dimension."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        shard: Tensor = self.optimizer.state[self._mirrored[name]][key]
+        even = shard.shape[dim] * distributed.size()
+        length = even if name in self._parts else self._sharded[name].shape[dim]
+        shape = torch.Size(length if i == dim else n for i, n in enumerate(shard.shape))
         joint = DTensor.from_local(
-            shard, self._mesh, like.placements, run_check=False,
-            shape=like.shape, stride=like.stride(),
+            shard, self._mesh, [Shard(dim)], run_check=False,
+            shape=shape, stride=torch.empty(shape, device="meta").stride(),
         )  # fmt: skip
         return joint.full_tensor()
 
@@ -230,8 +308,8 @@ class Shards:
             grad = (
                 cast("DTensor", p.grad).full_tensor() if gradients and p.grad is not None else None
             )
-            for key in self._in_shards(name):
-                state[key] = self._joined(state[key], p).cpu()
+            for key, dim in self._in_shards(name).items():
+                state[key] = self._joined(name, key, dim).cpu()
             if name in self._owner and state:
                 owned[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
             if self.plain:
@@ -251,16 +329,14 @@ class Shards:
         """Take this process's part of a whole model and its optimizer's states."""
         for name, whole in model.named_parameters():
             p, own = self._sharded[name], self._mirrored[name]
-            _local(p).copy_(whole[_rows(p)])
+            _local(p).copy_(_cut(whole, _dim(p)))
             state = optimizer.state.get(whole, {})
-            owner = self._owner.get(name)
-            if not state or owner not in (None, distributed.rank()):
+            if not state or self._owner.get(name) not in (None, distributed.rank()):
                 continue
-            cut = owner is None
-            self.optimizer.state[own] = {
-                key: _moved(value[_rows(p)] if cut and _is_like(value, whole) else value, p)
-                for key, value in state.items()
-            }
+            for key, value in state.items():
+                dim = self._cut_of(name, key, value, whole.shape)
+                part = value if dim is None else _cut(value, dim).contiguous()
+                self.optimizer.state[own][key] = _moved(part, p)
         _copy_groups_(optimizer, self.optimizer)
 
     def blank(self) -> tuple[Llama, torch.optim.Optimizer]:
@@ -272,7 +348,7 @@ class Shards:
         return [(_local(p), p.requires_grad) for p in self._sharded.values()]
 
 
-def _absent(p: DTensor) -> Tensor:
+def _absent(p: Tensor) -> Tensor:
     """What stands for a weight that isn't here: its shape, one entry of memory."""
     return torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
 
@@ -282,14 +358,17 @@ def _local(p: DTensor) -> Tensor:
     return cast("DTensor", p.detach()).to_local()
 
 
-def _rows(p: DTensor) -> slice:
-    """The rows of a whole tensor that are this process's shard."""
-    step = -(-p.shape[0] // distributed.size())
-    return slice(step * distributed.rank(), step * (distributed.rank() + 1))
+def _dim(p: DTensor) -> int:
+    """The dimension along which a weight is sharded."""
+    return cast("Shard", p.placements[0]).dim
 
 
-def _is_like(value: Any, whole: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == whole.shape
+def _cut(whole: Tensor, dim: int) -> Tensor:
+    """This process's shard of a whole tensor, as a view."""
+    length = whole.shape[dim]
+    step = -(-length // distributed.size())
+    start = min(length, step * distributed.rank())
+    return whole.narrow(dim, start, min(step, length - start))
 
 
 def _moved(value: Any, p: Tensor) -> Any:
@@ -299,6 +378,23 @@ def _moved(value: Any, p: Tensor) -> Any:
 def _copy_groups_(source: torch.optim.Optimizer, to: torch.optim.Optimizer) -> None:
     for ours, theirs in zip(source.param_groups, to.param_groups, strict=True):
         theirs.update({k: v for k, v in ours.items() if k != "params"})
+
+
+def _parts(
+    weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, config: RunConfig
+) -> dict[str, Part]:
+    """The weights that each process updates its part of, cut evenly on all sides, by name."""
+    found: dict[str, Part] = {}
+    method = METHODS[config.method]
+    if not method.in_parts or not isinstance(optimizer, ProjectedAdamW):
+        return found
+    names: dict[Tensor, str] = {p: name for name, p in weights.items()}
+    for group in optimizer.param_groups:
+        for p in group["params"] if "rank" in group or method.whole == "all" else ():
+            dim = optimizer.cut(group, p.shape)
+            if dim is not None and not any(n % distributed.size() for n in p.shape):
+                found[names[p]] = Part(dim)
+    return found
 
 
 def _needing_whole(model: nn.Module, config: RunConfig) -> set[str]:

@@ -224,18 +224,14 @@ def _applied(
         return {"event": event, "layers": len(names)}
     if event == "merge":
         options = config.method_options
-        names = merge_(model, seed=config.seed * 1_000_003 + updates)
+        seed = config.seed * 1_000_003 + updates
+        names = merge_(model, seed) if shards is None else shards.merge_(seed)
         how, share = options["merge_moments"], options["merge_share"]
         factors = config.replace(reset_moments="both", reset_params="targets")
-        count = _forget_(model, optimizer, factors, how, share, updates)
+        count = _forget_(model, optimizer, factors, how, share, updates, shards)
         return {"event": event, "layers": len(names), "moments": how, "parameters": count}
     prune, strength = config.reset_how, config.reset_strength
-    if shards is None:
-        count = _forget_(model, optimizer, config, prune, strength, updates)
-    else:
-        _forget_(shards.mirror, optimizer, config, prune, strength, updates)
-        all_params = config.reset_params == "all"
-        count = shards.count(None if all_params else partition(shards.mirror, config.target)[0])
+    count = _forget_(model, optimizer, config, prune, strength, updates, shards)
     if strength and not count:
         raise InputError("reset_every", config.reset_every, "this optimizer keeps no moments; 0")
     return {"event": event, "how": prune, "strength": strength, "parameters": count}
@@ -248,14 +244,19 @@ def _forget_(
     how: Literal["scale", "magnitude", "random"],
     strength: float,
     updates: int,
+    shards: Shards | None,
 ) -> int:
     """Scale or prune the moments that the configuration names; the number of parameters touched."""
     both = ("exp_avg", "exp_avg_sq")
     moments = both if config.reset_moments == "both" else (config.reset_moments,)
-    params = None if config.reset_params == "all" else partition(model, config.target)[0]
+    chosen: nn.Module = model if shards is None else shards.mirror
+    params = None if config.reset_params == "all" else partition(chosen, config.target)[0]
     if how == "magnitude" or how == "random":
         if params is None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
         seed = config.seed * 1_000_003 + updates
-        return prune_moments_(optimizer, params, 1 - strength, how, seed, moments)
-    return reset_momentum_(optimizer, strength, moments, params)
+        each = params if shards is None else shards.each_whole(params)
+        count = prune_moments_(optimizer, each, 1 - strength, how, seed, moments)
+    else:
+        count = reset_momentum_(optimizer, strength, moments, params)
+    return count if shards is None else shards.count(params)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.distributed import WHOLE, Whole
 from lowrank_lab.layers import Balance, FactorizedLinear, balance, generator_of, imbalance
 from lowrank_lab.layers.base import RANK_TOLERANCE, value_of
 from lowrank_lab.optim.base import is_quantized
@@ -35,6 +36,7 @@ def refactorize_(
     on_refactor: Literal["keep", "reset", "transport"] = "keep",
     basis: Literal["singular", "nearest"] = "singular",
     above: float = 0.0,
+    held: Whole = WHOLE,
 ) -> Refactorization:
     """Balance the factors of every factorised layer: B ← U√Σ, A ← √ΣVᵀ with B A = U Σ Vᵀ, in place.
 
@@ -52,6 +54,7 @@ def refactorize_(
             the least turning of the factors (`Balance.nearest`), so that kept moments stay about
             what they were collected for.
         above: a layer whose `imbalance` (0 to 1) is not above this is left alone.
+        held: of factors in shards, rows of B and columns of A, a `distributed.Part`.
 
     Source: 2505.22922, weight refactorization, through the r×r core instead of the m×n product.
     """
@@ -69,15 +72,16 @@ def refactorize_(
         if not isinstance(layer, FactorizedLinear):
             continue
         B, A = layer.factors()
-        if above and not value_of(imbalance(B, A) > above, usually=True):
+        if above and not value_of(imbalance(B, A, held) > above, usually=True):
             done.balanced.append(name)
             continue
-        found = balance(B, A)
+        found = balance(B, A, held)
         if not value_of(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0], usually=True):
             done.rank_deficient.append(name)
             continue
-        found = found.nearest() if basis == "nearest" else found
-        _balance_(B, A, found)
+        if basis == "nearest":
+            found = Balance(*map(held.agreed, found.nearest()))
+        _balance_(B, A, found, held)
         done.changed.append(name)
         if on_refactor == "reset":
             assert optimizer is not None
@@ -88,12 +92,13 @@ def refactorize_(
     return done
 
 
-def _balance_(B: Tensor, A: Tensor, found: Balance) -> None:
+def _balance_(B: Tensor, A: Tensor, found: Balance, held: Whole) -> None:
     """B ← B T and A ← T⁻¹ A, rounded once: in float64, or in float32 where nothing cancels."""
     # The norms of both results are √ΣS; how far those of their factors exceed it is what float32
     # would lose.
     result = (found.S.sum() * len(found.S)).sqrt()
-    growth = torch.maximum(B.norm() * found.T.norm(), found.T_inverse.norm() * A.norm()) / result
+    norm_B, norm_A = held.norm(torch.stack([B.norm(), A.norm()]))
+    growth = torch.maximum(norm_B * found.T.norm(), found.T_inverse.norm() * norm_A) / result
     wide = torch.promote_types(
         B.dtype, torch.float32 if value_of(growth < 4, usually=True) else torch.float64
     )

@@ -2,14 +2,16 @@
 
 python tests/processes.py WHAT JOBS.json FOLDER, as rank $RANK of $WORLD_SIZE. JOBS is a list of
 pairs: a name and fields of RunConfig, beside which `stop` is a step after which the run is broken
-off. WHAT is `train`: each run goes to FOLDER/name, and what it raised to FOLDER/name.RANK.error;
-or `measure`: the memory that steps take goes to FOLDER/name.RANK.json.
+off, and `sent` asks for a list of what its optimizer steps and events exchange. WHAT is `train`:
+each run goes to FOLDER/name, what it raised to FOLDER/name.RANK.error and what it exchanged to
+FOLDER/name.RANK.sent; or `measure`: the memory that steps take goes to FOLDER/name.RANK.json.
 """
 
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 SIZE = 2
@@ -80,20 +82,26 @@ def _main(what, jobs, folder):
 
 
 def _train(name, fields, folder, rank):
+    from exchanges import listed
+
     from lowrank_lab import RunConfig, train
 
-    stop = fields.pop("stop", None)
+    stop, found = fields.pop("stop", None), []
+    listing = listed(found) if fields.pop("sent", False) else nullcontext()
 
     def on_step(row):
         if row["step"] == stop:
             raise Stopped
 
     try:
-        train(RunConfig(**fields), folder / name, on_step=on_step)
+        with listing:
+            train(RunConfig(**fields), folder / name, on_step=on_step)
     except Stopped:
         pass
     except Exception as error:
         (folder / f"{name}.{rank}.error").write_text(f"{type(error).__name__}: {error}")
+    if found:
+        (folder / f"{name}.{rank}.sent").write_text(json.dumps(found))
 
 
 def _measure(name, fields, folder, rank):

@@ -331,7 +331,7 @@ def test_the_update_grows_by_one_percent_a_step_at_most(scale_front):
 def test_random_projections_keep_norms_on_average():
     G = torch.zeros(12, 8)
     for left, side in ((True, 12), (False, 8)):
-        drawn = [random_projection(G, 3, left, seed) for seed in range(4000)]
+        drawn = [random_projection(G, side, 3, left, seed) for seed in range(4000)]
         assert drawn[0].shape == (side, 3)
         assert drawn[0].is_contiguous()
         mean = sum(P @ P.T for P in drawn) / len(drawn)

@@ -127,7 +127,7 @@ def test_bfloat16_strays_at_most_twice_as_far_with_refreshes_as_without(shape, r
 
 @shapes
 @proj_types
-@pytest.mark.parametrize("refresh", ["svd", "randomized"])
+@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
 @pytest.mark.parametrize("rank", [1, 4, 10])
 def test_before_the_first_refresh_it_is_galore_bit_for_bit(shape, proj_type, refresh, rank):
     ends = []
@@ -142,7 +142,7 @@ def test_before_the_first_refresh_it_is_galore_bit_for_bit(shape, proj_type, ref
 
 @shapes
 @proj_types
-@pytest.mark.parametrize("refresh", ["svd", "randomized"])
+@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
 def test_without_momentum_it_is_galore_up_to_the_switch_bit_for_bit(shape, proj_type, refresh):
     keys = {"proj_type": proj_type, "refresh": refresh, "betas": (0.0, 0.999)}
     galore = trained(shape, 4, method=GaLore, **keys)
@@ -299,7 +299,7 @@ def test_low_rank_regression_converges(shape, switch):
 
 
 @switches
-@pytest.mark.parametrize("refresh", ["svd", "randomized"])
+@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
 def test_equal_runs_are_equal_and_leave_the_global_generator_alone(switch, refresh):
     first = trained(TALL, 4, switch=switch, refresh=refresh)
     torch.manual_seed(17)

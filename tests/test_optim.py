@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from lowrank_lab.optim import Fira, GaLore
 from lowrank_lab.optim.projection import (
+    gram_subspaces,
     leading_subspaces,
     lift_add_,
     project,
@@ -27,7 +28,7 @@ SQUARE, TALL, WIDE = (16, 16), (24, 10), (10, 24)
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 
 both = pytest.mark.parametrize("method", [GaLore, Fira])
-both_refreshes = pytest.mark.parametrize("refresh", ["svd", "randomized"])
+refreshes = pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -244,7 +245,7 @@ def test_a_parameter_that_joins_late_equals_the_published_package(method):
 
 
 @both
-@both_refreshes
+@refreshes
 def test_equal_runs_are_equal_bit_for_bit(method, refresh):
     first = trained(method, TALL, 4, refresh=refresh)
     torch.manual_seed(17)  # the global generator has no say
@@ -253,7 +254,7 @@ def test_equal_runs_are_equal_bit_for_bit(method, refresh):
 
 
 @both
-@both_refreshes
+@refreshes
 @pytest.mark.parametrize("shape", [TALL, WIDE])
 def test_low_rank_regression_converges(method, refresh, shape):
     chance = torch.Generator().manual_seed(3)
@@ -274,7 +275,7 @@ def test_low_rank_regression_converges(method, refresh, shape):
     assert losses[-1] < 1e-6 * losses[0]
 
 
-@both_refreshes
+@refreshes
 @pytest.mark.parametrize("proj_type", [*ONE_SIDED, "full"])
 @pytest.mark.parametrize("shape", [SQUARE, TALL, WIDE])
 def test_galore_moves_weights_only_inside_its_subspace(shape, proj_type, refresh):
@@ -314,7 +315,7 @@ def test_fira_lets_the_residual_grow_by_one_percent_a_step_at_most():
 
 
 @both
-@both_refreshes
+@refreshes
 @precisions
 @pytest.mark.parametrize("rank", [1, 10])
 def test_zero_gradients_leave_finite_weights_and_states_of_final_shape(
@@ -390,7 +391,7 @@ def test_any_module_trains_by_real_backward_passes(method):
 
 
 @both
-@both_refreshes
+@refreshes
 def test_a_step_runs_on_fake_tensors_across_a_refresh(method, refresh):
     with FakeTensorMode():
         W, b, optimizer = made(
@@ -436,7 +437,7 @@ def growing(shape, dtype):
 
 
 @both
-@both_refreshes
+@refreshes
 @precisions
 @pytest.mark.parametrize("shape", [TALL, WIDE])
 def test_a_fresh_instance_continues_bit_for_bit(method, shape, dtype, refresh):
@@ -560,6 +561,41 @@ def test_the_randomized_refresh_is_deterministic_and_leaves_the_global_generator
     second = randomized_subspaces(G, 8, (True, True), seed=4)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], randomized_subspaces(G, 8, (True, True), seed=5)[0])
+
+
+@sizes
+@spectra
+def test_the_eigenvectors_of_gram_matrices_are_the_exact_singular_vectors(spectrum, m, n, rank):
+    G = decaying(spectrum, m, n)
+    rank = min(rank, 3) if spectrum == "rank 3" else rank
+    pairs = zip(
+        gram_subspaces(G, rank, (True, True)),
+        leading_subspaces(G, rank, (True, True)),
+        strict=True,
+    )
+    for ours, exact in pairs:
+        assert ours.dtype == torch.float32
+        assert ours.is_contiguous()
+        assert torch.allclose(ours @ ours.T, exact @ exact.T, atol=1e-4)  # the subspace
+        assert torch.allclose((ours * exact).sum(0).abs(), torch.ones(rank), atol=1e-3)  # ordered
+
+
+def test_gram_matrices_find_singular_vectors_far_below_the_rounding_of_their_squares():
+    U, V = (torch.linalg.qr(torch.randn(40, 3))[0] for _ in range(2))
+    G = (U * torch.tensor([1.0, 1e-3, 1e-5])) @ V.T  # 1e-10 once squared
+    left, right = gram_subspaces(G, 3, (True, True))
+    assert torch.allclose((left * U).sum(0).abs(), torch.ones(3), atol=1e-3)
+    assert torch.allclose((right * V).sum(0).abs(), torch.ones(3), atol=1e-3)
+
+
+@sizes
+def test_eigenvectors_keep_the_signs_of_the_old_projections(m, n, rank):
+    G = decaying("fast", m, n)
+    old = gram_subspaces(G, rank, (True, True))
+    for signs in (1, -1):
+        before = tuple(signs * P for P in old)
+        after = gram_subspaces(G, rank, (True, True), old=before)
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 @both

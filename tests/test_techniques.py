@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank_lab import factorize, refactorize_, reset_momentum_
+from lowrank_lab.distributed import Whole
 from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.optim import Fira, GaLore
 
@@ -103,6 +106,69 @@ def test_ill_conditioned_factors_of_a_good_product_keep_it(condition):
     layer = layer_of(B, A)
     assert refactorize_(layer).changed == [""]
     assert_balanced(layer, B, A, 1e-6)
+
+
+class Shared(Whole):
+    """How threads hold parts: each puts what it has in its place and takes what all have."""
+
+    def __init__(self, place, places, barrier):
+        self.place, self.places, self.barrier = place, places, barrier
+
+    def exchanged(self, t):
+        self.barrier.wait()
+        self.places[self.place] = t.clone()
+        self.barrier.wait()
+        return list(self.places)
+
+    def sum_(self, t):
+        return t.copy_(sum(self.exchanged(t)))
+
+    def norm(self, t):
+        return sum(x.square() for x in self.exchanged(t)).sqrt()
+
+    def agreed(self, t):
+        return self.exchanged(t)[0]
+
+    def joined(self, t, dim=0):
+        return torch.cat(self.exchanged(t), dim)
+
+
+def in_shards(B, A, count):
+    """The factors after a refactorization by threads that hold rows of B and columns of A."""
+    places, barrier = [None] * count, threading.Barrier(count, timeout=60)
+    cuts = zip(B.tensor_split(count), A.tensor_split(count, 1), strict=True)
+    layers = [layer_of(B, A) for _ in range(count)]
+    for layer, (b, a) in zip(layers, cuts, strict=True):
+        layer.B, layer.A = nn.Parameter(b.clone()), nn.Parameter(a.clone())
+
+    def run(i):
+        return refactorize_(layers[i], held=Shared(i, places, barrier))
+
+    with ThreadPoolExecutor(count) as pool:
+        done = list(pool.map(run, range(count)))
+    assert all(d == done[0] for d in done)
+    return torch.cat([x.B for x in layers]), torch.cat([x.A for x in layers], 1), done[0]
+
+
+@pytest.mark.parametrize("count", [2, 5])  # in five, a shard has fewer than r rows and columns
+@pytest.mark.parametrize("case", ["good", "unbalanced", "ill-conditioned", "deficient"])
+def test_shards_are_refactorized_as_the_whole_is(case, count):
+    B, A = random_factors(30, 20, 7, torch.float32)
+    if case == "unbalanced":
+        B, A = B * 1e-6, A * 1e6
+    elif case == "ill-conditioned":  # too much so for Gram matrices: by triangles
+        B = (B.double() * torch.logspace(0, -5, 7, dtype=torch.float64)).float()
+    elif case == "deficient":
+        B[:, -1] = 0
+    whole = layer_of(B.clone(), A.clone())
+    expected = refactorize_(whole)
+    new_B, new_A, done = in_shards(B, A, count)
+    assert done == expected
+    assert done.changed == ([] if case == "deficient" else [""])
+    assert relative(new_B @ new_A, B.double() @ A.double()) < 1e-6
+    signs = (new_A * whole.A).sum(1).sign()
+    assert relative(new_B * signs, whole.B) < 1e-4
+    assert relative(signs[:, None] * new_A, whole.A) < 1e-4
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e15])

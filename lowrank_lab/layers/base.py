@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from lowrank_lab.distributed import WHOLE, Whole
 from lowrank_lab.layers.association import Association, cheapest
 
 # B·A counts as rank-deficient while its smallest singular value is below this share of the largest.
@@ -82,33 +84,58 @@ class Balance(NamedTuple):
         return Balance(self.S, (U * s) @ U.T, (U / s) @ U.T)
 
 
-def balance(B: Tensor, A: Tensor) -> Balance:
+def balance(B: Tensor, A: Tensor, held: Whole = WHOLE) -> Balance:
     """What balances B (m×r) and A (r×n), from r×r matrices: the product is never formed.
+
+    Of factors in shards, rows of B and columns of A, only such matrices travel.
 
     BᵀB = L Lᵀ,  Lᵀ (A Aᵀ) L = U Σ² Uᵀ  ⇒  T = L⁻ᵀ U Σ^½,  T⁻¹ = Σ^(−½) Uᵀ Lᵀ. Gram matrices square
     the condition number: where they lose the small singular values, QR takes their place.
     """
     B, A = B.double(), A.double()
-    L, failed = torch.linalg.cholesky_ex(_gram(B))
-    if not value_of(failed, usually=0):
-        squares, U = torch.linalg.eigh(L.T @ _gram(A.T) @ L)  # ascending
-        if value_of(squares[0] > GRAM_TOLERANCE * squares[-1], usually=True):
-            S, U = squares.flip(0).sqrt(), U.flip(1)
-            root = S.sqrt()
-            T = torch.linalg.solve_triangular(L.T, U * root, upper=True)
-            return Balance(S, T, (U / root).T @ L.T)
-    # B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U Σ Vᵀ  ⇒  T = R_Aᵀ V Σ^(−½),  T⁻¹ = Σ^(−½) Uᵀ R_B
-    R_B, R_A = _triangular(B), _triangular(A.T)
+    found = _from_grams(*_grams(B, A, held))
+    lost = held.max_(B.new_tensor(float(found is None)))  # all take the same way
+    if found is None or value_of(lost, usually=0):
+        found = _from_triangles(_triangular(B, held), _triangular(A.T, held))
+    return Balance(*map(held.agreed, found))
+
+
+def _from_grams(gram_B: Tensor, gram_A: Tensor) -> Balance | None:
+    """`balance` from BᵀB and A Aᵀ; None where they have lost the small singular values."""
+    L, failed = torch.linalg.cholesky_ex(gram_B)
+    if value_of(failed, usually=0):
+        return None
+    squares, U = torch.linalg.eigh(L.T @ gram_A @ L)  # ascending
+    if not value_of(squares[0] > GRAM_TOLERANCE * squares[-1], usually=True):
+        return None
+    S, U = squares.flip(0).sqrt(), U.flip(1)
+    root = S.sqrt()
+    T = torch.linalg.solve_triangular(L.T, U * root, upper=True)
+    return Balance(S, T, (U / root).T @ L.T)
+
+
+def _from_triangles(R_B: Tensor, R_A: Tensor) -> Balance:
+    """`balance` from the triangles of B = Q_B R_B and Aᵀ = Q_A R_A."""
+    # R_B R_Aᵀ = U Σ Vᵀ  ⇒  T = R_Aᵀ V Σ^(−½),  T⁻¹ = Σ^(−½) Uᵀ R_B
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
     inverse_root = S.rsqrt()
     return Balance(S, R_A.T @ Vh.T * inverse_root, (U * inverse_root).T @ R_B)
 
 
-def imbalance(B: Tensor, A: Tensor) -> Tensor:
-    """‖BᵀB − AAᵀ‖ / (‖BᵀB‖ + ‖AAᵀ‖) in float64: 0 balanced, towards 1 one-sided; 0 of zeros."""
-    left, right = _gram(B.double()), _gram(A.double().T)
+def imbalance(B: Tensor, A: Tensor, held: Whole = WHOLE) -> Tensor:
+    """‖BᵀB − AAᵀ‖ / (‖BᵀB‖ + ‖AAᵀ‖) in float64: 0 balanced, towards 1 one-sided; 0 of zeros.
+
+    Args:
+        held: of factors in shards, rows of B and columns of A, a `distributed.Part`.
+    """
+    left, right = _grams(B.double(), A.double(), held)
     total = left.norm() + right.norm()
     return torch.where(total > 0, (left - right).norm() / total, torch.zeros_like(total))
+
+
+def _grams(B: Tensor, A: Tensor, held: Whole) -> Tensor:
+    """BᵀB and A Aᵀ (2, r, r) of the whole factors."""
+    return held.sum_(torch.stack([gram(B), gram(A.T)]))
 
 
 def value_of(scalar: Tensor, usually: float) -> float:
@@ -122,13 +149,16 @@ def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
     return S
 
 
-def _triangular(X: Tensor) -> Tensor:
-    """R (r×r) of X = Q R."""
+def _triangular(X: Tensor, held: Whole = WHOLE) -> Tensor:
+    """R (r×r) of X = Q R; of X in shards of rows that of their stacked triangles."""
     R: Tensor = torch.linalg.qr(X, mode="r")[1]
-    return R
+    if held is WHOLE:
+        return R
+    few = X.shape[1] - R.shape[0]  # rows missing in a shard of fewer than r
+    return _triangular(held.joined(F.pad(R, (0, 0, 0, few))))
 
 
-def _gram(X: Tensor) -> Tensor:
+def gram(X: Tensor) -> Tensor:
     """Xᵀ X (r×r) of X (p×r), half of it computed and half mirrored."""
     r, width = X.shape[1], 128
     G = X.new_empty(r, r)

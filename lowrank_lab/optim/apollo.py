@@ -22,10 +22,13 @@ from lowrank_lab.optim.projection import (
     channel_norms,
     check_projection,
     projected,
+    refresh_parts_,
     refreshed,
     sides,
+    unprojected,
 )
 
+PROJECTIONS = ("random", "svd", "gram")
 SEED_STRIDE = 1_000_003  # keeps the parameters of two seeds apart
 
 
@@ -34,11 +37,11 @@ class Apollo(ProjectedAdamW):
 
     Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`,
     whose root multiplies the update (1; APOLLO-Mini: 128 with rank 1 and scale_type tensor);
-    `proj`, random | svd; `proj_type`, std | reverse_std | left | right; `scale_type`, channel |
-    tensor; `scale_front`, whether the norms that the growth limiter compares include the scale
-    (False); `disable_nl`, True leaves the limiter out (False); `store_projection`, False keeps a
-    random projection's seed instead of its matrix and draws it anew at every step (True); `seed`
-    (0, the package's matrices).
+    `proj`, random | svd | gram (an SVD's, see `gram_subspaces`); `proj_type`, std | reverse_std |
+    left | right; `scale_type`, channel | tensor; `scale_front`, whether the norms that the growth
+    limiter compares include the scale (False); `disable_nl`, True leaves the limiter out (False);
+    `store_projection`, False keeps a random projection's seed instead of its matrix and draws it
+    anew at every step (True); `seed` (0, the package's matrices).
 
     State of an m×n matrix of b bytes an element, for `std`: 2·r·max(m, n)·b for the moments, 4 for
     the limiter's norm, and r·min(m, n)·b for the projection, nothing if it isn't stored.
@@ -80,17 +83,24 @@ class Apollo(ProjectedAdamW):
         super().check_group(group)
         one_sided = ("std", "reverse_std", "left", "right")
         check_projection(group, allowed=one_sided)
-        for key, allowed in (("proj", ("random", "svd")), ("scale_type", ("channel", "tensor"))):
+        for key, allowed in (("proj", PROJECTIONS), ("scale_type", ("channel", "tensor"))):
             refuse(key, group[key], group[key] not in allowed, f"one of {', '.join(allowed)}")
         for key in ("scale_front", "disable_nl", "store_projection"):
             refuse(key, group[key], not isinstance(group[key], bool), "True or False")
-        unseeded = group["proj"] == "svd" and not group["store_projection"]
+        unseeded = group["proj"] != "random" and not group["store_projection"]
         refuse(
             "store_projection", False, unseeded, "True: an SVD has no seed to draw it from again"
         )
         scale, seed = group["scale"], group["seed"]
         refuse("scale", scale, not (is_number(scale) and 0 <= scale < math.inf), "at least 0")
         refuse("seed", seed, not is_whole(seed), "a whole number from 0")
+
+    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return None if group["proj"] == "svd" else unprojected(group, shape)
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if group["proj"] == "gram":
+            refresh_parts_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
@@ -100,11 +110,13 @@ class Apollo(ProjectedAdamW):
         N = self.adam_direction(R, state, group)
         # φ = ‖N‖ / (‖R‖ + ε), per channel (over the rank axis) or once for the tensor
         axis = None if group["scale_type"] == "tensor" else 0 if right is None else 1
-        R_norm, N_norm, G_norm = (channel_norms(X, axis) for X in (R, N, G))
+        norms = [channel_norms(X, axis) for X in (R, N, G)]
+        R_norm, N_norm, G_norm = norms if axis is not None else self.held.norm(torch.stack(norms))
         phi, root = N_norm / (R_norm + EPS), math.sqrt(group["scale"])
         # S = φ∘G, whose norm follows from G's: ‖S‖² = Σ φ²‖G‖² over the channels
         if not group["disable_nl"]:
             S_norm = torch.linalg.vector_norm(phi * G_norm)
+            S_norm = self.held.norm(S_norm) if axis is not None else S_norm
             phi = phi / growth_limiter(
                 state, root * S_norm if group["scale_front"] else S_norm, forgive_zero=True
             )
@@ -115,35 +127,38 @@ class Apollo(ProjectedAdamW):
         self, G: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor | None]:
         """(L, None) or (None, R) for this step; `seed` in the state is the current one's."""
-        if group["proj"] == "svd":
-            return refreshed(self, state, G, group | {"refresh": "svd"})
+        if group["proj"] != "random":
+            return refreshed(self, state, G, group | {"refresh": group["proj"]})
         due = state["step"] % group["update_proj_gap"] == 0
         if "seed" not in state:
             state["seed"] = (group["seed"] * SEED_STRIDE + place(self, state)) % 2**63
         elif due:
             state["seed"] = next_seed(state["seed"])
-        left = sides(group["proj_type"], G.shape)[0]
+        shape, rank = self.held.shape(G), group["rank"]
+        left = sides(group["proj_type"], shape)[0]
+        side = shape[0] if left else shape[1]
         name = "projection_left" if left else "projection_right"
         if not group["store_projection"]:
             state.pop(name, None)
-            P = random_projection(G, group["rank"], left, state["seed"])
+            P = random_projection(G, side, rank, left, state["seed"])
         else:
             if due or name not in state:
-                state[name] = random_projection(G, group["rank"], left, state["seed"])
-            P = state[name]
+                P = random_projection(G, side, rank, left, state["seed"])
+                state[name] = self.held.own(P)
+            P = self.held.joined(state[name])
         return (P, None) if left else (None, P)
 
 
-def random_projection(G: Tensor, rank: int, left: bool, seed: int) -> Tensor:
-    """A Gaussian/√r matrix for G (m×n): m×r for the left side, n×r for the right one.
+def random_projection(like: Tensor, side: int, rank: int, left: bool, seed: int) -> Tensor:
+    """A side×r Gaussian/√r matrix for the left (m×r) or the right side (n×r) of a gradient.
 
-    Drawn on G's device in float32 as the package draws it, so that the numbers of a CPU and those
-    of a GPU differ. E[P Pᵀ] is the identity.
+    Drawn on the device of `like` in float32 as the package draws it, so that the numbers of a CPU
+    and those of a GPU differ. E[P Pᵀ] is the identity.
     """
-    generator = torch.Generator(G.device).manual_seed(seed)
-    shape = (G.shape[0], rank) if left else (rank, G.shape[1])
-    P = torch.randn(shape, generator=generator, device=G.device).div_(math.sqrt(rank))
-    return (P if left else P.T).to(G.dtype).contiguous()
+    generator = torch.Generator(like.device).manual_seed(seed)
+    shape = (side, rank) if left else (rank, side)
+    P = torch.randn(shape, generator=generator, device=like.device).div_(math.sqrt(rank))
+    return (P if left else P.T).to(like.dtype).contiguous()
 
 
 def next_seed(seed: int) -> int:

@@ -12,13 +12,16 @@ together with the averages, so that bias correction stays exact (`techniques.res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lowrank_lab.distributed import WHOLE, Whole
 
 # Keys of a group that torch and its schedulers add.
 FOREIGN_KEYS = ("params", "param_names", "initial_lr")
@@ -85,6 +88,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
+    # Weights of which this process holds a part, and how it holds the one that is being updated.
+    parts: Mapping[Tensor, Whole] = MappingProxyType({})
+    held: Whole = WHOLE
 
     def __init__(
         self,
@@ -149,6 +155,17 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 "rank", rank, fits, f"at most the smaller side of each matrix, not {tuple(p.shape)}"
             )
 
+    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        """Along which dimension processes can hold parts of a weight that `update_` is called for.
+
+        It then gets parts of W, G and the moments, and asks `held` for what it needs of the others.
+        None, the default: it needs whole weights.
+        """
+        return None
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """What is done together for the parts of several matrices before `update_` of each."""
+
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
@@ -173,6 +190,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
         if "rank" in group:
+            self.prepare_([p for p in params if p in self.parts], group)
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
@@ -184,6 +202,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         for p in params:
             assert p.grad is not None
             state = self._advanced(p, group)
+            self.held = self.parts.get(p, WHOLE)
             with self._written(p, state, group) as W:
                 self.update_(W, p.grad, state, group, _step_size(state, group))
             state["step"] += 1

@@ -13,7 +13,9 @@ from lowrank_lab.optim.projection import (
     check_projection,
     lift_add_,
     projected,
+    refresh_parts_,
     refreshed,
+    unprojected,
 )
 
 NORM_GROWTH_LIMIT = 1.01  # γ
@@ -25,8 +27,9 @@ class Fira(ProjectedAdamW):
 
     Keys of a ranked group: `rank`; `update_proj_gap` (200); `alpha`, which scales what comes back
     from the subspace (1); `proj_type`, std | reverse_std | left | right; `refresh`, svd (exact,
-    equal to the package) | randomized; `spread_refresh`, whether each matrix is refreshed
-    at another step of the gap (False, as in the package).
+    equal to the package) | randomized | gram (exact, with other rounding; see `gram_subspaces`);
+    `spread_refresh`, whether each matrix is refreshed at another step of the gap (False, as in the
+    package).
 
     As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G −
     alpha·P R. `full` is refused: with both sides projected a channel has no rank axis to take its
@@ -41,6 +44,12 @@ class Fira(ProjectedAdamW):
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check_projection(group, allowed=("std", "reverse_std", "left", "right"))
+
+    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return unprojected(group, shape) if group["refresh"] == "gram" else None
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        refresh_parts_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
@@ -57,7 +66,8 @@ class Fira(ProjectedAdamW):
         residual_sq = G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()
         rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
         residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
-        phi = phi / growth_limiter(state, (residual_sq * phi.square()).sum().sqrt())
+        S_norm = self.held.norm((residual_sq * phi.square()).sum().sqrt())
+        phi = phi / growth_limiter(state, S_norm)
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
         lift_add_(
             W, N.addcmul_(R, phi.to(N.dtype), value=-1), left, right, alpha=-step_size * alpha

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
-from lowrank_lab.optim.projection import check_projection, lift_add_, projected, refreshed
+from lowrank_lab.optim.projection import (
+    check_projection,
+    lift_add_,
+    projected,
+    refresh_parts_,
+    refreshed,
+    unprojected,
+)
 
 
 class GaLore(ProjectedAdamW):
@@ -15,8 +23,9 @@ class GaLore(ProjectedAdamW):
 
     Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`,
     the paper's α (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd
-    (exact, equal to the package) | randomized; `spread_refresh`, whether each matrix is refreshed
-    at another step of the gap (False, as in the package).
+    (exact, equal to the package) | randomized | gram (exact, with other rounding; see
+    `gram_subspaces`); `spread_refresh`, whether each matrix is refreshed at another step of the gap
+    (False, as in the package).
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
@@ -27,6 +36,12 @@ class GaLore(ProjectedAdamW):
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check_projection(group)
+
+    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return unprojected(group, shape) if group["refresh"] == "gram" else None
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        refresh_parts_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float

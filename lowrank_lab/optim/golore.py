@@ -8,19 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_lab.distributed import WHOLE, Whole
 from lowrank_lab.optim.base import ProjectedAdamW, is_whole, place, refuse
-from lowrank_lab.optim.projection import check_projection, lift_add_, projected, refreshed, sides
-
-Projections = tuple[Tensor | None, Tensor | None]  # L (m×r), R (n×r)
+from lowrank_lab.optim.projection import (
+    Projections,
+    check_projection,
+    joined,
+    lift_add_,
+    projected,
+    refresh_parts_,
+    refreshed,
+    sides,
+    store_,
+    stored,
+    unprojected,
+)
 
 
 class GoLore(ProjectedAdamW):
     """GoLore's AdamW: GaLore whose projection is random from the step `switch` on.
 
     Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`
-    (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd | randomized, for
-    the projections before the switch; `switch`, steps of GaLore (0: random from the start, what the
-    paper proves to converge; its language models take 80 % of the run); `seed` (0).
+    (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd | randomized |
+    gram, for the projections before the switch; `switch`, steps of GaLore (0: random from the
+    start, what the paper proves to converge; its language models take 80 % of the run); `seed` (0).
 
     The first projection that is due at or after the switch is the first random one. At every
     refresh, before the switch too, the first moment is carried into the new subspace, and the
@@ -40,13 +51,22 @@ class GoLore(ProjectedAdamW):
         for key in ("switch", "seed"):
             refuse(key, group[key], not is_whole(group[key]), "a whole number from 0")
 
+    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        no_svd = group["refresh"] == "gram" or group["switch"] == 0
+        return unprojected(group, shape) if no_svd else None
+
+    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        before = [p for p in params if self.state[p].get("step", 0) < group["switch"]]
+        refresh_parts_(self, before, group)
+
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        old = state.get("projection_left"), state.get("projection_right")
-        left, right = new = self._projections(G, state, group)
+        old = stored(state)
+        left, right = self._projections(G, state, group)
+        new = stored(state)
         if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
-            state["exp_avg"].copy_(carried(state["exp_avg"], old, new))
+            state["exp_avg"].copy_(carried(state["exp_avg"], old, new, self.held))
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         R = projected(self, G, left, right, group)
         N = self.adam_direction(R, state, group)
@@ -56,21 +76,25 @@ class GoLore(ProjectedAdamW):
         """(L, R) for this step: GaLore's before the switch, random orthonormal ones after it."""
         step = state["step"]
         if step % group["update_proj_gap"] == 0 and step >= group["switch"]:
-            which = sides(group["proj_type"], G.shape)
-            for side, name in enumerate(("projection_left", "projection_right")):
-                if which[side]:
-                    key = (group["seed"], place(self, state), step, side)
-                    state[name] = random_orthonormal(G, G.shape[side], group["rank"], key)
-            return state.get("projection_left"), state.get("projection_right")
+            shape = self.held.shape(G)
+            keys = [(group["seed"], place(self, state), step, side) for side in range(2)]
+            left, right = (
+                self.held.own(random_orthonormal(G, shape[side], group["rank"], keys[side]))
+                if projects
+                else None
+                for side, projects in enumerate(sides(group["proj_type"], shape))
+            )
+            store_(state, (left, right), G.dtype)
+            return joined(stored(state), self.held)
         return refreshed(self, state, G, group)
 
 
-def carried(m: Tensor, old: Projections, new: Projections) -> Tensor:
+def carried(m: Tensor, old: Projections, new: Projections, held: Whole = WHOLE) -> Tensor:
     """The moment m of the old subspace in the new one: m ← (LₙᵀLₒ) m (RₒᵀRₙ), r×r products."""
     if new[0] is not None and old[0] is not None:
-        m = (new[0].T @ old[0]) @ m
+        m = held.sum_(new[0].T @ old[0]) @ m
     if new[1] is not None and old[1] is not None:
-        m = m @ (old[1].T @ new[1])
+        m = m @ held.sum_(old[1].T @ new[1])
     return m
 
 

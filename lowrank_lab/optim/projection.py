@@ -3,6 +3,10 @@
 A gradient G is m×n. A left projection is an m×r matrix L with orthonormal columns, a right one an
 n×r matrix R: the projected gradient is Lᵀ G, G R, or Lᵀ G R with both. They live in the optimizer's
 state as `projection_left` and `projection_right`, so that checkpoints and byte counts see them.
+
+A matrix that several processes hold in parts (`ProjectedAdamW.held`) is cut along the side that
+isn't projected: each then computes its part of G R or Lᵀ G, of Adam's averages and of the update by
+itself. Projections are kept in parts as well, rows of L or R, and joined for the moment of use.
 """
 
 from __future__ import annotations
@@ -13,16 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_lab import distributed
+from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.layers.base import gram
 from lowrank_lab.optim.base import ProjectedAdamW, in_state_precision, place
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-REFRESHES = ("svd", "randomized")
+REFRESHES = ("svd", "randomized", "gram")
 OVERSAMPLING = 16  # random columns beyond the rank, in the randomized refresh
 
 Sides = tuple[bool, bool]  # (left, right)
+Projections = tuple[Tensor | None, Tensor | None]  # L (m×r), R (n×r)
 
 
-def sides(proj_type: str, shape: tuple[int, int] | torch.Size) -> Sides:
+def sides(proj_type: str, shape: tuple[int, ...]) -> Sides:
     """Which sides of an m×n gradient are projected. `std` leaves the longer side as it is."""
     tall = shape[0] >= shape[1]
     return {
@@ -36,36 +44,89 @@ def sides(proj_type: str, shape: tuple[int, int] | torch.Size) -> Sides:
 
 def refreshed(
     optimizer: ProjectedAdamW, state: dict[str, Any], G: Tensor, group: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Projections:
     """The projections for this step, (L, R), recomputed from G every update_proj_gap steps.
 
     With `spread_refresh` each weight has its turn at another step of the gap, so that no step has
     to wait for all of them; all have their first one at once.
     """
+    if is_due(optimizer, state, group):
+        rank, old = group["rank"], stored(state)
+        which = sides(group["proj_type"], G.shape)
+        if "found" in state:
+            found = state.pop("found")
+        elif group["refresh"] == "svd":
+            found = leading_subspaces(G, rank, which)
+        elif group["refresh"] == "gram":
+            found = gram_subspaces(G, rank, which, old=old)
+        else:
+            found = randomized_subspaces(G, rank, which, seed=state["step"], old=old)
+        store_(state, found, G.dtype)
+    return joined(stored(state), optimizer.held)
+
+
+def is_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    """Whether a weight's projections are recomputed in this step."""
     gap = group["update_proj_gap"]
     if group.get("spread_refresh") and "refresh_offset" not in state:
         count = sum(len(g["params"]) for g in optimizer.param_groups)
         state["refresh_offset"] = place(optimizer, state) * gap // (count + 1)
-    if (state["step"] + state.get("refresh_offset", 0)) % gap == 0 or not _stored(state):
-        which = sides(group["proj_type"], G.shape)
-        if group["refresh"] == "svd":
-            left, right = leading_subspaces(G, group["rank"], which)
-        else:
-            left, right = randomized_subspaces(
-                G, group["rank"], which, seed=state["step"], old=_pair(state)
-            )
-        for name, projection in (("projection_left", left), ("projection_right", right)):
-            if projection is not None:
-                state[name] = projection.to(G.dtype)
-    return _pair(state)
+    step: int = state.get("step", 0) + state.get("refresh_offset", 0)
+    return step % gap == 0 or stored(state) == (None, None)
 
 
-def _pair(state: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+def refresh_parts_(optimizer: ProjectedAdamW, params: list[Tensor], group: dict[str, Any]) -> None:
+    """Find this process's rows of the projections of parts that are due, for `refreshed`.
+
+    Of a gradient in parts only its Gram matrix travels. Each process finds the eigenvectors of
+    another gradient at the same time, and gives them to all.
+    """
+    due = [p for p in params if is_due(optimizer, optimizer.state[p], group)]
+    me, rank, together = distributed.rank(), group["rank"], distributed.size()
+    for batch in (due[i : i + together] for i in range(0, len(due), together)):
+        mine = None
+        for i, p in enumerate(batch):
+            total = optimizer.parts[p].sum_(gram(_elongated(p, optimizer).double()))
+            mine = total if i == me else mine
+        V = None if mine is None else _eigenvectors(mine, rank)
+        for i, p in enumerate(batch):
+            held, state, G = optimizer.parts[p], optimizer.state[p], _elongated(p, optimizer)
+            empty = G.new_empty((G.shape[1], rank), dtype=torch.float32)
+            P = V if V is not None and i == me else empty
+            left, right = stored(state)
+            old = right if left is None else left
+            P = _aligned(held.own(held.agreed(P, source=i)), old, held)
+            state["found"] = (P, None) if held.dim == 1 else (None, P)
+
+
+def _elongated(p: Tensor, optimizer: ProjectedAdamW) -> Tensor:
+    """A gradient in parts, or its transpose, with the side that isn't projected first."""
+    assert p.grad is not None
+    return p.grad.T if optimizer.parts[p].dim == 1 else p.grad
+
+
+def stored(state: dict[str, Any]) -> Projections:
+    """The projections in a state, as this process holds them."""
     return state.get("projection_left"), state.get("projection_right")
 
 
-def _stored(state: dict[str, Any]) -> bool:
-    return "projection_left" in state or "projection_right" in state
+def store_(state: dict[str, Any], found: Projections, dtype: torch.dtype) -> None:
+    """Put projections, as this process holds them, into a state."""
+    for name, projection in zip(("projection_left", "projection_right"), found, strict=True):
+        if projection is not None:
+            state[name] = projection.to(dtype)
+
+
+def joined(parts: Projections, held: Whole) -> Projections:
+    """Whole projections, of those that each process holds some rows of."""
+    left, right = (None if P is None else held.joined(P) for P in parts)
+    return left, right
+
+
+def unprojected(group: dict[str, Any], shape: torch.Size) -> int | None:
+    """The dimension along which an m×n matrix can be cut: None if both sides are projected."""
+    left, right = sides(group["proj_type"], shape)
+    return None if left and right else int(left)
 
 
 def project(
@@ -106,7 +167,10 @@ def lift_add_(
 
 
 def channel_norms(X: Tensor, axis: int | None) -> Tensor:
-    """‖X‖ along an axis of a matrix, which is kept, or of all of it; in float32 or wider."""
+    """‖X‖ along an axis of a matrix, which is kept, or of all of it; in float32 or wider.
+
+    The axis is the one that projections shorten: of matrices in parts all of it is here.
+    """
     wide = torch.promote_types(X.dtype, torch.float32)
     if axis != 0:
         norms: Tensor = torch.linalg.vector_norm(X, dim=axis, keepdim=True, dtype=wide)
@@ -118,7 +182,7 @@ def channel_norms(X: Tensor, axis: int | None) -> Tensor:
     return squares.sqrt_()
 
 
-def leading_subspaces(G: Tensor, rank: int, which: Sides) -> tuple[Tensor | None, Tensor | None]:
+def leading_subspaces(G: Tensor, rank: int, which: Sides) -> Projections:
     """Leading singular vectors of G (m×n): L (m×r) and R (n×r), by an exact SVD in float32."""
     U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
     # Copies: a view would keep all of U or V alive.
@@ -132,8 +196,8 @@ def randomized_subspaces(
     which: Sides,
     *,
     seed: int = 0,
-    old: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor | None, Tensor | None]:
+    old: Projections = (None, None),
+) -> Projections:
     """Approximate leading singular vectors of G by a randomized range finder (0909.4061, alg. 4.4).
 
     From old projections one power iteration is enough, from nothing it takes two. The result is
@@ -163,10 +227,38 @@ def _range_finder(G: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor
     core = Q.T @ G
     _, rotation = torch.linalg.eigh(core @ core.T)  # ascending
     P: Tensor = Q @ rotation.flip(1)[:, :rank]
-    if old is not None:
-        agreement = (P * old).sum(0)
-        P = P * torch.where(agreement < 0, -1.0, 1.0)
-    return P.contiguous()
+    return _aligned(P, old).contiguous()
+
+
+def gram_subspaces(
+    G: Tensor,
+    rank: int,
+    which: Sides,
+    *,
+    old: Projections = (None, None),
+) -> Projections:
+    """Leading singular vectors of G (m×n) as eigenvectors of G Gᵀ (L) and GᵀG (R), in float64.
+
+    As exact as an SVD in float32, with other rounding, and cheaper where G is elongated. Signs
+    follow the old ones. `refresh_parts_` does the same where processes hold parts of G.
+    """
+    G = G.double()
+    left = _aligned(_eigenvectors(gram(G.T), rank), old[0]) if which[0] else None
+    return left, _aligned(_eigenvectors(gram(G), rank), old[1]) if which[1] else None
+
+
+def _eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors (p×rank) of a Gram matrix (p×p), rounded to float32."""
+    V: Tensor = torch.linalg.eigh(gram)[1]  # ascending
+    return V[:, -rank:].flip(1).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _aligned(P: Tensor, old: Tensor | None, held: Whole = WHOLE) -> Tensor:
+    """P with the signs of its columns as in the old one: Adam's averages live in that basis."""
+    if old is None:
+        return P
+    agreement = held.sum_((P * old).sum(0))
+    return P * torch.where(agreement < 0, -1.0, 1.0)
 
 
 def check_projection(group: dict[str, Any], allowed: tuple[str, ...] = PROJ_TYPES) -> None:
