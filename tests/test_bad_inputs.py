@@ -172,7 +172,8 @@ BAD = {
         "memory --model tiny --batch 8 --ranks 2 --per-layer --all", ["per_layer", "fsdp2"],
     ),
     "ranks of merges": (
-        "memory --model tiny --method relora --rank 4 --batch 8 --ranks 2", ["relora", "shards"],
+        "memory --model tiny --method relora --rank 4 --batch 8 --ranks 2 --option warm_start=9",
+        ["warm_start", "9"],
     ),
     "more ranks than layers": (
         "memory --model tiny --method galore --rank 4 --batch 40 --ranks 40",

@@ -16,7 +16,6 @@ from lowrank_lab.memory import simulate
 from lowrank_lab.methods import METHODS
 from lowrank_lab.ranks import fullest, of_ranks, one_of
 
-IN_SHARDS = [name for name in QUICK if name != "relora"]
 AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
 MIB = 2**20
 
@@ -36,12 +35,23 @@ def at_rest(breakdown):
     return {name: getattr(breakdown, name) for name in AT_REST}
 
 
-@pytest.mark.parametrize("method", IN_SHARDS)
+@pytest.mark.parametrize("method", QUICK)
 def test_formula_and_simulation_of_a_process_agree_to_the_byte(method):
     config = configured(method, precision="bf16")
-    accounts = of_ranks(config, 3)  # which divides no dimension of the model
-    for rank in (0, 2):
-        assert at_rest(simulate(config, ranks=3, rank=rank).at_rest) == at_rest(accounts[rank])
+    for ranks, rank in ((3, 0), (3, 2), (2, 1)):  # 3 divides no dimension of the model
+        held = simulate(config, ranks=ranks, rank=rank).at_rest
+        assert at_rest(held) == at_rest(of_ranks(config, ranks)[rank])
+
+
+@pytest.mark.parametrize("proj_type", ["std", "left", "right"])
+@pytest.mark.parametrize("method", ["galore", "fira", "golore"])
+def test_projections_without_gathering_leave_each_process_its_share_of_states(method, proj_type):
+    options = {"refresh": "gram", "proj_type": proj_type}
+    config = configured(method, rank=4, method_options=options, batch=4)
+    whole, shares = of_ranks(config, 1)[0], of_ranks(config, 2)
+    assert at_rest(simulate(config, ranks=2, rank=1).at_rest) == at_rest(shares[1])
+    assert shares[0].projections == whole.projections // 2
+    assert shares[0].optimizer_states == pytest.approx(whole.optimizer_states / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(("ranks", "mebibytes"), [(1, 25_705), (8, 3213), (64, 402)])
@@ -143,7 +153,7 @@ def test_ways_to_fit_are_those_that_shards_know():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_measure_what_is_simulated_of_each(tmp_path):
-    names = [*IN_SHARDS, *(["adamw-8bit"] if shutil.which("g++") else [])]
+    names = [*QUICK, *(["adamw-8bit"] if shutil.which("g++") else [])]
     jobs = {name: fields_of(name, parallel="fsdp2", batch=4, **techniques(name)) for name in names}
     measured = measure_all(jobs.items(), tmp_path)
     lines, worst = [], 0.0
