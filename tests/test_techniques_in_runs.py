@@ -240,7 +240,7 @@ def test_layers_without_a_product_are_named_and_left_alone(config):
         walk = Walk(config(method, refactor_every=1))
         before = walk.weights()
         done = apply_("refactor", walk.model, walk.optimizer, walk.config, 0)
-        assert done == {"event": "refactor", "layers": 0, "rank_deficient": LAYERS}
+        assert done == {"event": "refactor", "layers": 0, "rank_deficient": LAYERS, "balanced": 0}
         assert changed(before, walk.weights()) == set()
 
 
