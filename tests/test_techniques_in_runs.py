@@ -248,8 +248,9 @@ def test_a_refactorization_right_after_a_merge_names_all_layers(config, tmp_path
     made = config("relora", refactor_every=2, method_options={"merge_every": 4})
     events = train(made, tmp_path / "run").metrics.set_index("step")["events"]
     assert [e["event"] for e in events[4]] == ["merge", "refactor"]
-    assert events[4][1] == {"event": "refactor", "layers": 0, "rank_deficient": LAYERS}
-    assert events[6] == [{"event": "refactor", "layers": 7, "rank_deficient": []}]
+    of_none = {"event": "refactor", "layers": 0, "rank_deficient": LAYERS, "balanced": 0}
+    assert events[4][1] == of_none
+    assert events[6] == [of_none | {"layers": 7, "rank_deficient": []}]
 
 
 @pytest.mark.parametrize("on_refactor", ["keep", "reset", "transport"])
