@@ -1,5 +1,6 @@
 """Two processes train what one trains."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -180,9 +181,20 @@ PER_LAYER = {
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, worker_id):
+    """The folder of `train_two`, and what its runs raised: once for all workers of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "two"
+    raised = folder.with_suffix(".json")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not raised.exists():
+            raised.write_text(json.dumps(train_two(folder)))
+    return folder, json.loads(raised.read_text())
+
+
+def train_two(folder):
     """Runs of two processes: each of RUNS, and the same broken off at step 10 and gone on with."""
-    folder = tmp_path_factory.mktemp("two")
     jobs = [(name, SHORT | fields) for name, fields in RUNS.items()]
     cut = [(f"{name}-cut", fields) for name, fields in jobs]
     jobs = [(name, fields | {"sent": name in SHARDED}) for name, fields in jobs]
@@ -192,7 +204,7 @@ def two(tmp_path_factory):
     ways = [{"parallel": way, "stop": stop} for way, stop in to_and_fro]
     jobs += [("to-and-fro", SHORT | RUNS["galore"] | way) for way in ways]
     jobs += [(name, SHORT | fields) for name, fields in UNEVEN.items()]
-    return folder, train_all(jobs, folder)
+    return train_all(jobs, folder)
 
 
 def alone(fields, folder):
