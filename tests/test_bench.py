@@ -9,7 +9,10 @@ from click.testing import CliRunner
 from lowrank_lab.cli import main
 
 
-@pytest.mark.parametrize("suite", ["imports", "corpora", "layers", "subspaces", "optimizers"])
+SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in ("corpora", "subspaces", "optimizers")]
+
+
+@pytest.mark.parametrize("suite", ["imports", "layers", *SLOW])
 def test_a_suite_runs_and_its_rows_have_what_others_rely_on(suite):
     result = CliRunner().invoke(main, ["bench", suite, "--quick", "--json"])
     assert result.exit_code == 0, result.output

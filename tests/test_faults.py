@@ -121,6 +121,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(
     assert_same(train(config, run), undisturbed(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", range(8))
 def test_a_run_killed_inside_a_checkpoint_write_ends_as_if_undisturbed(
     write, tmp_path, monkeypatch, undisturbed

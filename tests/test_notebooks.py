@@ -33,7 +33,11 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [*NOTEBOOKS, *(pytest.param(p, marks=pytest.mark.slow) for p in SOLUTIONS)],
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
+)
 def test_a_notebook_runs_headless(path, tmp_path):
     own = f"solutions/{path.stem}" if path in SOLUTIONS else path.stem
     given = SHORT.get(own, {})
