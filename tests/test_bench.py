@@ -8,7 +8,6 @@ from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 
-
 SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in ("corpora", "subspaces", "optimizers")]
 
 
