@@ -217,6 +217,7 @@ def alone(fields, folder):
     return train(RunConfig(**one), folder / "one").folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_two_processes_goes_on_from_its_checkpoint(two, name):
     whole, cut = (rows_of(two[0] / n) for n in (name, f"{name}-cut"))
@@ -226,6 +227,7 @@ def test_a_run_of_two_processes_goes_on_from_its_checkpoint(two, name):
     assert files == kept | {"model.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_write_what_one_writes(two, name, tmp_path):
     one, both = alone(RUNS[name], tmp_path), two[0] / f"{name}-cut"
@@ -241,12 +243,14 @@ def test_two_processes_write_what_one_writes(two, name, tmp_path):
         assert a.get("momentum_cosine") == pytest.approx(b.get("momentum_cosine"), abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["per-layer", "to-and-fro"])
 def test_gradients_one_at_a_time_and_changes_of_the_way_change_nothing(two, name, tmp_path):
     one = alone(PER_LAYER if name == "per-layer" else RUNS["galore"], tmp_path)
     assert max(differences(one, two[0] / name)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_bytes_of_a_process_are_those_of_its_shards(two, name):
     config = resolve(RunConfig(**SHORT, **RUNS[name]))
@@ -270,6 +274,7 @@ def sent(folder, name):
     return json.loads((folder / f"{name}.0.sent").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fira", "golore", "apollo"])
 def test_projections_and_gram_matrices_are_all_that_a_step_in_shards_exchanges(two, name):
     side, rank, layers = 32, 4, 14
@@ -290,12 +295,14 @@ def test_projections_and_gram_matrices_are_all_that_a_step_in_shards_exchanges(t
         assert solved == ([side**2] * (layers // 2) if gram else [])  # the others' are the other's
 
 
+@pytest.mark.slow
 def test_stable_spam_exchanges_two_numbers_a_weight_in_a_step(two):
     trained = 2 * 9 + 3
     for _, *calls in sent(two[0], "stable-spam"):
         assert calls == [["allreduce_", 1]] * (2 * trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "event"), [("low-rank", "refactorize_"), ("relora", "merge_")])
 def test_r_by_r_matrices_are_all_that_refactorization_exchanges_and_merges_a_factor(
     two, name, event
@@ -312,6 +319,7 @@ def test_r_by_r_matrices_are_all_that_refactorization_exchanges_and_merges_a_fac
         assert max(n for _, n in exchanged) == 2 * rank**2
 
 
+@pytest.mark.slow
 def test_what_two_processes_cannot_share_is_refused_in_one_line(two):
     folder, errors = two
     assert errors == {
