@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,7 @@ def differences(finals: pd.DataFrame) -> pd.DataFrame:
 
 
 def _differences(finals: pd.DataFrame, order: list[str]) -> pd.DataFrame:
-    repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
-    unique = [label for label in order if label not in repeated]
+    unique = _comparable(finals, order)
     losses = finals[finals["label"].isin(unique)].pivot(
         index="seed", columns="label", values="test_loss"
     )
@@ -101,6 +100,12 @@ def _differences(finals: pd.DataFrame, order: list[str]) -> pd.DataFrame:
             mean, half_width, n = mean_interval(paired.tolist())
             rows.append((a, b, n, mean, half_width, abs(mean) > half_width))
     return pd.DataFrame(rows, columns=["A", "B", "n", "A − B", "±", "separated"])
+
+
+def _comparable(finals: pd.DataFrame, labels: Iterable[str]) -> list[str]:
+    """Those of the labels that stand for one configuration each: one run a seed."""
+    repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
+    return [label for label in labels if label not in repeated]
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
@@ -201,8 +206,7 @@ def _comparisons(finals: pd.DataFrame, ranking: pd.Series[str]) -> Iterator[Pict
             "Validation loss over peak learning rates, with the best one of each variant.",
         )  # fmt: skip
         return
-    repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
-    labels = [label for label in ranking if label not in repeated]
+    labels = _comparable(finals, ranking)
     if finals["seed"].nunique() > 1 and 1 < len(labels) <= MOST_ROWS:
         reference = "full-rank" if "full-rank" in labels else labels[0]
         compared = finals[finals["label"].isin(labels)]

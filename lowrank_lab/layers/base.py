@@ -66,9 +66,10 @@ class FactorizedLinear(nn.Module):
 
 
 class Balance(NamedTuple):
-    """B A = (B T) (T⁻¹ A), where (B T)ᵀ (B T) = (T⁻¹ A) (T⁻¹ A)ᵀ = Σ. All of it in float64."""
+    """B A = (B T) (T⁻¹ A), where (B T)ᵀ (B T) = (T⁻¹ A) (T⁻¹ A)ᵀ = Σ. All of it in float64.
 
-    # With `nearest` both sides are equal too, but not diagonal: Σ turned by an orthogonal matrix.
+    Of `nearest` both sides are equal too, but not diagonal: Σ turned by an orthogonal matrix.
+    """
 
     S: Tensor  # r, descending: the singular values of B A
     T: Tensor  # r×r; where B A is rank-deficient (RANK_TOLERANCE), T and T⁻¹ mean nothing
