@@ -41,11 +41,13 @@ class Selection:
     edges: bool = False  # may the best value be the first or last of those tried
     tried: Sequence[tuple[RunConfig, float]] = ()  # and the validation losses of these runs
 
-    def choose(self, label: str, fields: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-        """The best values of those `best` fields that a variant has and that were tried.
+    def choose(
+        self, label: str, fields: dict[str, Any], like: dict[str, Any]
+    ) -> dict[str, list[Any]]:
+        """The best value of each `best` field that a variant has, or its multiples by `around`.
 
         Args:
-            fields: of the variant.
+            fields: of the variant, at one point of its grid.
             like: values of `by` fields to look for, instead of the variant's own.
 
         Raises:
@@ -55,7 +57,10 @@ class Selection:
         for name in like:
             if name not in self.by:
                 raise InputError(f"{place}: {name}", like[name], nearest(name, self.by))
-        config = resolve(RunConfig(**fields))
+        try:
+            config = resolve(RunConfig(**fields))
+        except InputError as error:
+            raise InputError(f"{place}: {error.field}", error.value, error.allowed) from None
         wanted = tuple(like[name] if name in like else value_of(config, name) for name in self.by)
         losses: dict[Values, list[float]] = defaultdict(list)
         first: dict[Values, RunConfig] = {}
@@ -72,7 +77,13 @@ class Selection:
         if not self.edges:
             self._check_inside(place, best, list(means))
         found = {n: v for n, v in zip(self.best, best, strict=True) if v is not None}
-        return {n: v for n, v in found.items() if "." not in n or v != _default(first[best], n)}
+        return {
+            name: [value * factor for factor in self.around[name]]
+            if name in self.around
+            else [value]
+            for name, value in found.items()
+            if "." not in name or value != _default(first[best], name)
+        }
 
     def _check_inside(self, place: str, best: Values, tried: list[Values]) -> None:
         """Refuse a number that is the least or most of three or more, the others being equal."""

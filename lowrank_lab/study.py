@@ -43,6 +43,7 @@ KEYS = {
     "description", "notebook", "compare", "base", "variants", "grid", "select", "seeds",
     "time_limit",
 }  # fmt: skip
+OF_A_VARIANT = ("grid", "select", "seeds")  # its keys that are not fields of its runs
 LONGEST_LABEL = 80
 
 
@@ -152,40 +153,47 @@ def _combinations(
             f"{path.name}: variants", variants, "must name at least one, or be left out"
         )
     for label, changes in variants.items():
-        place = f"{path.name}: variants: {label}"
-        if len(str(label)) > LONGEST_LABEL or not str(label).isprintable():
-            allowed = f"a label is one line of at most {LONGEST_LABEL} printable characters"
-            raise InputError(f"{path.name}: variants", label, allowed)
-        if not isinstance(changes, dict):
-            raise InputError(place, changes, "must be a mapping of fields")
-        own, like = changes.get("grid", {}), changes.get("select", {})
-        for name, value in (("grid", own), ("select", like)):
-            if not isinstance(value, dict):
-                raise InputError(f"{place}: {name}", value, "must be a mapping of fields")
-        grid = content.get("grid", {}) | own
-        _check_lists(grid, place if own else path.name)
-        own_seeds = changes.get("seeds", seeds)
-        _check_lists({"seeds": own_seeds}, place)
-        changes = {n: v for n, v in changes.items() if n not in ("grid", "select", "seeds")}
-        given = base | changes
-        if selection is not None:
-            for name, value in selection.choose(str(label), given, like).items():
-                if name in grid or value_given(changes, name):
-                    continue
-                given = with_field(given, name, value)
-                if name in selection.around:
-                    grid |= {name: [value * factor for factor in selection.around[name]]}
-        for values in itertools.product(*grid.values()):
-            fields = given
-            for name, value in zip(grid, values, strict=True):
-                fields = with_field(fields, str(name), value)
-            words = [str(label or fields.get("method", "full-rank"))]
-            words += [
-                f"{str(name).rpartition('.')[2].replace('_', ' ')} {value}"
-                for name, value in zip(grid, values, strict=True)
-            ]
-            for seed in own_seeds if only_seeds is None else only_seeds:
-                yield ", ".join(words), {**fields, "seed": seed}
+        _check_variant(path.name, label, changes)
+        grid = content.get("grid", {}) | changes.get("grid", {})
+        _check_lists(grid, f"{path.name}: variants: {label}" if "grid" in changes else path.name)
+        given = base | {n: v for n, v in changes.items() if n not in OF_A_VARIANT}
+        own_seeds = changes.get("seeds", seeds) if only_seeds is None else only_seeds
+        for point in _points(grid):
+            fields = with_fields(given, point)
+            like = changes.get("select", {})
+            found = {} if selection is None else selection.choose(str(label), fields, like)
+            found = {n: v for n, v in found.items() if n not in point and not has(changes, n)}
+            for chosen in _points(found):
+                several = {n: v for n, v in chosen.items() if len(found[n]) > 1}
+                words = [f"{_word(n)} {v}" for n, v in (point | several).items()]
+                name = str(label or fields.get("method", "full-rank"))
+                for seed in own_seeds:
+                    yield ", ".join([name, *words]), with_fields(fields, {**chosen, "seed": seed})
+
+
+def _check_variant(study: str, label: Any, changes: Any) -> None:
+    if len(str(label)) > LONGEST_LABEL or not str(label).isprintable():
+        allowed = f"a label is one line of at most {LONGEST_LABEL} printable characters"
+        raise InputError(f"{study}: variants", label, allowed)
+    place = f"{study}: variants: {label}"
+    if not isinstance(changes, dict):
+        raise InputError(place, changes, "must be a mapping of fields")
+    for name in ("grid", "select"):
+        if not isinstance(changes.get(name, {}), dict):
+            raise InputError(f"{place}: {name}", changes[name], "must be a mapping of fields")
+    if "seeds" in changes:
+        _check_lists({"seeds": changes["seeds"]}, place)
+
+
+def _points(grid: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of a grid's fields."""
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(map(str, grid), values, strict=True))
+
+
+def _word(field: str) -> str:
+    """What labels call a field."""
+    return field.rpartition(".")[2].replace("_", " ")
 
 
 def _check_lists(lists: dict[str, Any], place: str) -> None:
@@ -194,19 +202,24 @@ def _check_lists(lists: dict[str, Any], place: str) -> None:
             raise InputError(f"{place}: {name}", values, "must be a list with something in it")
 
 
-def value_given(fields: dict[str, Any], name: str) -> bool:
+def has(fields: dict[str, Any], name: str) -> bool:
     """Whether a field, or `method_options.NAME`, is among these."""
     outer, _, inner = name.partition(".")
-    return outer in fields and (not inner or inner in fields[outer])
+    held = fields.get(outer)
+    return inner in held if inner and isinstance(held, dict) else name in fields
 
 
-def with_field(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """Fields of a run with one set; `method_options.scale` sets one of its mapping."""
-    outer, _, inner = name.partition(".")
-    held = fields.get(outer, {})
-    if inner and isinstance(held, dict):
-        return {**fields, outer: {**held, inner: value}}
-    return {**fields, name: value}
+def with_fields(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a run with some set; `method_options.scale` sets one of its mapping."""
+    changed = dict(fields)
+    for name, value in changes.items():
+        outer, _, inner = name.partition(".")
+        held = changed.get(outer, {})
+        if inner and isinstance(held, dict):
+            changed[outer] = {**held, inner: value}
+        else:
+            changed[name] = value
+    return changed
 
 
 def _notebook(study: Path, key: str, name: str) -> Path:

@@ -47,6 +47,23 @@ def test_each_variant_takes_the_rate_with_the_lowest_validation_loss(study_file,
     ]  # fmt: skip
 
 
+def test_each_point_of_a_grid_takes_what_is_best_for_it(study_file, tried):
+    name = tried((low_rank(1e-3), 1.0), ({"method": "galore", "lr": 2e-3}, 1.0))
+    path = study_file(select={"from": name}, grid={"method": ["low-rank", "galore"]})
+    assert [(c.method, c.lr) for _, c in load_study(path).runs.values()] == [
+        ("low-rank", 1e-3), ("galore", 2e-3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [{"method": "low-rnak"}, {"method_options": None}])
+def test_a_wrong_variant_is_named_before_anything_is_chosen_for_it(study_file, tried, wrong):
+    name = tried((low_rank(1e-3), 1.0))
+    best = ["lr", "method_options.alpha"]
+    path = study_file(select={"from": name, "best": best}, variants={"a": wrong})
+    with pytest.raises(InputError, match=r"mine\.yaml: select: a: method"):
+        load_study(path)
+
+
 def test_several_seeds_decide_together(study_file, tried):
     name = tried(
         (low_rank(1e-3, seed=0), 1.0), (low_rank(1e-3, seed=1), 4.0),
