@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -125,6 +126,32 @@ def peak_bytes(run: Contestant) -> int:
         running += event.nbytes()
         peak = max(peak, running)
     return peak
+
+
+# How the names of operations begin that are matrix products.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "onednn::")
+
+
+def where_time_goes(run: Contestant, parts: Mapping[str, tuple[str, ...]]) -> str:
+    """The parts of a run, by the share of time in their operations themselves.
+
+    Args:
+        parts: how the names of their operations begin, or of what these are called in; the first
+            part that fits is taken, and what is in none is called pointwise.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it writes to stderr otherwise
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        run()
+    spent: Counter[str] = Counter()
+    for event in record.events() or ():
+        around, names = event, []
+        while around is not None:
+            names.append(around.name)
+            around = around.cpu_parent
+        found = (part for part, starts in parts.items() if any(n.startswith(starts) for n in names))
+        spent[next(found, "pointwise and the rest")] += event.self_cpu_time_total
+    total = max(1, spent.total())
+    return ", ".join(f"{part} {100 * n / total:.0f} %" for part, n in spent.most_common())
 
 
 def machine() -> dict[str, Any]:

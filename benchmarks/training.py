@@ -6,17 +6,15 @@ Both keep float32 weights and compute under torch.autocast in bfloat16; ours is 
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import (
+    PRODUCTS,
     Row,
     check,
     gemm_rate,
@@ -25,6 +23,7 @@ from benchmarks.harness import (
     ratio,
     relative_error,
     take_turns,
+    where_time_goes,
 )
 from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.formulas import flops_per_token
@@ -81,39 +80,16 @@ def speed_row(
         target="≥ 1.3" if name == "60m" else "≥ 1.6",
         peer_name=PEER,
         note=f"{tokens} tokens a step; amp-bf16 with compile; floor: FLOPs at the matmul peak; "
-        f"our time: {where_time_goes(lambda: step(*inputs))}",
+        f"our time: {where_time_goes(lambda: step(*inputs), PARTS)}",
     )
 
 
-# Parts of a step by how the names of operations begin, looked for from an operation outwards.
-PARTS = (
-    ("attention", ("lowrank_lab::causal_attention",)),
-    ("optimizer", ("optimizer", "clip")),
-    ("loss", ("loss", "_LinearCrossEntropy")),
-    ("products", ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "onednn::")),
-)
-
-
-def where_time_goes(step: Callable[[], object]) -> str:
-    """The parts of a step, by the share of time in their operations themselves."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it writes to stderr otherwise
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        step()
-    spent: Counter[str] = Counter()
-    for event in record.events() or ():
-        around, names = event, []
-        while around is not None:
-            names.append(around.name)
-            around = around.cpu_parent
-        spent[_part(names)] += event.self_cpu_time_total
-    total = max(1, spent.total())
-    return ", ".join(f"{part} {100 * n / total:.0f} %" for part, n in spent.most_common())
-
-
-def _part(names: list[str]) -> str:
-    """The part that an operation and those around it are in; all else is pointwise."""
-    found = (part for part, starts in PARTS if any(n.startswith(starts) for n in names))
-    return next(found, "pointwise and the rest")
+PARTS = {
+    "attention": ("lowrank_lab::causal_attention",),
+    "optimizer": ("optimizer", "clip"),
+    "loss": ("loss", "_LinearCrossEntropy"),
+    "products": PRODUCTS,
+}
 
 
 def utilisation_row(name: str, speed: Row, size: Size, length: int, peak: float) -> Row:
