@@ -1,0 +1,90 @@
+"""Seconds a step of every method of the study, in turns on one thread, beside those of full rank.
+
+What happens in some steps only (a refresh, a merge, a reset) is timed apart, and counts as often as
+it comes in a run of the study.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+
+from benchmarks.harness import Row, median, take_turns, threads
+from lowrank_lab.config import RunConfig
+from lowrank_lab.methods import build, resolve
+from lowrank_lab.step import Batch, kind_of, take_step_
+
+STUDY = Path(__file__).parent.parent / "notebooks" / "studies" / "main.yaml"
+TOGETHER = 5  # methods that take turns with full rank
+
+
+def rows(quick: bool = False) -> list[Row]:
+    """One row a method; `ratio` is its time over that of full rank in the same rounds."""
+    variants = configurations()
+    names = [name for name in variants if name != "full-rank"][: 2 if quick else None]
+    found = []
+    with threads(1):
+        for i in range(0, len(names), TOGETHER):
+            group = ["full-rank", *names[i : i + TOGETHER]]
+            seconds = mean_seconds({name: variants[name] for name in group}, 1 if quick else 15)
+            base = seconds["full-rank"]
+            found += [
+                Row(
+                    f"step of the study, {name}", 1e3 * seconds[name], 1e3 * base, None, "ms",
+                    seconds[name] / base, "", "full-rank",
+                    "one thread; the mean over a run, with what happens in some steps only",
+                )
+                for name in group[1:]
+            ]  # fmt: skip
+    return found
+
+
+def configurations() -> dict[str, RunConfig]:
+    """The runs of the study, at a rate of their methods' own."""
+    content = yaml.safe_load(STUDY.read_text("utf-8"))
+    fields = {
+        name: {**content["base"], **{k: v for k, v in changes.items() if k != "seeds"}}
+        for name, changes in content["variants"].items()
+    }
+    return {name: resolve(RunConfig(**given)) for name, given in fields.items()}
+
+
+def mean_seconds(configs: dict[str, RunConfig], rounds: int) -> dict[str, float]:
+    """Mean seconds of a step over the whole run of each."""
+    kinds = {
+        name: Counter(kind_of(c, step) for step in range(c.steps)) for name, c in configs.items()
+    }
+    contestants: dict[str, Callable[[], None]] = {}
+    for name, config in configs.items():
+        step = stepper(config)
+        step(0)  # makes the states and projections
+        first = {kind_of(config, at): at for at in reversed(range(1, config.steps))}
+        contestants |= {f"{name}/{kind}": partial(step, at) for kind, at in first.items()}
+    seconds = {n: median(taken) for n, taken in take_turns(contestants, rounds).items()}
+    return {
+        name: sum(n * seconds[f"{name}/{kind}"] for kind, n in counted.items() if kind != "first")
+        / (sum(counted.values()) - counted["first"])
+        for name, counted in kinds.items()
+    }
+
+
+def stepper(config: RunConfig) -> Callable[[int], None]:
+    """Takes a step of a run as if it were at this one."""
+    torch.manual_seed(0)
+    model, optimizer = build(config)
+    shape = config.batch, config.sequence_length
+
+    def step(at: int) -> None:
+        tokens, targets = (torch.randint(config.vocab_size, shape) for _ in range(2))
+        batches: list[Batch] = [(tokens, targets)]
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), int):  # by which our optimizers know what is due
+                state["step"] = at
+        take_step_(model, optimizer, batches, config, at)
+
+    return step

@@ -1,0 +1,81 @@
+"""The files of the study (data/study/README.md) follow from one another."""
+
+import math
+
+import pytest
+from studies import NOTEBOOKS
+
+from lowrank_lab.runs import write_json
+from lowrank_lab.study import load_study
+
+CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "tune_larger", "larger")
+# the fields that tuning decides or that only say what is recorded
+FREE = {"lr", "seed", "steps", "eval_every", "test_tokens", "spectra_every", "spectra_layers",
+        "checkpoint_every"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Runs of every file, label and configuration, if each method's middle rate were its best."""
+    data = tmp_path_factory.mktemp("data")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_LAB_DATA", str(data))
+        for name in CHAIN:
+            study = load_study(NOTEBOOKS / "studies" / f"{name}.yaml", corpora=False)
+            found[name] = list(study.runs.values())
+            rates = {}
+            for label, config in found[name]:
+                rates.setdefault(label.partition(",")[0], set()).add(config.lr)
+            for run_id, (label, config) in study.runs.items():
+                tried = sorted(rates[label.partition(",")[0]])
+                middle = tried[(len(tried) - 1) // 2] if len(tried) < 5 else tried[len(tried) // 2]
+                loss = abs(math.log(config.lr / middle))
+                folder = data / "runs" / name / run_id
+                folder.mkdir(parents=True)
+                write_json(folder / "config.json", {"config": config.model_dump()})
+                write_json(folder / "result.json", {"validation_loss": loss})
+    return found
+
+
+def variants(runs):
+    """label without its grid → one configuration."""
+    return {label.partition(",")[0]: config for label, config in runs}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"), [("tune_short", "tune"), ("tune", "main"), ("tune_larger", "larger")]
+)
+def test_what_is_compared_was_tuned_with_the_same_settings(chain, earlier, later):
+    before, after = variants(chain[earlier]), variants(chain[later])
+    assert set(before) == set(after)
+    for label, config in after.items():
+        left = FREE | {"method_options"}
+        assert config.model_dump(exclude=left) == before[label].model_dump(exclude=left), label
+        assert set(config.method_options) == set(before[label].method_options), label
+
+
+def test_no_seed_that_was_tuned_on_is_compared(chain):
+    for name, runs in chain.items():
+        seeds = {config.seed for _, config in runs}
+        assert seeds == {0} if name.startswith("tune") else 0 not in seeds, name
+
+
+def test_a_headline_has_five_seeds_and_every_row_of_the_comparison_three(chain):
+    counts = {}
+    for label, _ in chain["main"]:
+        counts[label] = counts.get(label, 0) + 1
+    five = {"full-rank", "low-rank", "low-rank + refactor + reset", "galore", "fira", "sltrain",
+            "sltrain + refactor + reset"}  # fmt: skip
+    assert {label for label, n in counts.items() if n == 5} == five
+    assert {n for label, n in counts.items() if label not in five} == {3}
+
+
+def test_all_lengths_are_twenty_tokens_a_parameter(chain):
+    for name in ("main", "techniques", "larger"):
+        full = next(c for _, c in chain[name] if c.method == "full-rank")
+        size = full.size
+        layer = 4 * size.hidden_size**2 + 3 * size.hidden_size * size.intermediate_size
+        count = 2 * size.vocab_size * size.hidden_size + size.num_layers * layer
+        for _, config in chain[name]:
+            assert config.steps * config.tokens_per_step / count == pytest.approx(20, rel=0.01)
