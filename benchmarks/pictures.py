@@ -34,9 +34,9 @@ def ratios(rows: list[dict[str, Any]]) -> Figure | None:
             sign, limit = row["target"].split()
             reached = row["ratio"] / float(limit) if sign == "≥" else float(limit) / row["ratio"]
             colour = sns.color_palette("colorblind")[2 if row["met"] else 3]
-            ax.barh(y, reached, color=colour, height=0.65)
+            ax.barh(y, reached - 1, left=1, color=colour, height=0.65)
             ax.text(
-                reached,
+                max(reached, 1),
                 y,
                 f" {row['ratio']:.2f} (target {row['target']})",
                 va="center",
@@ -48,6 +48,8 @@ def ratios(rows: list[dict[str, Any]]) -> Figure | None:
         ax.invert_yaxis()
         ax.margins(x=0.3, y=0.01)
         ax.grid(axis="y", visible=False)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set_xlabel("reached / target")
     return figure
 
