@@ -1,5 +1,6 @@
 """The files of the study (data/study/README.md) follow from one another."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from studies import NOTEBOOKS
 from lowrank_lab.runs import write_json
 from lowrank_lab.study import load_study
 
-CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "tune_larger", "larger")
+CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "tune_larger", "larger", "equal_time")
 # the fields that tuning decides or that only say what is recorded
 FREE = {"lr", "seed", "steps", "eval_every", "test_tokens", "spectra_every", "spectra_layers",
         "checkpoint_every"}  # fmt: skip
@@ -79,3 +80,10 @@ def test_all_lengths_are_twenty_tokens_a_parameter(chain):
         count = 2 * size.vocab_size * size.hidden_size + size.num_layers * layer
         for _, config in chain[name]:
             assert config.steps * config.tokens_per_step / count == pytest.approx(20, rel=0.01)
+
+
+def test_steps_of_the_same_time_follow_from_the_measured_step_times(chain):
+    rows = json.loads((NOTEBOOKS.parent / "benchmarks" / "results.json").read_text())["rows"]
+    ratios = {row["name"].removeprefix("step of the study, "): row["ratio"] for row in rows}
+    for label, config in variants(chain["equal_time"]).items():
+        assert config.steps == pytest.approx(1300 / ratios[label], rel=0.02), label
