@@ -17,7 +17,7 @@ import yaml
 from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods import build, resolve
-from lowrank_lab.step import Batch, kind_of, take_step_
+from lowrank_lab.step import Batch, kind_of, set_clock_, take_step_
 
 STUDY = Path(__file__).parent.parent / "notebooks" / "studies" / "main.yaml"
 TOGETHER = 5  # methods that take turns with full rank
@@ -82,9 +82,7 @@ def stepper(config: RunConfig) -> Callable[[int], None]:
     def step(at: int) -> None:
         tokens, targets = (torch.randint(config.vocab_size, shape) for _ in range(2))
         batches: list[Batch] = [(tokens, targets)]
-        for state in optimizer.state.values():
-            if isinstance(state.get("step"), int):  # by which our optimizers know what is due
-                state["step"] = at
+        set_clock_(optimizer, at)
         take_step_(model, optimizer, batches, config, at)
 
     return step

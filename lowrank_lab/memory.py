@@ -30,7 +30,14 @@ from lowrank_lab.methods import build, resolve
 from lowrank_lab.ranks import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
 from lowrank_lab.schedule import warm_start
 from lowrank_lab.sharded import Shards
-from lowrank_lab.step import Batch, PerLayerUpdates, kind_of, periods, take_step_
+from lowrank_lab.step import (
+    Batch,
+    PerLayerUpdates,
+    kind_of,
+    periods,
+    set_clock_,
+    take_step_,
+)
 from lowrank_lab.tracing import Breakdown, Trace, Tracker, resizing, tensor_bytes
 
 CUDA_BLOCK = 512  # bytes: CUDA's caching allocator rounds up to a multiple of it
@@ -307,7 +314,7 @@ class _Stepping:
     def _take(self, updates: int) -> None:
         """The step after so many updates, as training takes it."""
         config = self.config
-        self._set_clock(updates)
+        set_clock_(self.optimizer, updates)
         with resizing(self.tracker), self.tracker:
             with record_function("batch"):
                 batches = self._batches()
@@ -324,16 +331,6 @@ class _Stepping:
         )
         pieces = self.config.gradient_accumulation
         return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
-
-    def _set_clock(self, updates: int) -> None:
-        """Let the optimizer's states have seen so many updates: what is due in them follows it."""
-        states = [(p, s) for p, s in self.optimizer.state.items() if isinstance(s.get("step"), int)]
-        # With spread refreshes, it is the turn of the largest weight.
-        offset = 0
-        if states:
-            offset = max(states, key=lambda item: item[0].numel())[1].get("refresh_offset", 0)
-        for _, state in states:
-            state["step"] = updates - offset
 
 
 def _candidates(config: RunConfig) -> list[int]:

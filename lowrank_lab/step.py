@@ -98,6 +98,19 @@ def kind_of(config: RunConfig, step: int) -> str:
     return " + ".join([*names, *events(step + 1, config)]) or "next"
 
 
+def set_clock_(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Let the optimizer's states have seen so many updates: what is due in them follows it.
+
+    With spread refreshes, it is then the turn of the largest weight.
+    """
+    states = [(p, s) for p, s in optimizer.state.items() if isinstance(s.get("step"), int)]
+    offset = 0
+    if states:
+        offset = max(states, key=lambda item: item[0].numel())[1].get("refresh_offset", 0)
+    for _, state in states:
+        state["step"] = updates - offset
+
+
 def take_step_(
     model: Llama,
     optimizer: torch.optim.Optimizer,
