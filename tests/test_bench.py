@@ -8,7 +8,9 @@ from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 
-SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in ("corpora", "subspaces", "optimizers")]
+SLOW = [
+    pytest.param(s, marks=pytest.mark.slow) for s in ("corpora", "subspaces", "optimizers", "steps")
+]
 
 
 @pytest.mark.parametrize("suite", ["imports", "layers", *SLOW])
