@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab import figures, grid, grid_view
+from lowrank_lab.config import InputError, nearest
 from lowrank_lab.runs import (
     Run,
     append_jsonl,
@@ -76,24 +77,36 @@ def summary(finals: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("test loss", ignore_index=True)
 
 
-def differences(finals: pd.DataFrame) -> pd.DataFrame:
+def differences(
+    finals: pd.DataFrame, pairs: Sequence[tuple[str, str]] | None = None
+) -> pd.DataFrame:
     """Paired differences of the test loss, A − B seed by seed, for every two labels.
 
     A row a pair with at least two seeds in common: n, mean and half the width of its 95 % interval
     (Student's t); `separated` where the interval leaves out 0. Pairs are not corrected for how many
     there are. Labels that stand for several configurations are left out.
+
+    Args:
+        finals: `runs.final_table`.
+        pairs: those (A, B) that are wanted, in this order.
+
+    Raises:
+        InputError: a label in a pair that isn't there, or stands for several configurations.
     """
-    return _differences(finals, summary(finals)["label"].tolist())
+    unique = _comparable(finals, summary(finals)["label"])
+    for label in itertools.chain(*(pairs or ())):
+        if label not in unique:
+            raise InputError("pairs", label, f"a label of one run a seed; {nearest(label, unique)}")
+    return _differences(finals, itertools.combinations(unique, 2) if pairs is None else pairs)
 
 
-def _differences(finals: pd.DataFrame, order: list[str]) -> pd.DataFrame:
-    unique = _comparable(finals, order)
-    losses = finals[finals["label"].isin(unique)].pivot(
-        index="seed", columns="label", values="test_loss"
-    )
-    columns = {label: losses[label].to_numpy() for label in unique}
+def _differences(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    pairs = list(pairs)
+    wanted = finals[finals["label"].isin({*itertools.chain(*pairs)})]
+    losses = wanted.pivot(index="seed", columns="label", values="test_loss")
+    columns = {label: losses[label].to_numpy() for label in losses}
     rows = []
-    for a, b in itertools.combinations(unique, 2):
+    for a, b in pairs:
         paired = columns[a] - columns[b]
         paired = paired[~np.isnan(paired)]
         if len(paired) >= 2:
@@ -271,7 +284,8 @@ def write_report(
     table.to_csv(out / "table.csv", index=False)
     parts = [_heading(title or folder.name, description, finals), *_origins_section(runs)]
     parts.append(_html_table(formatted(table)))
-    pairs = _differences(finals, table["label"].tolist())
+    comparable = _comparable(finals, table["label"])
+    pairs = _differences(finals, itertools.combinations(comparable, 2))
     if len(pairs):
         parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(pairs))]
         pairs.to_csv(out / "differences.csv", index=False)

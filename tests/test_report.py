@@ -75,6 +75,24 @@ def test_differences_need_two_seeds_in_common(tmp_path):
     assert report.differences(final_table(load_runs(tmp_path))).empty
 
 
+def test_differences_of_given_pairs_have_their_signs_and_order(folder):
+    finals = final_table(load_runs(folder))
+    table = report.differences(finals, [("worse", "better"), ("better", "worse")])
+    assert list(zip(table["A"], table["B"], strict=True)) == [
+        ("worse", "better"),
+        ("better", "worse"),
+    ]
+    assert table["A − B"].tolist() == pytest.approx([1.0, -1.0])
+
+
+@pytest.mark.parametrize("label", ["bettr", "twice"])
+def test_a_pair_with_a_label_that_cannot_be_paired_is_named(folder, label):
+    write_run(folder / "twice-1", "twice", seed=0)
+    write_run(folder / "twice-2", "twice", seed=0, lr=0.5)
+    with pytest.raises(InputError, match=label):
+        report.differences(final_table(load_runs(folder)), [(label, "worse")])
+
+
 def test_one_seed_has_a_dash_for_its_interval(tmp_path):
     write_run(tmp_path / "one", "alone")
     table = report.formatted(report.summary(final_table(load_runs(tmp_path))))
