@@ -34,6 +34,7 @@ from lowrank_lab.stats import mean_interval
 
 MOST_LABELS = 12  # in one figure
 MOST_ROWS = 32  # of labels in a figure that has a row for each
+FEWEST_RANKS = 3  # ranks of one variant, from which on they are a study of them
 FEWEST_RATES = 3  # learning rates of one setting, from which on they are a study of them
 KEPT_ROWS = 200  # rows of metrics.jsonl that `keep` copies of each run, evaluations not counted
 
@@ -211,7 +212,7 @@ def _pictures(
 
 
 def _comparisons(finals: pd.DataFrame, ranking: pd.Series[str]) -> Iterator[Picture]:
-    """All labels by their final losses: over learning rates, or seed by seed against full rank."""
+    """All labels by their final losses: over learning rates, or over ranks and seed by seed."""
     rates = figures.rate_table(finals)
     if (rates.groupby("label")["lr"].nunique() >= FEWEST_RATES).any():
         yield Picture(
@@ -219,6 +220,13 @@ def _comparisons(finals: pd.DataFrame, ranking: pd.Series[str]) -> Iterator[Pict
             "Validation loss over peak learning rates, with the best one of each variant.",
         )  # fmt: skip
         return
+    ranks = figures.rank_table(finals)
+    tried = ranks.groupby("variant")["rank"].nunique()
+    if len(tried) <= MOST_LABELS and (tried >= FEWEST_RANKS).any():
+        yield Picture(
+            "over_ranks", figures.over_ranks(finals), ranks,
+            "Test loss against the bytes of weights and optimizer states, over ranks.",
+        )  # fmt: skip
     labels = _comparable(finals, ranking)
     if finals["seed"].nunique() > 1 and 1 < len(labels) <= MOST_ROWS:
         reference = "full-rank" if "full-rank" in labels else labels[0]

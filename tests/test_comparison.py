@@ -81,3 +81,30 @@ def test_the_best_rate_of_each_variant_is_marked():
     rings = [line for line in axes[0].lines if line.get_markersize() == 9]
     assert [(r.get_xdata()[0], r.get_ydata()[0]) for r in rings] == [(0.02, pytest.approx(2.9))]
     assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["scale 0.25", "scale 1.0"]
+
+
+RANKS = {"low-rank, rank 4": [3.4, 3.6], "low-rank": [3.1, 3.2], "full-rank": [3.0]}
+
+
+def with_ranks(**columns):
+    table = finals(RANKS)
+    table["rank"] = table["label"].map({"low-rank, rank 4": 4, "low-rank": 16, "full-rank": None})
+    table["rank"] = table["rank"].astype(object).where(table["rank"].notna(), None)
+    return table.assign(weight_bytes=2**20, optimizer_state_bytes=2**21, **columns)
+
+
+def test_ranks_of_one_variant_are_one_line_and_a_method_without_rank_a_point():
+    table = figures.rank_table(with_ranks()).set_index(["variant", "rank"])
+    assert table["mean"].tolist() == pytest.approx([3.5, 3.15, 3.0])
+    assert table["n"].tolist() == [2, 2, 1]
+    assert set(table["weights_and_states_mib"]) == {3.0}
+    (ax,) = figures.over_ranks(with_ranks()).axes
+    lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+    assert lines == {"low-rank": pytest.approx([3.5, 3.15]), "full-rank": [3.0]}
+    assert {text.get_text() for text in ax.texts} == {"4", "16"}
+
+
+def test_a_peak_gets_a_panel_of_its_own():
+    states, peak = figures.over_ranks(with_ranks(peak_bytes=2**24)).axes
+    assert "states" in states.get_xlabel()
+    assert peak.containers[0].lines[0].get_xdata().tolist() == [16.0, 16.0]

@@ -5,7 +5,14 @@ with the table behind it as CSV. A method has the same colour everywhere; its te
 line.
 """
 
-from lowrank_lab.figures.comparison import difference_table, differences, rate_table, rates
+from lowrank_lab.figures.comparison import (
+    difference_table,
+    differences,
+    over_ranks,
+    rank_table,
+    rate_table,
+    rates,
+)
 from lowrank_lab.figures.drawing import (
     COLOURS,
     MIB,
@@ -90,7 +97,9 @@ __all__ = [
     "memory_timeline",
     "momentum_bars",
     "nothing",
+    "over_ranks",
     "png",
+    "rank_table",
     "rate_table",
     "rates",
     "rows_of",

@@ -1,4 +1,4 @@
-"""Figures that compare labels by their final losses: seed by seed, and over learning rates."""
+"""Figures that compare labels by their final losses: by seed, over learning rates, over ranks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, look, rows_of
+from lowrank_lab.figures.drawing import MIB, RANKED, STYLE, Drawing, canvas, look, rows_of
 from lowrank_lab.stats import mean_interval
 
 RATE = re.compile(r", lr [^,]+")
+RANK = re.compile(r", rank [^,]+")
 MOST_IN_A_ROW = 4
 
 
@@ -109,4 +110,67 @@ def rates(finals: pd.DataFrame) -> Figure:
     axes[0].minorticks_off()
     figure.supxlabel("peak learning rate", fontsize=9.5)
     figure.supylabel("validation loss (nats a token)", fontsize=9.5)
+    return figure
+
+
+def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
+    """Test loss over ranks: variant (label without its rank), rank, MiB, mean, half_width, n.
+
+    Args:
+        finals: `runs.final_table`; with a column `peak_bytes` the table has `peak_mib`, too.
+    """
+    table = finals.assign(
+        variant=[RANK.sub("", label) for label in finals["label"]],
+        rank=[math.nan if rank is None else float(rank) for rank in finals["rank"]],
+        weights_and_states_mib=(finals["weight_bytes"] + finals["optimizer_state_bytes"]) / MIB,
+    )
+    sizes = ["weights_and_states_mib"]
+    if "peak_bytes" in finals:
+        table["peak_mib"] = finals["peak_bytes"] / MIB
+        sizes.append("peak_mib")
+    rows = []
+    for (variant, rank), group in table.groupby(["variant", "rank"], sort=False, dropna=False):
+        loss = mean_interval(group["test_loss"].tolist())
+        rows.append((variant, rank, *(group[size].mean() for size in sizes), *loss))
+    return pd.DataFrame(rows, columns=["variant", "rank", *sizes, "mean", "half_width", "n"])
+
+
+def over_ranks(finals: pd.DataFrame) -> Figure:
+    """Test loss against memory, a line a variant through its ranks: who is best at equal memory.
+
+    Args:
+        finals: as for `rank_table`, whose peak gets a panel of its own.
+    """
+    table = rank_table(finals)
+    variants = list(dict.fromkeys(table["variant"]))
+    words = {
+        "weights_and_states_mib": "weights + optimizer states (MiB)",
+        "peak_mib": "peak of a whole step (MiB)",
+    }
+    panels = [name for name in words if name in table]
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(4.6 * len(panels) + 1.2, 3.8), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, size in zip(axes, panels, strict=True):
+        for variant, line in table.groupby("variant", sort=False):
+            line = line.sort_values("rank")
+            colour, style, marker = look(str(variant), variants)
+            ax.errorbar(
+                line[size], line["mean"], yerr=line["half_width"].fillna(0), fmt=marker + style,
+                color=colour, ms=5, lw=1.2, capsize=2.5, label=variant,
+            )  # fmt: skip
+            for point in rows_of(line[line["rank"].notna()]):
+                ax.annotate(
+                    f"{point.rank:g}", (getattr(point, size), point.mean), xytext=(4, 5),
+                    textcoords="offset points", color=colour, fontsize=7.5,
+                )  # fmt: skip
+        ax.set_xlabel(words[size])
+    axes[0].set_ylabel("test loss (nats a token)")
+    low, high = int(table["n"].min()), int(table["n"].max())
+    count = f"{high}" if low == high else f"{low} to {high}"
+    axes[0].set_title(
+        f"numbers are ranks; {count} seeds, mean and 95 % interval",
+        loc="left", color="0.4", fontsize=8,
+    )  # fmt: skip
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
