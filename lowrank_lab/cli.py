@@ -192,6 +192,14 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
 @click.option("--retry", is_flag=True, help="execute again what failed before")
 @click.option("--seeds", help="instead of those in the file, as 0,1,2")
 @click.option(
+    "--only", metavar="VARIANT", multiple=True, help="this variant alone; can be repeated"
+)
+@click.option(
+    "--any-version",
+    is_flag=True,
+    help="runs that other training code has finished count, too, instead of being set aside",
+)
+@click.option(
     "--time-limit", metavar="TIME", help="end a run that takes longer than this, like 90s, 30m, 2h"
 )
 @click.option(
@@ -211,6 +219,8 @@ def study(
     out: Path | None,
     retry: bool,
     seeds: str | None,
+    only: tuple[str, ...],
+    any_version: bool,
     time_limit: str | None,
     dry_run: bool,
     flops: float | None,
@@ -228,16 +238,17 @@ def study(
     limit = None if time_limit is None else seconds_of(time_limit)
     if flops is not None and not (dry_run and 0 < flops < math.inf):
         raise InputError("flops", flops, "FLOP/s above 0, like 400e12, and --dry-run with it")
+    chosen: dict[str, Any] = {"out": out, "retry": retry, "seeds": numbers, "only": only}
+    chosen["any_version"] = any_version
     if dry_run:
         elsewhere = flops is not None
-        plan = plan_study(file, out=out, retry=retry, seeds=numbers, elsewhere=elsewhere)
+        plan = plan_study(file, elsewhere=elsewhere, **chosen)
         facts = study_view.plan_facts(plan, flops)
         text = study_view.card_text if elsewhere else study_view.plan_text
         click.echo(json.dumps(facts, indent=1) if as_json else text(facts))
         return
     view = study_view.View()
-    options |= {"out": out, "retry": retry, "seeds": numbers, "time_limit": limit}
-    todo, page = run_study(file, report=view.show, **options)
+    todo, page = run_study(file, report=view.show, time_limit=limit, **chosen, **options)
     view.close()
     for job in todo:
         if job.state == "failed":

@@ -31,6 +31,7 @@ class Job:
     parameters: dict[str, Any]
     works_in: Path | None = None  # the notebook's working directory, if it isn't `folder`
     memory: int = 0  # bytes that it is thought to take at most
+    any_version: bool = False  # a run in the folder that other training code finished will do
     state: State = "queued"
     error: str = ""
     seconds: float = 0.0

@@ -120,7 +120,7 @@ def perform(
     if not wanted():
         return
     job.state, started = "running", time.monotonic()
-    _set_aside_if_outdated(job.folder)
+    _set_aside_if_outdated(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     for name in ("done.json", "failed.json", PARTIAL):
         (job.folder / name).unlink(missing_ok=True)
@@ -215,10 +215,13 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _set_aside_if_outdated(folder: Path) -> None:
+def _set_aside_if_outdated(job: Job) -> None:
     """Move a run that other training code made out of the way: its numbers are no longer ours."""
+    folder = job.folder
     facts = read_record(folder / "config.json")
     if not facts or facts["ran_on"]["training_source"] == training_source():
+        return
+    if job.any_version and (folder / "result.json").exists():
         return
     aside = folder.parent / ".outdated" / f"{folder.name}-{time.time_ns()}"
     aside.parent.mkdir(exist_ok=True)

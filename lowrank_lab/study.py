@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,18 @@ class Study:
     time_limit: float | None = None  # seconds that a run may take
 
 
-def load_study(path: Path | str, seeds: list[int] | None = None, *, corpora: bool = True) -> Study:
+def load_study(
+    path: Path | str,
+    seeds: list[int] | None = None,
+    only: Sequence[str] = (),
+    *,
+    corpora: bool = True,
+) -> Study:
     """Read a study file and check every run in it, before anything starts.
 
     Args:
         seeds: instead of those in the file.
+        only: the variants that are wanted; all of them if none is named.
         corpora: prepare them and check that they are long enough; without, they need not be there.
 
     Raises:
@@ -87,6 +94,7 @@ def load_study(path: Path | str, seeds: list[int] | None = None, *, corpora: boo
     limit = content.get("time_limit")
     limit = None if limit is None else seconds_of(limit, f"{path.name}: time_limit")
     runs: dict[str, tuple[str, RunConfig]] = {}
+    content["variants"] = _variants(content.get("variants", {"": {}}), only, path.name)
     for label, fields in _combinations(content, path, seeds):
         try:
             config = RunConfig(**fields)
@@ -144,15 +152,10 @@ def _combinations(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Label and fields of every run: variants × grids × seeds."""
     base, seeds = content.get("base", {}), content.get("seeds", [0])
-    variants = content.get("variants", {"": {}})
     _check_lists({"seeds": seeds if only_seeds is None else only_seeds}, path.name)
     select = content.get("select")
     selection = None if select is None else read_selection(select, f"{path.name}: select")
-    if not variants:
-        raise InputError(
-            f"{path.name}: variants", variants, "must name at least one, or be left out"
-        )
-    for label, changes in variants.items():
+    for label, changes in content["variants"].items():
         _check_variant(path.name, label, changes)
         grid = content.get("grid", {}) | changes.get("grid", {})
         _check_lists(grid, f"{path.name}: variants: {label}" if "grid" in changes else path.name)
@@ -169,6 +172,17 @@ def _combinations(
                 name = str(label or fields.get("method", "full-rank"))
                 for seed in own_seeds:
                     yield ", ".join([name, *words]), with_fields(fields, {**chosen, "seed": seed})
+
+
+def _variants(variants: dict[Any, Any], only: Sequence[str], study: str) -> dict[Any, Any]:
+    """Those of a study's variants that are wanted, in the file's order."""
+    if not variants:
+        raise InputError(f"{study}: variants", variants, "must name at least one, or be left out")
+    known = [str(label) for label in variants]
+    for label in only:
+        if label not in known:
+            raise InputError("only", label, f"no such variant in {study}; {nearest(label, known)}")
+    return {k: changes for k, changes in variants.items() if not only or str(k) in only}
 
 
 def _check_variant(study: str, label: Any, changes: Any) -> None:
@@ -248,17 +262,21 @@ def plan_study(
     out: Path | None = None,
     retry: bool = False,
     seeds: list[int] | None = None,
+    only: Sequence[str] = (),
+    any_version: bool = False,
     elsewhere: bool = False,
 ) -> Plan:
     """The jobs of a study, and what they need; nothing is executed or written.
 
     Args:
+        only: the variants that are wanted; all of them if none is named.
+        any_version: what other training code has finished counts, too.
         elsewhere: say what they need on a CUDA device; neither that nor a corpus has to be here.
 
     Raises:
         InputError: what is wrong in the file, or a run's folder that leads out of the study's.
     """
-    study = load_study(path, seeds, corpora=not elsewhere)
+    study = load_study(path, seeds, only, corpora=not elsewhere)
     folder = (out if out is not None else data_folder() / "runs" / study.name).resolve()
     configs = (config for _, config in study.runs.values())
     needs = list(needs_of(configs, cuda=True if elsewhere else None))
@@ -267,7 +285,8 @@ def plan_study(
         place = folder / run_id
         if place.parent != folder or place.resolve() != place:
             raise InputError("out", str(place), "it leads out of the study's folder")
-        todo.append(replace(_run_job(study.notebook, place, label, config), memory=need.memory))
+        job = _run_job(study.notebook, place, label, config)
+        todo.append(replace(job, memory=need.memory, any_version=any_version))
     settle(todo, retry)
     return Plan(study, folder, todo, needs)
 
@@ -279,6 +298,8 @@ def run_study(
     jobs: int | None = None,
     retry: bool = False,
     seeds: list[int] | None = None,
+    only: Sequence[str] = (),
+    any_version: bool = False,
     time_limit: float | None = None,
     dask: str | None = None,
     report: Callable[[list[Job]], None] = lambda jobs: None,
@@ -291,6 +312,8 @@ def run_study(
             and never more than the machine's memory holds.
         retry: execute again what failed before.
         seeds: instead of those in the file.
+        only: the variants that are wanted; all of them if none is named.
+        any_version: keep what other training code has finished, instead of setting it aside.
         time_limit: seconds after which a run is ended and counts as failed, instead of the file's.
         dask: address of a Dask scheduler that executes the runs, on machines that share the files.
         report: called about twice a second with all jobs.
@@ -301,7 +324,9 @@ def run_study(
     Raises:
         InputError: see `load_study`; also a run that fits neither memory nor disk.
     """
-    planned = plan_study(path, out=out, retry=retry, seeds=seeds)
+    planned = plan_study(
+        path, out=out, retry=retry, seeds=seeds, only=only, any_version=any_version
+    )
     study, folder, todo = planned.study, planned.folder, planned.jobs
     limit = study.time_limit if time_limit is None else time_limit
     if dask is not None:

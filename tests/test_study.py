@@ -77,6 +77,15 @@ def test_seeds_can_be_given_instead_of_those_in_the_file(study_file):
     assert [config.seed for _, config in found.runs.values()] == [3, 4]
 
 
+def test_some_variants_of_a_study_can_be_run_alone(study_file):
+    variants = {"a b": {}, "c": {"rank": 3, "method": "low-rank"}, "d": {"lr": 1e-3}}
+    path = study_file(variants=variants, seeds=[0])
+    found = load_study(path, only=["d", "a b"])
+    assert [label for label, _ in found.runs.values()] == ["a b", "d"]
+    with pytest.raises(InputError, match=r"only: 'cc' is not allowed; no such variant.*'c'\?"):
+        load_study(path, only=["cc"])
+
+
 def test_points_that_train_the_same_are_run_once(study_file):
     found = load_study(study_file(base={"method": "full-rank"}, grid={"rank": [2, 4, 8]}))
     assert len(found.runs) == 1
@@ -171,7 +180,9 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(study_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_other_training_code_made_is_trained_again(study_file, tmp_path):
+def test_a_run_that_other_training_code_made_is_trained_again_unless_any_will_do(
+    study_file, tmp_path
+):
     path, out = study_file(TRAIN), tmp_path / "out"
     ((run_id, (_, config)),) = load_study(path).runs.items()
     train(config, out / run_id)
@@ -179,6 +190,11 @@ def test_a_run_that_other_training_code_made_is_trained_again(study_file, tmp_pa
     facts["ran_on"]["training_source"] = "another"
     (out / run_id / "config.json").write_text(json.dumps(facts))
     before = (out / run_id / "result.json").stat().st_mtime_ns
+    jobs = plan_study(path, out=out, any_version=True).jobs
+    running_jobs.execute(jobs, 1, False, lambda jobs: None)
+    assert [job.state for job in jobs] == ["done"]
+    assert (out / run_id / "result.json").stat().st_mtime_ns == before
+    (out / run_id / "done.json").unlink()
     assert executed(path, out) == ["done"]
     assert (out / run_id / "result.json").stat().st_mtime_ns > before
     assert len(list((out / ".outdated").iterdir())) == 1
