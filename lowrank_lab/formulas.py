@@ -181,6 +181,19 @@ def state_bytes(w: Weight, config: RunConfig) -> int:
     return STATE_BYTES[config.method](w, w.target, element_bytes(config), config)
 
 
+def embedding_bytes(config: RunConfig) -> int:
+    """Bytes of the embedding, the head and their optimizer states; of a resolved configuration.
+
+    Raises:
+        InputError: as `optimizer_state_bytes`.
+    """
+    if config.method not in STATE_BYTES:
+        raise InputError("method", config.method, "there is no formula for its states")
+    first, *_, last = layers(config)
+    b = element_bytes(config)
+    return sum(b * w.numel() + state_bytes(w, config) * w.trains for w in (*first, *last))
+
+
 def projection_bytes(w: Weight, config: RunConfig) -> int:
     """Bytes of them that are stored projections."""
     if not w.target or config.method not in PROJECTING:

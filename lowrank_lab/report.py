@@ -71,6 +71,8 @@ def summary(finals: pd.DataFrame) -> pd.DataFrame:
                 "weights + states (MiB)": (
                     group["weight_bytes"] + group["optimizer_state_bytes"]
                 ).mean() / figures.MIB,
+                "without embeddings (MiB)": group["bytes_without_embeddings"].mean()
+                / figures.MIB,
                 "tokens": int(group["tokens_seen"].mean()),
                 "seconds": group["seconds"].mean(),
             }
@@ -126,8 +128,8 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """A summary or differences as text, with the digits that mean something."""
     digits = {
         "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "test perplexity": ".3f", "seconds": ".0f",
-        "weights + states (MiB)": ".2f", "parameters": ",", "without embeddings": ",",
-        "tokens": ",",
+        "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
+        "parameters": ",", "without embeddings": ",", "tokens": ",",
     }  # fmt: skip
     text = table.copy().astype(object)
     for column, digit in ((c, d) for c, d in digits.items() if c in table):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.formulas import embedding_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -410,7 +411,26 @@ def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
     config = run.config
     facts = {"run": run.folder.name if inside == "." else inside, "label": run.label}
     facts |= {name: getattr(config, name) for name in DESCRIBES}
-    return facts | {f"final_{k}": v for k, v in (run.result if run.finished else {}).items()}
+    if not run.finished:
+        return facts
+    result = run.result
+    result["bytes_without_embeddings"] = _bytes_without_embeddings(config, result)
+    return facts | {f"final_{name}": value for name, value in result.items()}
+
+
+def _bytes_without_embeddings(config: RunConfig, result: dict[str, Any]) -> float:
+    """Bytes of weights and optimizer states outside embedding and head.
+
+    NaN where no formula knows those, or one process held a part of them.
+    """
+    if config.parallel == "fsdp2":
+        return math.nan
+    try:
+        ends = embedding_bytes(config)
+    except InputError:
+        return math.nan
+    held = (result.get(name, math.nan) for name in ("weight_bytes", "optimizer_state_bytes"))
+    return float(sum(held) - ends)
 
 
 def _described(facts: list[dict[str, Any]]) -> pd.DataFrame:

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab import InputError, RunConfig
-from lowrank_lab.formulas import flops_per_token, optimizer_state_bytes
+from lowrank_lab.formulas import embedding_bytes, flops_per_token, optimizer_state_bytes
 from lowrank_lab.memory import persistent
-from lowrank_lab.methods import METHODS, build
+from lowrank_lab.methods import METHODS, build, resolve
 from lowrank_lab.tracing import Breakdown, tensor_bytes
 
 # The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 512.
@@ -110,6 +110,20 @@ def test_states_are_the_bytes_of_the_formula(method, precision, text_corpus):
         model="tiny", method=method, precision=precision, corpus=text_corpus, rank=RANK
     )
     assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(config)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", QUICK)
+def test_bytes_of_embedding_and_head_are_those_that_they_and_their_states_take(
+    method, precision, text_corpus
+):
+    model, optimizer = built(method, precision, text_corpus)
+    step(model, optimizer)
+    ends = [model.model.embed_tokens.weight, model.lm_head.weight]
+    states = [v for p in ends for v in optimizer.state[p].values() if torch.is_tensor(v)]
+    rank = {"rank": RANK} if METHODS[method].uses_rank else {}
+    config = RunConfig(model="tiny", method=method, precision=precision, **rank)
+    assert embedding_bytes(resolve(config)) == tensor_bytes([*ends, *states])
 
 
 OTHERS = [

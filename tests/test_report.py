@@ -60,6 +60,16 @@ def test_the_summary_has_a_row_a_label_best_first_with_intervals(folder):
     assert table["±"].tolist() == pytest.approx([0.2484] * 2, abs=1e-4)  # t(0.975, 2)·0.1/√3
     assert table["weights + states (MiB)"].tolist() == [3.0, 3.0]
 
+    rest = 3 * 2**20 - 3 * 4 * 2 * 16 * 32  # weights and two moments of embedding and head
+    galore, worse = (value * 2**20 for value in table["without embeddings (MiB)"])
+    assert (galore, worse) == (rest, rest - 2 * 4)  # torch's AdamW counts its steps in tensors
+
+
+def test_bytes_that_no_formula_knows_are_a_dash(tmp_path):
+    write_run(tmp_path / "one", "alone", optimizer="torch.optim.NAdam")
+    table = report.formatted(report.summary(final_table(load_runs(tmp_path))))
+    assert table["without embeddings (MiB)"].tolist() == ["–"]
+
 
 def test_differences_are_paired_by_seed(folder):
     (row,) = report.differences(final_table(load_runs(folder))).itertuples(index=False)

@@ -1,12 +1,14 @@
 """Run folders become one tidy table, whole or not at all."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
 import torch
 
 from lowrank_lab import InputError, RunConfig, train
+from lowrank_lab.formulas import embedding_bytes
 from lowrank_lab.methods import resolve
 from lowrank_lab.runs import (
     DESCRIBES,
@@ -142,7 +144,10 @@ def plain_table(folder):
         facts["label"] = known["label"] or describe(config)
         facts |= {name: getattr(config, name) for name in DESCRIBES}
         if (result := path.with_name("result.json")).exists():
-            facts |= {f"final_{k}": v for k, v in json.loads(result.read_text()).items()}
+            ends = json.loads(result.read_text())
+            held = [ends.get(f"{name}_bytes", math.nan) for name in ("weight", "optimizer_state")]
+            ends["bytes_without_embeddings"] = float(sum(held) - embedding_bytes(config))
+            facts |= {f"final_{k}": v for k, v in ends.items()}
         tables.append(pd.DataFrame(rows).rename(columns={"lr": "lr_now"}).assign(**facts))
     return pd.concat(tables, ignore_index=True)
 
