@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,6 +22,8 @@ import yaml
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
+
+STUDIES = Path(__file__).resolve().parent.parent / "notebooks" / "studies"  # of a checkout
 
 
 class _OneLine(click.Group):
@@ -229,6 +231,7 @@ def study(
 ) -> None:
     """Run a study file by papermill; what is done already is not done again."""
     from lowrank_lab import study_view
+    from lowrank_lab.report import asked_in
     from lowrank_lab.study import plan_study, run_study, seconds_of
 
     try:
@@ -256,7 +259,7 @@ def study(
             click.echo(line, err=True)
     if page is None:
         sys.exit(1)
-    _show_table(page.parent, as_json)
+    _show_table(page.parent, as_json, asked_in(file)[1])
     if not as_json:
         click.echo(f"\nreport   {page}\nfigures  {page.parent / 'figures'}")
 
@@ -346,9 +349,10 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     for folder in kept:
         pages = (out or data_folder() / "runs" / "kept") / folder.name
         pictures = (figures or Path("figures")) / folder.name
-        page = reporting.write_report(folder, out=pages, figures_in=pictures)
+        what, pairs = reporting.asked_in(STUDIES / f"{folder.name}.yaml")
+        page = reporting.write_report(folder, None, what, pages, pictures, pairs)
         click.echo(f"\n{folder.name}: {page}")
-        _show_table(folder, as_json=False)
+        _show_table(folder, pairs=pairs)
 
 
 @main.command()
@@ -460,18 +464,19 @@ def _publish(out: Path, studies: tuple[Path, ...]) -> None:
         sys.exit(1)
 
 
-def _show_table(folder: Path, as_json: bool = False) -> None:
-    from lowrank_lab.report import differences, formatted, summary
+def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
+    """Print the table of a study, and differences: those that it asks about, else all."""
     from lowrank_lab.runs import final_table, load_runs
+    from lowrank_lab.tables import claims, differences, formatted, summary
 
     finals = final_table(load_runs(folder))
     if as_json:
         click.echo(summary(finals).to_json(orient="records", indent=1))
         return
     click.echo(formatted(summary(finals)).to_string(index=False))
-    pairs = differences(finals)
-    if len(pairs):
-        click.echo(f"\nseed by seed:\n{formatted(pairs).to_string(index=False)}")
+    table = claims(finals, pairs) if pairs else differences(finals)
+    if len(table):
+        click.echo(f"\nseed by seed:\n{formatted(table).to_string(index=False)}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import yaml
 from pygments.formatters import HtmlFormatter
 
 from lowrank_lab.config import InputError, data_folder
 from lowrank_lab.jobs import Job, parameter_names
 from lowrank_lab.pages import NotebookPage, read_notebook
-from lowrank_lab.report import write_report
+from lowrank_lab.report import asked_in, write_report
 from lowrank_lab.runner import execute
 from lowrank_lab.slider import Slider, slider
 
@@ -158,8 +157,8 @@ def _study_page(folder: Path, out: Path, asked: Path) -> str:
         asked: folder of study files: one of this name says what the study is about.
     """
     file = asked / f"{folder.name}.yaml"
-    what = str(yaml.safe_load(file.read_text()).get("description", "")) if file.exists() else ""
-    page = write_report(folder, folder.name, what, out=_report_of(folder, out).parent)
+    what, pairs = asked_in(file)
+    page = write_report(folder, folder.name, what, _report_of(folder, out).parent, pairs=pairs)
     text = page.read_text()
     top = '<nav><a href="../../index.html">All pages</a></nav>'
     page.write_text(

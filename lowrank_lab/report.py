@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from lowrank_lab import figures, grid, grid_view
-from lowrank_lab.config import InputError, nearest
 from lowrank_lab.runs import (
     Run,
     append_jsonl,
@@ -30,7 +28,7 @@ from lowrank_lab.runs import (
     spectra_of,
     table_of,
 )
-from lowrank_lab.stats import mean_interval
+from lowrank_lab.tables import claims, comparable, differences, formatted, summary
 
 MOST_LABELS = 12  # in one figure
 MOST_ROWS = 32  # of labels in a figure that has a row for each
@@ -47,94 +45,6 @@ class Picture:
     figure: Figure
     table: pd.DataFrame
     caption: str
-
-
-def summary(finals: pd.DataFrame) -> pd.DataFrame:
-    """One row a label, best first: n, test loss with interval, perplexity, sizes and time.
-
-    Args:
-        finals: `runs.final_table`.
-    """
-    rows = []
-    for label, group in finals.groupby("label", sort=False):
-        loss = mean_interval(group["test_loss"].tolist())
-        rows.append(
-            {
-                "label": label,
-                "n": loss.n,
-                "lr": "/".join(f"{lr:g}" for lr in sorted(group["lr"].unique())),
-                "test loss": loss.mean,
-                "±": loss.half_width,
-                "test perplexity": group["test_perplexity"].mean(),
-                "parameters": int(group["parameters"].mean()),
-                "without embeddings": int(group["parameters_without_embeddings"].mean()),
-                "weights + states (MiB)": (
-                    group["weight_bytes"] + group["optimizer_state_bytes"]
-                ).mean() / figures.MIB,
-                "without embeddings (MiB)": group["bytes_without_embeddings"].mean()
-                / figures.MIB,
-                "tokens": int(group["tokens_seen"].mean()),
-                "seconds": group["seconds"].mean(),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows).sort_values("test loss", ignore_index=True)
-
-
-def differences(
-    finals: pd.DataFrame, pairs: Sequence[tuple[str, str]] | None = None
-) -> pd.DataFrame:
-    """Paired differences of the test loss, A − B seed by seed, for every two labels.
-
-    A row a pair with at least two seeds in common: n, mean and half the width of its 95 % interval
-    (Student's t); `separated` where the interval leaves out 0. Pairs are not corrected for how many
-    there are. Labels that stand for several configurations are left out.
-
-    Args:
-        finals: `runs.final_table`.
-        pairs: those (A, B) that are wanted, in this order.
-
-    Raises:
-        InputError: a label in a pair that isn't there, or stands for several configurations.
-    """
-    unique = _comparable(finals, summary(finals)["label"])
-    for label in itertools.chain(*(pairs or ())):
-        if label not in unique:
-            raise InputError("pairs", label, f"a label of one run a seed; {nearest(label, unique)}")
-    return _differences(finals, itertools.combinations(unique, 2) if pairs is None else pairs)
-
-
-def _differences(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    pairs = list(pairs)
-    wanted = finals[finals["label"].isin({*itertools.chain(*pairs)})]
-    losses = wanted.pivot(index="seed", columns="label", values="test_loss")
-    columns = {label: losses[label].to_numpy() for label in losses}
-    rows = []
-    for a, b in pairs:
-        paired = columns[a] - columns[b]
-        paired = paired[~np.isnan(paired)]
-        if len(paired) >= 2:
-            mean, half_width, n = mean_interval(paired.tolist())
-            rows.append((a, b, n, mean, half_width, abs(mean) > half_width))
-    return pd.DataFrame(rows, columns=["A", "B", "n", "A − B", "±", "separated"])
-
-
-def _comparable(finals: pd.DataFrame, labels: Iterable[str]) -> list[str]:
-    """Those of the labels that stand for one configuration each: one run a seed."""
-    repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
-    return [label for label in labels if label not in repeated]
-
-
-def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """A summary or differences as text, with the digits that mean something."""
-    digits = {
-        "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "test perplexity": ".3f", "seconds": ".0f",
-        "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
-        "parameters": ",", "without embeddings": ",", "tokens": ",",
-    }  # fmt: skip
-    text = table.copy().astype(object)
-    for column, digit in ((c, d) for c, d in digits.items() if c in table):
-        text[column] = ["–" if pd.isna(v) else format(v, digit) for v in table[column]]
-    return text.astype(str)
 
 
 def best(runs: pd.DataFrame, most: int = MOST_LABELS) -> pd.DataFrame:
@@ -229,7 +139,7 @@ def _comparisons(finals: pd.DataFrame, ranking: pd.Series[str]) -> Iterator[Pict
             "over_ranks", figures.over_ranks(finals), ranks,
             "Test loss against the bytes of weights and optimizer states, over ranks.",
         )  # fmt: skip
-    labels = _comparable(finals, ranking)
+    labels = comparable(finals, ranking)
     if finals["seed"].nunique() > 1 and 1 < len(labels) <= MOST_ROWS:
         reference = "full-rank" if "full-rank" in labels else labels[0]
         compared = finals[finals["label"].isin(labels)]
@@ -271,12 +181,14 @@ def write_report(
     description: str = "",
     out: Path | str | None = None,
     figures_in: Path | str | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Write report.html (self-contained), table.csv and figures/ beside the runs of a folder.
 
     Args:
         out: where to write instead of `folder`.
         figures_in: where the figures go, if not into `out`/figures.
+        pairs: labels (A, B) of which the study asks whether A is below B: see `claims`.
 
     Returns:
         The path of report.html.
@@ -294,11 +206,14 @@ def write_report(
     table.to_csv(out / "table.csv", index=False)
     parts = [_heading(title or folder.name, description, finals), *_origins_section(runs)]
     parts.append(_html_table(formatted(table)))
-    comparable = _comparable(finals, table["label"])
-    pairs = _differences(finals, itertools.combinations(comparable, 2))
-    if len(pairs):
-        parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(pairs))]
-        pairs.to_csv(out / "differences.csv", index=False)
+    if pairs:
+        asked = claims(finals, pairs)
+        parts += ["<h2>Is A below B?</h2>", _html_table(formatted(asked))]
+        asked.to_csv(out / "claims.csv", index=False)
+    every = differences(finals, table["label"])
+    if len(every):
+        parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(every))]
+        every.to_csv(out / "differences.csv", index=False)
     for picture in _pictures(runs, finals, table["label"], folder):
         png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
         parts.append(_html_figure(picture, png))
@@ -308,6 +223,12 @@ def write_report(
     partial.write_text(_PAGE.format(title=html.escape(title or folder.name), body="\n".join(parts)))
     partial.replace(page)
     return page
+
+
+def asked_in(file: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Description and pairs of a study file; nothing if there is none."""
+    content = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    return content.get("description", ""), [(a, b) for a, b in content.get("pairs", ())]
 
 
 def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> int:

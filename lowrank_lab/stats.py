@@ -7,6 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+def p_below(differences: Sequence[float]) -> float:
+    """Probability of a mean as low as theirs if the true one were 0: paired t-test, one-sided.
+
+    Args:
+        differences: A − B, one a seed, for the claim that A is below B; NaN for fewer than two.
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(differences) < 2:
+        return math.nan
+    return float(ttest_1samp(differences, 0.0, alternative="less").pvalue)
+
+
 class Mean(NamedTuple):
     """A mean over n values, and half the width of its 95 % interval (NaN for n = 1)."""
 

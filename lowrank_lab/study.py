@@ -9,6 +9,7 @@ A study file is YAML:
       low rank: {method: low-rank, grid: {lr: [0.005, 0.01]}, seeds: [0]}
     grid: {rank: [8, 16]}                          # every combination, with every variant
     seeds: [0, 1, 2]
+    pairs: [[low rank, full rank]]                 # is the first below the second? for the report
     select: {from: tune, by: method, best: lr}     # what an earlier study chooses (selection.py)
     time_limit: 30m                                # a run that takes longer is ended, and failed
 
@@ -41,7 +42,7 @@ from lowrank_lab.train import check
 
 KEYS = {
     "description", "notebook", "compare", "base", "variants", "grid", "select", "seeds",
-    "time_limit",
+    "pairs", "time_limit",
 }  # fmt: skip
 OF_A_VARIANT = ("grid", "select", "seeds")  # its keys that are not fields of its runs
 LONGEST_LABEL = 80
@@ -57,6 +58,7 @@ class Study:
     compare: Path
     runs: dict[str, tuple[str, RunConfig]]  # run id → label, resolved configuration
     time_limit: float | None = None  # seconds that a run may take
+    pairs: tuple[tuple[str, str], ...] = ()  # labels (A, B): is A below B?
 
 
 def load_study(
@@ -108,10 +110,31 @@ def load_study(
         _notebook(path, key, content.get(key, default))
         for key, default in (("notebook", "02_run"), ("compare", "03_compare"))
     ]
+    labels = {label for label, _ in runs.values()}
+    pairs = _pairs(content.get("pairs", []), labels, partly=bool(only), place=f"{path.name}: pairs")
     return Study(
-        path.stem, content.get("description", ""), notebooks[0], notebooks[1], runs,
-        limit,
+        path.stem, content.get("description", ""), notebooks[0], notebooks[1], runs, limit, pairs,
     )  # fmt: skip
+
+
+def _pairs(content: Any, labels: set[str], partly: bool, place: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of labels that a study asks about; of a part of its variants those that are there.
+
+    Raises:
+        InputError: not a list of two labels each, or a label that no run has.
+    """
+    if not isinstance(content, list):
+        raise InputError(place, content, "must be a list of pairs of labels")
+    found = []
+    for pair in content:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+            raise InputError(place, pair, "must be two labels: is the first below the second?")
+        missing = [label for label in pair if label not in labels]
+        if missing and not partly:
+            raise InputError(place, missing[0], f"no such label; {nearest(missing[0], labels)}")
+        if not missing:
+            found.append((str(pair[0]), str(pair[1])))
+    return tuple(found)
 
 
 def seconds_of(text: str | float, field: str = "time_limit") -> float:
@@ -376,13 +399,15 @@ def _check_need(planned: Plan, of: str, what: str, needed: int, has: int | None)
 def _comparison(study: Study, folder: Path, todo: list[Job]) -> Job:
     """The job that compares the runs, once they are done."""
     results = {job.folder.name: read_record(job.folder / "result.json") for job in todo}
-    parameters = {
+    parameters: dict[str, Any] = {
         "folder": str(folder),
         "title": study.name,
         "description": study.description,
         "out": str(folder),
         "results": hashlib.sha256(json.dumps(results).encode()).hexdigest()[:16],
     }
+    if study.pairs:
+        parameters["pairs"] = [list(pair) for pair in study.pairs]
     known_parameters(study.compare, parameters)
     return Job("comparison", folder / "comparison", study.compare, parameters)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lowrank_lab import report
+from lowrank_lab import report, tables
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods import resolve
@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 
 def test_the_summary_has_a_row_a_label_best_first_with_intervals(folder):
-    table = report.summary(final_table(load_runs(folder)))
+    table = tables.summary(final_table(load_runs(folder)))
     assert table["label"].tolist() == ["better", "worse"]
     assert table["n"].tolist() == [3, 3]
     assert table["test loss"].tolist() == pytest.approx([2.1, 3.1])
@@ -67,12 +67,12 @@ def test_the_summary_has_a_row_a_label_best_first_with_intervals(folder):
 
 def test_bytes_that_no_formula_knows_are_a_dash(tmp_path):
     write_run(tmp_path / "one", "alone", optimizer="torch.optim.NAdam")
-    table = report.formatted(report.summary(final_table(load_runs(tmp_path))))
+    table = tables.formatted(tables.summary(final_table(load_runs(tmp_path))))
     assert table["without embeddings (MiB)"].tolist() == ["–"]
 
 
 def test_differences_are_paired_by_seed(folder):
-    (row,) = report.differences(final_table(load_runs(folder))).itertuples(index=False)
+    (row,) = tables.differences(final_table(load_runs(folder))).itertuples(index=False)
     assert (row.A, row.B, row.n) == ("better", "worse", 3)
     assert row[3] == pytest.approx(-1.0)
     assert row[4] == pytest.approx(0.0, abs=1e-9)  # the seeds move both alike
@@ -82,30 +82,44 @@ def test_differences_are_paired_by_seed(folder):
 def test_differences_need_two_seeds_in_common(tmp_path):
     write_run(tmp_path / "a", "one", seed=0)
     write_run(tmp_path / "b", "other", seed=1, method="galore")
-    assert report.differences(final_table(load_runs(tmp_path))).empty
+    assert tables.differences(final_table(load_runs(tmp_path))).empty
 
 
-def test_differences_of_given_pairs_have_their_signs_and_order(folder):
-    finals = final_table(load_runs(folder))
-    table = report.differences(finals, [("worse", "better"), ("better", "worse")])
-    assert list(zip(table["A"], table["B"], strict=True)) == [
-        ("worse", "better"),
-        ("better", "worse"),
-    ]
-    assert table["A − B"].tolist() == pytest.approx([1.0, -1.0])
+def test_what_a_study_asked_has_a_row_a_question_in_its_order(folder):
+    for seed, loss in enumerate((3.0, 3.3, 3.1)):
+        write_run(folder / f"c{seed}", "third", seed, loss, method="fira")
+    asked = [("worse", "better"), ("third", "worse"), ("better", "third")]
+    table = tables.claims(final_table(load_runs(folder)), asked)
+    assert list(zip(table["A"], table["B"], strict=True)) == asked
+    paired = [[1.0] * 3, [0.0, 0.2, -0.1], [-1.0, -1.2, -0.9]]
+    assert table["A − B"].tolist() == pytest.approx([sum(d) / 3 for d in paired])
+    assert table["separated"].tolist() == [True, False, True]
+    # of the third: mean −1.0333, deviation 0.1528, so t = −11.72 with two degrees of freedom
+    assert table["p (A < B)"].tolist()[2] == pytest.approx(0.0036, abs=1e-4)
+    assert table["p (A < B)"].tolist()[1] == pytest.approx(0.6469, abs=1e-3)
 
 
-@pytest.mark.parametrize("label", ["bettr", "twice"])
-def test_a_pair_with_a_label_that_cannot_be_paired_is_named(folder, label):
+@pytest.mark.parametrize("label", ["not there", "twice", "alone"])
+def test_a_question_that_cannot_be_answered_yet_has_dashes(folder, label):
     write_run(folder / "twice-1", "twice", seed=0)
     write_run(folder / "twice-2", "twice", seed=0, lr=0.5)
-    with pytest.raises(InputError, match=label):
-        report.differences(final_table(load_runs(folder)), [(label, "worse")])
+    write_run(folder / "alone", "alone", seed=0, method="spam")
+    table = tables.claims(final_table(load_runs(folder)), [(label, "worse")])
+    (row,) = tables.formatted(table).itertuples(index=False)
+    assert (row[2], row[4], row[6]) == ("1" if label == "alone" else "0", "–", "–")
+
+
+def test_the_report_begins_with_what_was_asked(folder, tmp_path):
+    page = report.write_report(folder, out=tmp_path / "out", pairs=[("better", "worse")])
+    text = page.read_text()
+    assert text.index("Is A below B?") < text.index("Differences, seed by seed")
+    (row,) = (tmp_path / "out" / "claims.csv").read_text().splitlines()[1:]
+    assert row.startswith("better,worse,3,-1.0")
 
 
 def test_one_seed_has_a_dash_for_its_interval(tmp_path):
     write_run(tmp_path / "one", "alone")
-    table = report.formatted(report.summary(final_table(load_runs(tmp_path))))
+    table = tables.formatted(tables.summary(final_table(load_runs(tmp_path))))
     assert table["±"].tolist() == ["–"]
 
 

@@ -1,0 +1,127 @@
+"""Tables of finished runs: how each variant ended, and differences between them, seed by seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lowrank_lab.stats import mean_interval, p_below
+
+MIB = 2**20
+Losses = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]  # by label, one a seed
+
+
+def summary(finals: pd.DataFrame) -> pd.DataFrame:
+    """One row a label, best first: n, test loss with interval, perplexity, sizes and time.
+
+    Args:
+        finals: `runs.final_table`.
+    """
+    rows = []
+    for label, group in finals.groupby("label", sort=False):
+        loss = mean_interval(group["test_loss"].tolist())
+        rows.append(
+            {
+                "label": label,
+                "n": loss.n,
+                "lr": "/".join(f"{lr:g}" for lr in sorted(group["lr"].unique())),
+                "test loss": loss.mean,
+                "±": loss.half_width,
+                "test perplexity": group["test_perplexity"].mean(),
+                "parameters": int(group["parameters"].mean()),
+                "without embeddings": int(group["parameters_without_embeddings"].mean()),
+                "weights + states (MiB)": (
+                    group["weight_bytes"] + group["optimizer_state_bytes"]
+                ).mean() / MIB,
+                "without embeddings (MiB)": group["bytes_without_embeddings"].mean()
+                / MIB,
+                "tokens": int(group["tokens_seen"].mean()),
+                "seconds": group["seconds"].mean(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows).sort_values("test loss", ignore_index=True)
+
+
+def differences(finals: pd.DataFrame, labels: Iterable[str] | None = None) -> pd.DataFrame:
+    """Paired differences of the test loss, A − B seed by seed, for every two labels.
+
+    A row a pair with at least two seeds in common: n, mean and half the width of its 95 % interval
+    (Student's t); `separated` where the interval leaves out 0. Pairs are not corrected for how many
+    there are. Labels that stand for several configurations are left out.
+
+    Args:
+        finals: `runs.final_table`.
+        labels: in their order; those of `summary` if None.
+    """
+    labels = summary(finals)["label"] if labels is None else labels
+    return _differences(finals, itertools.combinations(comparable(finals, labels), 2))
+
+
+def claims(finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """What a study asked: for each (A, B) whether A is below B, in the order of the questions.
+
+    The columns of `differences`, and `p (A < B)` of a one-sided paired t-test. A pair that has not
+    two seeds in common, or a label of several configurations, has a row without interval and p.
+
+    Args:
+        finals: `runs.final_table`.
+    """
+    losses = _losses(finals, itertools.chain(*pairs))
+    below = [p_below(_paired(losses, a, b).tolist()) for a, b in pairs]
+    return _differences(finals, pairs, fewest=0).assign(**{"p (A < B)": below})
+
+
+def _differences(
+    finals: pd.DataFrame, pairs: Iterable[tuple[str, str]], fewest: int = 2
+) -> pd.DataFrame:
+    """Paired differences of those pairs that have at least `fewest` seeds in common."""
+    pairs = list(pairs)
+    losses = _losses(finals, itertools.chain(*pairs))
+    rows: list[tuple[Any, ...]] = []
+    for a, b in pairs:
+        paired = _paired(losses, a, b)
+        if len(paired) >= max(1, fewest):
+            mean, half_width, n = mean_interval(paired.tolist())
+            rows.append((a, b, n, mean, half_width, abs(mean) > half_width))
+        elif not fewest:
+            rows.append((a, b, 0, np.nan, np.nan, False))
+    return pd.DataFrame(rows, columns=["A", "B", "n", "A − B", "±", "separated"])
+
+
+def _losses(finals: pd.DataFrame, labels: Iterable[str]) -> Losses:
+    """Test losses of those of the labels that can be compared, NaN where a seed is missing."""
+    wanted = finals[finals["label"].isin(comparable(finals, set(labels)))]
+    table = wanted.pivot(index="seed", columns="label", values="test_loss")
+    return {str(label): table[label].to_numpy(float) for label in table}
+
+
+def _paired(losses: Losses, a: str, b: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A − B, for each seed that both have."""
+    if a not in losses or b not in losses:
+        return np.empty(0)
+    paired = losses[a] - losses[b]
+    return paired[~np.isnan(paired)]
+
+
+def comparable(finals: pd.DataFrame, labels: Iterable[str]) -> list[str]:
+    """Those of the labels that stand for one configuration each: one run a seed."""
+    repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
+    return [label for label in labels if label not in repeated]
+
+
+def formatted(table: pd.DataFrame) -> pd.DataFrame:
+    """A summary or differences as text, with the digits that mean something."""
+    digits = {
+        "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "p (A < B)": ".2g",
+        "test perplexity": ".3f", "seconds": ".0f",
+        "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
+        "parameters": ",", "without embeddings": ",", "tokens": ",",
+    }  # fmt: skip
+    text = table.copy().astype(object)
+    for column, digit in ((c, d) for c, d in digits.items() if c in table):
+        text[column] = ["–" if pd.isna(v) else format(v, digit) for v in table[column]]
+    return text.astype(str)
