@@ -18,7 +18,7 @@ def rows(quick: bool = False) -> list[Row]:
     Names read `growth MODEL METHOD rRANK tTOKENS`; peak memory is in the note, in MiB.
     """
     sizes = ("tiny",) if quick else ("9m", "20m", "35m", "60m", "130m")
-    tokens, rate = 256 if quick else 512, gemm_rate(torch.float32, 256 if quick else 2048)
+    tokens, rate = 256 if quick else 512, gemm_rate(torch.float32, quick)
     found = [step(size, method, None, tokens, rate) for size in sizes for method in METHODS]
     if not quick:
         found += [step("9m", m, r, tokens, rate) for m in METHODS[1:] for r in (8, 16, 32, 128)]

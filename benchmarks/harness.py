@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from lowrank_lab.provenance import cpu_name
 
 
 @dataclass
@@ -154,7 +155,7 @@ def where_time_goes(run: Contestant, parts: Mapping[str, tuple[str, ...]]) -> st
     return ", ".join(f"{part} {100 * n / total:.0f} %" for part, n in spent.most_common())
 
 
-def machine() -> dict[str, Any]:
+def machine(quick: bool = False) -> dict[str, Any]:
     """What the timings were taken on."""
     packages = (
         "torch",
@@ -165,7 +166,8 @@ def machine() -> dict[str, Any]:
         "transformers",
     )
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -173,23 +175,16 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "gemm_gflops": {
-            str(d).removeprefix("torch."): round(gemm_rate(d) / 1e9)
+            str(d).removeprefix("torch."): round(gemm_rate(d, quick) / 1e9)
             for d in (torch.float32, torch.bfloat16)
         },
         "versions": {name: version(name) for name in packages},
     }
 
 
-def _cpu_name() -> str:
-    facts = Path("/proc/cpuinfo")
-    for line in facts.read_text().splitlines() if facts.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+def gemm_rate(dtype: torch.dtype, quick: bool = False) -> float:
     """Measured peak of a square matrix product, floating point operations a second."""
+    size = 256 if quick else 2048  # large products in bfloat16 take minutes where they are emulated
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     best = min(sum(take_turns({"mm": lambda: torch.mm(a, b, out=out)}, 1)["mm"]) for _ in range(8))

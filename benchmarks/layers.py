@@ -28,11 +28,11 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def rows(quick: bool = False) -> list[Row]:
     """Every comparison of this file; `quick`: tiny sizes and few rounds."""
     shapes = [(64, 160)] if quick else [(1024, 2736), (2736, 1024)]
-    tokens, rank, rounds = (128, 16, 2) if quick else (4096, 256, 5)
+    tokens, rank = (128, 16) if quick else (4096, 256)
     found = []
     for dtype in ROUNDING:
         for m, n in shapes:
-            found += sltrain_rows(m, n, rank, tokens, dtype, rounds)
+            found += sltrain_rows(m, n, rank, tokens, dtype, quick)
     for kind in (LowRankLinear, LoRALinear):
         for dtype in ROUNDING if kind is LowRankLinear else [torch.float32]:
             found.append(association_row(kind, dtype, quick))
@@ -70,7 +70,7 @@ class PublishedSLTrain(torch.autograd.Function):
 
 
 def sltrain_rows(
-    m: int, n: int, rank: int, tokens: int, dtype: torch.dtype, rounds: int
+    m: int, n: int, rank: int, tokens: int, dtype: torch.dtype, quick: bool
 ) -> list[Row]:
     """Forward and backward of one layer with 3 % sparse entries: seconds and peak bytes.
 
@@ -97,15 +97,16 @@ def sltrain_rows(
     name = f"SLTrain layer {m}×{n}, r {rank}, {tokens} tokens, {short(dtype)}"
     error = worst_error(contestants["ours"](), contestants["peer"]())
     check(name, error, ROUNDING[dtype])
+    rounds = 2 if quick else 5
     seconds = take_turns(contestants, rounds)
     peaks = {who: peak_bytes(contestant) for who, contestant in contestants.items()}
     layer.keep_weight = True
-    kept = take_turns(contestants, max(1, rounds // 2))
+    kept = take_turns(contestants, rounds // 2)
     kept_peak = peak_bytes(contestants["ours"]) / peaks["peer"]
     note = (
         f"keep_weight: {ratio(kept['peer'], kept['ours']):.2f} × at {kept_peak:.3f} of the memory"
     )
-    floor = 3 * 2 * tokens * m * n / gemm_rate(dtype)
+    floor = 3 * 2 * tokens * m * n / gemm_rate(dtype, quick)
     ours, peer = (1e3 * median(seconds[who]) for who in ("ours", "peer"))
     speed, memory = ratio(seconds["peer"], seconds["ours"]), peaks["ours"] / peaks["peer"]
     mib = {who: peak / 2**20 for who, peak in peaks.items()}

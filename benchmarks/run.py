@@ -37,7 +37,7 @@ def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> d
         for row in importlib.import_module(f"benchmarks.{name}").rows(quick):
             report(row)
             rows.append(row.as_dict())
-    kept = {"machine": machine(), "rows": rows}
+    kept = {"machine": machine(quick), "rows": rows}
     if not quick and (not names or (old := _kept_before(kept["machine"]))):
         if names:
             new = {row["name"] + row["peer_name"]: row for row in rows}

@@ -44,7 +44,7 @@ def rows(quick: bool = False) -> list[Row]:
     """Speed of each size, then model FLOPs utilisation and peak memory of the largest."""
     models = {"tiny": SIZES["tiny"]} if quick else MODELS
     shape = (2, 32) if quick else (BATCH, LENGTH)
-    peak = gemm_rate(torch.bfloat16, 256 if quick else 2048)
+    peak = gemm_rate(torch.bfloat16, quick)
     found = []
     for name, size in models.items():
         ours, theirs = pair(size)

@@ -44,13 +44,18 @@ def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
         "corpus_sha256": corpus.facts["sha256"],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
         "threads": torch.get_num_threads(),
         "processes": distributed.size(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU and the instructions that torch uses of it, like `AMD EPYC (AVX512)`."""
+    return f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def cpu_name() -> str:
     """The name of the CPU: Linux keeps it where `platform` doesn't look."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
