@@ -197,9 +197,10 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
     "--only", metavar="VARIANT", multiple=True, help="this variant alone; can be repeated"
 )
 @click.option(
-    "--any-version",
+    "--reuse",
     is_flag=True,
-    help="runs that other training code has finished count, too, instead of being set aside",
+    help="take over finished runs of the same configurations from other studies and from the kept "
+    "records, whatever version of the library made them",
 )
 @click.option(
     "--time-limit", metavar="TIME", help="end a run that takes longer than this, like 90s, 30m, 2h"
@@ -222,7 +223,7 @@ def study(
     retry: bool,
     seeds: str | None,
     only: tuple[str, ...],
-    any_version: bool,
+    reuse: bool,
     time_limit: str | None,
     dry_run: bool,
     flops: float | None,
@@ -242,7 +243,7 @@ def study(
     if flops is not None and not (dry_run and 0 < flops < math.inf):
         raise InputError("flops", flops, "FLOP/s above 0, like 400e12, and --dry-run with it")
     chosen: dict[str, Any] = {"out": out, "retry": retry, "seeds": numbers, "only": only}
-    chosen["any_version"] = any_version
+    chosen["reuse"] = reuse
     if dry_run:
         elsewhere = flops is not None
         plan = plan_study(file, elsewhere=elsewhere, **chosen)

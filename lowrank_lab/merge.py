@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.config import InputError
-from lowrank_lab.runs import RUNNER_FILES, Run, find_runs
+from lowrank_lab.runs import RUNNER_FILES, Run, find_runs, write_json
 
 # What is copied; whatever else lies in a run's folder stays where it is.
 FILES = sorted(
@@ -67,6 +68,18 @@ def merge(out: Path | str, folders: Sequence[Path | str]) -> Merged:
     return merged
 
 
+def finished_run(run_id: str, places: Sequence[Path]) -> Path | None:
+    """The folder of a finished run in one of the studies in these places; the first of several."""
+    folders = (folder for place in places for folder in sorted(place.glob(f"*/{run_id}")))
+    finished = (f for f in folders if all(_is_plain(f / name) for name in ("config.json", LAST)))
+    return next((f for f in finished if Run(f).config.run_id == run_id), None)
+
+
+def take_over(source: Path, target: Path, label: str) -> None:
+    """Copy a finished run to a folder that isn't there, under the label that it has now."""
+    _copy(source, target, label)
+
+
 def run_id_of(run: Run) -> str:
     """The run's id, which is safe as a folder's name.
 
@@ -99,7 +112,7 @@ def _result(run: Run) -> dict[str, Any]:
     return {k: v for k, v in run.result.items() if k not in NOT_OF_THE_RESULT}
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, label: str | None = None) -> None:
     """Copy a run's files so that its folder is there whole or not at all; links aren't followed."""
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +120,9 @@ def _copy(source: Path, target: Path) -> None:
     for name in [*FILES, LAST]:
         if _is_plain(source / name):
             shutil.copy2(source / name, partial / name)
+    if label is not None:
+        facts = json.loads((partial / "config.json").read_text())
+        write_json(partial / "config.json", facts | {"label": label})
     partial.rename(target)
 
 

@@ -34,6 +34,7 @@ import yaml
 from lowrank_lab.cluster import connect, execute_on, worker_memory
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
 from lowrank_lab.jobs import Job, known_parameters, parameter_names, read_record, settle
+from lowrank_lab.merge import finished_run, take_over
 from lowrank_lab.methods import resolve
 from lowrank_lab.needs import GB, Need, device_memory, free_disk, machine_memory, needs_of
 from lowrank_lab.runner import execute
@@ -286,14 +287,14 @@ def plan_study(
     retry: bool = False,
     seeds: list[int] | None = None,
     only: Sequence[str] = (),
-    any_version: bool = False,
+    reuse: bool = False,
     elsewhere: bool = False,
 ) -> Plan:
     """The jobs of a study, and what they need; nothing is executed or written.
 
     Args:
         only: the variants that are wanted; all of them if none is named.
-        any_version: what other training code has finished counts, too.
+        reuse: what other training code has finished counts, too.
         elsewhere: say what they need on a CUDA device; neither that nor a corpus has to be here.
 
     Raises:
@@ -309,7 +310,7 @@ def plan_study(
         if place.parent != folder or place.resolve() != place:
             raise InputError("out", str(place), "it leads out of the study's folder")
         job = _run_job(study.notebook, place, label, config)
-        todo.append(replace(job, memory=need.memory, any_version=any_version))
+        todo.append(replace(job, memory=need.memory, any_version=reuse))
     settle(todo, retry)
     return Plan(study, folder, todo, needs)
 
@@ -322,7 +323,7 @@ def run_study(
     retry: bool = False,
     seeds: list[int] | None = None,
     only: Sequence[str] = (),
-    any_version: bool = False,
+    reuse: bool = False,
     time_limit: float | None = None,
     dask: str | None = None,
     report: Callable[[list[Job]], None] = lambda jobs: None,
@@ -336,7 +337,8 @@ def run_study(
         retry: execute again what failed before.
         seeds: instead of those in the file.
         only: the variants that are wanted; all of them if none is named.
-        any_version: keep what other training code has finished, instead of setting it aside.
+        reuse: take over finished runs of these configurations from other studies and from the
+            kept records, whatever version of the training code made them.
         time_limit: seconds after which a run is ended and counts as failed, instead of the file's.
         dask: address of a Dask scheduler that executes the runs, on machines that share the files.
         report: called about twice a second with all jobs.
@@ -347,11 +349,11 @@ def run_study(
     Raises:
         InputError: see `load_study`; also a run that fits neither memory nor disk.
     """
-    planned = plan_study(
-        path, out=out, retry=retry, seeds=seeds, only=only, any_version=any_version
-    )
+    planned = plan_study(path, out=out, retry=retry, seeds=seeds, only=only, reuse=reuse)
     study, folder, todo = planned.study, planned.folder, planned.jobs
     limit = study.time_limit if time_limit is None else time_limit
+    if reuse:
+        _take_over(todo)
     if dask is not None:
         with connect(dask) as client:
             check_fits(planned, worker_memory(client))
@@ -368,6 +370,15 @@ def run_study(
     execute([comparison], 1, True, lambda jobs: report([*todo, *jobs]))
     page = folder / "report.html"
     return [*todo, comparison], page if page.exists() else None
+
+
+def _take_over(todo: Sequence[Job]) -> None:
+    """Copy finished runs that other studies have into the folders of jobs that have none yet."""
+    places = data_folder() / "runs", data_folder() / "study"
+    for job in todo:
+        source = None if job.folder.exists() else finished_run(job.folder.name, places)
+        if source is not None:
+            take_over(source, job.folder, job.parameters["label"])
 
 
 def check_fits(planned: Plan, memory: int | None, device: int | None = None) -> None:

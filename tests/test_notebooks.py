@@ -49,7 +49,7 @@ def test_a_notebook_runs_headless(path, tmp_path):
     out = tmp_path / "out.ipynb"
     done = subprocess.run(
         [sys.executable, "-m", "papermill", str(path), str(out), *values, "--log-level", "ERROR"],
-        cwd=path.parent, capture_output=True, text=True, timeout=300,
+        cwd=path.parent, capture_output=True, text=True, timeout=900,
         env=os.environ | {"LOWRANK_LAB_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

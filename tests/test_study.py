@@ -190,7 +190,7 @@ def test_a_run_that_other_training_code_made_is_trained_again_unless_any_will_do
     facts["ran_on"]["training_source"] = "another"
     (out / run_id / "config.json").write_text(json.dumps(facts))
     before = (out / run_id / "result.json").stat().st_mtime_ns
-    jobs = plan_study(path, out=out, any_version=True).jobs
+    jobs = plan_study(path, out=out, reuse=True).jobs
     running_jobs.execute(jobs, 1, False, lambda jobs: None)
     assert [job.state for job in jobs] == ["done"]
     assert (out / run_id / "result.json").stat().st_mtime_ns == before
@@ -198,6 +198,24 @@ def test_a_run_that_other_training_code_made_is_trained_again_unless_any_will_do
     assert executed(path, out) == ["done"]
     assert (out / run_id / "result.json").stat().st_mtime_ns > before
     assert len(list((out / ".outdated").iterdir())) == 1
+
+
+def test_a_study_takes_over_runs_that_other_studies_have(study_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    path, out = study_file(TRAIN, variants={"new name": {}}, seeds=[0, 1]), tmp_path / "out"
+    first, second = load_study(path).runs.items()
+    kept = tmp_path / "data" / "study" / "earlier" / first[0]
+    train(first[1][1], kept, label="old name")
+    (kept / "model.safetensors").unlink()  # as `report --keep` keeps it
+    unfinished = tmp_path / "data" / "runs" / "other" / second[0]
+    shutil.copytree(kept, unfinished)
+    (unfinished / "result.json").unlink()
+    assert {job.state for job in run_study(path, out=out, reuse=True)[0]} == {"done"}
+    taken, trained = (Run(out / run_id) for run_id in (first[0], second[0]))
+    assert taken.result["seconds"] == Run(kept).result["seconds"]
+    assert (taken.label, trained.label, Run(kept).label) == ("new name", "new name", "old name")
+    assert (trained.folder / "model.safetensors").exists()
+    assert not (taken.folder / "model.safetensors").exists()
 
 
 @pytest.mark.slow
