@@ -72,7 +72,7 @@ def line(row: Row) -> str:
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """The rows with a target, between the two marks in the README."""
+    """The rows with a target, and why some miss it, between the two marks in the README."""
     head = ("", "ours", "against", "theirs", "floor", "ratio", "target", "")
     cells = [head, ("---",) * len(head)]
     for row in rows:
@@ -88,8 +88,23 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     if all(mark in text for mark in TABLE):
         before, rest = text.split(TABLE[0], 1)
         after = rest.split(TABLE[1], 1)[1]
-        table = "\n".join(lines)
+        table = "\n".join([*lines, *shortfalls(rows)])
         README.write_text(f"{before}{TABLE[0]}\n{table}\n{TABLE[1]}{after}")
+
+
+def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
+    """For each row that misses its target: what its floor would allow, and where its time goes."""
+    missed = [row for row in rows if row["met"] is False]
+    lines = [f"* {row['name']}, against {row['peer_name']}: {_why(row)}." for row in missed]
+    return ["", "What is not met, and where the time goes:", "", *lines] if lines else []
+
+
+def _why(row: dict[str, Any]) -> str:
+    peer, floor, where = row["peer"], row["floor"], row["note"].rpartition("our time: ")[2]
+    if peer is None or not floor:
+        return where
+    most = floor / peer if row["unit"] == "tokens/s" else peer / floor
+    return f"at its floor it would be {most:.2f}; of our time {where}"
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 
+ROOT = Path(__file__).parents[1]
 SLOW = [
     pytest.param(s, marks=pytest.mark.slow) for s in ("corpora", "subspaces", "optimizers", "steps")
 ]
@@ -30,3 +32,51 @@ def test_an_unknown_suite_is_refused_by_name():
     result = CliRunner().invoke(main, ["bench", "optimisers"])
     assert result.exit_code == 2
     assert "optimisers" in result.output
+
+
+def test_what_misses_its_target_says_what_its_floor_allows_and_where_time_goes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.run import shortfalls
+
+    row = {
+        "peer": 114.0,
+        "floor": 57.0,
+        "unit": "ms",
+        "peer_name": "x",
+        "note": "our time: products 63 %",
+    }
+    speed = {
+        "peer": 10.0,
+        "floor": 30.0,
+        "unit": "tokens/s",
+        "peer_name": "x",
+        "note": "our time: loss 14 %",
+    }
+    bound = {
+        "peer": None,
+        "floor": 3.0,
+        "unit": "ms",
+        "peer_name": "y",
+        "note": "our time: products 90 %",
+    }
+    rows = [{"name": "a", "met": False, **row}, {"name": "b", "met": True, **row},
+            {"name": "c", "met": None, **row}, {"name": "d", "met": False, **speed},
+            {"name": "e", "met": False, **bound}]  # fmt: skip
+    assert shortfalls(rows)[3:] == [
+        "* a, against x: at its floor it would be 2.00; of our time products 63 %.",
+        "* d, against x: at its floor it would be 3.00; of our time loss 14 %.",
+        "* e, against y: products 90 %.",
+    ]
+    assert shortfalls([rows[1]]) == []
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    text = (ROOT / "README.md").read_text().partition("<!-- benchmarks -->")[2]
+    shown = text.partition("<!-- /benchmarks -->")[0]
+    for row in json.loads((ROOT / "benchmarks" / "results.json").read_text())["rows"]:
+        if row["target"]:
+            (line,) = (x for x in shown.splitlines() if x.startswith(f"| {row['name']} |")
+                       and f"| {row['peer_name']} |" in x)  # fmt: skip
+            assert line.endswith("| met |" if row["met"] else "| not met |")
+            assert f"| {row['ratio']:.2f} |" in line
+        assert (f"* {row['name']}, against {row['peer_name']}: " in shown) == (row["met"] is False)
