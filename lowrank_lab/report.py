@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,7 @@ def _pictures(
     runs: Sequence[Run], finals: pd.DataFrame, ranking: pd.Series[str], folder: Path | str
 ) -> Iterator[Picture]:
     """The figures of runs whose labels are ranked; only what they show is read."""
-    yield from _comparisons(finals, ranking)
+    yield from _comparisons(runs, finals, ranking)
     labels = set(ranking.head(MOST_LABELS))
     shown = [run for run in runs if run.label in labels]
     table, finals = table_of(shown, folder), finals[finals["label"].isin(labels)]
@@ -88,6 +89,14 @@ def _pictures(
         "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),
         f"Test perplexity against the bytes of weights and optimizer states.{which}",
     )  # fmt: skip
+    whole = _with_peaks(finals, shown)
+    if whole["peak_bytes"].notna().all():
+        yield Picture(
+            "tradeoff_peak", figures.tradeoff(whole, peak=True),
+            figures.tradeoff_table(whole, peak=True),
+            "Test perplexity against the peak of a whole step: weights, gradients, states, "
+            f"activations and temporaries.{which}",
+        )  # fmt: skip
     yield from _map(runs, folder)
     memory = _memory_of(shown)
     yield Picture(
@@ -123,7 +132,20 @@ def _pictures(
         )  # fmt: skip
 
 
-def _comparisons(finals: pd.DataFrame, ranking: pd.Series[str]) -> Iterator[Picture]:
+def _with_peaks(finals: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
+    """With a column of the peak bytes of the runs' steps, NaN where none were recorded."""
+    peaks: dict[str, float] = {}
+    for run in runs:
+        rows = read_jsonl(run.folder / "metrics.jsonl")
+        found = [row["peak_memory_bytes"] for row in rows if row.get("peak_memory_bytes")]
+        peaks[run.folder.name] = max(found, default=math.nan)
+    names = [name.rpartition("/")[2] for name in finals["run"]]
+    return finals.assign(peak_bytes=[peaks.get(name, math.nan) for name in names])
+
+
+def _comparisons(
+    runs: Sequence[Run], finals: pd.DataFrame, ranking: pd.Series[str]
+) -> Iterator[Picture]:
     """All labels by their final losses: over learning rates, or over ranks and seed by seed."""
     rates = figures.rate_table(finals)
     if (rates.groupby("label")["lr"].nunique() >= FEWEST_RATES).any():
@@ -135,8 +157,10 @@ def _comparisons(finals: pd.DataFrame, ranking: pd.Series[str]) -> Iterator[Pict
     ranks = figures.rank_table(finals)
     tried = ranks.groupby("variant")["rank"].nunique()
     if len(tried) <= MOST_LABELS and (tried >= FEWEST_RANKS).any():
+        whole = _with_peaks(finals, runs)
+        finals = whole if whole["peak_bytes"].notna().all() else finals
         yield Picture(
-            "over_ranks", figures.over_ranks(finals), ranks,
+            "over_ranks", figures.over_ranks(finals), figures.rank_table(finals),
             "Test loss against the bytes of weights and optimizer states, over ranks.",
         )  # fmt: skip
     labels = comparable(finals, ranking)

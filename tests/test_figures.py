@@ -93,6 +93,15 @@ def test_the_tradeoff_puts_each_label_at_its_bytes_and_mean_perplexity():
     assert sorted(texts(figure))[0] == "full-rank  20.10"
 
 
+def test_the_tradeoff_can_be_against_the_peak_of_a_step():
+    finals = finals_table().assign(peak_bytes=2**25)
+    table = figures.tradeoff_table(finals, peak=True)
+    assert table["peak_mib"].tolist() == [32.0] * 4
+    (ax,) = figures.tradeoff(finals, peak=True).axes
+    assert ax.get_xlabel() == "peak of a whole step (MiB)"
+    assert "weights + optimizer states" in figures.tradeoff(finals).axes[0].get_xlabel()
+
+
 def test_one_label_alone_can_be_drawn():
     assert texts(figures.tradeoff(finals_table(["galore"], [0]))) == ["galore  20.00"]
     assert texts(figures.loss_curves(runs_table(["galore"], [0], [10]))) == ["3.500"]

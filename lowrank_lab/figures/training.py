@@ -108,34 +108,39 @@ def training_curves(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-def tradeoff_table(finals: pd.DataFrame) -> pd.DataFrame:
-    """A row a label: bytes of weights + optimizer states, and test perplexity over its seeds."""
+def tradeoff_table(finals: pd.DataFrame, peak: bool = False) -> pd.DataFrame:
+    """A row a label: its memory, and test perplexity over its seeds.
+
+    Args:
+        finals: `runs.final_table`; for `peak` with a column `peak_bytes`.
+        peak: bytes at the peak of a step, instead of weights and optimizer states.
+    """
     rows = []
     for label, group in finals.groupby("label", sort=False):
-        size = group["weight_bytes"] + group["optimizer_state_bytes"]
+        held = group["weight_bytes"] + group["optimizer_state_bytes"]
+        size = group["peak_bytes"] if peak else held
         perplexity = mean_interval(group["test_perplexity"].tolist())
         rows.append((label, float(size.mean()) / MIB, *perplexity))
-    return pd.DataFrame(
-        rows, columns=["label", "weights_and_states_mib", "mean", "half_width", "n"]
-    )
+    size_name = "peak_mib" if peak else "weights_and_states_mib"
+    return pd.DataFrame(rows, columns=["label", size_name, "mean", "half_width", "n"])
 
 
-def tradeoff(finals: pd.DataFrame) -> Figure:
-    """Test perplexity against bytes of weights + optimizer states: the paper's picture."""
-    table = tradeoff_table(finals)
+def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
+    """Test perplexity against memory, as in `tradeoff_table`: the paper's picture."""
+    table = tradeoff_table(finals, peak)
     labels = table["label"].tolist()
     figure, ax = canvas(6.4, 3.9)
-    sizes = table["weights_and_states_mib"]
+    sizes = table.iloc[:, 1]
     leftmost = sizes <= sizes.min() * 1.01
-    for row, shift in zip(rows_of(table), _dodged(sizes.tolist()), strict=True):
+    for row, size, shift in zip(rows_of(table), sizes, _dodged(sizes.tolist()), strict=True):
         colour, _, marker = look(row.label, labels)
         aside = offset_copy(ax.transData, figure, x=shift, units="points")
         ax.errorbar(
-            row.weights_and_states_mib, row.mean, yerr=None if row.n == 1 else row.half_width,
+            size, row.mean, yerr=None if row.n == 1 else row.half_width,
             fmt=marker, ms=7, color=colour, capsize=3, transform=aside,
         )  # fmt: skip
         error = 0.0 if row.n == 1 else row.half_width
-        ax.update_datalim([(row.weights_and_states_mib, row.mean + s * error) for s in (-1, 1)])
+        ax.update_datalim([(size, row.mean + s * error) for s in (-1, 1)])
     width = max(sizes.max() - sizes.min(), 0.1 * sizes.max())
     sides = ("left" if first and not leftmost.all() else "right" for first in leftmost)
     table["side"] = list(sides)
@@ -146,7 +151,8 @@ def tradeoff(finals: pd.DataFrame) -> Figure:
     ax.margins(y=0.12)
     for side, part in table.groupby("side"):
         _label_points(ax, part, labels, str(side))
-    ax.set_xlabel("weights + optimizer states (MiB)")
+    words = "peak of a whole step" if peak else "weights + optimizer states"
+    ax.set_xlabel(f"{words} (MiB)")
     ax.set_ylabel("test perplexity (lower is better)")
     ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
     return figure
@@ -168,10 +174,10 @@ def _label_points(ax: Axes, table: pd.DataFrame, labels: list[str], side: str) -
     low, high = ax.get_ylim()
     ordered = table.sort_values("mean")
     heights = apart(ordered["mean"].tolist(), 0.065 * (high - low))
-    for height, row in zip(heights, rows_of(ordered), strict=True):
+    for height, row, size in zip(heights, rows_of(ordered), ordered.iloc[:, 1], strict=True):
         colour, *_ = look(row.label, labels)
         ax.annotate(
-            f"{row.label}  {row.mean:.2f}", (row.weights_and_states_mib, height),
+            f"{row.label}  {row.mean:.2f}", (size, height),
             xytext=(-17 if side == "left" else 17, 0), textcoords="offset points",
             ha="right" if side == "left" else "left", va="center", color=colour, fontsize=8.5,
         )  # fmt: skip
