@@ -98,7 +98,7 @@ def rates(finals: pd.DataFrame) -> Figure:
         best = part.loc[part["mean"].idxmin()]
         ax.plot(best["lr"], best["mean"], "o", ms=9, mfc="none", color="0.2")
         ax.set_xscale("log", base=2)
-        ax.set_title(variant, loc="left", fontsize=8.5)
+        ax.set_title(variant, loc="left", fontsize=8.5 * min(1, 30 / len(str(variant))))
         ax.set_ylim(best["mean"] - 0.05, best["mean"] + 0.6)
         if part["label"].nunique() > 1:
             ax.legend(fontsize=7, frameon=False)
