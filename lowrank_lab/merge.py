@@ -63,7 +63,7 @@ def merge(out: Path | str, folders: Sequence[Path | str]) -> Merged:
                 raise InputError("out", str(out / name), "it is there, and is no finished run")
             found[name] = todo[name] = run
     for name, run in todo.items():
-        _copy(run.folder, out / name)
+        copy_run(run.folder, out / name)
         merged.copied.append(name)
     return merged
 
@@ -73,11 +73,6 @@ def finished_run(run_id: str, places: Sequence[Path]) -> Path | None:
     folders = (folder for place in places for folder in sorted(place.glob(f"*/{run_id}")))
     finished = (f for f in folders if all(_is_plain(f / name) for name in ("config.json", LAST)))
     return next((f for f in finished if Run(f).config.run_id == run_id), None)
-
-
-def take_over(source: Path, target: Path, label: str) -> None:
-    """Copy a finished run to a folder that isn't there, under the label that it has now."""
-    _copy(source, target, label)
 
 
 def run_id_of(run: Run) -> str:
@@ -112,8 +107,13 @@ def _result(run: Run) -> dict[str, Any]:
     return {k: v for k, v in run.result.items() if k not in NOT_OF_THE_RESULT}
 
 
-def _copy(source: Path, target: Path, label: str | None = None) -> None:
-    """Copy a run's files so that its folder is there whole or not at all; links aren't followed."""
+def copy_run(source: Path, target: Path, label: str | None = None) -> None:
+    """Copy a run's files so that its folder is there whole or not at all; links aren't followed.
+
+    Args:
+        target: a folder that isn't there.
+        label: what the copy is called, instead of the run's own label.
+    """
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

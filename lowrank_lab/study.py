@@ -34,7 +34,7 @@ import yaml
 from lowrank_lab.cluster import connect, execute_on, worker_memory
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
 from lowrank_lab.jobs import Job, known_parameters, parameter_names, read_record, settle
-from lowrank_lab.merge import finished_run, take_over
+from lowrank_lab.merge import copy_run, finished_run
 from lowrank_lab.methods import resolve
 from lowrank_lab.needs import GB, Need, device_memory, free_disk, machine_memory, needs_of
 from lowrank_lab.runner import execute
@@ -378,7 +378,7 @@ def _take_over(todo: Sequence[Job]) -> None:
     for job in todo:
         source = None if job.folder.exists() else finished_run(job.folder.name, places)
         if source is not None:
-            take_over(source, job.folder, job.parameters["label"])
+            copy_run(source, job.folder, job.parameters["label"])
 
 
 def check_fits(planned: Plan, memory: int | None, device: int | None = None) -> None:

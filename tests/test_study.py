@@ -86,6 +86,28 @@ def test_some_variants_of_a_study_can_be_run_alone(study_file):
         load_study(path, only=["cc"])
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("a", "pairs: 'a' is not allowed; must be a list"),
+        ([["a"]], r"pairs: \['a'\] is not allowed; must be two labels"),
+        ([["a", "a"]], "must be two labels"),
+        ([["a", "bb"]], r"pairs: 'bb' is not allowed; no such label; did you mean 'b'\?"),
+    ],
+)
+def test_a_question_that_names_no_two_labels_is_refused(study_file, pairs, message):
+    variants = {"a": {}, "b": {"lr": 1e-3}}
+    with pytest.raises(InputError, match=message):
+        load_study(study_file(variants=variants, pairs=pairs))
+
+
+def test_of_a_part_of_a_study_the_questions_about_that_part_are_asked(study_file):
+    variants = {"a": {}, "b": {"lr": 1e-3}, "c": {"lr": 2e-3}}
+    path = study_file(variants=variants, pairs=[["a", "c"], ["b", "a"]])
+    assert load_study(path).pairs == (("a", "c"), ("b", "a"))
+    assert load_study(path, only=["a", "b"]).pairs == (("b", "a"),)
+
+
 def test_points_that_train_the_same_are_run_once(study_file):
     found = load_study(study_file(base={"method": "full-rank"}, grid={"rank": [2, 4, 8]}))
     assert len(found.runs) == 1
