@@ -340,20 +340,33 @@ def report(
 
 
 def _report_kept(out: Path | None, figures: Path | None) -> None:
-    """Report on every study in data/study, and make the figures of the repository from them."""
+    """Report on every study in data/study, and make the figures of the repository from them.
+
+    One process a core: to draw takes most of the time, and studies have nothing in common.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     from lowrank_lab import report as reporting
     from lowrank_lab.config import data_folder
+    from lowrank_lab.runner import cores
 
     kept = sorted(path for path in (data_folder() / "study").glob("*/") if any(path.glob("*/")))
     if not kept:
         raise InputError("folder", str(data_folder() / "study"), "it holds no kept studies")
-    for folder in kept:
-        pages = (out or data_folder() / "runs" / "kept") / folder.name
-        pictures = (figures or Path("figures")) / folder.name
-        what, pairs = reporting.asked_in(STUDIES / f"{folder.name}.yaml")
-        page = reporting.write_report(folder, None, what, pages, pictures, pairs)
-        click.echo(f"\n{folder.name}: {page}")
-        _show_table(folder, pairs=pairs)
+    pages, pictures = out or data_folder() / "runs" / "kept", figures or Path("figures")
+    questions = [reporting.asked_in(STUDIES / f"{folder.name}.yaml") for folder in kept]
+    with ProcessPoolExecutor(min(cores(), len(kept)), get_context("spawn")) as pool:
+        written = [
+            pool.submit(
+                reporting.write_report, folder, None, what,
+                pages / folder.name, pictures / folder.name, pairs,
+            )
+            for folder, (what, pairs) in zip(kept, questions, strict=True)
+        ]  # fmt: skip
+        for folder, page, (_, pairs) in zip(kept, written, questions, strict=True):
+            click.echo(f"\n{folder.name}: {page.result()}")
+            _show_table(folder, pairs=pairs)
 
 
 @main.command()

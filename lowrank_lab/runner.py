@@ -89,16 +89,18 @@ def _next(waiting: list[Job], used: int, memory: int | None) -> Job | None:
     return None
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _places(jobs: int | None) -> list[dict[str, str]]:
     """Environments in which jobs can run at the same time: one a core, or one a CUDA device."""
     import torch
 
     devices = torch.cuda.device_count()
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    count = jobs or devices or cores
-    places = [dict.fromkeys(THREADS, str(max(1, cores // count))) for _ in range(count)]
+    count = jobs or devices or cores()
+    places = [dict.fromkeys(THREADS, str(max(1, cores() // count))) for _ in range(count)]
     for index, place in enumerate(places):
         if devices:
             place["CUDA_VISIBLE_DEVICES"] = str(index % devices)

@@ -112,13 +112,13 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
     return None
 
 
-MEASURABLE = 20_000_000  # weights: a step of so many is taken for real within seconds
+MEASURABLE = 3e11  # FLOPs: a step of so many is taken for real within seconds
+EMULATED = 16  # times as long a product of bfloat16 takes, at least, where the CPU has none
 
 
 def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
     """The timeline of an ordinary step, and what it comes to in words."""
     from lowrank_lab import figures
-    from lowrank_lab.formulas import weights
     from lowrank_lab.memory import measure, simulate
     from lowrank_lab.methods import resolve
 
@@ -132,12 +132,22 @@ def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
         f"{name}, {rank}: peak = {peak / 1e9:.3f} GB ({account.peak_step} step), "
         f"{fits} in {capacity / 1e9:.4g} GB."
     )
-    tokens = config.batch * config.sequence_length
-    if sum(w.numel() for w in weights(config)) <= MEASURABLE and tokens <= 8192:
+    if _measurable(config):
         here = simulate(config).peak.total
         real = max(measure(config).allocated.values())
         words += f" On this CPU: simulated {here / 1e9:.3f}, measured {real / 1e9:.3f} GB."
     return figures.memory_timeline(account.steps["next"].table(), name), words
+
+
+def _measurable(config: RunConfig) -> bool:
+    """Whether this CPU takes a step of the configuration within seconds."""
+    from torch.backends.cpu import get_cpu_capability
+
+    from lowrank_lab.formulas import flops_per_token
+
+    emulated = config.precision != "fp32" and "AVX512" not in get_cpu_capability()
+    flops = flops_per_token(config) * config.tokens_per_step
+    return flops * (EMULATED if emulated else 1) <= MEASURABLE
 
 
 def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = True) -> Any:

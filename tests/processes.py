@@ -7,6 +7,7 @@ each run goes to FOLDER/name, what it raised to FOLDER/name.RANK.error and what 
 FOLDER/name.RANK.sent; or `measure`: the memory that steps take goes to FOLDER/name.RANK.json.
 """
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -69,6 +70,7 @@ def _start(what, jobs, folder, timeout, size):
 def _main(what, jobs, folder):
     import torch.distributed as dist
 
+    faulthandler.enable()  # where native code was called that ended the process
     rank, folder = int(os.environ["RANK"]), Path(folder)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/.store", rank=rank,

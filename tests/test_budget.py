@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from lowrank_lab import budget, budget_view
+from lowrank_lab import budget, budget_view, widgets
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory import simulate
@@ -126,6 +126,22 @@ def test_measured_bytes_stand_beside_the_simulated_ones():
     ratios = found["measured"]["simulated_over_allocated"]
     assert list(ratios) == ["first", "next"]
     assert all(abs(ratio - 1) < 0.03 for ratio in ratios.values())
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "model", "batch", "measured"),
+    [
+        ("AVX512", "bf16", "9m", 16, True), ("AVX2", "fp32", "9m", 16, True),
+        ("AVX2", "bf16", "tiny", 4, True), ("AVX2", "bf16", "9m", 4, False),
+        ("AVX512", "bf16", "9m", 64, False), ("AVX512", "bf16", "60m", 16, False),
+    ],
+)  # fmt: skip
+def test_a_step_is_measured_beside_the_sliders_where_it_takes_seconds(
+    capability, precision, model, batch, measured, monkeypatch
+):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    config = RunConfig(model=model, precision=precision, batch=batch)
+    assert widgets._measurable(resolve(config)) is measured
 
 
 @pytest.mark.parametrize(
