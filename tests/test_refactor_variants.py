@@ -126,9 +126,10 @@ def test_a_basis_that_is_none_is_refused():
         refactorize_(stretched(5, 4, 2), basis="polar")
 
 
-def test_a_run_with_the_nearest_balance_says_what_it_left_alone(tmp_path):
+def test_a_run_with_the_nearest_balance_says_what_it_left_alone(text_corpus, tmp_path):
     config = RunConfig(
-        model="tiny", vocab_size=16, corpus="markov", batch=2, sequence_length=16, steps=6,
+        model="tiny", vocab_size=300, corpus=text_corpus, batch=2, sequence_length=16, steps=6,
+        eval_tokens=64, test_tokens=64,
         method="low-rank", rank=4, refactor_every=2, refactor_basis="nearest", refactor_above=0.999,
     )  # fmt: skip
     run = train(config, tmp_path / "run")
