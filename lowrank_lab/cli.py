@@ -480,8 +480,8 @@ def _publish(out: Path, studies: tuple[Path, ...]) -> None:
 
 def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
     """Print the table of a study, and differences: those that it asks about, else all."""
-    from lowrank_lab.runs import final_table, load_runs
-    from lowrank_lab.tables import claims, differences, formatted, summary
+    from lowrank_lab.runs import final_table, find_runs, load_runs
+    from lowrank_lab.tables import claims, differences, formatted, structure, summary
 
     finals = final_table(load_runs(folder))
     if as_json:
@@ -491,6 +491,9 @@ def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, 
     table = claims(finals, pairs) if pairs else differences(finals)
     if len(table):
         click.echo(f"\nseed by seed:\n{formatted(table).to_string(index=False)}")
+    ends = structure(find_runs(folder))
+    if len(ends.columns) > 1:
+        click.echo(f"\nrecorded layers at the end:\n{formatted(ends).to_string(index=False)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from lowrank_lab.runs import (
     spectra_of,
     table_of,
 )
-from lowrank_lab.tables import claims, comparable, differences, formatted, summary
+from lowrank_lab.tables import claims, comparable, differences, formatted, structure, summary
 
 MOST_LABELS = 12  # in one figure
 MOST_ROWS = 32  # of labels in a figure that has a row for each
@@ -238,6 +238,10 @@ def write_report(
     if len(every):
         parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(every))]
         every.to_csv(out / "differences.csv", index=False)
+    ends = structure(runs)
+    if len(ends.columns) > 1:
+        ends.to_csv(out / "structure.csv", index=False)
+        parts += ["<h2>How the recorded layers ended</h2>", _html_table(formatted(ends))]
     for picture in _pictures(runs, finals, table["label"], folder):
         png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
         parts.append(_html_figure(picture, png))

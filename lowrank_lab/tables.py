@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
+from lowrank_lab.runs import Run
+from lowrank_lab.spectra import effective_rank
 from lowrank_lab.stats import mean_interval, p_below
 
 MIB = 2**20
@@ -75,6 +78,36 @@ def claims(finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
     return _differences(finals, pairs, fewest=0).assign(**{"p (A < B)": below})
 
 
+def structure(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row a label: how its recorded layers ended, as means over layers and seeds.
+
+    Effective ranks of W and of W − W₀, condition numbers of the factors and their imbalance, the
+    energy of the gradient that a projection captures and its overlap with the one before: those of
+    them that some run has recorded.
+    """
+    ends = []
+    for run in runs:
+        facts = run.layer_facts
+        last = facts[facts["step"] == facts["step"].max()].drop(columns=["step", "layer"])
+        found = {name: last[name].astype(float).mean() for name in last}
+        ranks = {
+            f"effective rank of {what}": _effective_rank_at_end(run.spectra_of(kind))
+            for what, kind in (("W", "singular_values"), ("W − W₀", "update"))
+        }
+        ends.append({"label": run.label} | ranks | found)
+    table = pd.DataFrame(ends).groupby("label", sort=False).mean().dropna(axis=1, how="all")
+    return table.rename(columns=lambda name: name.replace("_", " ")).reset_index()
+
+
+def _effective_rank_at_end(values: pd.DataFrame) -> float:
+    """The mean over layers at the last recorded step; NaN if nothing was recorded."""
+    last = values[values["step"] == values["step"].max()]
+    layers = [torch.tensor(part.to_numpy()) for _, part in last.groupby("layer")["singular_value"]]
+    return (
+        float(torch.stack([effective_rank(layer) for layer in layers]).mean()) if layers else np.nan
+    )
+
+
 def _differences(
     finals: pd.DataFrame, pairs: Iterable[tuple[str, str]], fewest: int = 2
 ) -> pd.DataFrame:
@@ -121,6 +154,9 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
         "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
         "parameters": ",", "without embeddings": ",", "tokens": ",",
     }  # fmt: skip
+    digits |= dict.fromkeys(
+        ("effective rank of W", "effective rank of W − W₀", "condition B", "condition A"), ".2f"
+    ) | dict.fromkeys(("captured energy", "overlap", "imbalance"), ".3f")
     text = table.copy().astype(object)
     for column, digit in ((c, d) for c, d in digits.items() if c in table):
         text[column] = ["–" if pd.isna(v) else format(v, digit) for v in table[column]]

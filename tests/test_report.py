@@ -11,7 +11,7 @@ from lowrank_lab import report, tables
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods import resolve
-from lowrank_lab.runs import append_jsonl, final_table, load_runs, read_jsonl, write_json
+from lowrank_lab.runs import append_jsonl, final_table, find_runs, load_runs, read_jsonl, write_json
 
 
 def write_run(folder, label, seed=0, loss=2.0, steps=1000, **fields):
@@ -50,6 +50,34 @@ def folder(tmp_path):
         write_run(tmp_path / "runs" / f"a{seed}", "worse", seed, 3 + seed / 10)
         write_run(tmp_path / "runs" / f"b{seed}", "better", seed, 2 + seed / 10, method="galore")
     return tmp_path / "runs"
+
+
+def test_how_layers_ended_is_the_mean_over_layers_and_seeds_of_the_last_record(tmp_path):
+    for seed, condition in ((0, 2.0), (1, 4.0)):
+        write_run(tmp_path / str(seed), "factors", seed, method="low-rank")
+        rows = [
+            {"step": step, "layer": layer, "singular_values": values, "update": [1.0, 1.0, 1.0],
+             "condition_B": condition * step, "imbalance": None}
+            for step in (1, 2)
+            for layer, values in (("a", [3.0, 0.0]), ("b", [1.0 * step, 2.0]))
+        ]  # fmt: skip
+        (tmp_path / str(seed) / "spectra.jsonl").unlink()
+        append_jsonl(tmp_path / str(seed) / "spectra.jsonl", rows)
+    (row,) = tables.structure(find_runs(tmp_path)).to_dict("records")
+    assert row == {
+        "label": "factors",
+        "effective rank of W": pytest.approx(1.5),  # 1 and 2
+        "effective rank of W − W₀": pytest.approx(3.0),
+        "condition B": pytest.approx(6.0),
+    }
+
+
+def test_without_recorded_layers_nothing_is_said_of_their_end(tmp_path):
+    write_run(tmp_path / "one", "plain")
+    (tmp_path / "one" / "spectra.jsonl").write_text("")
+    assert list(tables.structure(find_runs(tmp_path))) == ["label"]
+    report.write_report(tmp_path)
+    assert "recorded layers" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_summary_has_a_row_a_label_best_first_with_intervals(folder):
