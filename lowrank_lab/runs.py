@@ -134,6 +134,9 @@ def cut_jsonl(path: Path, last_step: int) -> list[int]:
     return [row["step"] for row in rows]
 
 
+LAYER_FACTS = ("captured_energy", "overlap", "condition_B", "condition_A", "imbalance")
+
+
 class Run:
     """A run folder, finished or not."""
 
@@ -235,9 +238,14 @@ class Run:
         import pandas as pd
 
         rows = [row for row in self._spectra_rows if "singular_values" in row]
-        names = ("captured_energy", "overlap", "condition_B", "condition_A", "imbalance")
-        facts = [{k: row.get(k) for k in ("step", "layer", *names)} for row in rows]
-        return pd.DataFrame(facts, columns=["step", "layer", *names])
+        facts = [{k: row.get(k) for k in ("step", "layer", *LAYER_FACTS)} for row in rows]
+        return pd.DataFrame(facts, columns=["step", "layer", *LAYER_FACTS])
+
+    @property
+    def last_layers(self) -> list[dict[str, Any]]:
+        """What spectra.jsonl has of each layer at the last recorded step; maybe nothing."""
+        rows = [row for row in self._spectra_rows if "singular_values" in row]
+        return [row for row in rows if row["step"] == rows[-1]["step"]]
 
     @property
     def momentum(self) -> pd.DataFrame:

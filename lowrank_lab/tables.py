@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lowrank_lab.runs import Run
+from lowrank_lab.runs import LAYER_FACTS, Run
 from lowrank_lab.spectra import effective_rank
 from lowrank_lab.stats import mean_interval, p_below
 
@@ -87,25 +87,28 @@ def structure(runs: Iterable[Run]) -> pd.DataFrame:
     """
     ends = []
     for run in runs:
-        facts = run.layer_facts
-        last = facts[facts["step"] == facts["step"].max()].drop(columns=["step", "layer"])
-        found = {name: last[name].astype(float).mean() for name in last}
+        layers = run.last_layers
         ranks = {
-            f"effective rank of {what}": _effective_rank_at_end(run.spectra_of(kind))
+            f"effective rank of {what}": _mean(
+                float(effective_rank(torch.tensor(layer[kind])))
+                for layer in layers
+                if kind in layer
+            )
             for what, kind in (("W", "singular_values"), ("W − W₀", "update"))
         }
-        ends.append({"label": run.label} | ranks | found)
-    table = pd.DataFrame(ends).groupby("label", sort=False).mean().dropna(axis=1, how="all")
-    return table.rename(columns=lambda name: name.replace("_", " ")).reset_index()
+        facts = {
+            name.replace("_", " "): _mean(layer.get(name) for layer in layers)
+            for name in LAYER_FACTS
+        }
+        ends.append({"label": run.label, **ranks, **facts})
+    means = pd.DataFrame(ends).groupby("label", sort=False).mean()
+    return means.dropna(axis=1, how="all").reset_index()
 
 
-def _effective_rank_at_end(values: pd.DataFrame) -> float:
-    """The mean over layers at the last recorded step; NaN if nothing was recorded."""
-    last = values[values["step"] == values["step"].max()]
-    layers = [torch.tensor(part.to_numpy()) for _, part in last.groupby("layer")["singular_value"]]
-    return (
-        float(torch.stack([effective_rank(layer) for layer in layers]).mean()) if layers else np.nan
-    )
+def _mean(values: Iterable[float | None]) -> float:
+    """The mean of those that there are; NaN of none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else np.nan
 
 
 def _differences(
