@@ -237,14 +237,14 @@ class Run:
         """One row a layer and recorded step: captured_energy, overlap, conditions, imbalance."""
         import pandas as pd
 
-        rows = [row for row in self._spectra_rows if "singular_values" in row]
-        facts = [{k: row.get(k) for k in ("step", "layer", *LAYER_FACTS)} for row in rows]
-        return pd.DataFrame(facts, columns=["step", "layer", *LAYER_FACTS])
+        names = ("step", "layer", *LAYER_FACTS)
+        facts = [{name: row.get(name) for name in names} for row in self._layer_rows]
+        return pd.DataFrame(facts, columns=names)
 
     @property
     def last_layers(self) -> list[dict[str, Any]]:
         """What spectra.jsonl has of each layer at the last recorded step; maybe nothing."""
-        rows = [row for row in self._spectra_rows if "singular_values" in row]
+        rows = self._layer_rows
         return [row for row in rows if row["step"] == rows[-1]["step"]]
 
     @property
@@ -255,6 +255,10 @@ class Run:
         rows = [row for row in self._spectra_rows if "momentum_cosine" in row]
         names = ["step", "layer", "event", "momentum_cosine", "momentum_ratio"]
         return pd.DataFrame(rows, columns=names)
+
+    @property
+    def _layer_rows(self) -> list[dict[str, Any]]:
+        return [row for row in self._spectra_rows if "singular_values" in row]
 
     @property
     def _spectra_rows(self) -> list[dict[str, Any]]:

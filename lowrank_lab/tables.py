@@ -92,7 +92,7 @@ def structure(runs: Iterable[Run]) -> pd.DataFrame:
             f"effective rank of {what}": _mean(
                 float(effective_rank(torch.tensor(layer[kind])))
                 for layer in layers
-                if kind in layer
+                if None not in layer.get(kind, [None])  # not recorded, or not finite
             )
             for what, kind in (("W", "singular_values"), ("W − W₀", "update"))
         }
@@ -156,10 +156,10 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
         "test perplexity": ".3f", "seconds": ".0f",
         "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
         "parameters": ",", "without embeddings": ",", "tokens": ",",
+        "effective rank of W": ".2f", "effective rank of W − W₀": ".2f",
+        "condition B": ".2f", "condition A": ".2f", "imbalance": ".3f",
+        "captured energy": ".3f", "overlap": ".3f",
     }  # fmt: skip
-    digits |= dict.fromkeys(
-        ("effective rank of W", "effective rank of W − W₀", "condition B", "condition A"), ".2f"
-    ) | dict.fromkeys(("captured energy", "overlap", "imbalance"), ".3f")
     text = table.copy().astype(object)
     for column, digit in ((c, d) for c, d in digits.items() if c in table):
         text[column] = ["–" if pd.isna(v) else format(v, digit) for v in table[column]]

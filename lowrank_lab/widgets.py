@@ -113,7 +113,7 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
 
 
 MEASURABLE = 3e11  # FLOPs: a step of so many is taken for real within seconds
-EMULATED = 16  # times as long a product of bfloat16 takes, at least, where the CPU has none
+EMULATED = 16  # times as long as in fp32 takes a product in bfloat16 that the CPU emulates (15.7)
 
 
 def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:

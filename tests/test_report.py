@@ -1,6 +1,7 @@
 """Reports: the table, a page that stands alone and escapes its input, records that are kept."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def test_how_layers_ended_is_the_mean_over_layers_and_seeds_of_the_last_record(t
         "effective rank of W − W₀": pytest.approx(3.0),
         "condition B": pytest.approx(6.0),
     }
+
+
+def test_spectra_that_are_not_finite_are_left_out_of_how_layers_ended(tmp_path):
+    write_run(tmp_path / "one", "broken", steps=1000)
+    layer = {"step": 1000, "layer": "b", "singular_values": [None, 1.0], "update": [None, 1.0]}
+    append_jsonl(tmp_path / "one" / "spectra.jsonl", [layer])
+    (row,) = tables.structure(find_runs(tmp_path)).to_dict("records")
+    rank = math.exp(math.log(3) - 2 * math.log(2) / 3)  # of 2 and 1, the layer that is finite
+    assert row == {"label": "broken", "effective rank of W": pytest.approx(rank)}
 
 
 def test_without_recorded_layers_nothing_is_said_of_their_end(tmp_path):
