@@ -491,7 +491,7 @@ def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, 
     table = claims(finals, pairs) if pairs else differences(finals)
     if len(table):
         click.echo(f"\nseed by seed:\n{formatted(table).to_string(index=False)}")
-    ends = structure(run for run in find_runs(folder) if run.finished)
+    ends = structure(find_runs(folder))
     if len(ends.columns) > 1:
         click.echo(f"\nrecorded layers at the end:\n{formatted(ends).to_string(index=False)}")
 
