@@ -54,11 +54,12 @@ def unfolded(operation: Any) -> Callable[..., Any] | None:
 def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(q.shape)
     Q, K, V, mixed = (_heads(t) for t in (q, k, v, out))
+    mask = _mask(Q)
     with torch.autocast("cpu", enabled=False):  # it would round scores to bfloat16
         for heads in _groups(Q):
             K_wide = _wide(K[heads])
             for rows, keys in _blocks(q.shape[2]):
-                P = _probabilities(Q[heads, rows], K_wide[:, keys]).to(q.dtype)
+                P = _probabilities(Q[heads, rows], K_wide[:, keys], mask).to(q.dtype)
                 mixed[heads, rows] = P @ V[heads, keys]
     return out
 
@@ -66,13 +67,13 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _mixed_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grads = [q.new_empty(q.shape) for _ in range(3)]
     Q, K, V, dO, dQ, dK, dV = (_heads(t) for t in (q, k, v, grad, *grads))
-    scale = 1 / math.sqrt(q.shape[-1])
+    scale, mask = 1 / math.sqrt(q.shape[-1]), _mask(Q)
     with torch.autocast("cpu", enabled=False):
         for heads in _groups(Q):
             K_wide = _wide(K[heads])
             dK_sum, dV_sum = torch.zeros_like(K_wide), torch.zeros_like(K_wide)
             for rows, keys in _blocks(q.shape[2]):
-                P = _probabilities(Q[heads, rows], K_wide[:, keys])
+                P = _probabilities(Q[heads, rows], K_wide[:, keys], mask)
                 # dV = Pᵀ dO,  dS = P ∘ (dP − rowsum(P ∘ dP)) with dP = dO Vᵀ,  and S = scale · Q Kᵀ
                 dV_sum[:, keys] += P.to(q.dtype).mT @ dO[heads, rows]
                 dP = _wide(dO[heads, rows] @ V[heads, keys].mT)
@@ -104,15 +105,23 @@ def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(0, stop)
 
 
-def _probabilities(Q: Tensor, K: Tensor) -> Tensor:
+def _mask(Q: Tensor) -> Tensor:
+    """−∞ where a key comes after the query, else 0, for the last R of the T rows of Q: (R, T)."""
+    length = Q.shape[1]
+    rows = min(QUERY_ROWS, length)
+    dtype = torch.promote_types(Q.dtype, torch.float32)
+    return Q.new_full((rows, length), -math.inf, dtype=dtype).triu_(1 + length - rows)
+
+
+def _probabilities(Q: Tensor, K: Tensor, mask: Tensor) -> Tensor:
     """Softmax of scale · Q Kᵀ + mask, (g, R, C).
 
-    Q (g, R, D) are the queries of the last R of the positions of K (g, C, D), which is wide.
+    Q (g, R, D) are the queries of the last R of the positions of K (g, C, D), which is wide: their
+    mask is the lower right corner of that of the last rows of all.
     """
-    rows, keys = Q.shape[1], K.shape[1]
-    mask = K.new_full((rows, keys), -math.inf).triu_(1 + keys - rows)
     scale = 1 / math.sqrt(Q.shape[2])
-    return torch.baddbmm(mask, _wide(Q), K.mT, alpha=scale).softmax(-1)
+    corner = mask[-Q.shape[1] :, -K.shape[1] :]
+    return torch.baddbmm(corner, _wide(Q), K.mT, alpha=scale).softmax(-1)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def is_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, An
         count = sum(len(g["params"]) for g in optimizer.param_groups)
         state["refresh_offset"] = place(optimizer, state) * gap // (count + 1)
     step: int = state.get("step", 0) + state.get("refresh_offset", 0)
-    return step % gap == 0 or stored(state) == (None, None)
+    return step % gap == 0 or all(P is None for P in stored(state))
 
 
 def refresh_parts_(optimizer: ProjectedAdamW, params: list[Tensor], group: dict[str, Any]) -> None:
