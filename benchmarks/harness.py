@@ -1,21 +1,26 @@
-"""Paired timings: contestants take turns in one process, and ratios are taken round by round.
+"""Paired timings: contestants take turns, and ratios are taken round by round.
 
 Absolute times drift with the machine's other tenants by half; a ratio of two things that ran one
-right after the other does not.
+right after the other does not. What ran before in a process decides how much freed memory malloc
+keeps there, and with it up to half of a step's time: suites, and comparisons in which that
+matters, have fresh processes.
 """
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -52,7 +57,7 @@ class Row:
         return asdict(self) | {"met": self.met}
 
 
-Contestant = Callable[[], Any]
+Contestant = Callable[..., Any]
 
 
 def take_turns(
@@ -83,6 +88,42 @@ def take_turns(
     finally:
         gc.enable()
     return seconds
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), computed in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+@contextmanager
+def contestant_apart(build: Callable[..., Callable[..., Any]], *args: Any) -> Iterator[Contestant]:
+    """build(*args), a contestant, made and called in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
+    process.start()
+    theirs.close()
+
+    def call(*inputs: Any) -> Any:
+        ours.send(inputs)
+        return ours.recv()
+
+    try:
+        yield call
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(calls: Connection, build: Callable[..., Callable[..., Any]], args: Any) -> None:
+    contestant = build(*args)
+    while True:
+        try:
+            inputs = calls.recv()
+        except EOFError:
+            return
+        calls.send(contestant(*inputs))
 
 
 def median(values: list[float]) -> float:

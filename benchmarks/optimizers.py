@@ -13,6 +13,7 @@ from benchmarks.harness import (
     PRODUCTS,
     Row,
     check,
+    in_fresh_process,
     median,
     ratio,
     relative_error,
@@ -62,7 +63,7 @@ def fresh_gradients(contestants: tuple[Contestant, Contestant]) -> None:
         q.grad = p.grad.normal_()
 
 
-def packages() -> dict[str, tuple[Any, dict[str, Any], list[tuple[str, Any]]]]:
+def packages() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Ours, the keys of its ranked group, and its peers."""
     from apollo_torch import APOLLOAdamW
     from fira import FiraAdamW
@@ -77,13 +78,16 @@ def packages() -> dict[str, tuple[Any, dict[str, Any], list[tuple[str, Any]]]]:
         return build
 
     quiet = {"no_deprecation_warning": True}
-    galore = ("galore-torch", lambda rank: package(GaLoreAdamW, GALORE, rank, **quiet))
-    fira = ("fira", lambda rank: package(FiraAdamW, FIRA, rank, **quiet))
-    apollo = ("apollo-torch", lambda rank: package(APOLLOAdamW, APOLLO, rank))
+    galore = {
+        "galore-torch": lambda rank: package(GaLoreAdamW, GALORE, rank, **quiet),
+        "pytorch_optimizer": _pytorch_optimizer,
+    }
+    fira = {"fira": lambda rank: package(FiraAdamW, FIRA, rank, **quiet)}
+    apollo = {"apollo-torch": lambda rank: package(APOLLOAdamW, APOLLO, rank)}
     return {
-        "GaLore": (optim.GaLore, GALORE, [galore, ("pytorch_optimizer", _pytorch_optimizer)]),
-        "Fira": (optim.Fira, FIRA, [fira]),
-        "APOLLO": (optim.Apollo, APOLLO, [apollo]),
+        "GaLore": (optim.GaLore, GALORE, galore),
+        "Fira": (optim.Fira, FIRA, fira),
+        "APOLLO": (optim.Apollo, APOLLO, apollo),
     }
 
 
@@ -104,22 +108,24 @@ TARGET = {"GaLore": "2.2", "Fira": "2.3", "APOLLO": "2.3"}
 
 
 def rows(quick: bool = False) -> list[Row]:
-    size, rank, rounds = ("tiny", 4, 1) if quick else ("60m", 128, 9)
-    warnings.filterwarnings("ignore")
+    size, rank, rounds = ("tiny", 4, 1) if quick else ("60m", 128, 15)
+    pairs = [(name, who) for name, (_, _, peers) in packages().items() for who in peers]
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        for name, (ours, keys, peers) in packages().items():
-            for peer_name, builder in peers:
-                found += _compare(
-                    name, ours, keys, peer_name, builder(rank), size, rank, dtype, rounds
-                )
+        for name, who in pairs:
+            case = (name, who, size, rank, dtype, rounds)
+            found += compare(*case) if quick else in_fresh_process(compare, *case)
     return found
 
 
-def _compare(
-    name: str, ours: Any, keys: dict[str, Any], peer_name: str, peer: Any,
-    size: str, rank: int, dtype: torch.dtype, rounds: int,
-) -> list[Row]:  # fmt: skip
+def compare(
+    name: str, peer_name: str, size: str, rank: int, dtype: torch.dtype, rounds: int
+) -> list[Row]:
+    """A step of ours against one of its peers; of GaLore also its projected part."""
+    warnings.filterwarnings("ignore")
+    ours, keys, peers = packages()[name]
+    peer = peers[peer_name](rank)
+
     def mine(targets: list[Tensor], rest: list[Tensor]) -> torch.optim.Optimizer:
         ranked = {"params": targets, "rank": rank, **keys}
         made: torch.optim.Optimizer = ours([ranked, {"params": rest}], lr=1e-3)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, machine
+from benchmarks.harness import Row, in_fresh_process, machine
 from lowrank_lab.config import InputError
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> d
             raise InputError("bench", peer, "isn't installed: pip install -e '.[peers]'")
     rows: list[dict[str, Any]] = []
     for name in names or SUITES:
-        for row in importlib.import_module(f"benchmarks.{name}").rows(quick):
+        for row in in_fresh_process(_rows, name, quick):
             report(row)
             rows.append(row.as_dict())
     kept = {"machine": machine(quick), "rows": rows}
@@ -46,6 +46,11 @@ def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> d
         write_table(rows)
         draw(rows)
     return kept
+
+
+def _rows(name: str, quick: bool) -> list[Row]:
+    found: list[Row] = importlib.import_module(f"benchmarks.{name}").rows(quick)
+    return found
 
 
 def _kept_before(facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab import checkpoint, distributed, memory
+from lowrank_lab.allocator import freed_memory_kept
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.corpus import Corpus, prepare
 from lowrank_lab.layers import train_dense_
@@ -155,7 +156,7 @@ def train(
             good state is in the folder.
         Terminated: SIGTERM came; the step was finished and its state saved.
     """
-    with distributed.joined(device_of(config)):
+    with distributed.joined(device_of(config)), freed_memory_kept():
         return _train(config, folder, label, on_step)
 
 
