@@ -35,6 +35,7 @@ MOST_LABELS = 12  # in one figure
 MOST_ROWS = 32  # of labels in a figure that has a row for each
 FEWEST_RANKS = 3  # ranks of one variant, from which on they are a study of them
 FEWEST_RATES = 3  # learning rates of one setting, from which on they are a study of them
+SPEED = ("device", "threads", "processes")  # seconds are compared where runs agree in all of these
 KEPT_ROWS = 200  # rows of metrics.jsonl that `keep` copies of each run, evaluations not counted
 
 
@@ -80,11 +81,12 @@ def _pictures(
         "loss_by_tokens", figures.loss_curves(table), figures.curve_table(table),
         f"Validation loss against training tokens; the steep start is cut off.{which}",
     )  # fmt: skip
-    yield Picture(
-        "loss_by_time", figures.loss_curves(table, "seconds"),
-        figures.curve_table(table, "seconds"),
-        f"Validation loss against time spent in training steps.{which}",
-    )  # fmt: skip
+    if not set(SPEED) & set(origins(shown)):
+        yield Picture(
+            "loss_by_time", figures.loss_curves(table, "seconds"),
+            figures.curve_table(table, "seconds"),
+            f"Validation loss against time spent in training steps.{which}",
+        )  # fmt: skip
     yield Picture(
         "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),
         f"Test perplexity against the bytes of weights and optimizer states.{which}",
@@ -317,6 +319,8 @@ def _origins_section(runs: Sequence[Run]) -> Iterator[str]:
             words = "; ".join(f"{value[:60]} ({n} runs)" for value, n in counts.items())
             yield f"<li>{html.escape(name.replace('_', ' '))}: {html.escape(words)}</li>"
         yield "</ul>"
+        if set(SPEED) & set(differing):
+            yield "<p>Their seconds can't be compared, so there is no figure over time.</p>"
 
 
 def _html_table(table: pd.DataFrame) -> str:

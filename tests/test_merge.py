@@ -111,6 +111,16 @@ def test_the_report_says_that_runs_come_from_different_machines(two, tmp_path):
     assert report.origins(find_runs(two[0])) == {}
 
 
+def test_seconds_of_different_machines_are_not_drawn_over_each_other(two, tmp_path):
+    merge(tmp_path / "out", two)
+    report.write_report(tmp_path / "out")
+    report.write_report(two[0])
+    assert (two[0] / "figures" / "loss_by_time.png").exists()
+    assert not (tmp_path / "out" / "figures" / "loss_by_time.png").exists()
+    assert "no figure over time" in (tmp_path / "out" / "report.html").read_text()
+    assert "no figure over time" not in (two[0] / "report.html").read_text()
+
+
 def test_what_runs_say_of_their_machines_is_escaped(two, tmp_path):
     change(two[0] / "run0" / "config.json", ran_on={"<script>": "<script>alert(1)</script>"})
     assert "<script" not in report.write_report(two[0]).read_text()
