@@ -104,6 +104,8 @@ def rates(finals: pd.DataFrame) -> Figure:
             ax.legend(fontsize=7, frameon=False)
     for ax in axes[len(variants) :]:
         ax.set_axis_off()
+    for ax in axes[len(variants) - columns : len(variants)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     axes[0].set_xlim(table["lr"].min() / 1.3, table["lr"].max() * 1.3)
     axes[0].set_xticks(sorted(table["lr"].unique())[::2], minor=False)
     axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
