@@ -89,7 +89,8 @@ def _pictures(
         )  # fmt: skip
     yield Picture(
         "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),
-        f"Test perplexity against the bytes of weights and optimizer states.{which}",
+        "Test perplexity against the bytes of weights and optimizer states; markers of the same "
+        f"bytes stand side by side.{which}",
     )  # fmt: skip
     whole = _with_peaks(finals, shown)
     if whole["peak_bytes"].notna().all():

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, offset_copy
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart and which survive print.
 COLOURS = {
@@ -161,13 +161,13 @@ def nothing(words: str) -> Figure:
 
 
 def label_ends(
-    ax: Axes, ends: list[tuple[float, str, Any]], digits: int = 3, gap: float = 0.062
+    ax: Axes, ends: Sequence[tuple[Any, ...]], digits: int = 3, gap: float = 0.062
 ) -> None:
     """Names and values at the right end of each curve, pushed apart where they would overlap.
 
     Args:
-        ends: last value, name and colour of each curve, on a linear or logarithmic axis that has
-            its limits.
+        ends: last value, name and colour of each curve, and its marker if it is to stand before the
+            name; on a linear or logarithmic axis that has its limits.
         gap: between two names, as a share of the axis.
     """
     if not ends:
@@ -179,11 +179,14 @@ def label_ends(
     heights = apart([(place - bottom) / (top - bottom) for place in places], gap)
     lift = max(0.0, 0.03 - heights[0])  # none beside the numbers of the other axis
     lift -= max(0.0, min(heights[-1] - 0.98, heights[0] - 0.03))  # and none above the top
-    for height, (value, label, colour) in zip(heights, ends, strict=True):
+    beside = offset_copy(ax.transAxes, ax.get_figure(root=True), x=10, units="points")
+    for height, (value, label, colour, *marker) in zip(heights, ends, strict=True):
+        for shape in marker:
+            ax.plot(1.0, height + lift, shape, ms=6, color=colour, transform=beside, clip_on=False)
         ax.annotate(
             f"{label}  {value:.{digits}f}".strip(), (1.0, height + lift), xycoords="axes fraction",
-            xytext=(6, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center",
-            annotation_clip=False,
+            xytext=(18 if marker else 6, 0), textcoords="offset points", color=colour,
+            fontsize=8.5, va="center", annotation_clip=False,
         )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from typing import cast
 
 import matplotlib as mpl
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import offset_copy
@@ -16,7 +15,6 @@ from lowrank_lab.figures.drawing import (
     MIB,
     STYLE,
     Drawing,
-    apart,
     canvas,
     label_ends,
     look,
@@ -131,26 +129,22 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
     labels = table["label"].tolist()
     figure, ax = canvas(6.4, 3.9)
     sizes = table.iloc[:, 1]
-    leftmost = sizes <= sizes.min() * 1.01
+    ends = []
     for row, size, shift in zip(rows_of(table), sizes, _dodged(sizes.tolist()), strict=True):
         colour, _, marker = look(row.label, labels)
         aside = offset_copy(ax.transData, figure, x=shift, units="points")
-        ax.errorbar(
-            size, row.mean, yerr=None if row.n == 1 else row.half_width,
-            fmt=marker, ms=7, color=colour, capsize=3, transform=aside,
-        )  # fmt: skip
         error = 0.0 if row.n == 1 else row.half_width
+        ax.errorbar(
+            size, row.mean, yerr=error or None, fmt=marker, ms=7, color=colour, capsize=3,
+            transform=aside,
+        )  # fmt: skip
         ax.update_datalim([(size, row.mean + s * error) for s in (-1, 1)])
-    width = max(sizes.max() - sizes.min(), 0.1 * sizes.max())
-    sides = ("left" if first and not leftmost.all() else "right" for first in leftmost)
-    table["side"] = list(sides)
-    shares = [_text_share(table.loc[table["side"] == s, "label"]) for s in ("left", "right")]
-    scale = width / (1 - min(0.8, sum(shares)))
-    ax.set_xlim(sizes.min() - shares[0] * scale, sizes.max() + shares[1] * scale)
+        ends.append((row.mean, row.label, colour, marker))
+    room = 0.1 * max(sizes.max() - sizes.min(), 0.1 * sizes.max())
+    ax.set_xlim(sizes.min() - room, sizes.max() + room)
     ax.autoscale_view(scalex=False)
     ax.margins(y=0.12)
-    for side, part in table.groupby("side"):
-        _label_points(ax, part, labels, str(side))
+    label_ends(ax, ends, digits=2)
     words = "peak of a whole step" if peak else "weights + optimizer states"
     ax.set_xlabel(f"{words} (MiB)")
     ax.set_ylabel("test perplexity (lower is better)")
@@ -158,29 +152,10 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
     return figure
 
 
-def _text_share(labels: pd.Series[str]) -> float:
-    """The share of a plot's width that names beside its points take, with room to breathe."""
-    return 0.05 + 0.0115 * (labels.str.len().max() + 7) if len(labels) else 0.08
-
-
 def _dodged(values: list[float]) -> list[float]:
     """Shifts in points that part markers whose values are (nearly) the same."""
     groups = [[i for i, v in enumerate(values) if abs(v - w) <= 0.01 * w] for w in values]
     return [7.0 * (g.index(i) - (len(g) - 1) / 2) for i, g in enumerate(groups)]
-
-
-def _label_points(ax: Axes, table: pd.DataFrame, labels: list[str], side: str) -> None:
-    """Names beside points of the same side, pushed apart where they would overlap."""
-    low, high = ax.get_ylim()
-    ordered = table.sort_values("mean")
-    heights = apart(ordered["mean"].tolist(), 0.065 * (high - low))
-    for height, row, size in zip(heights, rows_of(ordered), ordered.iloc[:, 1], strict=True):
-        colour, *_ = look(row.label, labels)
-        ax.annotate(
-            f"{row.label}  {row.mean:.2f}", (size, height),
-            xytext=(-17 if side == "left" else 17, 0), textcoords="offset points",
-            ha="right" if side == "left" else "left", va="center", color=colour, fontsize=8.5,
-        )  # fmt: skip
 
 
 def _count(value: float) -> str:
