@@ -26,6 +26,13 @@ from lowrank_lab.methods import resolve
 from lowrank_lab.runs import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")
+SETTING = (
+    "size",
+    "corpus",
+    "sequence_length",
+    "batch",
+    "total_steps",
+)  # what was trained, for how long
 Values = tuple[Any, ...]
 
 
@@ -65,8 +72,8 @@ class Selection:
         losses: dict[Values, list[float]] = defaultdict(list)
         first: dict[Values, RunConfig] = {}
         for run, loss in self.tried:
-            if tuple(value_of(run, name) for name in self.by) == wanted:
-                values = tuple(value_of(run, name) for name in self.best)
+            if _values(run, self.by) == wanted:
+                values = _values(run, self.best)
                 losses[values].append(loss)
                 first.setdefault(values, run)
         if not losses:
@@ -97,7 +104,7 @@ class Selection:
 
 
 def value_of(config: RunConfig, name: str) -> Any:
-    """A field of a resolved configuration, or `method_options.NAME`; None if it hasn't that."""
+    """A value of a resolved configuration, or its `method_options.NAME`; None if it hasn't that."""
     outer, _, inner = name.partition(".")
     held = getattr(config, outer)
     return held.get(inner) if inner else held
@@ -132,7 +139,7 @@ def read_selection(content: Any, place: str) -> Selection:
     edges = content.get("edges", "refuse")
     if edges not in ("refuse", "allow"):
         raise InputError(f"{place}: edges", edges, "refuse or allow")
-    tried = _results(content["from"], f"{place}: from")
+    tried = _results(content["from"], f"{place}: from", by)
     return Selection(place, content["from"], by, best, around, edges == "allow", tried)
 
 
@@ -154,13 +161,32 @@ def _fields(names: Any, place: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _results(name: str, place: str) -> list[tuple[RunConfig, float]]:
-    """Configurations and validation losses of a study: of this machine's runs, else the kept."""
+def _results(name: str, place: str, by: tuple[str, ...]) -> list[tuple[RunConfig, float]]:
+    """Configurations and validation losses of a study: of this machine's runs, then of the kept.
+
+    Kept ones count where this machine has none that agree with them in `by`, and only beside runs
+    of the same model, text and length.
+    """
     if Path(name).name != name:
         raise InputError(place, name, "the name of a study, without folders")
+    found: list[tuple[RunConfig, float]] = []
     for folder in (data_folder() / "runs" / name, data_folder() / "study" / name):
         runs = find_runs(folder) if folder.is_dir() else []
-        if runs and all(run.finished for run in runs):
-            return [(run.config, run.result["validation_loss"]) for run in runs]
-    allowed = f"no finished study of this name in {data_folder() / 'runs'} or "
-    raise InputError(place, name, f"{allowed}{data_folder() / 'study'}")
+        if not all(run.finished for run in runs):
+            continue
+        tried = {_values(config, by) for config, _ in found}
+        settings = {_values(config, SETTING) for config, _ in found}
+        found += [
+            (run.config, run.result["validation_loss"])
+            for run in runs
+            if not settings
+            or (_values(run.config, SETTING) in settings and _values(run.config, by) not in tried)
+        ]
+    if not found:
+        allowed = f"no finished study of this name in {data_folder() / 'runs'} or "
+        raise InputError(place, name, f"{allowed}{data_folder() / 'study'}")
+    return found
+
+
+def _values(config: RunConfig, names: tuple[str, ...]) -> Values:
+    return tuple(value_of(config, name) for name in names)

@@ -131,6 +131,25 @@ def test_this_machine_s_runs_come_before_the_kept_ones(study_file, tried):
     assert [c.lr for _, c in load_study(path).runs.values()] == [2e-3]
 
 
+def test_kept_runs_count_for_what_this_machine_has_not_tried(study_file, tried):
+    name = tried((low_rank(1e-3), 1.0), ({"method": "galore", "lr": 4e-3}, 1.0), place="study")
+    tried((low_rank(2e-3), 2.0))
+    variants = {"a": {"method": "low-rank"}, "b": {"method": "galore"}}
+    path = study_file(select={"from": name}, variants=variants)
+    assert [c.lr for _, c in load_study(path).runs.values()] == [2e-3, 4e-3]
+
+
+@pytest.mark.parametrize("other", [{"steps": 20}, {"num_layers": 1}, {"batch": 2}])
+def test_kept_runs_of_another_model_or_length_do_not_count_beside_own_ones(
+    study_file, tried, other
+):
+    name = tried(({"method": "galore", "lr": 4e-3, **other}, 1.0), place="study")
+    tried((low_rank(2e-3), 2.0))
+    path = study_file(select={"from": name}, variants={"b": {"method": "galore"}})
+    with pytest.raises(InputError, match="no such run in"):
+        load_study(path)
+
+
 def test_an_unfinished_study_chooses_nothing(study_file, tried):
     name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), None))
     with pytest.raises(InputError, match="no finished study of this name"):
