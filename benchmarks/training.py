@@ -9,6 +9,7 @@ does. How fast the peer is if it does so, too, is told beside.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -38,6 +39,7 @@ MODELS = {"1M": SIZES["mini"], "5M": Size(256, 688, 4, 4, 4096), "60m": SIZES["6
 ROUNDS = {"1M": 20, "5M": 15, "60m": 5}
 PEER = "transformers + AdamW(fused)"
 BATCH, LENGTH = 16, 256  # 4096 tokens
+UNTIL_THE_END = ExitStack()  # of the process: what is entered here is left with it
 LR = 1e-4
 
 Shape = tuple[int, int]  # sequences in a batch, tokens in a sequence
@@ -100,7 +102,7 @@ def speed_row(
 def training_apart(size: Size, shape: Shape, who: str, keep: bool) -> Step:
     """The step of one of the two, in a process that perhaps keeps what it frees."""
     if keep:
-        freed_memory_kept().__enter__()
+        UNTIL_THE_END.enter_context(freed_memory_kept())
     ours, theirs = pair(size)
     return our_step(ours, shape) if who == "ours" else their_step(theirs)
 

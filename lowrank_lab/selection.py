@@ -26,13 +26,8 @@ from lowrank_lab.methods import resolve
 from lowrank_lab.runs import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")
-SETTING = (
-    "size",
-    "corpus",
-    "sequence_length",
-    "batch",
-    "total_steps",
-)  # what was trained, for how long
+# What was trained, on which text and for how long.
+SETTING = ("size", "corpus", "sequence_length", "batch", "total_steps")
 Values = tuple[Any, ...]
 
 

@@ -86,4 +86,4 @@ def test_steps_of_the_same_time_follow_from_the_measured_step_times(chain):
     rows = json.loads((NOTEBOOKS.parent / "benchmarks" / "results.json").read_text())["rows"]
     ratios = {row["name"].removeprefix("step of the study, "): row["ratio"] for row in rows}
     for label, config in variants(chain["equal_time"]).items():
-        assert config.steps == pytest.approx(1300 / ratios[label], rel=0.05), label
+        assert config.steps == pytest.approx(1300 / ratios[label], rel=0.02), label
