@@ -15,9 +15,9 @@ from lowrank_lab.corpus import Corpus
 PACKAGE = Path(__file__).resolve().parent
 # Rooms whose source decides what a run computes; a change elsewhere needs no new training.
 TRAINING_ROOMS = (
-    "config.py", "distributed.py", "sources.py", "tokens.py", "shards.py", "corpus.py", "layers",
-    "attention.py", "llama.py", "optim", "techniques.py", "schedule.py", "options.py",
-    "builders.py", "catalogue.py", "methods.py", "sharded.py", "step.py", "train.py",
+    "config.py", "distributed.py", "products.py", "sources.py", "tokens.py", "shards.py",
+    "corpus.py", "layers", "attention.py", "llama.py", "optim", "techniques.py", "schedule.py",
+    "options.py", "builders.py", "catalogue.py", "methods.py", "sharded.py", "step.py", "train.py",
 )  # fmt: skip
 
 

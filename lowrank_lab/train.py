@@ -21,6 +21,7 @@ from lowrank_lab.corpus import Corpus, prepare
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
+from lowrank_lab.products import fast_products
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
@@ -156,7 +157,7 @@ def train(
             good state is in the folder.
         Terminated: SIGTERM came; the step was finished and its state saved.
     """
-    with distributed.joined(device_of(config)), freed_memory_kept():
+    with distributed.joined(device_of(config)), freed_memory_kept(), fast_products():
         return _train(config, folder, label, on_step)
 
 

@@ -13,11 +13,12 @@ from lowrank_lab.provenance import TRAINING_ROOMS
 PACKAGE = Path(lowrank_lab.__file__).parent
 # A module may import only modules before it.
 ORDER = (
-    "config distributed sources tokens shards corpus layers attention llama optim techniques "
-    "schedule options allocator builders catalogue methods sharded step tracing formulas ranks "
-    "memory budget spectra checkpoint provenance runs watch train needs sample export stats tables "
-    "one_matrix grid figures slider panel one_matrix_view grid_view report widgets explorer merge "
-    "jobs runner selection cluster pages publish study study_view budget_view cli __main__"
+    "config distributed products sources tokens shards corpus layers attention llama optim "
+    "techniques schedule options allocator builders catalogue methods sharded step tracing "
+    "formulas ranks memory budget spectra checkpoint provenance runs watch train needs sample "
+    "export stats tables one_matrix grid figures slider panel one_matrix_view grid_view report "
+    "widgets explorer merge jobs runner selection cluster pages publish study study_view "
+    "budget_view cli __main__"
 ).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = (

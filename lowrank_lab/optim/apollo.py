@@ -106,7 +106,7 @@ class Apollo(ProjectedAdamW):
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
         left, right = self._projections(G, state, group)
-        R = projected(self, G, left, right, group)
+        R = projected(G, left, right, group)
         N = self.adam_direction(R, state, group)
         # φ = ‖N‖ / (‖R‖ + ε), per channel (over the rank axis) or once for the tensor
         axis = None if group["scale_type"] == "tensor" else 0 if right is None else 1

@@ -55,7 +55,7 @@ class Fira(ProjectedAdamW):
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
         left, right = refreshed(self, state, G, group)
-        R = projected(self, G, left, right, group)
+        R = projected(G, left, right, group)
         N = self.adam_direction(R, state, group)
         alpha, rank_axis = group["alpha"], 0 if right is None else 1
         # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)

@@ -48,6 +48,6 @@ class GaLore(ProjectedAdamW):
     ) -> None:
         # P = leading singular vectors of G;  R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         left, right = refreshed(self, state, G, group)
-        R = projected(self, G, left, right, group)
+        R = projected(G, left, right, group)
         N = self.adam_direction(R, state, group)
         lift_add_(W, N, left, right, alpha=-step_size * group["scale"])

@@ -68,7 +68,7 @@ class GoLore(ProjectedAdamW):
         if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
             state["exp_avg"].copy_(carried(state["exp_avg"], old, new, self.held))
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
-        R = projected(self, G, left, right, group)
+        R = projected(G, left, right, group)
         N = self.adam_direction(R, state, group)
         lift_add_(W, N, left, right, alpha=-step_size * group["scale"])
 

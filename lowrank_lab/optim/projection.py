@@ -129,29 +129,19 @@ def unprojected(group: dict[str, Any], shape: torch.Size) -> int | None:
     return None if left and right else int(left)
 
 
-def project(
-    G: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def project(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Lᵀ G, G R or Lᵀ G R."""
     # For both sides (Lᵀ G) R, as in galore-torch: right after a refresh the other order differs in
     # the off-diagonal entries, which are rounding noise that Adam blows up.
-    X, Y = (G, right) if left is None else (left.T, G) if right is None else (left.T @ G, right)
-    assert Y is not None
-    return torch.mm(X, Y, out=out)
+    G = G if left is None else left.T @ G
+    return G if right is None else G @ right
 
 
 def projected(
-    optimizer: ProjectedAdamW,
-    G: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    group: dict[str, Any],
+    G: Tensor, left: Tensor | None, right: Tensor | None, group: dict[str, Any]
 ) -> Tensor:
-    """`project` in the dtype of Adam's averages, into a buffer that is used again."""
-    rows = G.shape[0] if left is None else left.shape[1]
-    columns = G.shape[1] if right is None else right.shape[1]
-    out = optimizer.buffer("projected", (rows, columns), G)
-    return in_state_precision(project(G, left, right, out), group)
+    """`project` in the dtype of Adam's averages."""
+    return in_state_precision(project(G, left, right), group)
 
 
 def lift_add_(

@@ -1,0 +1,162 @@
+"""Matrix products in float32 on processors for which torch's own are slow."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**18  # multiplications: in less the detour through Python takes longer than it saves
+PIECE = 2**20  # entries at most of a product that is made before it goes where it belongs
+
+_lock = threading.Lock()
+_blocks = 0  # how many are open
+_library: torch.library.Library | None = None
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let oneDNN make the float32 products of this block, where the CPU's own way is slow.
+
+    On a CPU torch leaves them to MKL, which on AMD's processors doesn't use AVX-512: it reaches
+    half of what oneDNN does. Holds for `mm` and `addmm` of the whole process, and so for all that
+    is made of them, forward and backward; blocks may overlap. Sums have other roundings, as between
+    two machines. Nothing is done on other processors, with torch.backends.mkldnn switched off, or
+    in what torch compiles.
+    """
+    if torch.compiler.is_compiling() or not mkl_is_slow():
+        yield
+        return
+    _enter()
+    try:
+        yield
+    finally:
+        _leave()
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this CPU has AVX-512 that MKL, which is there, makes no use of, and oneDNN does."""
+    libraries = torch.backends.mkl, torch.backends.mkldnn
+    if not all(library.is_available() for library in libraries):
+        return False
+    if not (hasattr(torch.library, "get_kernel") and hasattr(torch.cpu, "get_capabilities")):
+        return False  # an older torch
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+
+
+def _enter() -> None:
+    global _blocks, _library
+    with _lock:
+        _blocks += 1
+        if _library is None:
+            for name in KERNELS:
+                _usual(name)  # before there is another one
+            _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="(?s).*verrid")  # it is meant to
+                for name, kernel in KERNELS.items():
+                    _library.impl(  # type: ignore[no-untyped-call]
+                        name, kernel, "CPU", with_keyset=True, allow_override=True
+                    )
+
+
+def _leave() -> None:
+    global _blocks, _library
+    with _lock:
+        _blocks -= 1
+        if not _blocks:
+            _library = None  # torch's own kernels are back
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (m×k) · b (k×n), float32 on a CPU, by oneDNN; contiguous."""
+    m, k, n = *a.shape, b.shape[1]
+    # Its left operand has to be contiguous. The product's transpose has the other one for that.
+    copied = 0 if a.is_contiguous() else m * k
+    if copied > m * n + (0 if b.T.is_contiguous() else k * n):
+        return _onednn(b.T, a).T.contiguous()
+    return _onednn(a, b.T)
+
+
+def _onednn(x: Tensor, W: Tensor) -> Tensor:
+    """x Wᵀ, as inference with torch.compile has it."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, W, None, "none", [], "")
+    return out
+
+
+def _pays(a: Tensor, b: Tensor) -> bool:
+    """Whether a · b is one of those for which oneDNN is faster."""
+    return (
+        a.dtype is torch.float32 is b.dtype
+        and a.dim() == 2 == b.dim()
+        and a.shape[1] == b.shape[0]
+        and a.shape[0] * b.numel() >= SMALLEST
+        and 1 in a.stride()
+        and 1 in b.stride()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether `out` can take a · b piece by piece while a and b are read."""
+    read = (a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr())
+    return (
+        out.shape == (a.shape[0], b.shape[-1])
+        and out.dtype is a.dtype
+        and out.untyped_storage().data_ptr() not in read
+    )
+
+
+def _in_pieces(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """a · b, a few rows at a time."""
+    rows = max(64, PIECE // b.shape[1])
+    for start in range(0, a.shape[0], rows):
+        piece = slice(start, start + rows)
+        yield piece, product(a[piece], b)
+
+
+def _mm(keys: Any, a: Tensor, b: Tensor) -> Any:
+    return product(a, b) if _pays(a, b) else _usual("mm").call_boxed(keys, a, b)
+
+
+def _mm_out(keys: Any, a: Tensor, b: Tensor, *, out: Tensor) -> Any:
+    if not _takes(out, a, b) or not _pays(a, b):
+        return _usual("mm.out").call_boxed(keys, a, b, out=out)
+    for piece, made in _in_pieces(a, b):
+        out[piece] = made
+    return out
+
+
+def _addmm(keys: Any, base: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if beta not in (0, 1) or base.dtype is not a.dtype or not _pays(a, b):
+        return _usual("addmm").call_boxed(keys, base, a, b, beta=beta, alpha=alpha)
+    made = product(a, b)
+    made = made if alpha == 1 else made.mul_(alpha)
+    return made.add_(base) if beta else made
+
+
+def _addmm_(keys: Any, base: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if beta != 1 or not _takes(base, a, b) or not _pays(a, b):
+        return _usual("addmm_").call_boxed(keys, base, a, b, beta=beta, alpha=alpha)
+    for piece, made in _in_pieces(a, b):
+        base[piece].add_(made, alpha=alpha)
+    return base
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "mm": _mm, "mm.out": _mm_out, "addmm": _addmm, "addmm_": _addmm_,
+}  # fmt: skip
+
+
+@cache
+def _usual(name: str) -> Any:
+    """The kernel that torch has for an operator on a CPU."""
+    return torch.library.get_kernel(f"aten::{name}", "CPU")
