@@ -24,7 +24,8 @@ def held():
 def faults(block):
     before = held()
     with block:
-        torch.zeros(1 << 24) + 1
+        for _ in range(3):  # until blocks have their places: where the first lie is chance
+            torch.zeros(1 << 24) + 1
         start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(4):
             torch.zeros(1 << 24) + 1

@@ -193,7 +193,7 @@ def test_training_uses_them_and_learns_the_same(calls, tmp_path, monkeypatch):
         corpus="markov",
         steps=6,
         batch=4,
-        seq_len=64,
+        sequence_length=64,
         method="galore",
         rank=4,
     )

@@ -10,6 +10,7 @@ import torch
 from lowrank_lab import InputError, RunConfig, train
 from lowrank_lab.formulas import embedding_bytes
 from lowrank_lab.methods import resolve
+from lowrank_lab.products import fast_products
 from lowrank_lab.runs import (
     DESCRIBES,
     Run,
@@ -255,8 +256,9 @@ def test_the_model_of_a_run_is_the_one_that_was_trained(config, tmp_path):
     given, corpus = check(config.replace(method="low-rank", refactor_every=2))
     trainer = Trainer(given, corpus, tmp_path / "by hand")
     trainer.resume()
-    for _ in range(6):
-        trainer.advance()
+    with fast_products():  # as `train` does
+        for _ in range(6):
+            trainer.advance()
     run = train(given, tmp_path / "run")
     tokens = torch.randint(257, (3, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
