@@ -8,6 +8,7 @@ from benchmarks.harness import Row, gemm_rate, median, peak_bytes, take_turns
 from lowrank_lab.config import SIZES, RunConfig
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.step import gradients, update_
+from lowrank_lab.train import fast_process
 
 METHODS = ("full-rank", "galore", "fira", "low-rank")
 
@@ -18,11 +19,12 @@ def rows(quick: bool = False) -> list[Row]:
     Names read `growth MODEL METHOD rRANK tTOKENS`; peak memory is in the note, in MiB.
     """
     sizes = ("tiny",) if quick else ("9m", "20m", "35m", "60m", "130m")
-    tokens, rate = 256 if quick else 512, gemm_rate(torch.float32, quick)
-    found = [step(size, method, None, tokens, rate) for size in sizes for method in METHODS]
-    if not quick:
-        found += [step("9m", m, r, tokens, rate) for m in METHODS[1:] for r in (8, 16, 32, 128)]
-        found += [step("9m", m, None, t, rate) for m in METHODS for t in (256, 1024, 2048)]
+    with fast_process():
+        tokens, rate = 256 if quick else 512, gemm_rate(torch.float32, quick)
+        found = [step(size, method, None, tokens, rate) for size in sizes for method in METHODS]
+        if not quick:
+            found += [step("9m", m, r, tokens, rate) for m in METHODS[1:] for r in (8, 16, 32, 128)]
+            found += [step("9m", m, None, t, rate) for m in METHODS for t in (256, 1024, 2048)]
     return found
 
 

@@ -18,6 +18,7 @@ from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.step import Batch, kind_of, set_clock_, take_step_
+from lowrank_lab.train import fast_process
 
 STUDY = Path(__file__).parent.parent / "notebooks" / "studies" / "main.yaml"
 TOGETHER = 5  # methods that take turns with full rank
@@ -28,7 +29,7 @@ def rows(quick: bool = False) -> list[Row]:
     variants = configurations()
     names = [name for name in variants if name != "full-rank"][: 2 if quick else None]
     found = []
-    with threads(1):
+    with threads(1), fast_process():
         for i in range(0, len(names), TOGETHER):
             group = ["full-rank", *names[i : i + TOGETHER]]
             seconds = mean_seconds({name: variants[name] for name in group}, 1 if quick else 15)

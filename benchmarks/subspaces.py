@@ -14,6 +14,7 @@ from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
 from lowrank_lab.optim.projection import leading_subspaces, randomized_subspaces, sides
+from lowrank_lab.products import fast_products
 from lowrank_lab.techniques import refactorize_
 from lowrank_lab.train import Trainer
 from lowrank_lab.train import check as checked
@@ -46,10 +47,11 @@ def refresh(quick: bool) -> Row:
     now = [g.clone() for g in gradients(model, 1)]
 
     def warm() -> list[tuple[Tensor | None, Tensor | None]]:
-        return [
-            randomized_subspaces(g, rank, sides("std", g.shape), seed=1, old=pair)
-            for g, pair in zip(now, old, strict=True)
-        ]
+        with fast_products():  # as in an optimizer's step
+            return [
+                randomized_subspaces(g, rank, sides("std", g.shape), seed=1, old=pair)
+                for g, pair in zip(now, old, strict=True)
+            ]
 
     def exact() -> list[tuple[Tensor | None, Tensor | None]]:
         return [leading_subspaces(g, rank, sides("std", g.shape)) for g in now]

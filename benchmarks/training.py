@@ -29,11 +29,11 @@ from benchmarks.harness import (
     take_turns,
     where_time_goes,
 )
-from lowrank_lab.allocator import freed_memory_kept
 from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.formulas import flops_per_token
 from lowrank_lab.llama import NORM_EPS, ROPE_BASE, Llama
 from lowrank_lab.step import gradients, update_
+from lowrank_lab.train import fast_process
 
 MODELS = {"1M": SIZES["mini"], "5M": Size(256, 688, 4, 4, 4096), "60m": SIZES["60m"]}
 ROUNDS = {"1M": 20, "5M": 15, "60m": 5}
@@ -102,7 +102,7 @@ def speed_row(
 def training_apart(size: Size, shape: Shape, who: str, keep: bool) -> Step:
     """The step of one of the two, in a process that perhaps keeps what it frees."""
     if keep:
-        UNTIL_THE_END.enter_context(freed_memory_kept())
+        UNTIL_THE_END.enter_context(fast_process())
     ours, theirs = pair(size)
     return our_step(ours, shape) if who == "ours" else their_step(theirs)
 

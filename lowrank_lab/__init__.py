@@ -5,6 +5,7 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import factorize
 from lowrank_lab.memory import simulate as simulate_memory
 from lowrank_lab.methods import METHODS, load_own_methods, register_method
+from lowrank_lab.products import fast_products
 from lowrank_lab.runs import Run, load, load_runs
 from lowrank_lab.techniques import refactorize_, reset_momentum_
 from lowrank_lab.train import TrainingError, train
@@ -16,6 +17,7 @@ __all__ = [
     "RunConfig",
     "TrainingError",
     "factorize",
+    "fast_products",
     "load",
     "load_runs",
     "optim",

@@ -157,8 +157,15 @@ def train(
             good state is in the folder.
         Terminated: SIGTERM came; the step was finished and its state saved.
     """
-    with distributed.joined(device_of(config)), freed_memory_kept(), fast_products():
+    with distributed.joined(device_of(config)), fast_process():
         return _train(config, folder, label, on_step)
+
+
+@contextmanager
+def fast_process() -> Iterator[None]:
+    """What `train` does to the process that it trains in, while it does."""
+    with freed_memory_kept(), fast_products():
+        yield
 
 
 def _train(

@@ -188,15 +188,9 @@ def test_optimizers_use_them_by_themselves(calls):
 
 def test_training_uses_them_and_learns_the_same(calls, tmp_path, monkeypatch):
     config = lab.RunConfig(
-        model="micro",
-        vocab_size=512,
-        corpus="markov",
-        steps=6,
-        batch=4,
-        sequence_length=64,
-        method="galore",
-        rank=4,
-    )
+        model="micro", corpus="markov", vocab_size=64, steps=6, batch=4, sequence_length=64,
+        method="galore", rank=4, eval_tokens=256, test_tokens=256,
+    )  # fmt: skip
     fast = lab.train(config, tmp_path / "fast").metrics
     count = len(calls)
     monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
