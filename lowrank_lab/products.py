@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 2**18  # multiplications: in less the detour through Python takes longer than it saves
-PIECE = 2**20  # entries at most of a product that is made before it goes where it belongs
+PIECE = 2**20  # entries of a copy, of which the next one takes the place
 
 _lock = threading.Lock()
 _blocks = 0  # how many are open
@@ -77,19 +77,37 @@ def _leave() -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m×k) · b (k×n), float32 on a CPU, by oneDNN; contiguous."""
-    m, k, n = *a.shape, b.shape[1]
-    # Its left operand has to be contiguous. The product's transpose has the other one for that.
-    copied = 0 if a.is_contiguous() else m * k
-    if copied > m * n + (0 if b.T.is_contiguous() else k * n):
-        return _onednn(b.T, a).T.contiguous()
-    return _onednn(a, b.T)
+    """a (m×k) · b (k×n), float32 on a CPU, by oneDNN; contiguous. b is dense."""
+    if a.is_contiguous():
+        return _onednn(a, b.T)
+    # Its left operand has to be contiguous: a is copied, or b and the product's transpose.
+    (m, k), n, x = a.shape, b.shape[1], b.T
+    if not _dense(a) or m * k <= m * n + (0 if x.is_contiguous() else n * k):
+        rows = max(64, PIECE // k)
+        if rows >= m:
+            return _onednn(a, x)
+        out = a.new_empty((m, n))
+        for start in range(0, m, rows):
+            out[start : start + rows] = _onednn(a[start : start + rows], x)
+        return out
+    x, rows = x.contiguous(), max(64, PIECE // m)
+    if rows >= n:
+        return _onednn(x, a).T.contiguous()
+    out = a.new_empty((m, n))
+    for start in range(0, n, rows):
+        out[:, start : start + rows] = _onednn(x[start : start + rows], a).T
+    return out
 
 
 def _onednn(x: Tensor, W: Tensor) -> Tensor:
-    """x Wᵀ, as inference with torch.compile has it."""
+    """x Wᵀ, as inference with torch.compile has it. It is a thousand times slower if W has gaps."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, W, None, "none", [], "")
     return out
+
+
+def _dense(a: Tensor) -> bool:
+    """Whether a matrix or its transpose lies in memory row by row, without gaps."""
+    return a.is_contiguous() or a.T.is_contiguous()
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:
@@ -99,8 +117,8 @@ def _pays(a: Tensor, b: Tensor) -> bool:
         and a.dim() == 2 == b.dim()
         and a.shape[1] == b.shape[0]
         and a.shape[0] * b.numel() >= SMALLEST
-        and 1 in a.stride()
-        and 1 in b.stride()
+        and _dense(a)
+        and _dense(b)
         and bool(torch.backends.mkldnn.enabled)
     )
 

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(
 )
 SHAPES = [  # m, k, n
     (256, 64, 64), (64, 4096, 176), (176, 4096, 64), (512, 16, 333), (4096, 64, 1), (1, 512, 1024),
-    (700, 1, 700), (129, 130, 131),
+    (700, 1, 700), (129, 130, 131), (9000, 130, 40), (9000, 40, 130), (40, 130, 9000),
+    (9000, 200, 130), (9000, 130, 200),
 ]  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def calls(monkeypatch):
 
     def recorded(x, W, onednn=products._onednn):
         found.append((tuple(x.shape), tuple(W.shape)))
+        assert W.is_contiguous() or W.T.is_contiguous()  # else it takes a thousand times longer
         return onednn(x, W)
 
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
@@ -86,10 +88,14 @@ def test_other_dtypes_are_computed_as_usual(calls, dtype):
 def test_what_oneDNN_would_not_take_is_computed_as_usual(calls):
     a = torch.randn(256, 256)
     strided, repeated, empty = a[::2, ::2], a[:1].expand(256, 256), a[:0]
+    gaps = torch.randn(256, 300)[:, :256]
     square = a[:128].clone()
     with products.fast_products():
         assert torch.allclose(strided @ strided, strided.clone() @ strided.clone(), atol=1e-4)
         assert torch.allclose((repeated @ a)[7], a[0] @ a, atol=1e-4)
+        assert torch.allclose(a @ gaps, a @ gaps.clone(), atol=1e-4)
+        assert torch.allclose(gaps.T @ a, gaps.T.clone() @ a, atol=1e-4)
+        calls.clear()
         assert (empty @ a).shape == (0, 256)
         assert torch.addmm(a, a, a, beta=0.5).shape == a.shape
         written = square[:, :128].addmm_(square[:, :128].clone(), square[:, 128:])
