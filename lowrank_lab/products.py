@@ -48,6 +48,8 @@ def mkl_is_slow() -> bool:
         return False
     if not (hasattr(torch.library, "get_kernel") and hasattr(torch.cpu, "get_capabilities")):
         return False  # an older torch
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return wide and "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
