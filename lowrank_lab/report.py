@@ -31,7 +31,8 @@ from lowrank_lab.runs import (
 )
 from lowrank_lab.tables import claims, comparable, differences, formatted, structure, summary
 
-MOST_LABELS = 12  # in one figure
+MOST_LABELS = 20  # in one figure
+MOST_FIGURES = 12  # one a label
 MOST_ROWS = 32  # of labels in a figure that has a row for each
 FEWEST_RANKS = 3  # ranks of one variant, from which on they are a study of them
 FEWEST_RATES = 3  # learning rates of one setting, from which on they are a study of them
@@ -123,7 +124,7 @@ def _pictures(
             "Singular values of the weights at the end of training "
             f"(one layer of each kind; one seed).{which}",
         )  # fmt: skip
-    if len(ranking) > MOST_LABELS:
+    if len(ranking) > MOST_FIGURES:
         return  # a dozen figures more that nobody asked for: notebooks show them run by run
     for label, part in spectra.groupby("label", sort=False):
         name = "".join(c if c.isalnum() else "_" for c in str(label))

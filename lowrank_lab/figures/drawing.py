@@ -18,15 +18,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox, offset_copy
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart and which survive print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart and which survive print; then,
+# for the methods that are seen less, those that Tol calls muted.
 COLOURS = {
-    "full-rank": "#000000",
-    "low-rank": "#0072B2",
-    "galore": "#D55E00",
-    "fira": "#009E73",
-}
-OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-RANKED = ("#0072B2", "#D55E00", "#009E73", *OTHER_COLOURS, "#000000")  # of what is no method
+    "full-rank": "#000000", "low-rank": "#0072B2", "galore": "#D55E00", "fira": "#009E73",
+    "lora": "#CC79A7", "muon": "#E69F00", "relora": "#56B4E9", "sltrain": "#7F7F7F",
+    "loro": "#332288", "apollo": "#882255", "apollo-mini": "#AA4499", "golore": "#CC6677",
+    "spam": "#44AA99", "stable-spam": "#117733", "adamw-8bit": "#999933",
+}  # fmt: skip
+RANKED = (  # of what is no method
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000",
+)  # fmt: skip
+OTHER_COLOURS = ("#DDCC77", "#88CCEE", "#AA7744", "#B0B0B0")  # of methods of one's own
 STYLE: Any = {
     "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.axisbelow": True, "axes.titlesize": 10, "axes.labelsize": 9.5, "font.size": 9,

@@ -53,7 +53,7 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
     """Loss against tokens or seconds, a line a label, 95 % intervals where there are seeds."""
     table = curve_table(runs, x, y)
     labels = list(dict.fromkeys(table["label"]))
-    figure, ax = canvas(6.4, 3.9)
+    figure, ax = canvas(6.4, _height(labels))
     ends: list[tuple[float, str, str]] = []
     for label in labels:
         part = table[table["label"] == label].sort_values("step")
@@ -74,8 +74,18 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
     if x == "tokens_seen":
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
-    label_ends(ax, ends)
+    label_ends(ax, ends, gap=_gap(labels))
     return figure
+
+
+def _height(labels: list[str]) -> float:
+    """Inches of a figure beside which so many names stand one below the other."""
+    return max(3.9, 0.27 * len(labels))
+
+
+def _gap(labels: list[str]) -> float:
+    """What two of these names are apart at least, as a share of the axis."""
+    return 0.062 * 3.9 / _height(labels)
 
 
 def training_table(runs: pd.DataFrame, points: int = 400) -> pd.DataFrame:
@@ -127,7 +137,7 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
     """Test perplexity against memory, as in `tradeoff_table`: the paper's picture."""
     table = tradeoff_table(finals, peak)
     labels = table["label"].tolist()
-    figure, ax = canvas(6.4, 3.9)
+    figure, ax = canvas(6.4, _height(labels))
     sizes = table.iloc[:, 1]
     ends = []
     for row, size, shift in zip(rows_of(table), sizes, _dodged(sizes.tolist()), strict=True):
@@ -144,7 +154,7 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
     ax.set_xlim(sizes.min() - room, sizes.max() + room)
     ax.autoscale_view(scalex=False)
     ax.margins(y=0.12)
-    label_ends(ax, ends, digits=2)
+    label_ends(ax, ends, digits=2, gap=_gap(labels))
     words = "peak of a whole step" if peak else "weights + optimizer states"
     ax.set_xlabel(f"{words} (MiB)")
     ax.set_ylabel("test perplexity (lower is better)")
