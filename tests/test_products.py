@@ -97,9 +97,11 @@ def test_what_oneDNN_would_not_take_is_computed_as_usual(calls):
         assert torch.allclose(gaps.T @ a, gaps.T.clone() @ a, atol=1e-4)
         calls.clear()
         assert (empty @ a).shape == (0, 256)
-        assert torch.addmm(a, a, a, beta=0.5).shape == a.shape
-        written = square[:, :128].addmm_(square[:, :128].clone(), square[:, 128:])
-        assert written.data_ptr() == square.data_ptr()
+        assert_product(torch.addmm(a, a, a, beta=0.5), a, a, 0.5 * a)
+        left, right, base = (t.clone() for t in (square[:, :128], square[:, 128:], square[:, :128]))
+        written = square[:, :128].addmm_(left, square[:, 128:])  # one storage for what is read
+        assert_product(written.contiguous(), left, right, base)
+        assert torch.equal(square[:, :128], written)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             a @ a[:100]
         with pytest.raises(RuntimeError, match="dtype"):
