@@ -1,4 +1,9 @@
-"""The built-in methods: one row each, with all defaults. Adding a method adds a row here."""
+"""The built-in methods: one row each, with all defaults. Adding a method adds a row here.
+
+Learning rates and scales at width 64 are those that the study found best at rank 16 and 20 tokens a
+weight (data/study/README.md, stage 2 of tuning). From width 512 on they are those of the methods'
+authors, as notebooks/studies/paper_*.yaml has them; what these don't have falls as full rank's.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from lowrank_lab.builders import (
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
-from lowrank_lab.options import Option, adam_options, projection_options
+from lowrank_lab.options import ByWidth, Option, adam_options, projection_options
 
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 
@@ -31,7 +36,7 @@ class Method:
     summary: str
     source: str
     optimizer: OptimizerBuilder
-    lr: float
+    lr: ByWidth  # peak learning rate
     layers: str | None = None  # kind of factorised layer, None for dense weights
     uses_rank: bool = False
     rank: int | None = None  # default rank; None is a quarter of the hidden size
@@ -43,6 +48,12 @@ class Method:
     in_parts: bool = False  # processes can update parts of those whose `cut` (optim.base) says so
     per_layer: bool = True  # can each weight be updated by itself within the backward pass
     states: str = ""  # elements of optimizer state of an m×n target weight, in words
+    spectral_lr: ByWidth | None = None  # the same for factors that start from an SVD
+
+    def learning_rate(self, width: int, init: str | None) -> float:
+        """The default peak learning rate for a model of this hidden size."""
+        lr = self.spectral_lr if init == "spectral" and self.spectral_lr else self.lr
+        return lr.at(width)
 
 
 _APOLLO = {
@@ -56,6 +67,9 @@ _APOLLO = {
 }
 _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
 _LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
+_GALORE_SCALE = ByWidth({64: 1.0, 512: 0.25})
+_DENSE_LR = ByWidth({64: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})
+_SPECTRAL_LR = ByWidth({64: 1e-2, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
 BUILT_IN = (
     Method(
@@ -63,7 +77,7 @@ BUILT_IN = (
         summary="dense weights, AdamW: what all others are measured against",
         source="1711.05101",
         optimizer=adamw,
-        lr=2.5e-3,
+        lr=_DENSE_LR,
         options=adam_options(eps=1e-8),
         whole="none",
         states="2mn",
@@ -73,7 +87,8 @@ BUILT_IN = (
         summary="W = (α/r)·B·A from scratch, AdamW on the factors",
         source="2505.22922",
         optimizer=adamw,
-        lr=5e-3,
+        lr=ByWidth({64: 2.5e-3, 512: 1.5e-3, 768: 1.5e-3, 1024: 1e-3}),
+        spectral_lr=_SPECTRAL_LR,
         layers="low-rank",
         uses_rank=True,
         init="kaiming",
@@ -87,7 +102,7 @@ BUILT_IN = (
         summary="W = W₀ + (α/r)·B·A with W₀ frozen at its random start",
         source="2106.09685",
         optimizer=adamw,
-        lr=5e-3,
+        lr=ByWidth({64: 5e-3, 512: 1e-3}),
         layers="lora",
         uses_rank=True,
         init="kaiming",
@@ -101,12 +116,13 @@ BUILT_IN = (
         summary="LoRA whose factors are merged into W₀ and drawn anew every merge_every steps",
         source="2307.05695",
         optimizer=adamw,
-        lr=5e-3,
+        lr=ByWidth({64: 1e-2, 512: 1e-3}),
         layers="lora",
         uses_rank=True,
         init="kaiming",
         options={
             **_LORA,
+            "alpha": Option.number(ByWidth({64: 8.0, 512: 32.0}), 1e-6, 1e6),
             "merge_every": Option.whole(200, 1),
             "merge_moments": Option.choice("scale", ("scale", "magnitude", "random")),
             "merge_share": Option.number(1.0, 0, 1),
@@ -121,12 +137,15 @@ BUILT_IN = (
         summary="W = (α/r)·B·A + S, with S sparse on a fixed random support",
         source="2406.02214",
         optimizer=adamw,
-        lr=5e-3,
+        lr=ByWidth({64: 1e-2, 512: 3e-3}),
         layers="sltrain",
         uses_rank=True,
         init="kaiming",
         options={
             **_LORA,
+            "alpha": Option.number(
+                ByWidth({64: 8.0, 512: 32.0, 768: 16.0, 1024: 16.0, 2048: 8.0}), 1e-6, 1e6
+            ),
             "sparsity": Option.number(0.03, 0, 1),
             "keep_weight": Option.flag(False),
         },
@@ -139,7 +158,7 @@ BUILT_IN = (
         summary="low-rank factors with exact Riemannian steps every update_k steps",
         source="LORO (ICLR 2025)",
         optimizer=loro,
-        lr=5e-3,
+        lr=ByWidth({64: 8e-2, 512: 1e-2, 1024: 1e-2, 2048: 5e-3}),
         layers="low-rank",
         uses_rank=True,
         init="kaiming",
@@ -160,12 +179,12 @@ BUILT_IN = (
         optimizer=projected(
             GaLore, "update_proj_gap", "scale", "proj_type", "refresh", "spread_refresh"
         ),
-        lr=1e-2,
+        lr=ByWidth({64: 1e-2}),
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
             **projection_options(PROJ_TYPES, REFRESHES, spread=True),
-            "scale": Option.number(0.25, 0, 1000),
+            "scale": Option.number(_GALORE_SCALE, 0, 1000),
         },
         whole="targets",
         in_parts=True,
@@ -178,12 +197,14 @@ BUILT_IN = (
         optimizer=projected(
             Fira, "update_proj_gap", "alpha", "proj_type", "refresh", "spread_refresh"
         ),
-        lr=1e-2,
+        lr=ByWidth({64: 1e-2}),
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
             **projection_options(ONE_SIDED, REFRESHES, spread=True),
-            "alpha": Option.number(1.0, 0, 1000),
+            "alpha": Option.number(
+                ByWidth({64: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
+            ),
         },
         whole="targets",
         in_parts=True,
@@ -194,7 +215,7 @@ BUILT_IN = (
         summary="the raw gradient, scaled by what Adam does to a random projection of it",
         source="2412.05270",
         optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
-        lr=1e-2,
+        lr=ByWidth({64: 2e-2, 512: 1e-2}),
         uses_rank=True,
         options=_APOLLO,
         whole="targets",
@@ -206,7 +227,7 @@ BUILT_IN = (
         summary="APOLLO at rank 1, with one scale a matrix",
         source="2412.05270",
         optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
-        lr=1e-2,
+        lr=ByWidth({64: 1e-2}),
         uses_rank=True,
         rank=1,
         options=_APOLLO
@@ -225,12 +246,12 @@ BUILT_IN = (
         optimizer=projected(
             GoLore, "update_proj_gap", "scale", "proj_type", "refresh", "switch", seeded=True
         ),
-        lr=1e-2,
+        lr=ByWidth({64: 1e-2}),
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
             **projection_options(PROJ_TYPES, REFRESHES),
-            "scale": Option.number(0.25, 0, 1000),
+            "scale": Option.number(_GALORE_SCALE, 0, 1000),
             "switch": Option.whole(0, 0),
         },
         whole="targets",
@@ -244,7 +265,7 @@ BUILT_IN = (
         optimizer=whole_model(
             Spam, "threshold", "update_proj_gap", "warmup", "grad_accu_steps", "density"
         ),
-        lr=2.5e-3,
+        lr=ByWidth({64: 2.5e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
         options={
             **adam_options(eps=1e-6),
             "threshold": Option.number(5000.0, 1e-6, 1e12),
@@ -261,7 +282,7 @@ BUILT_IN = (
         summary="Adam on gradients clipped by their running maximum and norm",
         source="2502.17055",
         optimizer=whole_model(StableSpam, "gamma1", "gamma2", "theta", "update_proj_gap"),
-        lr=2.5e-3,
+        lr=ByWidth({64: 5e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
         options={
             **adam_options(eps=1e-8),
             "gamma1": Option.number(0.7, 0, 0.999999),
@@ -277,7 +298,7 @@ BUILT_IN = (
         summary="dense weights, AdamW with moments of 8 bits (torchao)",
         source="2110.02861",
         optimizer=adamw_8bit,
-        lr=2.5e-3,
+        lr=_DENSE_LR,
         options=adam_options(eps=1e-8),
         states="2mn of one byte, and a scale a block",
     ),
@@ -286,7 +307,7 @@ BUILT_IN = (
         summary="orthogonalised momentum for the matrices, AdamW for the rest (torch)",
         source="Muon (K. Jordan 2024)",
         optimizer=muon,
-        lr=2.5e-3,
+        lr=ByWidth({64: 1e-2, 512: 2e-3, 2048: 1e-3}),
         options={
             **adam_options(eps=1e-8),
             "momentum": Option.number(0.95, 0, 0.999999),

@@ -127,6 +127,7 @@ def methods(as_json: bool) -> None:
             "layers": m.layers or "dense",
             "states": m.states,
             "lr": m.lr,
+            "spectral_lr": m.spectral_lr,
             "options": {name: option.default for name, option in m.options.items()},
         }
         for m in METHODS.values()
@@ -135,10 +136,11 @@ def methods(as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=1))
         return
     for row in rows:
-        options = ", ".join(f"{k} {v}" for k, v in row["options"].items() if v is not None)
+        options = "; ".join(f"{k} {v}" for k, v in row["options"].items() if v is not None)
+        spectral = f" (init spectral: {row['spectral_lr']})" if row["spectral_lr"] else ""
         click.echo(
             f"{row['name']:12} {row['summary']} ({row['source']}); states of an m×n weight: "
-            f"{row['states'] or 'not known'}; lr {row['lr']:g}, {options}"
+            f"{row['states'] or 'not known'}; lr {row['lr']}{spectral}; {options}"
         )
 
 

@@ -175,7 +175,9 @@ class RunConfig(BaseModel):
         10, "steps the learning rate takes to recover", ge=0, le=1 << 50
     )
     # optimisation
-    lr: float | None = help_field(None, "peak learning rate; default: the method's", gt=0, le=100)
+    lr: float | None = help_field(
+        None, "peak learning rate; default: the method's at this width", gt=0, le=100
+    )
     warmup: float = help_field(0.1, "warm-up as a share of all steps", ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = help_field("cosine", "decay after warm-up")
     min_lr_ratio: float = help_field(0.1, "final learning rate / peak", ge=0, le=1)

@@ -29,7 +29,7 @@ from lowrank_lab.config import InputError, RunConfig, Size, nearest
 from lowrank_lab.corpus import vocabulary
 from lowrank_lab.layers import factorize, target_layers, train_dense_
 from lowrank_lab.llama import Llama
-from lowrank_lab.options import Option, adam_options
+from lowrank_lab.options import ByWidth, Option, adam_options, at_width
 
 OWN_METHODS = "LOWRANK_LAB_METHODS"
 ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
@@ -76,7 +76,7 @@ def register_method(
         summary=summary,
         source=source,
         optimizer=optimizer or adamw,
-        lr=lr,
+        lr=ByWidth({1: lr}),
         layers=layers,
         uses_rank=True,
         init="kaiming" if layers else None,
@@ -119,13 +119,15 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.method not in METHODS:
         raise InputError("method", config.method, nearest(config.method, METHODS))
     method = METHODS[config.method]
-    changes: dict[str, Any] = {"vocab_size": vocabulary(config), "lr": config.lr or method.lr}
+    changes: dict[str, Any] = {"vocab_size": vocabulary(config)}
     changes |= {"steps": config.total_steps, "tokens": None}
     for name in ("eval_every", "spectra_every", "checkpoint_every"):
         changes[name] = config.cadence(name)
     _check_techniques(config, method)
     if method.layers is not None:
         changes["init"] = config.init or method.init
+    width = config.size.hidden_size
+    changes["lr"] = config.lr or method.learning_rate(width, changes.get("init"))
     changes["rank"] = _checked_rank(config, method)
     changes["method_options"] = options = _checked_options(config, method, changes)
     if not config.reset_every or not config.reset_strength:
@@ -237,7 +239,8 @@ def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any])
         if value is not None and not option.check(value):
             raise InputError(f"method_options.{name}", value, f"must be {option.allowed}")
     given = {n: v for n, v in config.method_options.items() if v is not None}
-    options = {n: o.default for n, o in method.options.items()} | given
+    width = config.size.hidden_size
+    options = {n: at_width(o.default, width) for n, o in method.options.items()} | given
     for name, value in options.items():
         if method.options[name].real and value is not None:
             options[name] = float(value)  # 32 and 32.0 are the same run: one id

@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+
+class ByWidth(dict[int, float]):
+    """A number that was found at some widths of the model (hidden size → number, ascending).
+
+    Between two of them it is read off the line that joins them on logarithmic axes, beyond the
+    first and the last it stays.
+    """
+
+    def at(self, width: int) -> float:
+        """The number for a model of this hidden size, to two digits."""
+        widths = list(self)
+        if width in self or not widths[0] < width < widths[-1]:
+            return self[min(max(width, widths[0]), widths[-1])]
+        low, high = next(pair for pair in pairwise(widths) if pair[1] > width)
+        share = math.log(width / low) / math.log(high / low)
+        return float(f"{self[low] ** (1 - share) * self[high] ** share:.2g}")
+
+    def __str__(self) -> str:
+        if len(self) == 1:
+            return f"{next(iter(self.values())):g}"
+        return ", ".join(f"{value:g} at width {width}" for width, value in self.items())
+
+    __repr__ = __str__
+
+
+def at_width(value: Any, width: int) -> Any:
+    """A default for a model of this hidden size."""
+    return value.at(width) if isinstance(value, ByWidth) else value
 
 
 @dataclass(frozen=True)
@@ -17,7 +48,7 @@ class Option:
     real: bool = False  # a real number, kept as a float
 
     @classmethod
-    def number(cls, default: float | None, low: float, high: float) -> Option:
+    def number(cls, default: float | ByWidth | None, low: float, high: float) -> Option:
         def check(value: Any) -> bool:
             return (
                 isinstance(value, int | float)

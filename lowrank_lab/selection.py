@@ -6,10 +6,11 @@ In a study file:
 
 Every variant then gets those values of the `best` fields with which, in the runs of the study
 `tune` that have the same values of the `by` fields, the validation loss was lowest (its mean, where
-there are several seeds). An option whose best value is the default is left to the variant. More
-keys of it: `around: {lr: [0.5, 1, 2]}` makes a grid of multiples of what was chosen; `edges: allow`
-takes a best value that is the first or last of three or more tried. A variant's own key
-`select: {init: kaiming}` looks as if it had these values of the `by` fields.
+there are several seeds). An option whose best value follows from others, as alpha does from the
+rank, is left to the variant. More keys of it: `around: {lr: [0.5, 1, 2]}` makes a grid of multiples
+of what was chosen; `edges: allow` takes a best value that is the first or last of three or more
+tried. A variant's own key `select: {init: kaiming}` looks as if it had these values of the `by`
+fields.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
-from lowrank_lab.methods import resolve
+from lowrank_lab.methods import METHODS, resolve
 from lowrank_lab.runs import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")
@@ -84,7 +85,7 @@ class Selection:
             if name in self.around
             else [value]
             for name, value in found.items()
-            if "." not in name or value != _default(first[best], name)
+            if not _follows(first[best], name)
         }
 
     def _check_inside(self, place: str, best: Values, tried: list[Values]) -> None:
@@ -105,10 +106,14 @@ def value_of(config: RunConfig, name: str) -> Any:
     return held.get(inner) if inner else held
 
 
-def _default(config: RunConfig, option: str) -> Any:
-    """What `method_options.NAME` of a resolved configuration would be if it weren't given."""
-    given = {n: v for n, v in config.method_options.items() if n != option.partition(".")[2]}
-    return value_of(resolve(config.replace(method_options=given)), option)
+def _follows(config: RunConfig, name: str) -> bool:
+    """Whether a resolved value is what the method makes of other fields where none is given."""
+    option = name.partition(".")[2]
+    if not option or METHODS[config.method].options[option].default is not None:
+        return False
+    given = {n: v for n, v in config.method_options.items() if n != option}
+    derived = value_of(resolve(config.replace(method_options=given)), name)
+    return bool(derived == value_of(config, name))
 
 
 def read_selection(content: Any, place: str) -> Selection:

@@ -16,9 +16,12 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import FactorizedLinear, target_layers
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import METHODS, build, partition, resolve
+from lowrank_lab.options import ByWidth
 from lowrank_lab.step import gradients, update_
+from lowrank_lab.study import load_study
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 DENSE = [name for name in QUICK if METHODS[name].layers is None]
 FACTORIZED = [name for name, method in METHODS.items() if method.layers is not None]
 WITHOUT_RANK = [name for name in QUICK if not METHODS[name].uses_rank]
@@ -52,14 +55,18 @@ def test_each_row_says_what_it_is_and_where_it_comes_from(name):
     assert method.summary
     assert "\n" not in method.summary
     assert re.fullmatch(r"\d{4}\.\d{4,5}|LORO \(ICLR 2025\)|Muon \(K. Jordan 2024\)", method.source)
-    assert 0 < method.lr < 1
+    for rates in filter(None, (method.lr, method.spectral_lr)):
+        assert list(rates) == sorted(rates)
+        assert all(0 < rate < 1 for rate in rates.values())
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_each_default_of_an_option_is_allowed(name):
     for option in METHODS[name].options.values():
         assert option.allowed
-        assert option.default is None or option.check(option.default)
+        by_width = isinstance(option.default, ByWidth)
+        for value in option.default.values() if by_width else [option.default]:
+            assert value is None or option.check(value)
 
 
 @pytest.mark.parametrize("name", FACTORIZED)
@@ -82,13 +89,55 @@ def test_resolving_twice_is_resolving_once(name, values):
 @pytest.mark.parametrize("name", QUICK)
 def test_resolve_fills_everything_a_run_needs(name):
     config, method = resolve(tiny(name, steps=50)), METHODS[name]
-    assert config.lr == method.lr
+    assert config.lr == method.learning_rate(32, config.init)
     assert config.vocab_size == 512
     assert (config.eval_every, config.spectra_every, config.checkpoint_every) == (5, 10, 5)
     assert config.rank == ((method.rank or 8) if method.uses_rank else None)
     assert config.init == method.init
     assert config.method_options.keys() == method.options.keys()
     assert None not in config.method_options.values()
+
+
+def best_of_tuning():
+    """Method and initialisation → (rate, scale) of the least validation loss in the kept tuning."""
+    found = {}
+    for path in sorted((ROOT / "data" / "study" / "tune").glob("*/result.json")):
+        config = json.loads((path.parent / "config.json").read_text())["config"]
+        if not config["refactor_every"]:
+            options = config["method_options"]
+            scale = options.get("scale", options.get("alpha"))
+            tried = found.setdefault((config["method"], config["init"]), [])
+            loss = json.loads(path.read_text())["validation_loss"]
+            tried.append((loss, config["lr"], scale))
+    return {key: min(tried)[1:] for key, tried in found.items()}
+
+
+@pytest.mark.parametrize("key", best_of_tuning(), ids=str)
+def test_defaults_at_the_studys_width_are_what_tuning_found_best(key):
+    method, init = key
+    config = resolve(RunConfig(method=method, init=init))  # of width 64, as in the study
+    options = config.method_options
+    assert (config.lr, options.get("scale", options.get("alpha"))) == best_of_tuning()[key]
+
+
+@pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
+def test_defaults_of_the_papers_sizes_are_those_of_its_study_files(size):
+    study = load_study(ROOT / "notebooks" / "studies" / f"paper_{size}.yaml", corpora=False)
+    for label, config in study.runs.values():
+        defaults = resolve(config.replace(lr=None, method_options={}))
+        assert defaults.lr == config.lr, label
+        for name in ("scale", "alpha"):
+            options = config.method_options
+            assert defaults.method_options.get(name) == options.get(name), (label, name)
+
+
+def test_a_default_between_two_widths_lies_on_the_line_that_joins_them_on_logarithmic_axes():
+    rate = ByWidth({64: 8e-3, 512: 1e-3, 1024: 1e-3})
+    assert [rate.at(width) for width in (2, 64, 128, 256, 512, 768, 4096)] == [
+        8e-3, 8e-3, 4e-3, 2e-3, 1e-3, 1e-3, 1e-3,
+    ]  # fmt: skip
+    assert ByWidth({64: 5e-3, 512: 1e-3}).at(128) == 2.9e-3
+    assert ByWidth({64: 1e-2}).at(300) == 1e-2
 
 
 def test_resolve_keeps_what_was_given():
@@ -329,11 +378,24 @@ def test_mixed_precision_keeps_float_weights(name):
 # Golden losses
 
 
+# What decides golden losses and comes from tuning otherwise.
+GOLDEN_SCALES = {
+    "galore": {"scale": 0.25}, "golore": {"scale": 0.25}, "fira": {"alpha": 1.0},
+    "apollo": {"scale": 1.0}, "apollo-mini": {"scale": 128.0},
+    "lora": {"alpha": 32}, "relora": {"alpha": 32}, "sltrain": {"alpha": 32},
+}  # fmt: skip
+
+
 def golden_configs():
     """File name → configuration, each small enough to run often, each with a second projection."""
-    configs = {name: tiny(name, method_options=short_options(name, 9)) for name in QUICK}
-    configs["low-rank-refactor-reset"] = tiny("low-rank", **TECHNIQUES)
-    return {name: config.replace(batch=8, sequence_length=32) for name, config in configs.items()}
+    short = {"batch": 8, "sequence_length": 32}
+    configs = {"low-rank-refactor-reset": tiny("low-rank", lr=5e-3, **TECHNIQUES, **short)}
+    for name in QUICK:
+        dense, options = METHODS[name].layers is None, GOLDEN_SCALES.get(name, {})
+        lr = 1e-2 if dense and METHODS[name].uses_rank else 2.5e-3 if dense else 5e-3
+        options = short_options(name, 9) | options
+        configs[name] = tiny(name, lr=lr, method_options=options, **short)
+    return configs
 
 
 def losses_of(config):

@@ -3,7 +3,7 @@
 import pytest
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods import resolve
+from lowrank_lab.methods import METHODS, resolve
 from lowrank_lab.runs import write_json
 from lowrank_lab.study import load_study
 
@@ -96,7 +96,7 @@ def test_options_of_a_method_are_chosen_with_its_rate_and_around_makes_a_grid(st
     assert all((o["scale"], o["update_proj_gap"]) == (1.0, 7) for _, _, o in found[:2])
 
 
-def test_an_option_whose_best_value_is_the_default_is_left_to_the_variant(study_file, tried):
+def test_an_option_whose_best_value_follows_from_the_rank_is_left_to_the_variant(study_file, tried):
     spectral = {"method": "low-rank", "init": "spectral"}
     kaiming = {"method": "low-rank", "init": "kaiming", "method_options": {"alpha": 8.0}}
     name = tried(
@@ -109,6 +109,18 @@ def test_an_option_whose_best_value_is_the_default_is_left_to_the_variant(study_
     found = [c for _, c in load_study(study_file(select=select, variants=variants)).runs.values()]
     # that of spectral factors is the rank: with another rank it is another one
     assert [(c.lr, c.method_options["alpha"]) for c in found] == [(2e-3, 8.0), (3e-3, 8.0)]
+
+
+def test_a_best_value_that_is_the_default_of_its_width_is_taken_over_at_another(study_file, tried):
+    scales = METHODS["galore"].options["scale"].default
+    galore = {"method": "galore", "model": "micro", "lr": 1e-3}
+    name = tried(({**galore, "method_options": {"scale": scales.at(64)}}, 1.0))
+    select = {"from": name, "best": ["lr", "method_options.scale"]}
+    variants = {"a": {"method": "galore", "model": "mini"}}
+    (found,) = (
+        c for _, c in load_study(study_file(select=select, variants=variants)).runs.values()
+    )
+    assert found.method_options["scale"] == scales.at(64) != scales.at(128)
 
 
 def test_a_variant_can_take_the_values_of_another(study_file, tried):
