@@ -22,6 +22,7 @@ from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
+from lowrank_lab.formulas import MIB
 from lowrank_lab.panel import UNSQUEEZED
 from lowrank_lab.runs import DESCRIBES, Run, complete_runs, table_of
 from lowrank_lab.slider import slider
@@ -192,7 +193,7 @@ def curves(table: pd.DataFrame, metric: str, x: str, titles: dict[str, str]) -> 
         part = table[table["run"] == name] if len(titles) > 1 else table
         part = part.dropna(subset=[metric])
         colour, line, marker = look(title, list(titles.values()))
-        values = part[metric] / 2**20 if byte else part[metric]
+        values = part[metric] / MIB if byte else part[metric]
         dots = marker if len(part) <= 12 else ""
         ax.plot(part[x], values, line, marker=dots, ms=3, lw=1.2, color=colour)
         if len(values):

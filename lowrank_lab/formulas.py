@@ -13,6 +13,8 @@ from lowrank_lab.methods import METHODS, resolve
 from lowrank_lab.optim.projection import sides
 from lowrank_lab.tracing import Breakdown
 
+MIB, GB = 2**20, 10**9  # bytes
+
 
 class Weight(NamedTuple):
     """A weight of the model: its shape, whether the method acts on it, and whether it trains."""

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from lowrank_lab.config import InputError, RunConfig, nearest
+from lowrank_lab.formulas import MIB
 from lowrank_lab.runs import Run, complete_runs
 from lowrank_lab.stats import mean_interval
 
@@ -30,7 +31,6 @@ NEEDS = {
     "reset_strength": "reset_every", "reset_how": "reset_every", "reset_moments": "reset_every",
     "reset_params": "reset_every", "on_refactor": "refactor_every",
 }  # fmt: skip
-MIB = 2**20
 
 
 def settings(folder: Path | str, strict: bool = True) -> pd.DataFrame:

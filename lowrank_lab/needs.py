@@ -12,6 +12,8 @@ from typing import Literal
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import (
+    GB,
+    MIB,
     activation_bytes,
     by_formula,
     element_bytes,
@@ -23,7 +25,6 @@ from lowrank_lab.memory import simulate
 from lowrank_lab.methods import METHODS
 from lowrank_lab.train import device_of
 
-MIB, GB = 2**20, 10**9
 # A kernel with torch and matplotlib loaded, and papermill beside it: resident bytes, as measured.
 PROCESS_BYTES = 700 * MIB
 # Up to this, the quick estimate (which is meant to be too high) is taken: a simulation takes

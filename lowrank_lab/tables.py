@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lowrank_lab.formulas import MIB
 from lowrank_lab.runs import LAYER_FACTS, Run
 from lowrank_lab.spectra import effective_rank
 from lowrank_lab.stats import mean_interval, p_below
 
-MIB = 2**20
 Losses = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]  # by label, one a seed
 
 

@@ -15,7 +15,6 @@ from lowrank_lab.figures.comparison import (
 )
 from lowrank_lab.figures.drawing import (
     COLOURS,
-    MIB,
     RANKED,
     STYLE,
     Drawing,
@@ -67,7 +66,6 @@ __all__ = [
     "CATEGORIES",
     "COLOURS",
     "FACTS",
-    "MIB",
     "OF_A_STEP",
     "RANKED",
     "STYLE",

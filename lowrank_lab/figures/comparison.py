@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import MIB, RANKED, STYLE, Drawing, canvas, look, rows_of
+from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, look, rows_of
+from lowrank_lab.formulas import MIB
 from lowrank_lab.stats import mean_interval
 
 RATE = re.compile(r", lr [^,]+")

@@ -36,7 +36,6 @@ STYLE: Any = {
     "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "svg.hashsalt": "lowrank_lab",
     "figure.dpi": 110, "savefig.dpi": 160,
 }  # fmt: skip
-MIB = 2**20
 
 
 class Drawing(Figure):

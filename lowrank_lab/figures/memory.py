@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lowrank_lab.figures.drawing import MIB, canvas, label_ends, look, unit_of
+from lowrank_lab.figures.drawing import canvas, label_ends, look, unit_of
+from lowrank_lab.formulas import MIB
 
 CATEGORIES = {
     "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",

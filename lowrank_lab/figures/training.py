@@ -12,7 +12,6 @@ from matplotlib.transforms import offset_copy
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import (
-    MIB,
     STYLE,
     Drawing,
     canvas,
@@ -20,6 +19,7 @@ from lowrank_lab.figures.drawing import (
     look,
     rows_of,
 )
+from lowrank_lab.formulas import MIB
 from lowrank_lab.stats import mean_interval
 
 
