@@ -6,8 +6,9 @@ import math
 import pytest
 from studies import NOTEBOOKS
 
-from lowrank_lab.runs import write_json
+from lowrank_lab.runs import final_table, load_runs, write_json
 from lowrank_lab.study import load_study
+from lowrank_lab.tables import summary
 
 CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "tune_larger", "larger", "equal_time")
 # the fields that tuning decides or that only say what is recorded
@@ -87,3 +88,20 @@ def test_steps_of_the_same_time_follow_from_the_measured_step_times(chain):
     ratios = {row["name"].removeprefix("step of the study, "): row["ratio"] for row in rows}
     for label, config in variants(chain["equal_time"]).items():
         assert config.steps == pytest.approx(1300 / ratios[label], rel=0.02), label
+
+
+@pytest.mark.parametrize(("name", "title"), [("main", "the study"), ("quick", "the quick study")])
+def test_the_tables_of_the_readme_are_what_the_kept_records_say(name, title):
+    readme = (NOTEBOOKS.parent / "README.md").read_text()
+    part = readme.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    told = {line[0]: line[-4:] for line in lines[1:]}
+    table = summary(final_table(load_runs(NOTEBOOKS.parent / "data" / "study" / name)))
+    assert list(told) == list(table["label"])
+    for row in table.to_dict("records"):
+        loss, perplexity, weights, states = told[row["label"]]
+        assert loss == f"{row['test loss']:.3f} ± {row['±']:.3f}"
+        assert perplexity == f"{row['test perplexity']:.2f}"
+        assert f"{row['parameters']:,}" in weights  # LoRA's frozen weights stand before them
+        mib = row["weights + states (MiB)"], row["without embeddings (MiB)"]
+        assert states == f"{mib[0]:.2f} MiB ({mib[1]:.2f})"
