@@ -32,6 +32,7 @@ class Job:
     works_in: Path | None = None  # the notebook's working directory, if it isn't `folder`
     memory: int = 0  # bytes that it is thought to take at most
     any_version: bool = False  # a run in the folder that other training code finished will do
+    source: Path | None = None  # a finished run of another study, to take over
     state: State = "queued"
     error: str = ""
     seconds: float = 0.0
@@ -47,6 +48,12 @@ class Job:
     @property
     def finished(self) -> bool:
         return read_record(self.folder / "done.json").get("key") == self.key
+
+    @property
+    def trained(self) -> bool:
+        """Whether only the notebook around a finished run is left to execute, for all one knows."""
+        there = self.any_version and (self.folder / "result.json").exists()
+        return there or self.source is not None
 
     @property
     def failed_before(self) -> bool:

@@ -295,7 +295,7 @@ def plan_study(
 
     Args:
         only: the variants that are wanted; all of them if none is named.
-        reuse: what other training code has finished counts, too.
+        reuse: what other training code or other studies have finished counts, too.
         elsewhere: say what they need on a CUDA device; neither that nor a corpus has to be here.
 
     Raises:
@@ -305,13 +305,15 @@ def plan_study(
     folder = (out if out is not None else data_folder() / "runs" / study.name).resolve()
     configs = (config for _, config in study.runs.values())
     needs = list(needs_of(configs, cuda=True if elsewhere else None))
+    places = data_folder() / "runs", data_folder() / "study"
     todo = []
     for (run_id, (label, config)), need in zip(study.runs.items(), needs, strict=True):
         place = folder / run_id
         if place.parent != folder or place.resolve() != place:
             raise InputError("out", str(place), "it leads out of the study's folder")
         job = _run_job(study.notebook, place, label, config)
-        todo.append(replace(job, memory=need.memory, any_version=reuse))
+        found = finished_run(run_id, places) if reuse and not place.exists() else None
+        todo.append(replace(job, memory=need.memory, any_version=reuse, source=found))
     settle(todo, retry)
     return Plan(study, folder, todo, needs)
 
@@ -353,8 +355,9 @@ def run_study(
     planned = plan_study(path, out=out, retry=retry, seeds=seeds, only=only, reuse=reuse)
     study, folder, todo = planned.study, planned.folder, planned.jobs
     limit = study.time_limit if time_limit is None else time_limit
-    if reuse:
-        _take_over(todo)
+    for job in todo:
+        if job.source is not None:
+            copy_run(job.source, job.folder, job.parameters["label"])
     if dask is not None:
         with connect(dask) as client:
             check_fits(planned, worker_memory(client))
@@ -371,15 +374,6 @@ def run_study(
     execute([comparison], 1, True, lambda jobs: report([*todo, *jobs]))
     page = folder / "report.html"
     return [*todo, comparison], page if page.exists() else None
-
-
-def _take_over(todo: Sequence[Job]) -> None:
-    """Copy finished runs that other studies have into the folders of jobs that have none yet."""
-    places = data_folder() / "runs", data_folder() / "study"
-    for job in todo:
-        source = None if job.folder.exists() else finished_run(job.folder.name, places)
-        if source is not None:
-            copy_run(source, job.folder, job.parameters["label"])
 
 
 def check_fits(planned: Plan, memory: int | None, device: int | None = None) -> None:

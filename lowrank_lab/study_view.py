@@ -77,6 +77,7 @@ def plan_facts(plan: Plan, rate: float | None = None) -> dict[str, Any]:
     runs = [
         {
             "run": job.folder.name, "label": job.name, "state": job.state, "error": job.error,
+            "trained": job.trained or job.state == "done",
             "memory_bytes": need.memory, "device_memory_bytes": need.device,
             "disk_bytes": need.disk, "memory_by": need.source,
             "weights_and_states_bytes": need.held, "flops": need.flops,
@@ -100,12 +101,15 @@ def plan_text(facts: dict[str, Any]) -> str:
     lines = [f"{'state':8}{'run':{width}}  {'memory':>9} {'by':10} {'disk':>9}"]
     for run in facts["runs"]:
         memory, disk = run["memory_bytes"] / GB, run["disk_bytes"] / MIB
-        line = f"{run['state']:8}{run['label']:{width}}  {memory:6.2f} GB {run['memory_by']:10} "
+        state = "trained" if run["trained"] and run["state"] == "queued" else run["state"]
+        line = f"{state:8}{run['label']:{width}}  {memory:6.2f} GB {run['memory_by']:10} "
         lines.append(f"{line}{disk:5.0f} MiB")
     todo = [run for run in facts["runs"] if run["state"] == "queued"]
     has = facts["machine_memory_bytes"]
+    trained = sum(run["trained"] for run in todo)
+    already = f", {trained} of them trained already" if trained else ""
     lines.append(
-        f"{len(todo)} to run; the machine has {(has or 0) / GB:.2f} GB of memory, "
+        f"{len(todo)} to run{already}; the machine has {(has or 0) / GB:.2f} GB of memory, "
         f"and {facts['free_disk_bytes'] / GB:.1f} GB are free in {facts['folder']}"
     )
     return "\n".join(lines)

@@ -233,6 +233,9 @@ def test_a_study_takes_over_runs_that_other_studies_have(study_file, tmp_path, m
     unfinished = tmp_path / "data" / "runs" / "other" / second[0]
     shutil.copytree(kept, unfinished)
     (unfinished / "result.json").unlink()
+    said = CliRunner().invoke(main, ["study", str(path), "--out", str(out), "--reuse", "--dry-run"])
+    assert [line.split()[0] for line in said.stdout.splitlines()[1:3]] == ["trained", "queued"]
+    assert "2 to run, 1 of them trained already" in said.stdout
     assert {job.state for job in run_study(path, out=out, reuse=True)[0]} == {"done"}
     taken, trained = (Run(out / run_id) for run_id in (first[0], second[0]))
     assert taken.result["seconds"] == Run(kept).result["seconds"]
