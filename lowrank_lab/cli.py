@@ -133,6 +133,8 @@ def methods(as_json: bool) -> None:
         for m in METHODS.values()
     ]
     if as_json:
+        for row in rows:
+            row["lr"] = row["lr"].plain
         click.echo(json.dumps(rows, indent=1))
         return
     for row in rows:

@@ -25,9 +25,14 @@ class ByWidth(dict[int, float]):
         share = math.log(width / low) / math.log(high / low)
         return float(f"{self[low] ** (1 - share) * self[high] ** share:.2g}")
 
+    @property
+    def plain(self) -> float | dict[int, float]:
+        """The number alone where it is the same at all widths."""
+        return next(iter(self.values())) if len(self) == 1 else dict(self)
+
     def __str__(self) -> str:
         if len(self) == 1:
-            return f"{next(iter(self.values())):g}"
+            return f"{self.plain:g}"
         return ", ".join(f"{value:g} at width {width}" for width, value in self.items())
 
     __repr__ = __str__

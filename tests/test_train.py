@@ -289,7 +289,8 @@ FRUGAL = [
 @pytest.mark.parametrize("method", QUICK)
 @pytest.mark.parametrize("change", FRUGAL, ids=str)
 def test_ways_to_save_memory_do_not_change_the_losses(config, trained, method, change):
-    runs = trained(config(method)), trained(config(method, **change))
+    # at a rate at which no method blows up rounding
+    runs = (trained(config(method, lr=2.5e-3, **how)) for how in ({}, change))
     losses = [[row["loss"] for row in rows_of(run.folder)] for run in runs]
     # SLTrain's B starts at zero, where Adam divides rounding by rounding
     assert losses[1] == pytest.approx(losses[0], rel=3e-5 if method == "sltrain" else 1e-5)
