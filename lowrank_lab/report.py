@@ -70,10 +70,14 @@ def pictures(folder: Path | str, *about: str) -> Iterator[Picture]:
 
 
 def _pictures(
-    runs: Sequence[Run], finals: pd.DataFrame, ranking: pd.Series[str], folder: Path | str
+    runs: Sequence[Run],
+    finals: pd.DataFrame,
+    ranking: pd.Series[str],
+    folder: Path | str,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Picture]:
     """The figures of runs whose labels are ranked; only what they show is read."""
-    yield from _comparisons(runs, finals, ranking)
+    yield from _comparisons(runs, finals, ranking, pairs)
     labels = set(ranking.head(MOST_LABELS))
     shown = [run for run in runs if run.label in labels]
     table, finals = table_of(shown, folder), finals[finals["label"].isin(labels)]
@@ -148,7 +152,10 @@ def _with_peaks(finals: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _comparisons(
-    runs: Sequence[Run], finals: pd.DataFrame, ranking: pd.Series[str]
+    runs: Sequence[Run],
+    finals: pd.DataFrame,
+    ranking: pd.Series[str],
+    pairs: Sequence[tuple[str, str]],
 ) -> Iterator[Picture]:
     """All labels by their final losses: over learning rates, or over ranks and seed by seed."""
     rates = figures.rate_table(finals)
@@ -169,7 +176,9 @@ def _comparisons(
         )  # fmt: skip
     labels = comparable(finals, ranking)
     if finals["seed"].nunique() > 1 and 1 < len(labels) <= MOST_ROWS:
-        reference = "full-rank" if "full-rank" in labels else labels[0]
+        measures = Counter(b for _, b in pairs if b in labels).most_common(1)
+        reference = measures[0][0] if measures else labels[0]
+        reference = "full-rank" if "full-rank" in labels else reference
         compared = finals[finals["label"].isin(labels)]
         yield Picture(
             "differences", figures.differences(compared, reference),
@@ -246,7 +255,7 @@ def write_report(
     if len(ends.columns) > 1:
         ends.to_csv(out / "structure.csv", index=False)
         parts += ["<h2>How the recorded layers ended</h2>", _html_table(formatted(ends))]
-    for picture in _pictures(runs, finals, table["label"], folder):
+    for picture in _pictures(runs, finals, table["label"], folder, pairs):
         png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
         parts.append(_html_figure(picture, png))
     parts.append(_runs_section(runs, out))

@@ -116,6 +116,7 @@ def test_a_method_keeps_its_colour_and_its_variants_differ_by_line():
     assert (colour, line, marker) == (figures.COLOURS["low-rank"], "-", "o")
     assert figures.look("low-rank + both", labels) == (colour, "--", "s")
     assert figures.look("low-rank", ["galore", "low-rank"])[0] == colour
+    assert figures.look("low-rank, wider start", ["low-rank, wider start"])[0] == colour
     assert figures.look("mine", LABELS)[0] not in figures.COLOURS.values()
 
 

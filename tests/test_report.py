@@ -203,6 +203,18 @@ def test_a_report_reads_only_what_its_figures_show(tmp_path, monkeypatch):
     assert all(set(p.table["label"]) == {"galore 0", "galore 1"} for p in found)
 
 
+def test_differences_are_taken_from_what_the_study_asks_about_most(tmp_path):
+    for seed in (0, 1):
+        for i, label in enumerate(("loro", "low-rank", "galore")):
+            folder = tmp_path / "runs" / f"{label}-{seed}"
+            write_run(folder, label, loss=2 + i / 10 + seed, seed=seed, method=label)
+    pairs = [("galore", "low-rank"), ("loro", "low-rank"), ("low-rank", "loro")]
+    for asked, reference in ((pairs, "low-rank"), ([], "loro")):
+        report.write_report(tmp_path / "runs", out=tmp_path / "out", pairs=asked)
+        text = (tmp_path / "out" / "figures" / "differences.csv").read_text()
+        assert f"\n{reference},0.0," in text
+
+
 def test_what_came_from_outside_is_escaped(tmp_path):
     hostile = "<script>alert(1)</script>"
     write_run(tmp_path / "runs" / "x", hostile, spectra_layers=hostile)

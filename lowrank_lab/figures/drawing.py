@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -127,17 +128,22 @@ def _laid_out(figure: Figure) -> Iterator[Bbox]:
 
 def look(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
     """Colour, line and marker of a run: the method decides the colour, its variant the others."""
-    method = label.split(" ")[0]
-    methods = list(dict.fromkeys(other.split(" ")[0] for other in labels))
+    method = _method_of(label)
+    methods = list(dict.fromkeys(_method_of(other) for other in labels))
     unknown = [m for m in methods if m not in COLOURS]
     if method in COLOURS:
         colour = COLOURS[method]
     else:
         colour = OTHER_COLOURS[unknown.index(method) % len(OTHER_COLOURS)]
-    variants = [other for other in labels if other.split(" ")[0] == method]
+    variants = [other for other in labels if _method_of(other) == method]
     variants.sort(key=lambda other: other != method)  # the plain method has the plain line
     index = variants.index(label) % 4
     return colour, ("-", "--", ":", "-.")[index], "os^D"[index]
+
+
+def _method_of(label: str) -> str:
+    """What a label begins with: `low-rank` of "low-rank + refactor" and of "low-rank, seed 1"."""
+    return re.split("[ ,]", label)[0]
 
 
 def unit_of(size: float) -> tuple[float, str]:
