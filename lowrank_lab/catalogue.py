@@ -50,10 +50,14 @@ class Method:
     states: str = ""  # elements of optimizer state of an m×n target weight, in words
     spectral_lr: ByWidth | None = None  # the same for factors that start from an SVD
 
-    def learning_rate(self, width: int, init: str | None) -> float:
-        """The default peak learning rate for a model of this hidden size."""
-        lr = self.spectral_lr if init == "spectral" and self.spectral_lr else self.lr
-        return lr.at(width)
+    def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
+        """The default peak learning rate for a model of this hidden size.
+
+        Factors that start from an SVD bear less as their rank grows above a quarter of it.
+        """
+        if init != "spectral" or not self.spectral_lr or rank is None:
+            return self.lr.at(width)
+        return float(f"{self.spectral_lr.at(width) * min(1, width / 4 / rank):.2g}")
 
 
 _APOLLO = {

@@ -126,9 +126,9 @@ def resolve(config: RunConfig) -> RunConfig:
     _check_techniques(config, method)
     if method.layers is not None:
         changes["init"] = config.init or method.init
-    width = config.size.hidden_size
-    changes["lr"] = config.lr or method.learning_rate(width, changes.get("init"))
-    changes["rank"] = _checked_rank(config, method)
+    changes["rank"] = rank = _checked_rank(config, method)
+    rate = method.learning_rate(config.size.hidden_size, changes.get("init"), rank)
+    changes["lr"] = config.lr or rate
     changes["method_options"] = options = _checked_options(config, method, changes)
     if not config.reset_every or not config.reset_strength:
         changes |= {"reset_every": 0, "reset_strength": 1.0, "reset_how": "scale"}

@@ -89,7 +89,7 @@ def test_resolving_twice_is_resolving_once(name, values):
 @pytest.mark.parametrize("name", QUICK)
 def test_resolve_fills_everything_a_run_needs(name):
     config, method = resolve(tiny(name, steps=50)), METHODS[name]
-    assert config.lr == method.learning_rate(32, config.init)
+    assert config.lr == method.learning_rate(32, config.init, config.rank)
     assert config.vocab_size == 512
     assert (config.eval_every, config.spectra_every, config.checkpoint_every) == (5, 10, 5)
     assert config.rank == ((method.rank or 8) if method.uses_rank else None)
@@ -118,6 +118,17 @@ def test_defaults_at_the_studys_width_are_what_tuning_found_best(key):
     config = resolve(RunConfig(method=method, init=init))  # of width 64, as in the study
     options = config.method_options
     assert (config.lr, options.get("scale", options.get("alpha"))) == best_of_tuning()[key]
+
+
+@pytest.mark.parametrize(("rank", "best"), [(4, 1e-2), (8, 1e-2), (16, 1e-2), (32, 5e-3)])
+def test_spectral_factors_take_the_rate_that_the_study_found_best_at_their_rank(rank, best):
+    losses = {}
+    for folder in (ROOT / "data" / "study" / "ranks").glob(f"*low-rank-r{rank}-lr*"):
+        lr = json.loads((folder / "config.json").read_text())["config"]["lr"]
+        loss = json.loads((folder / "result.json").read_text())["validation_loss"]
+        losses.setdefault(lr, []).append(loss)
+    assert min(losses, key=lambda lr: sum(losses[lr]) / len(losses[lr])) == best
+    assert resolve(RunConfig(method="low-rank", init="spectral", rank=rank)).lr == best
 
 
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
