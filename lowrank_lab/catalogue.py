@@ -3,6 +3,8 @@
 Learning rates and scales at width 64 are those that the study found best at rank 16 and 20 tokens a
 weight (data/study/README.md, stage 2 of tuning). From width 512 on they are those of the methods'
 authors, as notebooks/studies/paper_*.yaml has them; what these don't have falls as full rank's.
+Over ranks (data/study/ranks) the best rate stayed up to a quarter of the width, and was half of it
+at a half.
 """
 
 from __future__ import annotations
@@ -49,15 +51,14 @@ class Method:
     per_layer: bool = True  # can each weight be updated by itself within the backward pass
     states: str = ""  # elements of optimizer state of an m×n target weight, in words
     spectral_lr: ByWidth | None = None  # the same for factors that start from an SVD
+    halved: bool = False  # whether it is half of that from a rank of half the width on
 
     def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
-        """The default peak learning rate for a model of this hidden size.
-
-        Factors that start from an SVD bear less as their rank grows above a quarter of it.
-        """
-        if init != "spectral" or not self.spectral_lr or rank is None:
-            return self.lr.at(width)
-        return float(f"{self.spectral_lr.at(width) * min(1, width / 4 / rank):.2g}")
+        """The default peak learning rate for a model of this hidden size."""
+        lr = (init == "spectral" and self.spectral_lr) or self.lr
+        found = self.halved and (self.layers is None or lr is self.spectral_lr)
+        high = found and rank is not None and 2 * rank >= width
+        return lr.at(width) * (0.5 if high else 1.0)
 
 
 _APOLLO = {
@@ -94,6 +95,7 @@ BUILT_IN = (
         lr=ByWidth({64: 2.5e-3, 512: 1.5e-3, 768: 1.5e-3, 1024: 1e-3}),
         spectral_lr=_SPECTRAL_LR,
         layers="low-rank",
+        halved=True,
         uses_rank=True,
         init="kaiming",
         options={**adam_options(eps=1e-8), "alpha": Option.number(None, 1e-6, 1e6)},
@@ -184,6 +186,7 @@ BUILT_IN = (
             GaLore, "update_proj_gap", "scale", "proj_type", "refresh", "spread_refresh"
         ),
         lr=ByWidth({64: 1e-2}),
+        halved=True,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),

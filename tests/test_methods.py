@@ -121,14 +121,15 @@ def test_defaults_at_the_studys_width_are_what_tuning_found_best(key):
 
 
 @pytest.mark.parametrize(("rank", "best"), [(4, 1e-2), (8, 1e-2), (16, 1e-2), (32, 5e-3)])
-def test_spectral_factors_take_the_rate_that_the_study_found_best_at_their_rank(rank, best):
+@pytest.mark.parametrize(("method", "init"), [("low-rank", "spectral"), ("galore", None)])
+def test_the_default_rate_is_what_the_study_found_best_at_a_rank(method, init, rank, best):
     losses = {}
-    for folder in (ROOT / "data" / "study" / "ranks").glob(f"*low-rank-r{rank}-lr*"):
+    for folder in (ROOT / "data" / "study" / "ranks").glob(f"micro-{method}-r{rank}-lr*"):
         lr = json.loads((folder / "config.json").read_text())["config"]["lr"]
         loss = json.loads((folder / "result.json").read_text())["validation_loss"]
         losses.setdefault(lr, []).append(loss)
     assert min(losses, key=lambda lr: sum(losses[lr]) / len(losses[lr])) == best
-    assert resolve(RunConfig(method="low-rank", init="spectral", rank=rank)).lr == best
+    assert resolve(RunConfig(method=method, init=init, rank=rank)).lr == best
 
 
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
