@@ -124,7 +124,7 @@ def test_defaults_at_the_studys_width_are_what_tuning_found_best(key):
 @pytest.mark.parametrize(("method", "init"), [("low-rank", "spectral"), ("galore", None)])
 def test_the_default_rate_is_what_the_study_found_best_at_a_rank(method, init, rank, best):
     losses = {}
-    for folder in (ROOT / "data" / "study" / "ranks").glob(f"micro-{method}-r{rank}-lr*"):
+    for folder in (ROOT / "data" / "study").glob(f"ranks*/micro-{method}-r{rank}-lr*"):
         lr = json.loads((folder / "config.json").read_text())["config"]["lr"]
         loss = json.loads((folder / "result.json").read_text())["validation_loss"]
         losses.setdefault(lr, []).append(loss)

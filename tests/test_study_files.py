@@ -10,7 +10,8 @@ from lowrank_lab.runs import final_table, load_runs, write_json
 from lowrank_lab.study import load_study
 from lowrank_lab.tables import summary
 
-CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "tune_larger", "larger", "equal_time")
+CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks",
+         "tune_larger", "larger", "equal_time")  # fmt: skip
 # the fields that tuning decides or that only say what is recorded
 FREE = {"lr", "seed", "steps", "eval_every", "test_tokens", "spectra_every", "spectra_layers",
         "checkpoint_every"}  # fmt: skip
