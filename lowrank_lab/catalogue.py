@@ -3,8 +3,8 @@
 Learning rates and scales at width 64 are those that the study found best at rank 16 and 20 tokens a
 weight (data/study/README.md, stage 2 of tuning). From width 512 on they are those of the methods'
 authors, as notebooks/studies/paper_*.yaml has them; what these don't have falls as full rank's.
-Over ranks (data/study/ranks and ranks_rates) the best rate stayed up to a quarter of the width; at a
-half it was half of it.
+Over ranks (data/study/ranks and ranks_rates) the best rate stayed up to a quarter of the width; at
+half the width it was half of it.
 """
 
 from __future__ import annotations
