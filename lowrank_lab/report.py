@@ -82,11 +82,14 @@ def _pictures(
     shown = [run for run in runs if run.label in labels]
     table, finals = table_of(shown, folder), finals[finals["label"].isin(labels)]
     which = f" The {MOST_LABELS} best of {len(ranking)}." if len(ranking) > MOST_LABELS else ""
-    yield Picture(
-        "loss_by_tokens", figures.loss_curves(table), figures.curve_table(table),
-        f"Validation loss against training tokens; the steep start is cut off.{which}",
-    )  # fmt: skip
-    if not set(SPEED) & set(origins(shown)):
+    curves = figures.curve_table(table)
+    courses = bool((curves.groupby("label").size() > 1).any())  # of one evaluation there is none
+    if courses:
+        yield Picture(
+            "loss_by_tokens", figures.loss_curves(table), curves,
+            f"Validation loss against training tokens; the steep start is cut off.{which}",
+        )  # fmt: skip
+    if courses and not set(SPEED) & set(origins(shown)):
         yield Picture(
             "loss_by_time", figures.loss_curves(table, "seconds"),
             figures.curve_table(table, "seconds"),

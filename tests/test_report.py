@@ -215,6 +215,19 @@ def test_differences_are_taken_from_what_the_study_asks_about_most(tmp_path):
         assert f"\n{reference},0.0," in text
 
 
+def test_runs_that_were_evaluated_once_have_no_empty_figure_of_their_course(tmp_path):
+    write_run(tmp_path / "runs" / "once", "galore")
+    metrics = tmp_path / "runs" / "once" / "metrics.jsonl"
+    rows = read_jsonl(metrics)
+    for row in rows[:-1]:
+        row.pop("validation_loss", None)
+    metrics.unlink()
+    append_jsonl(metrics, rows)
+    names = [picture.name for picture in report.pictures(tmp_path / "runs")]
+    assert "tradeoff" in names
+    assert not {"loss_by_tokens", "loss_by_time"} & set(names)
+
+
 def test_what_came_from_outside_is_escaped(tmp_path):
     hostile = "<script>alert(1)</script>"
     write_run(tmp_path / "runs" / "x", hostile, spectra_layers=hostile)
