@@ -7,6 +7,12 @@ QUICK = [name for name in METHODS if name != "adamw-8bit"]
 PERIODS = ("update_proj_gap", "merge_every", "update_k", "switch")
 
 
+def usual_rate(method):
+    """A rate at which every method trains; defaults come from tuning, and may change."""
+    dense, ranked = METHODS[method].layers is None, METHODS[method].uses_rank
+    return 1e-2 if dense and ranked else 2.5e-3 if dense else 5e-3
+
+
 def short_options(method, period):
     """Refreshes, merges, exact steps and resets every `period` steps, where the method has them."""
     options = METHODS[method].options

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short import QUICK, short_options
+from short import QUICK, short_options, usual_rate
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import FactorizedLinear, target_layers
@@ -120,14 +120,18 @@ def test_defaults_at_the_studys_width_are_what_tuning_found_best(key):
     assert (config.lr, options.get("scale", options.get("alpha"))) == best_of_tuning()[key]
 
 
-@pytest.mark.parametrize(("rank", "best"), [(4, 1e-2), (8, 1e-2), (16, 1e-2), (32, 5e-3)])
-@pytest.mark.parametrize(("method", "init"), [("low-rank", "spectral"), ("galore", None)])
+@pytest.mark.parametrize(
+    ("method", "init", "rank", "best"),
+    [("low-rank", "spectral", 4, 1e-2), ("low-rank", "spectral", 8, 1e-2),
+     ("low-rank", "spectral", 32, 5e-3), ("galore", None, 32, 5e-3)],
+)  # fmt: skip
 def test_the_default_rate_is_what_the_study_found_best_at_a_rank(method, init, rank, best):
     losses = {}
     for folder in (ROOT / "data" / "study").glob(f"ranks*/micro-{method}-r{rank}-lr*"):
         lr = json.loads((folder / "config.json").read_text())["config"]["lr"]
         loss = json.loads((folder / "result.json").read_text())["validation_loss"]
         losses.setdefault(lr, []).append(loss)
+    assert len(losses) > 1
     assert min(losses, key=lambda lr: sum(losses[lr]) / len(losses[lr])) == best
     assert resolve(RunConfig(method=method, init=init, rank=rank)).lr == best
 
@@ -403,10 +407,8 @@ def golden_configs():
     short = {"batch": 8, "sequence_length": 32}
     configs = {"low-rank-refactor-reset": tiny("low-rank", lr=5e-3, **TECHNIQUES, **short)}
     for name in QUICK:
-        dense, options = METHODS[name].layers is None, GOLDEN_SCALES.get(name, {})
-        lr = 1e-2 if dense and METHODS[name].uses_rank else 2.5e-3 if dense else 5e-3
-        options = short_options(name, 9) | options
-        configs[name] = tiny(name, lr=lr, method_options=options, **short)
+        options = short_options(name, 9) | GOLDEN_SCALES.get(name, {})
+        configs[name] = tiny(name, lr=usual_rate(name), method_options=options, **short)
     return configs
 
 
