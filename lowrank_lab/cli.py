@@ -322,9 +322,11 @@ def report(
 ) -> None:
     """Table, figures and a self-contained HTML page from a folder of finished runs.
 
-    Without a FOLDER: of every study kept in data/study, with the figures in figures/NAME.
+    Without a FOLDER: of every study kept in data/study, with the figures in figures/NAME. What
+    belongs to a study that is kept there is written to data/runs/kept, if --out isn't given.
     """
     from lowrank_lab import report as reporting
+    from lowrank_lab.config import data_folder
 
     if publish is not None:
         _publish(publish, folders)
@@ -335,12 +337,23 @@ def report(
     if len(folders) != 1:
         raise InputError("folder", [str(f) for f in folders], "one folder, except with --publish")
     (folder,) = folders
-    page = reporting.write_report(folder, title, out=out, figures_in=figures)
+    what, pairs = "", list[tuple[str, str]]()
+    if folder.resolve().parent == (data_folder() / "study").resolve():
+        what, pairs = _questions(folder)
+        out = out or data_folder() / "runs" / "kept" / folder.resolve().name
+    page = reporting.write_report(folder, title, what, out, figures, pairs)
     if keep is not None:
         reporting.keep(folder, keep, keep_rows)
-    _show_table(folder, as_json)
+    _show_table(folder, as_json, pairs)
     if not as_json:
         click.echo(f"\nreport   {page}")
+
+
+def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
+    """What the study file of these kept records says it is about, and asks."""
+    from lowrank_lab.report import asked_in
+
+    return asked_in(STUDIES / f"{kept.resolve().name}.yaml")
 
 
 def _report_kept(out: Path | None, figures: Path | None) -> None:
@@ -359,7 +372,7 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     if not kept:
         raise InputError("folder", str(data_folder() / "study"), "it holds no kept studies")
     pages, pictures = out or data_folder() / "runs" / "kept", figures or Path("figures")
-    questions = [reporting.asked_in(STUDIES / f"{folder.name}.yaml") for folder in kept]
+    questions = [_questions(folder) for folder in kept]
     with ProcessPoolExecutor(min(cores(), len(kept)), get_context("spawn")) as pool:
         written = [
             pool.submit(

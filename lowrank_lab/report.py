@@ -178,6 +178,13 @@ def _comparisons(
             "Test loss against the bytes of weights and optimizer states, over ranks.",
         )  # fmt: skip
     labels = comparable(finals, ranking)
+    asked = [(a, b) for a, b in pairs if {a, b} <= set(labels)]
+    if asked and finals["seed"].nunique() > 1:
+        compared = finals[finals["label"].isin(labels)]
+        yield Picture(
+            "claims", figures.claims(compared, asked), figures.claim_table(compared, asked),
+            "What the study asks: test loss of one variant less another's with the same seed.",
+        )  # fmt: skip
     if finals["seed"].nunique() > 1 and 1 < len(labels) <= MOST_ROWS:
         measures = Counter(b for _, b in pairs if b in labels).most_common(1)
         reference = measures[0][0] if measures else labels[0]

@@ -15,8 +15,6 @@ from lowrank_lab.runs import LAYER_FACTS, Run
 from lowrank_lab.spectra import effective_rank
 from lowrank_lab.stats import mean_interval, p_below
 
-Losses = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]  # by label, one a seed
-
 
 def summary(finals: pd.DataFrame) -> pd.DataFrame:
     """One row a label, best first: n, test loss with interval, perplexity, sizes and time.
@@ -73,9 +71,28 @@ def claims(finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
     Args:
         finals: `runs.final_table`.
     """
-    losses = _losses(finals, itertools.chain(*pairs))
-    below = [p_below(_paired(losses, a, b).tolist()) for a, b in pairs]
+    below = [p_below(row[~np.isnan(row)].tolist()) for row in paired(finals, pairs).to_numpy()]
     return _differences(finals, pairs, fewest=0).assign(**{"p (A < B)": below})
+
+
+def paired(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """Test loss of A less that of B: a row a pair, in their order, a column a seed.
+
+    NaN where one of the two has no run with that seed, and for labels that aren't there or stand
+    for several configurations.
+
+    Args:
+        finals: `runs.final_table`.
+    """
+    pairs = list(pairs)
+    labels = dict.fromkeys(itertools.chain(*pairs))
+    wanted = finals[finals["label"].isin(comparable(finals, labels))]
+    losses = wanted.pivot(index="seed", columns="label", values="test_loss")
+    of = losses.reindex(columns=list(labels)).to_numpy(float).T
+    at = {label: i for i, label in enumerate(labels)}
+    a, b = ([at[pair[side]] for pair in pairs] for side in (0, 1))
+    values = of[a] - of[b] if pairs else np.empty((0, len(losses)))
+    return pd.DataFrame(values, columns=losses.index)
 
 
 def structure(runs: Iterable[Run]) -> pd.DataFrame:
@@ -83,11 +100,14 @@ def structure(runs: Iterable[Run]) -> pd.DataFrame:
 
     Effective ranks of W and of W − W₀, condition numbers of the factors and their imbalance, the
     energy of the gradient that a projection captures and its overlap with the one before: those of
-    them that some run has recorded.
+    them that some run has recorded. Only layers that every run with spectra has recorded count.
     """
     ends = []
-    for run in runs:
-        layers = run.last_layers
+    recorded = [(run, {layer["layer"]: layer for layer in run.last_layers}) for run in runs]
+    names = [set(layers) for _, layers in recorded if layers]
+    common = set.intersection(*names) if names else set()
+    for run, by_name in recorded:
+        layers = [layer for name, layer in by_name.items() if name in common]
         ranks = {
             f"effective rank of {what}": _mean(
                 float(effective_rank(torch.tensor(layer[kind])))
@@ -116,31 +136,15 @@ def _differences(
 ) -> pd.DataFrame:
     """Paired differences of those pairs that have at least `fewest` seeds in common."""
     pairs = list(pairs)
-    losses = _losses(finals, itertools.chain(*pairs))
     rows: list[tuple[Any, ...]] = []
-    for a, b in pairs:
-        paired = _paired(losses, a, b)
-        if len(paired) >= max(1, fewest):
-            mean, half_width, n = mean_interval(paired.tolist())
+    for (a, b), row in zip(pairs, paired(finals, pairs).to_numpy(), strict=True):
+        there = row[~np.isnan(row)].tolist()
+        if len(there) >= max(1, fewest):
+            mean, half_width, n = mean_interval(there)
             rows.append((a, b, n, mean, half_width, abs(mean) > half_width))
         elif not fewest:
             rows.append((a, b, 0, np.nan, np.nan, False))
     return pd.DataFrame(rows, columns=["A", "B", "n", "A − B", "±", "separated"])
-
-
-def _losses(finals: pd.DataFrame, labels: Iterable[str]) -> Losses:
-    """Test losses of those of the labels that can be compared, NaN where a seed is missing."""
-    wanted = finals[finals["label"].isin(comparable(finals, set(labels)))]
-    table = wanted.pivot(index="seed", columns="label", values="test_loss")
-    return {str(label): table[label].to_numpy(float) for label in table}
-
-
-def _paired(losses: Losses, a: str, b: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """A − B, for each seed that both have."""
-    if a not in losses or b not in losses:
-        return np.empty(0)
-    paired = losses[a] - losses[b]
-    return paired[~np.isnan(paired)]
 
 
 def comparable(finals: pd.DataFrame, labels: Iterable[str]) -> list[str]:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
+from studies import NOTEBOOKS
 
 from lowrank_lab import step
 from lowrank_lab.cli import main
@@ -72,6 +74,19 @@ def test_report_prints_the_table_as_json_too(trained, tmp_path):
     assert done.exit_code == 0, done.output
     assert [row["label"] for row in json.loads(done.stdout)] == ["mine"]
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_kept_study_is_reported_with_its_questions_and_stays_as_it_is(tmp_path, monkeypatch):
+    here = NOTEBOOKS.parent / "data" / "study" / "equal_time"
+    shutil.copytree(here, tmp_path / "study" / "equal_time")
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path))
+    before = sorted((tmp_path / "study").rglob("*"))
+    done = run("report", tmp_path / "study" / "equal_time")
+    assert done.exit_code == 0, done.output
+    assert "p (A < B)" in done.stdout
+    assert sorted((tmp_path / "study").rglob("*")) == before
+    page = tmp_path / "runs" / "kept" / "equal_time" / "report.html"
+    assert "Is A below B?" in page.read_text()
 
 
 def test_data_says_what_is_in_a_corpus(text_corpus):

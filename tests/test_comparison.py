@@ -53,6 +53,36 @@ def test_the_figure_of_differences_shows_every_seed_mean_and_interval():
     assert "3 seeds" in ax.get_title(loc="right")
 
 
+def test_each_claim_has_a_row_in_the_order_of_the_questions_if_a_seed_can_answer_it():
+    losses = LOSSES | {"late": [None, 3.0, None], "other": [3.0, None, 3.0]}
+    asked = [("mine", "full-rank"), ("galore", "unknown"), ("late", "other"), ("late", "galore")]
+    table = figures.claim_table(finals(losses), asked)
+    assert list(zip(table["A"], table["B"], strict=True)) == [asked[0], asked[3]]
+    assert table["n"].tolist() == [3, 1]
+    assert table.loc[0, ["seed 0", "seed 1", "seed 2"]].tolist() == pytest.approx([-0.1, -0.2, 0.1])
+    assert table.loc[1, "difference"] == pytest.approx(-0.6)
+
+
+def test_the_figure_of_claims_says_which_are_separated_and_on_which_side():
+    losses = {"low": [1.0, 1.1, 1.2], "high": [2.0, 2.2, 2.1], "near": [1.1, 1.0, 1.25]}
+    asked = [("low", "high"), ("high", "low"), ("low", "near")]
+    (ax,) = figures.claims(finals(losses), asked).axes
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    assert names == ["low − high", "high − low", "low − near"]
+    below, above, undecided = (text.get_color() for text in ax.texts)
+    assert len({below, above, undecided}) == 3
+    assert ax.texts[0].get_text() == "−1.000 ± 0.248  n 3"  # deviation 0.1, t 4.303
+
+
+def test_intervals_of_two_seeds_do_not_stretch_the_axis_of_claims():
+    losses = {"a": [1.0, 1.1, 1.2], "b": [1.2, 1.3, 1.5], "two": [1.0, 1.5]}
+    (ax,) = figures.claims(finals(losses), [("a", "b"), ("two", "b")]).axes
+    low, high = ax.get_xlim()
+    assert low < -0.4
+    assert high < 1  # the interval of the second reaches to 2.5 on either side
+    assert ax.texts[1].get_text().startswith("+0.000 ± 2.541")
+
+
 def test_a_reference_that_is_not_there_is_named():
     with pytest.raises(InputError, match="reference: 'best' is not allowed; one of full-rank"):
         figures.difference_table(finals(LOSSES), "best")

@@ -73,6 +73,22 @@ def test_how_layers_ended_is_the_mean_over_layers_and_seeds_of_the_last_record(t
     }
 
 
+def test_only_layers_that_all_runs_recorded_count_in_how_they_ended(tmp_path):
+    for seed, (label, layers) in enumerate({"few": "b", "all": "abc", "none": ""}.items()):
+        write_run(tmp_path / label, label, seed)
+        file = tmp_path / label / "spectra.jsonl"
+        file.unlink()
+        append_jsonl(
+            file,
+            [{"step": 5, "layer": name, "singular_values": [1.0, float(name == "b")]}
+             for name in layers],
+        )  # fmt: skip
+    table = tables.structure(find_runs(tmp_path)).set_index("label")
+    ranks = table["effective rank of W"]
+    assert ranks[["few", "all"]].tolist() == pytest.approx([2.0, 2.0])
+    assert math.isnan(ranks["none"])
+
+
 def test_spectra_that_are_not_finite_are_left_out_of_how_layers_ended(tmp_path):
     write_run(tmp_path / "one", "broken", steps=1000)
     layer = {"step": 1000, "layer": "b", "singular_values": [None, 1.0], "update": [None, 1.0]}
@@ -170,6 +186,9 @@ def test_the_report_begins_with_what_was_asked(folder, tmp_path):
     assert text.index("Is A below B?") < text.index("Differences, seed by seed")
     (row,) = (tmp_path / "out" / "claims.csv").read_text().splitlines()[1:]
     assert row.startswith("better,worse,3,-1.0")
+    first = re.search(r"<img alt=\"([^\"]+)\"", text)[1]
+    assert first.startswith("What the study asks")
+    assert (tmp_path / "out" / "figures" / "claims.png").exists()
 
 
 def test_one_seed_has_a_dash_for_its_interval(tmp_path):

@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
 
+import pandas as pd
 import pytest
 from studies import NOTEBOOKS
 
 from lowrank_lab.runs import final_table, load_runs, write_json
 from lowrank_lab.study import load_study
-from lowrank_lab.tables import summary
+from lowrank_lab.tables import differences, summary
 
 CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks",
          "tune_larger", "larger", "equal_time")  # fmt: skip
@@ -109,3 +111,30 @@ def test_the_tables_of_the_readme_are_what_the_kept_records_say(name, title):
             assert weights == f"{trained} ({row['without embeddings']:,})"
         mib = row["weights + states (MiB)"], row["without embeddings (MiB)"]
         assert states == f"{mib[0]:.2f} MiB ({mib[1]:.2f})"
+
+
+STUDY = NOTEBOOKS.parent / "data" / "study"
+
+
+def told_differences(*names):
+    """Every paired difference of these studies' records taken together, as the README writes it."""
+    parts = [final_table(load_runs(STUDY / name)) for name in names]
+    finals = pd.concat(parts).drop_duplicates(["label", "seed"])
+    table = differences(finals)
+    return {
+        f"{abs(mean):.3f} ± {width:.3f}"
+        for mean, width in zip(table["A − B"], table["±"], strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("title", "studies"),
+    [("the study", [("main", "techniques"), ("equal_time",)]), ("the quick study", [("quick",)])],
+)
+def test_every_difference_that_the_readme_tells_is_one_of_the_kept_records(title, studies):
+    readme = (NOTEBOOKS.parent / "README.md").read_text()
+    part = readme.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
+    prose = " ".join(line for line in part.splitlines() if not line.startswith("|"))
+    told = set(re.findall(r"\d\.\d+ ± \d\.\d+", prose))
+    assert told
+    assert told <= set.union(*(told_differences(*names) for names in studies))

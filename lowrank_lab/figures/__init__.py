@@ -6,6 +6,8 @@ line.
 """
 
 from lowrank_lab.figures.comparison import (
+    claim_table,
+    claims,
     difference_table,
     differences,
     over_ranks,
@@ -72,6 +74,8 @@ __all__ = [
     "Drawing",
     "apart",
     "canvas",
+    "claim_table",
+    "claims",
     "compared_memory",
     "compared_spectra",
     "curve_table",

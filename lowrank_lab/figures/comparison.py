@@ -4,28 +4,69 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, look, rows_of
 from lowrank_lab.formulas import MIB
 from lowrank_lab.stats import mean_interval
+from lowrank_lab.tables import paired
 
 RATE = re.compile(r", lr [^,]+")
 RANK = re.compile(r", rank [^,]+")
 MOST_IN_A_ROW = 4
+BELOW, ABOVE, UNDECIDED = "#0072B2", "#D55E00", "#8C8C8C"  # verdicts on a difference
 
 
-def difference_table(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Test loss of each label less the reference's, seed by seed; best first.
+def claim_table(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """Test loss of A less that of B with the same seed, for each (A, B), in their order.
 
-    Columns: label, difference (mean), half_width (95 %, Student's t), n, and each seed's own.
+    Columns: A, B, difference (mean), half_width (95 %, Student's t), n, and each seed's own. A pair
+    that has no seed in common has no row; see `tables.paired`.
 
     Args:
         finals: `runs.final_table`, one run a label and seed.
+    """
+    pairs = list(pairs)
+    by_seed = paired(finals, pairs)
+    rows = []
+    for pair, own in zip(pairs, by_seed.to_numpy(), strict=True):
+        there = own[~np.isnan(own)].tolist()
+        if there:
+            rows.append((*pair, *mean_interval(there), *own))
+    seeds = [f"seed {seed}" for seed in by_seed]
+    return pd.DataFrame(rows, columns=["A", "B", "difference", "half_width", "n", *seeds])
+
+
+def claims(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> Figure:
+    """Is A below B? A row a pair: every seed's difference, their mean, its interval."""
+    table = claim_table(finals, pairs)
+    figure, ax = canvas(8.2, 0.9 + 0.26 * len(table))
+    for y, row in enumerate(rows_of(table)):
+        separated = abs(row.difference) > row.half_width
+        colour = (BELOW if row.difference < 0 else ABOVE) if separated else UNDECIDED
+        width = "" if math.isnan(row.half_width) else f" ± {row.half_width:.3f}"
+        _difference(ax, y, table.iloc[y], colour, f"{row.difference:+.3f}{width}  n {row.n}")
+    ax.set_xlim(_reach(table))
+    ax.locator_params(axis="x", nbins=6)
+    _against_zero(ax, [f"{a} − {b}" for a, b in zip(table["A"], table["B"], strict=True)])
+    ax.set_xlabel("difference in test loss, same seed (nats a token)")
+    ax.set_title(
+        "mean and 95 % interval; blue: the first is better, orange: worse, grey: not separated",
+        loc="right", color="0.4", fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
+def difference_table(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """`claim_table` of each label and one reference; best first, the label in column `label`.
 
     Raises:
         InputError: the reference is not among the labels.
@@ -33,18 +74,9 @@ def difference_table(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
     labels = list(dict.fromkeys(finals["label"]))
     if reference not in labels:
         raise InputError("reference", reference, f"one of {', '.join(labels)}")
-    losses = finals.pivot(index="seed", columns="label", values="test_loss")
-    rows = []
-    for label in labels:
-        paired = (losses[label] - losses[reference]).dropna()
-        if len(paired):
-            found = mean_interval(paired.tolist())
-            rows.append(
-                (label, found.mean, found.half_width, found.n, *paired.reindex(losses.index))
-            )
-    seeds = [f"seed {seed}" for seed in losses.index]
-    columns = ["label", "difference", "half_width", "n", *seeds]
-    return pd.DataFrame(rows, columns=columns).sort_values("difference", ignore_index=True)
+    table = claim_table(finals, [(label, reference) for label in labels])
+    table = table.drop(columns="B").rename(columns={"A": "label"})
+    return table.sort_values("difference", ignore_index=True)
 
 
 def differences(finals: pd.DataFrame, reference: str) -> Figure:
@@ -52,25 +84,49 @@ def differences(finals: pd.DataFrame, reference: str) -> Figure:
     table = difference_table(finals, reference)
     labels = table["label"].tolist()
     figure, ax = canvas(6.6, 0.9 + 0.26 * len(table))
-    seeds = [column for column in table if str(column).startswith("seed ")]
-    for y, (row, own) in enumerate(zip(rows_of(table), table[seeds].to_numpy(), strict=True)):
+    for y, row in enumerate(rows_of(table)):
         colour, *_ = look(row.label, labels)
-        ax.plot(own, [y + 0.24] * len(own), "o", color=colour, ms=3, alpha=0.6, mew=0)
-        width = None if math.isnan(row.half_width) else row.half_width
-        ax.errorbar(row.difference, y, xerr=width, fmt="o", ms=6, color=colour, capsize=3)
-        ax.annotate(
-            f"{row.difference:+.3f}" if row.label != reference else "0", (1.01, y),
-            xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=8.5,
-        )  # fmt: skip
-    ax.axvline(0, color="0.4", lw=1)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.grid(axis="y", visible=False)
+        words = f"{row.difference:+.3f}" if row.label != reference else "0"
+        _difference(ax, y, table.iloc[y], colour, words)
+    _against_zero(ax, labels)
     ax.set_xlabel(f"test loss − that of {reference}, same seed (nats a token)")
     low, high = int(table["n"].min()), int(table["n"].max())
     count = f"{high}" if low == high else f"{low} to {high}"
     ax.set_title(f"{count} seeds, mean and 95 % interval", loc="right", color="0.4", fontsize=8)
     return figure
+
+
+def _difference(ax: Axes, y: int, row: pd.Series[Any], colour: str, words: str) -> None:
+    """One row: the seeds' own differences as small dots above their mean and its interval."""
+    own = [value for name, value in row.items() if str(name).startswith("seed ")]
+    ax.plot(own, [y + 0.24] * len(own), "o", color=colour, ms=3, alpha=0.6, mew=0)
+    width = None if math.isnan(row["half_width"]) else row["half_width"]
+    ax.errorbar(row["difference"], y, xerr=width, fmt="o", ms=6, color=colour, capsize=3)
+    ax.annotate(
+        words.replace("-", "−"), (1.01, y), xycoords=("axes fraction", "data"), color=colour,
+        va="center", fontsize=8.5,
+    )  # fmt: skip
+
+
+def _against_zero(ax: Axes, names: Sequence[str]) -> None:
+    """Rows of these names from the top down, and a line at 0."""
+    ax.axvline(0, color="0.4", lw=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+
+
+def _reach(table: pd.DataFrame) -> tuple[float, float]:
+    """What the axis spans: 0, every seed, and intervals of three seeds or more.
+
+    That of two seeds is a dozen times as wide as they are apart, and would leave nothing to see of
+    the others: it runs out of the axis.
+    """
+    wide = table["half_width"].where(table["n"] > 2, 0)
+    seeds = table[[name for name in table if str(name).startswith("seed ")]]
+    low = min(0, (table["difference"] - wide).min(), seeds.min(axis=None))
+    high = max(0, (table["difference"] + wide).max(), seeds.max(axis=None))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
 def rate_table(finals: pd.DataFrame) -> pd.DataFrame:
