@@ -74,7 +74,8 @@ class Selection:
                 first.setdefault(values, run)
         if not losses:
             looked_for = ", ".join(f"{n} {v}" for n, v in zip(self.by, wanted, strict=True))
-            raise InputError(place, looked_for, f"no such run in {self.source}")
+            nowhere = f"no such run in {self.source}{_left_out(self.source)}"
+            raise InputError(place, looked_for, nowhere)
         means = {values: math.fsum(found) / len(found) for values, found in losses.items()}
         best = min(means, key=means.__getitem__)
         if not self.edges:
@@ -184,8 +185,16 @@ def _results(name: str, place: str, by: tuple[str, ...]) -> list[tuple[RunConfig
         ]
     if not found:
         allowed = f"no finished study of this name in {data_folder() / 'runs'} or "
-        raise InputError(place, name, f"{allowed}{data_folder() / 'study'}")
+        raise InputError(place, name, f"{allowed}{data_folder() / 'study'}{_left_out(name)}")
     return found
+
+
+def _left_out(name: str) -> str:
+    """Why this machine's runs of a study don't count, if they don't."""
+    folder = data_folder() / "runs" / name
+    runs = find_runs(folder) if folder.is_dir() else []
+    left = [run.folder.name for run in runs if not run.finished]
+    return f"; what is in {folder} doesn't count while {left[0]} is unfinished" if left else ""
 
 
 def _values(config: RunConfig, names: tuple[str, ...]) -> Values:

@@ -164,8 +164,16 @@ def test_kept_runs_of_another_model_or_length_do_not_count_beside_own_ones(
 
 def test_an_unfinished_study_chooses_nothing(study_file, tried):
     name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), None))
-    with pytest.raises(InputError, match="no finished study of this name"):
+    with pytest.raises(InputError, match=r"no finished study of this name.*while 1 is unfinished"):
         load_study(study_file(select={"from": name}, variants={"a": {"method": "low-rank"}}))
+
+
+def test_it_is_said_that_an_unfinished_study_left_its_runs_to_the_kept_ones(study_file, tried):
+    name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), None))
+    tried(({"method": "galore", "lr": 4e-3}, 1.0), place="study")
+    path = study_file(select={"from": name}, variants={"a": {"method": "low-rank"}})
+    with pytest.raises(InputError, match=f"no such run in {name}; .*while 1 is unfinished"):
+        load_study(path)
 
 
 @pytest.mark.parametrize("losses", [(1.0, 2.0, 3.0), (3.0, 2.0, 1.0)])
