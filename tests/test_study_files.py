@@ -13,7 +13,7 @@ from lowrank_lab.study import load_study
 from lowrank_lab.tables import differences, summary
 
 CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks",
-         "tune_larger", "larger", "equal_time")  # fmt: skip
+         "tune_larger", "tune_larger_full", "larger", "equal_time")  # fmt: skip
 # the fields that tuning decides or that only say what is recorded
 FREE = {"lr", "seed", "steps", "eval_every", "test_tokens", "spectra_every", "spectra_layers",
         "checkpoint_every"}  # fmt: skip
@@ -49,7 +49,13 @@ def variants(runs):
 
 
 @pytest.mark.parametrize(
-    ("earlier", "later"), [("tune_short", "tune"), ("tune", "main"), ("tune_larger", "larger")]
+    ("earlier", "later"),
+    [
+        ("tune_short", "tune"),
+        ("tune", "main"),
+        ("tune_larger", "tune_larger_full"),
+        ("tune_larger_full", "larger"),
+    ],
 )
 def test_what_is_compared_was_tuned_with_the_same_settings(chain, earlier, later):
     before, after = variants(chain[earlier]), variants(chain[later])
