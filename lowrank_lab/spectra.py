@@ -110,20 +110,29 @@ def low_rank_shares(layer: SLTrainLinear) -> Tensor:
 
 
 def subspace_overlap(P: Tensor, Q: Tensor) -> Tensor:
-    """‖Pᵀ Q‖² / r of two m×r matrices with orthonormal columns: 1 the same space, 0 orthogonal.
+    """‖Pᵀ Q‖² / r of the spaces that the columns of two m×r matrices span, made orthonormal.
 
-    Two random spaces overlap by r / m on average.
+    1 is the same space, 0 an orthogonal one; two random spaces overlap by r / m on average.
     """
-    return (P.double().T @ Q.double()).square().sum() / P.shape[1]
+    return (_basis(P).T @ _basis(Q)).square().sum() / P.shape[1]
 
 
 def captured_energy(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """‖Lᵀ G‖² / ‖G‖² (or G R, Lᵀ G R): what of a gradient a projection sees; 0 of no gradient."""
+    """Share of a gradient's energy ‖G‖² in the spaces that a projection's columns span.
+
+    ‖Lᵀ G‖² / ‖G‖² (or G R, Lᵀ G R) with L and R made orthonormal first, which APOLLO's random ones
+    aren't; 0 of no gradient.
+    """
     seen = G.double()
     total = seen.square().sum()
-    seen = seen if left is None else left.double().T @ seen
-    seen = seen if right is None else seen @ right.double()
+    seen = seen if left is None else _basis(left).T @ seen
+    seen = seen if right is None else seen @ _basis(right)
     return torch.where(total > 0, seen.square().sum() / total, torch.zeros_like(total))
+
+
+def _basis(P: Tensor) -> Tensor:
+    """An orthonormal basis, in float64, of what the columns of P span."""
+    return torch.linalg.qr(P.double()).Q
 
 
 def energy_in_top(singular: Tensor, k: int) -> Tensor:

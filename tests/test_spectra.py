@@ -225,6 +225,16 @@ def test_captured_energy_is_that_of_the_projected_gradient():
     assert float(captured_energy(0 * G, Q, None)) == 0
 
 
+def test_energy_and_overlap_are_of_spaces_whatever_their_bases():
+    G, P, Q = random(6, 4), random(6, 2, 1), random(4, 2, 2)
+    A, B = torch.linalg.qr(P)[0], torch.linalg.qr(Q)[0]
+    mix = torch.tensor([[3.0, 1.0], [0.0, 0.01]], dtype=P.dtype)
+    inside = (A.T @ G @ B).square().sum() / G.square().sum()
+    assert float(captured_energy(G, P @ mix, Q @ mix)) == pytest.approx(float(inside))
+    assert float(subspace_overlap(P @ mix, P)) == pytest.approx(1)
+    assert float(subspace_overlap(P @ mix, A)) == pytest.approx(1)
+
+
 def test_energy_in_the_top_is_of_squares_and_reaches_one():
     values = torch.tensor([3.0, 4.0, 0.0])
     assert float(energy_in_top(values, 1)) == pytest.approx(16 / 25)
@@ -282,6 +292,18 @@ def test_transported_momentum_keeps_its_direction_where_kept_momentum_does_not()
 
 
 # Runs
+
+
+@pytest.mark.parametrize("method", ["apollo", "apollo-mini", "golore"])
+def test_no_projection_sees_more_of_a_gradient_than_there_is(tmp_path, method):
+    config = RunConfig(
+        model="tiny", method=method, rank=4, corpus="markov", vocab_size=64, steps=2, batch=2,
+        sequence_length=32, spectra_every=1, eval_tokens=64, test_tokens=64,
+    )  # fmt: skip
+    facts = train(config, tmp_path / "run").layer_facts
+    seen = facts[["captured_energy", "overlap"]].dropna()
+    assert len(seen) > 2
+    assert seen.stack().between(0, 0.999).all()
 
 
 def test_a_run_records_updates_gradients_subspaces_and_momentum(tmp_path):
