@@ -132,7 +132,8 @@ def captured_energy(G: Tensor, left: Tensor | None, right: Tensor | None) -> Ten
 
 def _basis(P: Tensor) -> Tensor:
     """An orthonormal basis, in float64, of what the columns of P span."""
-    return torch.linalg.qr(P.double()).Q
+    basis: Tensor = torch.linalg.qr(P.double()).Q
+    return basis
 
 
 def energy_in_top(singular: Tensor, k: int) -> Tensor:
