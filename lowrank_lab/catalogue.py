@@ -1,9 +1,9 @@
 """The built-in methods: one row each, with all defaults. Adding a method adds a row here.
 
 Learning rates and scales at width 64 are those that the study found best at rank 16 and 20 tokens a
-weight (data/study/README.md: stage 2 of tuning; stage 1 for SPAM, Stable-SPAM and AdamW in 8 bits,
-and GaLore's for GoLore). From width 512 on they are those of notebooks/studies/paper_*.yaml, which
-say whose script or guess each is; what these don't have falls as full rank's.
+weight (data/study/README.md: stage 2 of tuning). From width 512 on they are those of
+notebooks/studies/paper_*.yaml, which say whose script or guess each is; what these don't have falls
+as full rank's.
 Over ranks (data/study/ranks and ranks_rates) the best rate stayed up to a quarter of the width; at
 half the width it was half of it.
 """
