@@ -164,7 +164,8 @@ def rates(finals: pd.DataFrame) -> Figure:
     for ax in axes[len(variants) - columns : len(variants)]:  # the lowest of each column
         ax.tick_params(labelbottom=True)
     axes[0].set_xlim(table["lr"].min() / 1.3, table["lr"].max() * 1.3)
-    axes[0].set_xticks(sorted(table["lr"].unique())[::2], minor=False)
+    tried = sorted(table["lr"].unique())
+    axes[0].set_xticks(tried if len(tried) <= 4 else tried[::2], minor=False)
     axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].minorticks_off()
     figure.supxlabel("peak learning rate", fontsize=9.5)
