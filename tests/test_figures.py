@@ -102,6 +102,15 @@ def test_the_tradeoff_can_be_against_the_peak_of_a_step():
     assert "weights + optimizer states" in figures.tradeoff(finals).axes[0].get_xlabel()
 
 
+def test_the_tradeoff_parts_markers_of_the_same_bytes_only_where_their_intervals_meet():
+    finals = finals_table(seeds=[0]).assign(weight_bytes=2**22, optimizer_state_bytes=0)
+    finals["test_perplexity"] = [10.0, 10.1, 10.2, 20.0]
+    (ax,) = figures.tradeoff(finals).axes
+    at = [line.get_transform().transform(line.get_xydata())[0, 0] for line in ax.lines]
+    assert len({round(x) for x in at[:3]}) == 3
+    assert at[3] == at[0] == pytest.approx(ax.transData.transform((4, 10))[0])
+
+
 def test_one_label_alone_can_be_drawn():
     assert texts(figures.tradeoff(finals_table(["galore"], [0]))) == ["galore  20.00"]
     assert texts(figures.loss_curves(runs_table(["galore"], [0], [10]))) == ["3.500"]

@@ -140,10 +140,11 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
     figure, ax = canvas(6.4, _height(labels))
     sizes = table.iloc[:, 1]
     ends = []
-    for row, size, shift in zip(rows_of(table), sizes, _dodged(sizes.tolist()), strict=True):
+    errors = table["half_width"].where(table["n"] > 1, 0.0)
+    shifts = _dodged(sizes.tolist(), table["mean"].tolist(), errors.tolist())
+    for row, size, error, shift in zip(rows_of(table), sizes, errors, shifts, strict=True):
         colour, _, marker = look(row.label, labels)
         aside = offset_copy(ax.transData, figure, x=shift, units="points")
-        error = 0.0 if row.n == 1 else row.half_width
         ax.errorbar(
             size, row.mean, yerr=error or None, fmt=marker, ms=7, color=colour, capsize=3,
             transform=aside,
@@ -162,10 +163,20 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
     return figure
 
 
-def _dodged(values: list[float]) -> list[float]:
-    """Shifts in points that part markers whose values are (nearly) the same."""
-    groups = [[i for i, v in enumerate(values) if abs(v - w) <= 0.01 * w] for w in values]
-    return [7.0 * (g.index(i) - (len(g) - 1) / 2) for i, g in enumerate(groups)]
+def _dodged(sizes: list[float], means: list[float], errors: list[float]) -> list[float]:
+    """Shifts in points that part markers of (nearly) the same size whose intervals meet."""
+    marker = 0.04 * (max(means) - min(means))
+    shifts: list[float] = []
+    for i, (size, mean, error) in enumerate(zip(sizes, means, errors, strict=True)):
+        taken = {
+            shifts[j]
+            for j in range(i)
+            if abs(sizes[j] - size) <= 0.01 * size
+            and abs(means[j] - mean) <= errors[j] + error + marker
+        }
+        places = (7.0 * place for place in sorted(range(-i, i + 1), key=abs))
+        shifts.append(next(place for place in places if place not in taken))
+    return shifts
 
 
 def _count(value: float) -> str:
