@@ -111,6 +111,8 @@ def compared_spectra(spectra: pd.DataFrame) -> Figure:
         )
     else:
         columns = 3 if len(labels) > 4 else len(labels)
+        lower = max(0, -(-len(labels) // columns) - 2)  # lines of the legend that have no room
+        figure.set_figheight(figure.get_figheight() + 0.17 * lower)
         figure.legend(lines, texts, frameon=False, fontsize=7.5, loc="outside upper center",
                       ncols=columns)  # fmt: skip
     return figure

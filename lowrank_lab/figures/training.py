@@ -166,17 +166,18 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
 def _dodged(sizes: list[float], means: list[float], errors: list[float]) -> list[float]:
     """Shifts in points that part markers of (nearly) the same size whose intervals meet."""
     marker = 0.04 * (max(means) - min(means))
-    shifts: list[float] = []
+    places: list[int] = []
     for i, (size, mean, error) in enumerate(zip(sizes, means, errors, strict=True)):
         taken = {
-            shifts[j]
+            places[j]
             for j in range(i)
             if abs(sizes[j] - size) <= 0.01 * size
             and abs(means[j] - mean) <= errors[j] + error + marker
         }
-        places = (7.0 * place for place in sorted(range(-i, i + 1), key=abs))
-        shifts.append(next(place for place in places if place not in taken))
-    return shifts
+        near = sorted(range(-i, i + 1), key=abs)
+        places.append(next(place for place in near if place not in taken))
+    points = min(7.0, 16.0 / max(1, *map(abs, places)))
+    return [points * place for place in places]
 
 
 def _count(value: float) -> str:
