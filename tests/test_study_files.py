@@ -14,7 +14,7 @@ from lowrank_lab.study import load_study
 from lowrank_lab.tables import claims, summary
 
 CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks",
-         "tune_larger", "tune_larger_full", "larger", "equal_time")  # fmt: skip
+         "tune_larger", "tune_larger_full", "larger", "larger_rate", "equal_time")  # fmt: skip
 # the fields that tuning decides or that only say what is recorded
 FREE = {"lr", "seed", "steps", "eval_every", "test_tokens", "spectra_every", "spectra_layers",
         "checkpoint_every"}  # fmt: skip
@@ -101,7 +101,10 @@ def test_steps_of_the_same_time_follow_from_the_measured_step_times(chain):
         assert config.steps == pytest.approx(1300 / ratios[label], rel=0.02), label
 
 
-@pytest.mark.parametrize(("name", "title"), [("main", "the study"), ("quick", "the quick study")])
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("main", "the study"), ("larger", "the larger model"), ("quick", "the quick study")],
+)
 def test_the_tables_of_the_readme_are_what_the_kept_records_say(name, title):
     readme = (NOTEBOOKS.parent / "README.md").read_text()
     part = readme.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
@@ -129,7 +132,8 @@ def claimed(name):
 @pytest.mark.parametrize(
     ("title", "names"),
     [
-        ("the study", ["main", "techniques", "equal_time"]),
+        ("the study", ["main", "techniques", "equal_time", "larger"]),
+        ("the larger model", ["larger"]),
         ("the quick study", ["quick"]),
     ],
 )
