@@ -338,9 +338,11 @@ def report(
         raise InputError("folder", [str(f) for f in folders], "one folder, except with --publish")
     (folder,) = folders
     what, pairs = "", list[tuple[str, str]]()
-    if folder.resolve().parent == (data_folder() / "study").resolve():
+    place, kept = folder.resolve(), (data_folder() / "study").resolve()
+    if place.parent == kept:
         what, pairs = _questions(folder)
-        out = out or data_folder() / "runs" / "kept" / folder.resolve().name
+    if place.is_relative_to(kept):
+        out = out or data_folder() / "runs" / "kept" / place.relative_to(kept)
     page = reporting.write_report(folder, title, what, out, figures, pairs)
     if keep is not None:
         reporting.keep(folder, keep, keep_rows)

@@ -84,6 +84,7 @@ def test_a_kept_study_is_reported_with_its_questions_and_stays_as_it_is(tmp_path
     done = run("report", tmp_path / "study" / "equal_time")
     assert done.exit_code == 0, done.output
     assert "p (A < B)" in done.stdout
+    assert run("report", tmp_path / "study").exit_code == 0  # all that is kept as one
     assert sorted((tmp_path / "study").rglob("*")) == before
     page = tmp_path / "runs" / "kept" / "equal_time" / "report.html"
     assert "Is A below B?" in page.read_text()
