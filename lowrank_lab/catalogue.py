@@ -2,9 +2,8 @@
 
 Learning rates and scales at width 64 are those that the study found best at rank 16 and 20 tokens a
 weight (data/study/README.md: stage 2 of tuning), and at width 96 what it found for its larger model
-(GoLore has GaLore's; spectral factors lie between what they want without and with the techniques).
-From width 512 on they are those of notebooks/studies/paper_*.yaml, which say whose script or guess
-each is; what these don't have falls as full rank's.
+(GoLore has GaLore's). From width 512 on they are those of notebooks/studies/paper_*.yaml, which say
+whose script or guess each is; what these don't have falls as full rank's.
 Over ranks (data/study/ranks and ranks_rates) the best rate stayed up to a quarter of the width; at
 half the width it was half of it.
 """
@@ -77,7 +76,7 @@ _LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
 _GALORE_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 1e-2})
 _GALORE_SCALE = ByWidth({64: 1.0, 96: 1.0, 512: 0.25})
 _DENSE_LR = ByWidth({64: 5e-3, 96: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})
-_SPECTRAL_LR = ByWidth({64: 1e-2, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
+_SPECTRAL_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
 BUILT_IN = (
     Method(
