@@ -132,8 +132,8 @@ def claimed(name):
 @pytest.mark.parametrize(
     ("title", "names"),
     [
-        ("the study", ["main", "techniques", "equal_time", "larger"]),
-        ("the larger model", ["larger"]),
+        ("the study", ["main", "techniques", "equal_time", "larger", "larger_rate"]),
+        ("the larger model", ["larger", "larger_rate"]),
         ("the quick study", ["quick"]),
     ],
 )
