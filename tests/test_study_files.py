@@ -142,9 +142,11 @@ def test_every_difference_that_the_readme_tells_is_an_answer_to_what_a_study_ask
     part = readme.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
     prose = " ".join(line for line in part.splitlines() if not line.startswith("|"))
     answers = pd.concat([claimed(name) for name in names])
-    means, widths = answers["A − B"].abs(), answers["±"]
-    differences = {f"{m:.3f} ± {w:.3f}" for m, w in zip(means, widths, strict=True)}
-    told = set(re.findall(r"\d\.\d+ ± \d\.\d+", " ".join(prose.split())))
+    differences = set()  # with the sign of A − B, or without one
+    for mean, width in zip(answers["A − B"], answers["±"], strict=True):
+        size = f"{abs(mean):.3f} ± {width:.3f}"
+        differences |= {size, ("+" if mean > 0 else "−") + size}
+    told = set(re.findall(r"[−+]?\d\.\d+ ± \d\.\d+", " ".join(prose.split())))
     assert told
     assert told <= differences
     below = [min(p, 1 - p) for p in answers["p (A < B)"]]
