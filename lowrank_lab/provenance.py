@@ -13,19 +13,19 @@ from lowrank_lab import distributed
 from lowrank_lab.corpus import Corpus
 
 PACKAGE = Path(__file__).resolve().parent
-# Rooms whose source decides what a run computes; a change elsewhere needs no new training.
-TRAINING_ROOMS = (
+# Files and packages whose source decides what a run computes; other changes need no new training.
+TRAINING_SOURCES = (
     "config.py", "distributed.py", "products.py", "sources.py", "tokens.py", "shards.py",
     "corpus.py", "layers", "attention.py", "llama.py", "optim", "techniques.py", "schedule.py",
     "options.py", "builders.py", "catalogue.py", "methods.py", "sharded.py", "step.py", "train.py",
 )  # fmt: skip
 
 
-def source_hash(rooms: tuple[str, ...] = (".",)) -> str:
+def source_hash(places: tuple[str, ...] = (".",)) -> str:
     """SHA-256 of the library's own source, or of some of its rooms."""
     digest = hashlib.sha256()
-    for room in rooms:
-        path = PACKAGE / room
+    for place in places:
+        path = PACKAGE / place
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
@@ -33,7 +33,7 @@ def source_hash(rooms: tuple[str, ...] = (".",)) -> str:
 
 def training_source() -> str:
     """SHA-256 of the source that decides what a run computes; kept with every run."""
-    return source_hash(TRAINING_ROOMS)
+    return source_hash(TRAINING_SOURCES)
 
 
 def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:

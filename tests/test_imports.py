@@ -1,93 +1,130 @@
-"""Imports go one way through the house, and importing the library stays cheap."""
+"""Imports go one way, between packages and within them, and importing the library stays cheap."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import lowrank_lab
-from lowrank_lab.provenance import TRAINING_ROOMS
+from lowrank_lab.provenance import TRAINING_SOURCES
 
 PACKAGE = Path(lowrank_lab.__file__).parent
-# A module may import only modules before it.
-ORDER = (
-    "config distributed products sources tokens shards corpus layers attention llama optim "
-    "techniques schedule options allocator builders catalogue methods sharded step tracing "
-    "formulas ranks memory budget spectra checkpoint provenance runs watch train needs sample "
-    "export stats tables one_matrix grid figures slider panel one_matrix_view grid_view report "
-    "widgets explorer merge jobs runner selection cluster pages publish study study_view "
-    "budget_view cli __main__"
-).split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = (
     "matplotlib pandas papermill tokenizers seaborn transformers datasets dask distributed"
 ).split()
+# What a run writes and keeps, but doesn't compute with.
+RECORDS = {
+    "allocator.py", "tracing.py", "formulas.py", "ranks.py", "memory.py", "spectra.py",
+    "checkpoint.py", "provenance.py", "runs.py", "watch.py",
+}  # fmt: skip
 
 
 def name_of(path):
     return path.relative_to(PACKAGE).as_posix()
 
 
-def room_of(path):
-    """The module or subpackage of the library that a file belongs to."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def module_of(path):
+    """The dotted name of a file's module within the library; a package's own is its name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_rooms(tree, path):
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported_modules(tree, path):
     """Modules of the library that a syntax tree imports, at any depth and under any condition."""
-    rooms = set()
+    found = set()
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+            assert "lowrank_lab" not in names, f"{path.name} imports the whole package"
         elif isinstance(node, ast.ImportFrom):
             source = node.module or ""
             if node.level:
                 parts = path.relative_to(PACKAGE.parent).parts[: -node.level]
                 source = ".".join([*parts, *([source] if source else [])])
-            # from lowrank_lab import x: x is a module, or a name that __init__ took from one
-            names = [source] if source != "lowrank_lab" else []
-            names += [f"{source}.{alias.name}" for alias in node.names if not names]
-        rooms |= {name.split(".")[1] for name in names if name.startswith("lowrank_lab.")}
-        assert "lowrank_lab" not in names, f"{path.name} imports the whole package"
-    return rooms
+            # from a.b import c: c is a module, or a name in a.b
+            names = [f"{source}.{alias.name}" for alias in node.names]
+            names = [n if n.removeprefix("lowrank_lab.") in MODULES else source for n in names]
+        found |= {
+            name.removeprefix("lowrank_lab.")
+            for name in names
+            if name.split(".")[0] == "lowrank_lab"
+        }
+    return found - {"lowrank_lab"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_module_has_a_place_in_the_order(path):
-    assert room_of(path) in ORDER
+def graph_of_modules():
+    return {m: imported_modules(ast.parse(p.read_text()), p) - {m} for m, p in MODULES.items()}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_module_imports_only_modules_before_it(path):
-    room = room_of(path)
-    allowed = {*ORDER[: ORDER.index(room)], *([room] if path.parent != PACKAGE else [])}
-    assert imported_rooms(ast.parse(path.read_text()), path) <= allowed
+def package_of(module):
+    return module.partition(".")[0]
 
 
-def test_the_rooms_that_decide_a_run_are_those_that_training_uses():
-    records = {
-        "allocator",
-        "tracing",
-        "formulas",
-        "ranks",
-        "memory",
-        "spectra",
-        "checkpoint",
-        "provenance",
-        "runs",
-        "watch",
-    }  # written or kept, not computed with
+def graph_of_packages(modules):
+    graph = {}
+    for module, imported in modules.items():
+        found = {package_of(other) for other in imported} - {package_of(module)}
+        graph.setdefault(package_of(module), set()).update(found)
+    return graph
+
+
+def order_of(graph):
+    """The names, each after all that it needs; a circle is an error that names it."""
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' → '.join(reversed(error.args[1]))}")
+
+
+def test_packages_import_each_other_one_way():
+    order_of(graph_of_packages(graph_of_modules()))
+
+
+def test_modules_of_a_package_import_each_other_one_way():
+    modules = graph_of_modules()
+    for package in {package_of(module) for module in modules}:
+        within = {m: {o for o in found if package_of(o) == package and o != package}
+                  for m, found in modules.items() if package_of(m) == package}  # fmt: skip
+        order_of(within)
+
+
+def test_a_circle_of_imports_would_be_found():
+    graph = {"a.x": {"b.y"}, "b.y": {"c"}, "c": {"a.z"}, "a.z": set()}
+    order_of(graph)  # none between modules
+    with pytest.raises(pytest.fail.Exception, match=r"circle: .* → "):
+        order_of(graph_of_packages(graph))
+
+
+def test_every_package_says_what_it_is():
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_sources_that_decide_a_run_are_those_that_training_uses():
+    modules = graph_of_modules()
     reached, todo = set(), {"train"}
     while todo:
-        room = todo.pop()
-        reached.add(room)
-        files = [p for p in FILES if room_of(p) == room]
-        found = set().union(*(imported_rooms(ast.parse(p.read_text()), p) for p in files))
-        todo |= found - reached
-    assert {name.removesuffix(".py") for name in TRAINING_ROOMS} == reached - records
+        module = todo.pop()
+        reached.add(module)
+        todo |= modules[module] - reached
+
+    def within(module, places):
+        name = name_of(MODULES[module])
+        return any(name == place or name.startswith(f"{place}/") for place in places)
+
+    assert {m for m in reached if not within(m, TRAINING_SOURCES)} == {
+        m for m in reached if within(m, RECORDS)
+    }
+    unused = [s for s in TRAINING_SOURCES if not any(within(m, [s]) for m in reached)]
+    assert not unused
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -98,21 +135,22 @@ def test_the_library_prints_nothing(path):
 
 
 @pytest.mark.parametrize(
-    ("source", "rooms"),
+    ("source", "modules"),
     [
         ("import lowrank_lab.train as t", {"train"}),
-        ("from lowrank_lab import memory, checkpoint", {"memory", "checkpoint"}),
-        ("from lowrank_lab.optim.base import averages", {"optim"}),
-        ("from .projection import sides", {"optim"}),
-        ("from ..corpus import prepare", {"corpus"}),
-        ("from .. import runs", {"runs"}),
-        ("if TYPE_CHECKING:\n    from lowrank_lab.llama import Llama", {"llama"}),
-        ("def f():\n    from lowrank_lab import study", {"study"}),
+        ("from lowrank_lab import distributed, config", {"distributed", "config"}),
+        ("from lowrank_lab.optim.base import averages", {"optim.base"}),
+        ("from lowrank_lab.optim import GaLore", {"optim"}),
+        ("from .projection import sides", {"optim.projection"}),
+        ("from ..config import InputError", {"config"}),
+        ("from .. import config", {"config"}),
+        ("if TYPE_CHECKING:\n    from lowrank_lab.layers.lora import x", {"layers.lora"}),
+        ("def f():\n    from lowrank_lab import report", {"report"}),
         ("import torch.optim\nfrom torch import nn", set()),
     ],
 )
-def test_every_way_to_import_is_seen(source, rooms):
-    assert imported_rooms(ast.parse(source), PACKAGE / "optim" / "galore.py") == rooms
+def test_every_way_to_import_is_seen(source, modules):
+    assert imported_modules(ast.parse(source), PACKAGE / "optim" / "galore.py") == modules
 
 
 def test_importing_the_library_loads_nothing_it_may_not_need():
