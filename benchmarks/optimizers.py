@@ -24,7 +24,6 @@ from lowrank_lab import optim
 from lowrank_lab.config import SIZES, TARGETS
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
-from lowrank_lab.products import fast_products
 
 GALORE = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 FIRA = {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std"}
@@ -179,7 +178,7 @@ def projected_part(contestant: Contestant) -> Callable[[], None]:
     group = contestant.optimizer.param_groups[0]
 
     def run() -> None:
-        with torch.no_grad(), fast_products():
+        with torch.no_grad():
             contestant.optimizer.step_group_(group["params"], group)  # type: ignore[operator]
 
     return run
@@ -195,7 +194,7 @@ def gemms_of(contestant: Contestant, rank: int, products: int = 2) -> Callable[[
         work.append((p, P, torch.empty(shape, dtype=p.dtype)))
 
     def run() -> None:
-        with torch.no_grad(), fast_products():
+        with torch.no_grad():
             for p, P, R in work:
                 tall = p.shape[0] >= p.shape[1]
                 torch.mm(p.grad, P, out=R) if tall else torch.mm(P.T, p.grad, out=R)

@@ -15,7 +15,7 @@ from lowrank_lab.corpus import Corpus
 PACKAGE = Path(__file__).resolve().parent
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
-    "config.py", "distributed.py", "products.py", "sources.py", "tokens.py", "shards.py",
+    "config.py", "distributed.py", "cpu/onednn_matmul.py", "sources.py", "tokens.py", "shards.py",
     "corpus.py", "layers", "attention.py", "llama.py", "optim", "techniques.py", "schedule.py",
     "options.py", "builders.py", "catalogue.py", "methods.py", "sharded.py", "step.py", "train.py",
 )  # fmt: skip

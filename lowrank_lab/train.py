@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from lowrank_lab import checkpoint, distributed, memory
-from lowrank_lab.allocator import freed_memory_kept
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.corpus import Corpus, prepare
+from lowrank_lab.cpu.malloc import freed_memory_kept
+from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
-from lowrank_lab.products import fast_products
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start

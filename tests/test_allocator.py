@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from lowrank_lab import allocator
+from lowrank_lab.cpu import malloc
 
-glibc = pytest.mark.skipif(allocator._glibc() is None, reason="the C library isn't glibc")
+glibc = pytest.mark.skipif(malloc._glibc() is None, reason="the C library isn't glibc")
 
 # Pages that the system had to find while blocks of 64 MB came and went, and MiB held afterwards.
 PROGRAM = """
 import json, resource
 from contextlib import nullcontext
 import torch
-from lowrank_lab.allocator import freed_memory_kept
+from lowrank_lab.cpu.malloc import freed_memory_kept
 torch.set_num_threads(1)
 def held():
     with open("/proc/self/statm") as file:
@@ -40,7 +40,7 @@ print(json.dumps([faults(nullcontext()), faults(freed_memory_kept()), faults(nul
 def measured(**environment):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
-        env={**{k: v for k, v in os.environ.items() if k not in allocator.SETTINGS}, **environment},
+        env={**{k: v for k, v in os.environ.items() if k not in malloc.SETTINGS}, **environment},
     )  # fmt: skip
     return [
         dict(zip(("faults", "during", "after"), x, strict=True)) for x in json.loads(done.stdout)
@@ -71,10 +71,10 @@ def test_without_glibc_nothing_happens(monkeypatch):
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(os, "confstr", unknown)
-    with allocator.freed_memory_kept():
-        assert allocator._glibc() is None
+    with malloc.freed_memory_kept():
+        assert malloc._glibc() is None
 
 
 def test_an_error_in_the_block_comes_through():
-    with pytest.raises(KeyError), allocator.freed_memory_kept():
+    with pytest.raises(KeyError), malloc.freed_memory_kept():
         raise KeyError

@@ -18,7 +18,7 @@ HEAVY = (
 ).split()
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
-    "allocator.py", "tracing.py", "formulas.py", "ranks.py", "memory.py", "spectra.py",
+    "cpu/malloc.py", "tracing.py", "formulas.py", "ranks.py", "memory.py", "spectra.py",
     "checkpoint.py", "provenance.py", "runs.py", "watch.py",
 }  # fmt: skip
 
@@ -106,6 +106,12 @@ def test_a_circle_of_imports_would_be_found():
 def test_every_package_says_what_it_is():
     for path in PACKAGE.glob("*/__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_trainer_alone_changes_the_whole_process():
+    modules = graph_of_modules()
+    users = {m for m, found in modules.items() if any(package_of(o) == "cpu" for o in found)}
+    assert {m for m in users if package_of(m) != "cpu"} == {"train"}
 
 
 def test_the_sources_that_decide_a_run_are_those_that_training_uses():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_lab as lab
-from lowrank_lab import products
+from lowrank_lab.cpu import onednn_matmul
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN"
@@ -25,13 +25,13 @@ def calls(monkeypatch):
     """A processor on which MKL is slow, and the shapes that oneDNN is called with."""
     found = []
 
-    def recorded(x, W, onednn=products._onednn):
+    def recorded(x, W, onednn=onednn_matmul._onednn):
         found.append((tuple(x.shape), tuple(W.shape)))
         assert W.is_contiguous() or W.T.is_contiguous()  # else it takes a thousand times longer
         return onednn(x, W)
 
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(products, "_onednn", recorded)
+    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn_matmul, "_onednn", recorded)
     return found
 
 
@@ -51,7 +51,7 @@ def assert_product(found, a, b, plus=0.0):
 def test_products_are_those_of_float64(calls, m, k, n, transposed):
     a, b = random(m, k, transposed[0]), random(k, n, transposed[1])
     base, wide = torch.randn(m, n), torch.zeros(m, n + 3)
-    with products.fast_products():
+    with onednn_matmul.fast_products():
         assert_product(torch.mm(a, b), a, b)
         assert_product(torch.addmm(base, a, b, alpha=-0.5), -0.5 * a, b, base)
         assert_product(torch.addmm(base.new_zeros(()), a, b, beta=0, alpha=3), 3 * a, b)
@@ -61,13 +61,13 @@ def test_products_are_those_of_float64(calls, m, k, n, transposed):
         torch.mm(a, b, out=wide[:, 3:])
     assert_product(wide[:, 3:].contiguous(), a, b)
     assert not wide[:, :3].any()
-    assert calls if m * k * n >= products.SMALLEST else not calls
+    assert calls if m * k * n >= onednn_matmul.SMALLEST else not calls
 
 
 def test_nan_and_infinity_go_through(calls):
     a, b = torch.ones(256, 64), torch.ones(64, 64)
     a[0, 0], a[1, 0] = torch.nan, torch.inf
-    with products.fast_products():
+    with onednn_matmul.fast_products():
         found = a @ b
     assert calls
     assert found[0].isnan().all()
@@ -79,7 +79,7 @@ def test_nan_and_infinity_go_through(calls):
 def test_other_dtypes_are_computed_as_usual(calls, dtype):
     a, b = (torch.randn(128, 128).mul(9).to(dtype) for _ in range(2))
     usual = [a @ b, torch.addmm(a, a, b), a.clone().addmm_(a, b), torch.mm(a, b, out=a.clone())]
-    with products.fast_products():
+    with onednn_matmul.fast_products():
         same = [a @ b, torch.addmm(a, a, b), a.clone().addmm_(a, b), torch.mm(a, b, out=a.clone())]
     assert all(torch.equal(x, y) for x, y in zip(usual, same, strict=True))
     assert not calls
@@ -90,7 +90,7 @@ def test_what_oneDNN_would_not_take_is_computed_as_usual(calls):
     strided, repeated, empty = a[::2, ::2], a[:1].expand(256, 256), a[:0]
     gaps = torch.randn(256, 300)[:, :256]
     square = a[:128].clone()
-    with products.fast_products():
+    with onednn_matmul.fast_products():
         assert torch.allclose(strided @ strided, strided.clone() @ strided.clone(), atol=1e-4)
         assert torch.allclose((repeated @ a)[7], a[0] @ a, atol=1e-4)
         assert torch.allclose(a @ gaps, a @ gaps.clone(), atol=1e-4)
@@ -122,11 +122,22 @@ def test_gradients_and_second_derivatives_go_through(calls):
         return torch.autograd.grad(g.square().sum(), (x, W))
 
     usual = derivatives()
-    with products.fast_products():
+    with onednn_matmul.fast_products():
         found = derivatives()
     assert len(calls) > 4
     for a, b in zip(usual, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
+
+
+def test_a_drop_in_optimizer_leaves_the_products_of_the_process_alone(calls):
+    W = torch.nn.Parameter(torch.randn(128, 128))
+    W.grad = torch.randn(128, 128)
+    optimizer = lab.optim.GaLore([{"params": [W], "rank": 16}], lr=0.1)
+    optimizer.step()
+    assert not calls
+    with lab.fast_products():
+        optimizer.step()
+    assert calls
 
 
 def test_the_usual_products_are_back_after_the_last_block(calls):
@@ -134,10 +145,10 @@ def test_the_usual_products_are_back_after_the_last_block(calls):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
-            with products.fast_products(), products.fast_products():
+            with onednn_matmul.fast_products(), onednn_matmul.fast_products():
                 a @ a
             assert len(calls) == 1
-            with pytest.raises(ZeroDivisionError), products.fast_products():
+            with pytest.raises(ZeroDivisionError), onednn_matmul.fast_products():
                 1 / 0  # noqa: B018
             a @ a
             assert len(calls) == 1
@@ -149,12 +160,12 @@ def test_a_block_ends_while_another_thread_is_in_its_own(calls):
     inside, leave = threading.Event(), threading.Event()
 
     def other():
-        with products.fast_products():
+        with onednn_matmul.fast_products():
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with products.fast_products():
+    with onednn_matmul.fast_products():
         thread.start()
         assert inside.wait(10)
     a @ a
@@ -166,8 +177,8 @@ def test_a_block_ends_while_another_thread_is_in_its_own(calls):
 
 
 def test_nothing_is_done_where_MKL_is_fast(calls, monkeypatch):
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
-    with products.fast_products():
+    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: False)
+    with onednn_matmul.fast_products():
         torch.randn(128, 128) @ torch.randn(128, 128)
     assert not calls
 
@@ -180,7 +191,7 @@ def test_MKL_is_slow_on_processors_of_AMD_with_wide_vectors(monkeypatch, capabil
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
-    assert products.mkl_is_slow.__wrapped__() is slow
+    assert onednn_matmul.mkl_is_slow.__wrapped__() is slow
 
 
 def test_optimizers_use_them_by_themselves(calls):
@@ -201,7 +212,7 @@ def test_training_uses_them_and_learns_the_same(calls, tmp_path, monkeypatch):
     )  # fmt: skip
     fast = lab.train(config, tmp_path / "fast").metrics
     count = len(calls)
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: False)
     usual = lab.train(config, tmp_path / "usual").metrics
     assert count > 6 * 20
     assert len(calls) == count

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowrank_lab.distributed import WHOLE, Whole
-from lowrank_lab.products import fast_products
 
 # Keys of a group that torch and its schedulers add.
 FOREIGN_KEYS = ("params", "param_names", "initial_lr")
@@ -180,12 +179,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with fast_products():
-            for group in self.param_groups:
-                params = [p for p in group["params"] if p.grad is not None]
-                if any(p.grad.is_sparse for p in params):
-                    raise RuntimeError("sparse gradients are not supported; use a dense embedding")
-                self.step_group_(params, group)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError("sparse gradients are not supported; use a dense embedding")
+            self.step_group_(params, group)
         self.__dict__.pop("_buffers", None)  # what is used again within a step isn't held between
         return loss
 

@@ -1,0 +1,1 @@
+"""What makes training on CPUs fast, for the whole process: the trainer alone enters it."""
