@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.config import InputError
+from lowrank_lab.data.tokenizer import end_of_text
 from lowrank_lab.layers import FactorizedLinear
 from lowrank_lab.llama import NORM_EPS, ROPE_BASE
 from lowrank_lab.runs import Run, write_json
-from lowrank_lab.tokens import end_of_text
 
 ExportDtype = Literal["fp32", "bf16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from lowrank_lab import distributed
-from lowrank_lab.corpus import Corpus
+from lowrank_lab.data.corpus import Corpus
 
 PACKAGE = Path(__file__).resolve().parent
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
-    "config.py", "distributed.py", "cpu/onednn_matmul.py", "sources.py", "tokens.py", "shards.py",
-    "corpus.py", "layers", "attention.py", "llama.py", "optim", "techniques.py", "schedule.py",
+    "config.py", "distributed.py", "cpu/onednn_matmul.py", "data", "layers", "attention.py", "llama.py", "optim", "techniques.py", "schedule.py",
     "options.py", "builders.py", "catalogue.py", "methods.py", "sharded.py", "step.py", "train.py",
 )  # fmt: skip
 

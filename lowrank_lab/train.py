@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lowrank_lab import checkpoint, distributed, memory
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
-from lowrank_lab.corpus import Corpus, prepare
 from lowrank_lab.cpu.malloc import freed_memory_kept
 from lowrank_lab.cpu.onednn_matmul import fast_products
+from lowrank_lab.data.corpus import Corpus, prepare
+from lowrank_lab.data.sources import Split
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
@@ -26,7 +27,6 @@ from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
 from lowrank_lab.sharded import Shards, check_shards
-from lowrank_lab.sources import Split
 from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
     Batch,

@@ -18,13 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_lab import corpus as corpora
-from lowrank_lab import shards, sources
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.corpus import Corpus, permute, prepare
+from lowrank_lab.data import corpus as corpora
+from lowrank_lab.data import sources, token_files
+from lowrank_lab.data.corpus import Corpus, permute, prepare
+from lowrank_lab.data.sources import SPLITS, markov_source, split_of, text_documents
+from lowrank_lab.data.tokenizer import END_OF_TEXT, byte_tokenizer, encode, train_bpe
 from lowrank_lab.methods import resolve
-from lowrank_lab.sources import SPLITS, markov_source, split_of, text_documents
-from lowrank_lab.tokens import END_OF_TEXT, byte_tokenizer, encode, train_bpe
 
 
 def byte_config(path, **values):
@@ -855,12 +855,12 @@ def test_a_tokenizer_beside_another_choice_of_vocabulary_is_refused(tokenizer_fi
 
 @pytest.fixture
 def in_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 1000)
 
 
 def test_batches_do_not_depend_on_how_tokens_lie_in_files(c4, tmp_path, monkeypatch):
     whole = prepare(c4_config(c4), tmp_path / "whole")
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 1000)
     cut = prepare(c4_config(c4), tmp_path / "cut")
     files = sorted(cut.folder.glob("train*.bin"))
     assert len(files) == math.ceil(whole.length("train") / 1000) > 20
@@ -878,9 +878,12 @@ def test_batches_do_not_depend_on_how_tokens_lie_in_files(c4, tmp_path, monkeypa
 
 def test_a_split_that_fills_its_files_exactly_has_no_empty_one(tmp_path, in_shards):
     texts = [("train", "x" * 499)] * 4  # 2000 tokens
-    counts = shards.pack(tmp_path, texts, lambda t: encode(t, "byte"))
+    counts = token_files.pack(tmp_path, texts, lambda t: encode(t, "byte"))
     assert counts["tokens"]["train"] == 2000
-    assert [p.name for p in shards.shard_paths(tmp_path, "train")] == ["train.bin", "train.1.bin"]
+    assert [p.name for p in token_files.shard_paths(tmp_path, "train")] == [
+        "train.bin",
+        "train.1.bin",
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
@@ -910,8 +913,8 @@ def test_a_corpus_with_damaged_files_is_refused(c4, tmp_path, in_shards, kind):
 
 
 def _prepare_until_killed(config, root, groups):
-    pack = shards.pack
-    shards.SAVE_EVERY, shards.GROUP = 3000, (8, 1 << 20)
+    pack = token_files.pack
+    token_files.SAVE_EVERY, token_files.GROUP = 3000, (8, 1 << 20)
 
     def killed(folder, texts, encode, on_progress):
         left = iter(range(groups))
@@ -971,20 +974,23 @@ def test_a_killed_build_goes_on_and_ends_the_same(
 def test_a_build_that_is_under_way_is_not_gone_on_with_by_another(c4, tmp_path):
     root = tmp_path / "corpora"
     root.mkdir()
-    with shards.workplace(root / "name") as ours, shards.workplace(root / "name") as theirs:
+    with (
+        token_files.workplace(root / "name") as ours,
+        token_files.workplace(root / "name") as theirs,
+    ):
         assert ours != theirs
     assert list(root.iterdir()) == []
 
 
 def test_wrong_input_leaves_nothing_of_a_build_that_had_come_far(c4, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SAVE_EVERY", 3000)
+    monkeypatch.setattr(token_files, "SAVE_EVERY", 3000)
     damaged(tmp_path / "c4" / "z" / "last.json.gz", "cut JSON")
     assert "last.json.gz line 4" in refusal(c4_config(c4), tmp_path / "corpora")
 
 
 def test_a_full_disk_keeps_what_was_recorded(c4, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SAVE_EVERY", 3000)
-    monkeypatch.setattr(shards, "GROUP", (8, 1 << 20))
+    monkeypatch.setattr(token_files, "SAVE_EVERY", 3000)
+    monkeypatch.setattr(token_files, "GROUP", (8, 1 << 20))
     left = iter(range(90))
 
     def fails(texts, tokenizer):
@@ -1007,7 +1013,7 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 from lowrank_lab.config import RunConfig
-from lowrank_lab.corpus import prepare
+from lowrank_lab.data.corpus import prepare
 corpus = prepare(RunConfig(corpus=sys.argv[1], vocab_size="byte"), Path(sys.argv[2]))
 corpus.batch("train", 0, batch=16, sequence_length=256)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

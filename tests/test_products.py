@@ -194,16 +194,6 @@ def test_MKL_is_slow_on_processors_of_AMD_with_wide_vectors(monkeypatch, capabil
     assert onednn_matmul.mkl_is_slow.__wrapped__() is slow
 
 
-def test_optimizers_use_them_by_themselves(calls):
-    W = torch.nn.Parameter(torch.randn(512, 128))
-    W.grad = torch.randn(512, 128)
-    optimizer = lab.optim.GaLore([{"params": [W], "rank": 16, "refresh": "randomized"}], lr=1e-2)
-    optimizer.step()
-    calls.clear()
-    optimizer.step()
-    assert ((512, 128), (16, 128)) in calls  # G R
-    assert sum(x == (512, 16) and w == (128, 16) for x, w in calls) == 1  # N Rᵀ
-
 
 def test_training_uses_them_and_learns_the_same(calls, tmp_path, monkeypatch):
     config = lab.RunConfig(

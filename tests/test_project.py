@@ -78,7 +78,7 @@ def test_what_the_tests_import_is_in_the_extras(project):
 
 
 def test_the_corpus_is_made_of_packages_that_are_pinned(pins):
-    from lowrank_lab.sources import PACKAGES
+    from lowrank_lab.data.sources import PACKAGES
 
     assert {canonicalize_name(p) for p in PACKAGES} <= set(pins)
 

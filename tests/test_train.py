@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from short import QUICK, short_options, usual_rate
 
 from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoint
-from lowrank_lab.corpus import prepare
+from lowrank_lab.data.corpus import prepare
 from lowrank_lab.llama import Llama
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.runs import Run, read_jsonl

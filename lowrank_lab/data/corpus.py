@@ -33,17 +33,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import InputError, RunConfig, data_folder, located, nearest
-from lowrank_lab.shards import (
-    Shards,
-    forget_progress,
-    new_counts,
-    pack,
-    progress_of,
-    save_progress,
-    shard_paths,
-    workplace,
-)
-from lowrank_lab.sources import (
+from lowrank_lab.data.sources import (
     FORMAT,
     PACKAGES,
     SPLITS,
@@ -59,7 +49,17 @@ from lowrank_lab.sources import (
     spilled,
     text_documents,
 )
-from lowrank_lab.tokens import (
+from lowrank_lab.data.token_files import (
+    Shards,
+    forget_progress,
+    new_counts,
+    pack,
+    progress_of,
+    save_progress,
+    shard_paths,
+    workplace,
+)
+from lowrank_lab.data.tokenizer import (
     byte_tokenizer,
     encode,
     read_tokenizer,

@@ -1,0 +1,1 @@
+"""Corpora: sources of text, tokenizers, packed token files, and the windows of training."""
