@@ -22,8 +22,8 @@ from benchmarks.harness import (
 )
 from lowrank_lab import optim
 from lowrank_lab.config import SIZES, TARGETS
-from lowrank_lab.llama import Llama
 from lowrank_lab.methods import partition
+from lowrank_lab.models.llama import Llama
 
 GALORE = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 FIRA = {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std"}

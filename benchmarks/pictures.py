@@ -116,7 +116,7 @@ def growth(rows: list[dict[str, Any]]) -> Figure | None:
 
 def beyond(by_size: pd.DataFrame) -> pd.Series[float]:
     """Seconds that the FLOPs of a step take, by parameters: of what was measured, up to 13b."""
-    from lowrank_lab.llama import Llama
+    from lowrank_lab.models.llama import Llama
 
     measured = by_size.groupby("parameters")["floor"].max()
     a_parameter = (measured / measured.index).median()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_lab.config import InputError
 from lowrank_lab.data.tokenizer import end_of_text
 from lowrank_lab.layers import FactorizedLinear
-from lowrank_lab.llama import NORM_EPS, ROPE_BASE
+from lowrank_lab.models.llama import NORM_EPS, ROPE_BASE
 from lowrank_lab.runs import Run, write_json
 
 ExportDtype = Literal["fp32", "bf16"]

@@ -28,7 +28,7 @@ from lowrank_lab.catalogue import BUILT_IN, Method
 from lowrank_lab.config import InputError, RunConfig, Size, nearest
 from lowrank_lab.data.corpus import vocabulary
 from lowrank_lab.layers import factorize, target_layers, train_dense_
-from lowrank_lab.llama import Llama
+from lowrank_lab.models.llama import Llama
 from lowrank_lab.options import ByWidth, Option, adam_options, at_width
 
 OWN_METHODS = "LOWRANK_LAB_METHODS"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from tokenizers import Tokenizer
 
-    from lowrank_lab.llama import Llama
+    from lowrank_lab.models.llama import Llama
 
 # What the study runner keeps in the same folder.
 RUNNER_FILES = frozenset({"notebook.ipynb", "papermill.log", "done.json", "failed.json"})

@@ -40,8 +40,8 @@ from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.distributed import WHOLE, Part, Whole
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
-from lowrank_lab.llama import Llama
 from lowrank_lab.methods import ADAMS, METHODS, build, build_model, build_optimizer, partition
+from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.techniques import Refactorization, refactorize_
 

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_lab.attention import unfolded
+from lowrank_lab.models.attention import unfolded
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowrank_lab import attention
-from lowrank_lab.attention import causal_attention
+from lowrank_lab.models import attention
+from lowrank_lab.models.attention import causal_attention
 
 SHAPES = [(1, 1, 1, 2), (2, 3, 5, 4), (1, 2, 128, 8), (2, 2, 129, 16), (3, 4, 300, 32)]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_lab import llama
 from lowrank_lab.config import SIZES, Size
-from lowrank_lab.llama import Llama, RMSNorm, linear_cross_entropy, rotary_tables, rotate
+from lowrank_lab.models import llama
+from lowrank_lab.models.llama import Llama, RMSNorm, linear_cross_entropy, rotary_tables, rotate
 
 TINY = SIZES["tiny"]
 SHAPES = [TINY, SIZES["micro"], Size(48, 65, 3, 1, 97), Size(16, 8, 8, 3, 11)]

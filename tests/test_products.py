@@ -194,7 +194,6 @@ def test_MKL_is_slow_on_processors_of_AMD_with_wide_vectors(monkeypatch, capabil
     assert onednn_matmul.mkl_is_slow.__wrapped__() is slow
 
 
-
 def test_training_uses_them_and_learns_the_same(calls, tmp_path, monkeypatch):
     config = lab.RunConfig(
         model="micro", corpus="markov", vocab_size=64, steps=6, batch=4, sequence_length=64,

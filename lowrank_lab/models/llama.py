@@ -15,8 +15,8 @@ from torch._subclasses import FakeTensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_lab.attention import causal_attention
 from lowrank_lab.config import Size
+from lowrank_lab.models.attention import causal_attention
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0

@@ -1,0 +1,1 @@
+"""The LLaMA model and its attention."""
