@@ -15,7 +15,7 @@ from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.methods import partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim.projection import leading_subspaces, randomized_subspaces, sides
-from lowrank_lab.techniques import refactorize_
+from lowrank_lab.techniques.refactorization import refactorize_
 from lowrank_lab.train import Trainer
 from lowrank_lab.train import check as checked
 

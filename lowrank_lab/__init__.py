@@ -7,7 +7,8 @@ from lowrank_lab.layers import factorize
 from lowrank_lab.memory import simulate as simulate_memory
 from lowrank_lab.methods import METHODS, load_own_methods, register_method
 from lowrank_lab.runs import Run, load, load_runs
-from lowrank_lab.techniques import refactorize_, reset_momentum_
+from lowrank_lab.techniques.momentum import reset_momentum_
+from lowrank_lab.techniques.refactorization import refactorize_
 from lowrank_lab.train import TrainingError, train
 
 __all__ = [

@@ -10,6 +10,7 @@ import math
 from typing import Literal
 
 from lowrank_lab.config import RunConfig
+from lowrank_lab.techniques.recovery import recovery_factor
 
 Event = Literal["warm-start-ends", "merge", "refactor", "reset"]
 
@@ -17,9 +18,7 @@ Event = Literal["warm-start-ends", "merge", "refactor", "reset"]
 def learning_rate(step: int, config: RunConfig) -> float:
     """The learning rate of update `step`, recovery after resets included (2505.22922).
 
-    k steps after a reset at s, within `recovery_steps`:
-        lr = target · (0.001 + 0.999 · k / (recovery_steps − 1))
-        target = schedule(s + recovery_steps)
+    Within `recovery_steps` after a reset at s, it is a share of schedule(s + recovery_steps).
     """
     resets = [step - step % period for period in restarting_periods(config) if step >= period]
     resets = [reset for reset in resets if reset > warm_start(config)]
@@ -27,7 +26,7 @@ def learning_rate(step: int, config: RunConfig) -> float:
     k = step - last_reset
     if resets and k < config.recovery_steps:
         target = scheduled_rate(last_reset + config.recovery_steps, config)
-        return target * (0.001 + 0.999 * k / (config.recovery_steps - 1))
+        return target * recovery_factor(k, config.recovery_steps)
     return scheduled_rate(step, config)
 
 

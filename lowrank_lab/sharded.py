@@ -43,7 +43,7 @@ from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
 from lowrank_lab.methods import ADAMS, METHODS, build, build_model, build_optimizer, partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
-from lowrank_lab.techniques import Refactorization, refactorize_
+from lowrank_lab.techniques.refactorization import Refactorization, refactorize_
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Shard

@@ -19,7 +19,8 @@ from lowrank_lab.methods import partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.schedule import Event, events, learning_rate, merge_period
 from lowrank_lab.sharded import Shards
-from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
+from lowrank_lab.techniques.momentum import prune_moments_, reset_momentum_
+from lowrank_lab.techniques.refactorization import refactorize_
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule

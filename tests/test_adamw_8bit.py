@@ -11,7 +11,7 @@ from lowrank_lab.formulas import optimizer_state_bytes
 from lowrank_lab.memory import persistent
 from lowrank_lab.methods import build, resolve
 from lowrank_lab.step import gradients, update_
-from lowrank_lab.techniques import reset_momentum_
+from lowrank_lab.techniques.momentum import reset_momentum_
 from lowrank_lab.tracing import tensor_bytes
 
 pytest.importorskip("torchao")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from lowrank_lab import factorize, optim, refactorize_, reset_momentum_
 from lowrank_lab.layers import FactorizedLinear, LowRankLinear
 from lowrank_lab.step import PerLayerUpdates
-from lowrank_lab.techniques import prune_moments_
+from lowrank_lab.techniques.momentum import prune_moments_
 
 KINDS = ("low-rank", "lora", "sltrain")
 HEAD = "^head$"

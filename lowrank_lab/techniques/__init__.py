@@ -1,0 +1,1 @@
+"""The paper's two techniques: weight refactorization and momentum reset."""
