@@ -22,7 +22,7 @@ from benchmarks.harness import (
 )
 from lowrank_lab import optim
 from lowrank_lab.config import SIZES, TARGETS
-from lowrank_lab.methods import partition
+from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
 
 GALORE = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}

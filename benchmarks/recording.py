@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods import build, resolve
+from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import Batch, take_step_
 

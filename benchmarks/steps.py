@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods import build, resolve
+from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.step import Batch, kind_of, set_clock_, take_step_
 from lowrank_lab.train import fast_process
 

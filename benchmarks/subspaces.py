@@ -12,7 +12,7 @@ from benchmarks.harness import Row, check, median, ratio, relative_error, take_t
 from lowrank_lab.config import SIZES, TARGETS, RunConfig
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.layers import LowRankLinear
-from lowrank_lab.methods import partition
+from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim.projection import leading_subspaces, randomized_subspaces, sides
 from lowrank_lab.techniques.refactorization import refactorize_

@@ -12,7 +12,7 @@ from lowrank_lab.budget import GB
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import by_formula
 from lowrank_lab.memory import Account, measure, simulate
-from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.ranks import check_ranks, of_ranks
 from lowrank_lab.tracing import CATEGORIES, NAMES, PARTS, Trace
 

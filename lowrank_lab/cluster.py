@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from lowrank_lab.config import InputError, data_folder
 from lowrank_lab.jobs import PARTIAL, Job, settle
-from lowrank_lab.methods import OWN_METHODS
+from lowrank_lab.methods.build import OWN_METHODS
 from lowrank_lab.runner import THREADS, fail, perform
 
 if TYPE_CHECKING:

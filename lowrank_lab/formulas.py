@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers.association import association_flops
-from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.optim.projection import sides
 from lowrank_lab.tracing import Breakdown
 

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.formulas import optimizer_state_bytes
-from lowrank_lab.methods import build, resolve
+from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.ranks import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
 from lowrank_lab.schedule import warm_start

@@ -22,7 +22,7 @@ from lowrank_lab.formulas import (
     weights,
 )
 from lowrank_lab.memory import simulate
-from lowrank_lab.methods import METHODS
+from lowrank_lab.methods.build import METHODS
 from lowrank_lab.train import device_of
 
 # A kernel with torch and matplotlib loaded, and papermill beside it: resident bytes, as measured.

@@ -15,8 +15,8 @@ from lowrank_lab.data.corpus import Corpus
 PACKAGE = Path(__file__).resolve().parent
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
-    "config.py", "distributed.py", "cpu/onednn_matmul.py", "data", "layers", "models", "optim", "techniques", "schedule.py",
-    "options.py", "builders.py", "catalogue.py", "methods.py", "sharded.py", "step.py", "train.py",
+    "config.py", "distributed.py", "cpu/onednn_matmul.py", "data", "models", "layers", "optim",
+    "techniques", "methods", "schedule.py", "sharded.py", "step.py", "train.py",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from lowrank_lab.formulas import (
     state_bytes,
     weights,
 )
-from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.sharded import check_shards
 from lowrank_lab.tracing import Breakdown, unseen
 

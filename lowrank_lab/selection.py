@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
-from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.runs import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")

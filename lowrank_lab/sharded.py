@@ -40,7 +40,7 @@ from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.distributed import WHOLE, Part, Whole
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
-from lowrank_lab.methods import ADAMS, METHODS, build, build_model, build_optimizer, partition
+from lowrank_lab.methods.build import ADAMS, METHODS, build, build_model, build_optimizer, partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.techniques.refactorization import Refactorization, refactorize_

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
-from lowrank_lab.methods import partition
+from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.schedule import Event, events, learning_rate, merge_period
 from lowrank_lab.sharded import Shards

@@ -21,7 +21,7 @@ from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.data.corpus import Corpus, prepare
 from lowrank_lab.data.sources import Split
 from lowrank_lab.layers import train_dense_
-from lowrank_lab.methods import build, resolve
+from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json

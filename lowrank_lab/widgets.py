@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import SIZES, InputError, RunConfig
-from lowrank_lab.methods import METHODS
+from lowrank_lab.methods.build import METHODS
 from lowrank_lab.panel import panel
 from lowrank_lab.slider import slider
 
@@ -120,7 +120,7 @@ def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
     """The timeline of an ordinary step, and what it comes to in words."""
     from lowrank_lab import figures
     from lowrank_lab.memory import measure, simulate
-    from lowrank_lab.methods import resolve
+    from lowrank_lab.methods.build import resolve
 
     config = resolve(config)
     account = simulate(config, "cuda")

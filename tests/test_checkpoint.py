@@ -9,7 +9,7 @@ from short import QUICK, short_options
 
 from lowrank_lab.checkpoint import all_checkpoints, load, save
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods import METHODS, build, resolve
+from lowrank_lab.methods.build import METHODS, build, resolve
 from lowrank_lab.step import gradients, update_
 
 STEPS = 12

@@ -11,7 +11,7 @@ import pytest
 from lowrank_lab import explorer
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.explorer import Choice, Dashboard, see
-from lowrank_lab.methods import resolve
+from lowrank_lab.methods.build import resolve
 
 LAYERS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 MEMORY = {"weights": 2**20, "gradients": 2**20, "optimizer_states": 2**21, "projections": 0,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lowrank_lab as lab
 from lowrank_lab.cli import main
 from lowrank_lab.export import export
-from lowrank_lab.methods import METHODS, resolve
+from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.runs import Run, find_runs, write_json
 from lowrank_lab.train import Trainer, check
 

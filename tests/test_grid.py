@@ -7,7 +7,7 @@ import pytest
 
 from lowrank_lab import grid, grid_view, widgets
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods import resolve
+from lowrank_lab.methods.build import resolve
 
 BASE = {
     "model": "tiny",

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_lab import InputError, RunConfig
 from lowrank_lab.formulas import embedding_bytes, flops_per_token, optimizer_state_bytes
 from lowrank_lab.memory import persistent
-from lowrank_lab.methods import METHODS, build, resolve
+from lowrank_lab.methods.build import METHODS, build, resolve
 from lowrank_lab.tracing import Breakdown, tensor_bytes
 
 # The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 512.

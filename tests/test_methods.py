@@ -14,9 +14,9 @@ from short import QUICK, short_options, usual_rate
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import FactorizedLinear, target_layers
-from lowrank_lab.methods import METHODS, build, partition, resolve
+from lowrank_lab.methods.build import METHODS, build, partition, resolve
+from lowrank_lab.methods.options import ByWidth
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.options import ByWidth
 from lowrank_lab.step import gradients, update_
 from lowrank_lab.study import load_study
 

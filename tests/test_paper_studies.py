@@ -16,7 +16,7 @@ from lowrank_lab import needs
 from lowrank_lab.cli import _config, _given, main
 from lowrank_lab.config import RunConfig
 from lowrank_lab.data.tokenizer import byte_tokenizer
-from lowrank_lab.methods import resolve
+from lowrank_lab.methods.build import resolve
 from lowrank_lab.study import load_study, plan_study
 from lowrank_lab.study_view import plan_facts
 from lowrank_lab.train import train

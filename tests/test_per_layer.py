@@ -8,7 +8,7 @@ from short import QUICK, short_options
 from torch import nn
 
 from lowrank_lab import METHODS, InputError, RunConfig, load_runs, train
-from lowrank_lab.methods import build, resolve
+from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, Spam, StableSpam
 from lowrank_lab.step import PerLayerUpdates, gradients, set_learning_rate, update_
 

@@ -9,7 +9,7 @@ import torch
 from lowrank_lab import InputError, RunConfig
 from lowrank_lab.formulas import optimizer_state_bytes
 from lowrank_lab.memory import persistent
-from lowrank_lab.methods import build, resolve
+from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro
 from lowrank_lab.optim.base import stochastically_rounded
 from lowrank_lab.optim.projection import channel_norms, leading_subspaces, randomized_subspaces

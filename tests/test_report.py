@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from lowrank_lab import report, tables
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods import resolve
+from lowrank_lab.methods.build import resolve
 from lowrank_lab.runs import append_jsonl, final_table, find_runs, load_runs, read_jsonl, write_json
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lowrank_lab import RunConfig, factorize, refactorize_, reset_momentum_, train
 from lowrank_lab.config import TARGETS
 from lowrank_lab.layers import LowRankLinear
-from lowrank_lab.methods import build
+from lowrank_lab.methods.build import build
 from lowrank_lab.spectra import (
     SpectraRecorder,
     captured_energy,

@@ -8,7 +8,7 @@ from short import QUICK, short_options
 
 from lowrank_lab import METHODS, InputError, RunConfig, train
 from lowrank_lab.layers import FactorizedLinear, lora_layers
-from lowrank_lab.methods import build, partition, resolve
+from lowrank_lab.methods.build import build, partition, resolve
 from lowrank_lab.schedule import learning_rate
 from lowrank_lab.step import apply_, gradients, set_learning_rate, update_
 

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import record_function
 
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods import build
+from lowrank_lab.methods.build import build
 from lowrank_lab.tracing import CATEGORIES, NAMES, PARTS, Breakdown, Tracker
 
 

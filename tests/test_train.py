@@ -16,7 +16,7 @@ from short import QUICK, short_options, usual_rate
 
 from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoint
 from lowrank_lab.data.corpus import prepare
-from lowrank_lab.methods import build, resolve
+from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.runs import Run, read_jsonl
 from lowrank_lab.sample import sample

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lowrank_lab.builders import (
+from lowrank_lab.methods.optimizers import (
     OptimizerBuilder,
     adamw,
     adamw_8bit,
@@ -23,10 +23,10 @@ from lowrank_lab.builders import (
     projected,
     whole_model,
 )
+from lowrank_lab.methods.options import ByWidth, Option, adam_options, projection_options
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
-from lowrank_lab.options import ByWidth, Option, adam_options, projection_options
 
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.builders import (
+from lowrank_lab.config import InputError, RunConfig, Size, nearest
+from lowrank_lab.data.corpus import vocabulary
+from lowrank_lab.layers import factorize, target_layers, train_dense_
+from lowrank_lab.methods.optimizers import (
     OptimizerBuilder,
     adamw,
     adamw_8bit,
     import_optimizer,
     precision_choices,
 )
-from lowrank_lab.catalogue import BUILT_IN, Method
-from lowrank_lab.config import InputError, RunConfig, Size, nearest
-from lowrank_lab.data.corpus import vocabulary
-from lowrank_lab.layers import factorize, target_layers, train_dense_
+from lowrank_lab.methods.options import ByWidth, Option, adam_options, at_width
+from lowrank_lab.methods.registry import BUILT_IN, Method
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.options import ByWidth, Option, adam_options, at_width
 
 OWN_METHODS = "LOWRANK_LAB_METHODS"
 ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
