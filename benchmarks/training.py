@@ -30,7 +30,7 @@ from benchmarks.harness import (
     where_time_goes,
 )
 from lowrank_lab.config import SIZES, RunConfig, Size
-from lowrank_lab.formulas import flops_per_token
+from lowrank_lab.memory.formulas import flops_per_token
 from lowrank_lab.models.llama import NORM_EPS, ROPE_BASE, Llama
 from lowrank_lab.step import gradients, update_
 from lowrank_lab.train import fast_process

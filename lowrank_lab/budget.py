@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.formulas import by_formula
-from lowrank_lab.memory import Account, simulate
+from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.planning.simulate import Account, simulate
 from lowrank_lab.ranks import check_ranks, fullest, of_ranks
 
 UNITS = {

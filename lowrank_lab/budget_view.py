@@ -10,11 +10,12 @@ import pandas as pd
 from lowrank_lab import budget
 from lowrank_lab.budget import GB
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.formulas import by_formula
-from lowrank_lab.memory import Account, measure, simulate
+from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS
+from lowrank_lab.memory.formulas import by_formula
+from lowrank_lab.memory.tracker import Trace
 from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.planning.simulate import Account, measure, simulate
 from lowrank_lab.ranks import check_ranks, of_ranks
-from lowrank_lab.tracing import CATEGORIES, NAMES, PARTS, Trace
 
 MOST_OWNERS = 8
 NEVER_AT_REST = ("temporaries", "gathered")

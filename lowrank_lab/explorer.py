@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
-from lowrank_lab.formulas import MIB
+from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.panel import UNSQUEEZED
 from lowrank_lab.runs import DESCRIBES, Run, complete_runs, table_of
 from lowrank_lab.slider import slider

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.formulas import (
+from lowrank_lab.memory.formulas import (
     GB,
     MIB,
     activation_bytes,
@@ -21,8 +21,8 @@ from lowrank_lab.formulas import (
     matrices,
     weights,
 )
-from lowrank_lab.memory import simulate
 from lowrank_lab.methods.build import METHODS
+from lowrank_lab.planning.simulate import simulate
 from lowrank_lab.train import device_of
 
 # A kernel with torch and matplotlib loaded, and papermill beside it: resident bytes, as measured.

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.formulas import (
+from lowrank_lab.memory.breakdown import Breakdown
+from lowrank_lab.memory.formulas import (
     Weight,
     element_bytes,
     layers,
@@ -24,9 +25,9 @@ from lowrank_lab.formulas import (
     state_bytes,
     weights,
 )
+from lowrank_lab.memory.tracker import unseen
 from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.sharded import check_shards
-from lowrank_lab.tracing import Breakdown, unseen
 
 if TYPE_CHECKING:
     from lowrank_lab.optim.base import ProjectedAdamW

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.formulas import embedding_bytes
+from lowrank_lab.memory.formulas import embedding_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

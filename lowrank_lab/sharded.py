@@ -40,6 +40,7 @@ from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.distributed import WHOLE, Part, Whole
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
+from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.methods.build import ADAMS, METHODS, build, build_model, build_optimizer, partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
@@ -343,9 +344,14 @@ class Shards:
         """A whole model and optimizer on the CPU, to load a checkpoint into."""
         return self.plain or build(self._config)
 
-    def held(self) -> list[tuple[Tensor, bool]]:
-        """This process's shards of all weights, and whether each trains."""
-        return [(_local(p), p.requires_grad) for p in self._sharded.values()]
+    def persistent(self) -> Breakdown:
+        """Bytes of the weights, gradients and states that this process holds between steps."""
+        found = persistent(self.mirror, self.optimizer)
+        shards = [(_local(p), p.requires_grad) for p in self._sharded.values()]
+        found.frozen = tensor_bytes(shard for shard, trains in shards if not trains)
+        found.gradients = tensor_bytes(shard for shard, trains in shards if trains)
+        found.weights = found.frozen + found.gradients + tensor_bytes(self.model.buffers())
+        return found
 
 
 def _absent(p: Tensor) -> Tensor:

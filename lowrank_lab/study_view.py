@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
-from lowrank_lab.formulas import GB, MIB
 from lowrank_lab.jobs import Job, progress_of
+from lowrank_lab.memory.formulas import GB, MIB
 from lowrank_lab.needs import free_disk, machine_memory
 from lowrank_lab.study import Plan
 

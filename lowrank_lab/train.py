@@ -14,13 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowrank_lab import checkpoint, distributed, memory
+from lowrank_lab import checkpoint, distributed
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.cpu.malloc import freed_memory_kept
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.data.corpus import Corpus, prepare
 from lowrank_lab.data.sources import Split
 from lowrank_lab.layers import train_dense_
+from lowrank_lab.memory.breakdown import Breakdown, persistent
+from lowrank_lab.memory.tracker import LAPACK, Tracker, unseen
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.provenance import ran_on
@@ -36,7 +38,6 @@ from lowrank_lab.step import (
     kind_of,
     take_step_,
 )
-from lowrank_lab.tracing import Breakdown, Tracker, unseen
 from lowrank_lab.watch import LossWatch, asked_to_stop
 
 PROGRESS_SECONDS = 0.5
@@ -296,8 +297,8 @@ class Trainer:
     def _persistent(self) -> Breakdown:
         """Bytes of weights, gradients and states that this process holds."""
         if self._shards is not None:
-            return memory.persistent_shards(self._shards)
-        return memory.persistent(self.model, self.optimizer, self.config.per_layer)
+            return self._shards.persistent()
+        return persistent(self.model, self.optimizer, self.config.per_layer)
 
     def _plain(self) -> tuple[Llama, torch.optim.Optimizer]:
         """Model and optimizer in ordinary tensors; of shards the first process's copy."""
@@ -528,7 +529,7 @@ class Trainer:
             yield
             activations = None
         else:
-            hidden = {} if cuda else memory.LAPACK
+            hidden = {} if cuda else LAPACK
             tracker = Tracker(self.model, self.optimizer, hidden=hidden)
             try:
                 with tracker:

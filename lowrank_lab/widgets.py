@@ -119,8 +119,8 @@ EMULATED = 16  # times as long as in fp32 takes a product in bfloat16 that the C
 def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
     """The timeline of an ordinary step, and what it comes to in words."""
     from lowrank_lab import figures
-    from lowrank_lab.memory import measure, simulate
     from lowrank_lab.methods.build import resolve
+    from lowrank_lab.planning.simulate import measure, simulate
 
     config = resolve(config)
     account = simulate(config, "cuda")
@@ -143,7 +143,7 @@ def _measurable(config: RunConfig) -> bool:
     """Whether this CPU takes a step of the configuration within seconds."""
     from torch.backends.cpu import get_cpu_capability
 
-    from lowrank_lab.formulas import flops_per_token
+    from lowrank_lab.memory.formulas import flops_per_token
 
     emulated = config.precision != "fp32" and "AVX512" not in get_cpu_capability()
     flops = flops_per_token(config) * config.tokens_per_step

@@ -108,7 +108,7 @@ def _train(name, fields, folder, rank):
 
 def _measure(name, fields, folder, rank):
     from lowrank_lab import RunConfig
-    from lowrank_lab.memory import measure
+    from lowrank_lab.planning.simulate import measure
 
     # What gloo's own threads release is not recorded and so counts on: the least of some is right.
     times = 1 if fields["method"] == "adamw-8bit" else 3  # it compiles for long

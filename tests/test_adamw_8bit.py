@@ -7,12 +7,11 @@ import torch
 
 from lowrank_lab.checkpoint import load, save
 from lowrank_lab.config import RunConfig
-from lowrank_lab.formulas import optimizer_state_bytes
-from lowrank_lab.memory import persistent
+from lowrank_lab.memory.breakdown import persistent, tensor_bytes
+from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.step import gradients, update_
 from lowrank_lab.techniques.momentum import reset_momentum_
-from lowrank_lab.tracing import tensor_bytes
 
 pytest.importorskip("torchao")
 COMPILERS = ("g++", "c++", "clang++")

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from lowrank_lab import budget, budget_view, widgets
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.memory import simulate
 from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.planning.simulate import simulate
 
 SMALL = {"model": "tiny", "precision": "bf16", "steps": 10_000, "batch": 8, "sequence_length": 64}
 

@@ -211,7 +211,7 @@ def test_labels_that_would_overlap_are_pushed_apart():
 
 def test_the_timeline_of_a_step_marks_its_phases_and_its_peak():
     from lowrank_lab.config import RunConfig
-    from lowrank_lab.memory import simulate
+    from lowrank_lab.planning.simulate import simulate
 
     trace = simulate(RunConfig(model="tiny", method="galore", rank=4, batch=2)).steps["next"]
     figure = figures.memory_timeline(trace.table(), "a step")

@@ -18,7 +18,7 @@ HEAVY = (
 ).split()
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
-    "cpu/malloc.py", "tracing.py", "formulas.py", "ranks.py", "memory.py", "spectra.py",
+    "cpu/malloc.py", "memory", "spectra.py",
     "checkpoint.py", "provenance.py", "runs.py", "watch.py",
 }  # fmt: skip
 

@@ -7,10 +7,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab import InputError, RunConfig
-from lowrank_lab.formulas import embedding_bytes, flops_per_token, optimizer_state_bytes
-from lowrank_lab.memory import persistent
+from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
+from lowrank_lab.memory.formulas import embedding_bytes, flops_per_token, optimizer_state_bytes
 from lowrank_lab.methods.build import METHODS, build, resolve
-from lowrank_lab.tracing import Breakdown, tensor_bytes
 
 # The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 512.
 RANK, VOCABULARY = 4, 512

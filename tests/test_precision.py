@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lowrank_lab import InputError, RunConfig
-from lowrank_lab.formulas import optimizer_state_bytes
-from lowrank_lab.memory import persistent
+from lowrank_lab.memory.breakdown import persistent
+from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro
 from lowrank_lab.optim.base import stochastically_rounded

@@ -7,9 +7,10 @@ import torch
 from short import QUICK
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.formulas import activation_bytes, by_formula
-from lowrank_lab.memory import measure, persistent, simulate
+from lowrank_lab.memory.breakdown import persistent
+from lowrank_lab.memory.formulas import activation_bytes, by_formula
 from lowrank_lab.methods.build import METHODS, build, resolve
+from lowrank_lab.planning.simulate import measure, simulate
 from lowrank_lab.step import kind_of
 
 AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")

@@ -9,8 +9,9 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import record_function
 
 from lowrank_lab.config import RunConfig
+from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS, Breakdown
+from lowrank_lab.memory.tracker import Tracker
 from lowrank_lab.methods.build import build
-from lowrank_lab.tracing import CATEGORIES, NAMES, PARTS, Breakdown, Tracker
 
 
 def traced(model, x, optimizer=None, steps=1, hidden=None):

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, look, rows_of
-from lowrank_lab.formulas import MIB
+from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.stats import mean_interval
 from lowrank_lab.tables import paired
 

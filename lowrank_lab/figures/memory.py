@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab.figures.drawing import canvas, label_ends, look, unit_of
-from lowrank_lab.formulas import MIB
+from lowrank_lab.memory.formulas import MIB
 
 CATEGORIES = {
     "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",

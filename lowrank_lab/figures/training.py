@@ -19,7 +19,7 @@ from lowrank_lab.figures.drawing import (
     look,
     rows_of,
 )
-from lowrank_lab.formulas import MIB
+from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.stats import mean_interval
 
 

@@ -18,13 +18,15 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.formulas import optimizer_state_bytes
+from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
+from lowrank_lab.memory.formulas import optimizer_state_bytes
+from lowrank_lab.memory.tracker import GLOO, LAPACK, Trace, Tracker, resizing
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.ranks import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
@@ -38,68 +40,8 @@ from lowrank_lab.step import (
     set_clock_,
     take_step_,
 )
-from lowrank_lab.tracing import Breakdown, Trace, Tracker, resizing, tensor_bytes
 
 CUDA_BLOCK = 512  # bytes: CUDA's caching allocator rounds up to a multiple of it
-
-
-def _copy(A: Tensor, *args: object, **kwargs: object) -> int:
-    return A.numel() * A.element_size()
-
-
-def _copy_of_tall(A: Tensor, mode: str = "reduced") -> int:
-    return _copy(A) if mode == "r" and A.shape[-2] > A.shape[-1] else 0
-
-
-# Bytes that torch takes on a CPU within these operations, beside their results.
-LAPACK: dict[str, Callable[..., int]] = {
-    "aten::_linalg_svd": _copy,
-    "aten::_linalg_eigh": lambda A, *args: 2 * _copy(A),
-    "aten::linalg_cholesky_ex": _copy,
-    "aten::linalg_qr": _copy_of_tall,
-}
-# And what gloo takes beside what it is given: flat copies of all that travels.
-GLOO: dict[str, Callable[..., int]] = {
-    "c10d::_allgather_base_": lambda out, A, *args, **kwargs: _copy(out),
-    "c10d::_reduce_scatter_base_": lambda out, A, *args, **kwargs: _copy(A),
-    "_c10d_functional::all_gather_into_tensor": lambda A, size, *args: size * _copy(A),
-}
-
-
-def persistent(
-    model: nn.Module, optimizer: torch.optim.Optimizer, per_layer: bool = False
-) -> Breakdown:
-    """Bytes of the weights, of the gradients that training holds, and of the states.
-
-    Args:
-        per_layer: gradients exist one at a time, so that it is the largest that counts.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    indices = [b for name, b in model.named_buffers() if name.endswith("indices")]
-    states = [
-        (k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)
-    ]
-    return Breakdown(
-        weights=tensor_bytes([*model.parameters(), *model.buffers()]),
-        frozen=tensor_bytes(frozen),
-        indices=tensor_bytes(indices),
-        gradients=max(map(tensor_bytes, ([p] for p in trained)), default=0)
-        if per_layer
-        else tensor_bytes(trained),
-        optimizer_states=tensor_bytes(t for _, t in states),
-        projections=tensor_bytes(t for k, t in states if k.startswith("projection")),
-    )
-
-
-def persistent_shards(shards: Shards) -> Breakdown:
-    """`persistent` of what this process holds of a model in shards."""
-    found = persistent(shards.mirror, shards.optimizer)
-    held = shards.held()  # the mirror stands for some of them only
-    found.frozen = tensor_bytes(t for t, trains in held if not trains)
-    found.gradients = tensor_bytes(t for t, trains in held if trains)
-    found.weights = found.frozen + found.gradients + tensor_bytes(shards.model.buffers())
-    return found
 
 
 @dataclass
@@ -306,7 +248,7 @@ class _Stepping:
         if self._shards is None:
             found = persistent(self.model, self.optimizer, self.config.per_layer)
         else:
-            found = persistent_shards(self._shards)
+            found = self._shards.persistent()
         if self._assumed is not None:
             found.optimizer_states = tensor_bytes([self._assumed])
         return found

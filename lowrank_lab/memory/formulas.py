@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers.association import association_flops
+from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.optim.projection import sides
-from lowrank_lab.tracing import Breakdown
 
 MIB, GB = 2**20, 10**9  # bytes
 

@@ -14,7 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,87 +25,40 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
-    is_traceable_wrapper_subclass,
 )
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS, Breakdown, storages_of
 from lowrank_lab.models.attention import unfolded
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# What adds up to all bytes, in the order in which it is shown.
-CATEGORIES = (
-    "weights", "gradients", "optimizer_states", "activations", "logits", "temporaries",
-)  # fmt: skip
-# What is a part of a category: part → category.
-PARTS = {
-    "frozen": "weights", "indices": "weights", "projections": "optimizer_states",
-    "gathered": "temporaries",
-}  # fmt: skip
 TRAVEL = ("c10d", "_c10d_functional")  # namespaces of what processes do together
 
 
-@dataclass
-class Breakdown:
-    """Bytes by category. Indented ones are parts of the category above them.
-
-    weights           parameters and buffers
-      frozen          … of them parameters that don't train (LoRA's W₀)
-      indices         … of them the positions of sparse entries (SLTrain)
-    gradients         of parameters
-    optimizer_states  all tensors that an optimizer keeps from step to step
-      projections     … of them stored projections (GaLore's P)
-    activations       what the backward pass waits for
-    logits            logits, loss and the gradients that the loss forms at once
-    temporaries       everything else: gradients of activations, what an operation is just making
-      gathered        … of them whole weights of the block or layer at work, and what travels
-                      between processes (with shards)
-    """
-
-    weights: int = 0
-    frozen: int = 0
-    indices: int = 0
-    gradients: int = 0
-    optimizer_states: int = 0
-    projections: int = 0
-    activations: int = 0
-    logits: int = 0
-    temporaries: int = 0
-    gathered: int = 0
-
-    @property
-    def total(self) -> int:
-        """All bytes; parts are not counted twice."""
-        return sum(getattr(self, name) for name in CATEGORIES)
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+def _copy(A: Tensor, *args: object, **kwargs: object) -> int:
+    return A.numel() * A.element_size()
 
 
-NAMES = tuple(f.name for f in fields(Breakdown))
+def _copy_of_tall(A: Tensor, mode: str = "reduced") -> int:
+    return _copy(A) if mode == "r" and A.shape[-2] > A.shape[-1] else 0
 
 
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, shared ones counted once."""
-    return sum({key: size for t in tensors for key, size in storages(t)}.values())
-
-
-def storages(t: Tensor) -> list[tuple[int, int]]:
-    """(key, bytes) of the storages behind a tensor: several of a quantized one, of a DTensor its
-    shard's.
-    """
-    return [(s._cdata, s.nbytes()) for s in _storages(t)]
-
-
-def _storages(t: Tensor) -> list[torch.UntypedStorage]:
-    quantized: bool = is_traceable_wrapper_subclass(t)  # whatever mypy thinks it narrows to
-    if not quantized:
-        return [t.untyped_storage()]
-    names: list[str] = t.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-    parts = [getattr(t, name) for name in names]  # of a DTensor its mesh is one
-    return [s for part in parts if isinstance(part, Tensor) for s in _storages(part)]
+# Bytes that torch takes on a CPU within these operations, beside their results.
+LAPACK: dict[str, Callable[..., int]] = {
+    "aten::_linalg_svd": _copy,
+    "aten::_linalg_eigh": lambda A, *args: 2 * _copy(A),
+    "aten::linalg_cholesky_ex": _copy,
+    "aten::linalg_qr": _copy_of_tall,
+}
+# And what gloo takes beside what it is given: flat copies of all that travels.
+GLOO: dict[str, Callable[..., int]] = {
+    "c10d::_allgather_base_": lambda out, A, *args, **kwargs: _copy(out),
+    "c10d::_reduce_scatter_base_": lambda out, A, *args, **kwargs: _copy(A),
+    "_c10d_functional::all_gather_into_tensor": lambda A, size, *args: size * _copy(A),
+}
 
 
 @dataclass
@@ -305,7 +258,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def see(self, t: Tensor, category: str = "", owner: str = "") -> None:
         """Note the storages of a tensor that are new; with a category, name them."""
-        for storage in _storages(t):
+        for storage in storages_of(t):
             key = storage._cdata
             if key not in self._alive:
                 self._born(storage, key)
@@ -314,7 +267,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 block.category, block.owner = category, owner
 
     def _gathered(self, t: Tensor) -> None:
-        for storage in _storages(t):
+        for storage in storages_of(t):
             block = self._blocks[self._alive[storage._cdata][1]]
             if block.category == "temporaries":
                 block.category = "gathered"
