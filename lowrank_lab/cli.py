@@ -442,10 +442,10 @@ def memory(
 
     In bfloat16 as in the paper and for a CUDA card, unless --precision and --device say otherwise.
     """
-    from lowrank_lab import budget, budget_view
+    from lowrank_lab.planning import describe, fit
 
-    capacity = budget.bytes_of(fits) if fits is not None else None
-    given = {"precision": "bf16", "steps": budget.LONG, **_given(flags)}
+    capacity = fit.bytes_of(fits) if fits is not None else None
+    given = {"precision": "bf16", "steps": fit.LONG, **_given(flags)}
     if given.get("per_layer") and "clip" not in given:
         given["clip"] = 0.0
     config = _config(given)
@@ -454,14 +454,14 @@ def memory(
         raise InputError("measure", measure, "one process takes no steps of many; leave out ranks")
     if every:
         rows = []
-        for row in budget_view.comparison(config, capacity, device, measure, ranks):
+        for row in describe.comparison(config, capacity, device, measure, ranks):
             rows.append(row)
             click.echo(f"{row['method']}: {row['seconds']:.1f} s", err=True)
-        click.echo(json.dumps({"methods": rows}, indent=1) if as_json else budget_view.table(rows))
+        click.echo(json.dumps({"methods": rows}, indent=1) if as_json else describe.table(rows))
         return
-    config = budget.of_method(config, config.method)
-    found = budget_view.facts(config, capacity, device, measure, ranks)
-    click.echo(json.dumps(found, indent=1) if as_json else budget_view.text(found))
+    config = fit.of_method(config, config.method)
+    found = describe.facts(config, capacity, device, measure, ranks)
+    click.echo(json.dumps(found, indent=1) if as_json else describe.text(found))
 
 
 @main.command()

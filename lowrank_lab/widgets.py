@@ -73,8 +73,8 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
     import ipywidgets as ipw
     from IPython.display import display
 
-    from lowrank_lab.budget import of_method
     from lowrank_lab.figures import image
+    from lowrank_lab.planning.fit import of_method
 
     wide = {"style": {"description_width": "9em"}, "layout": ipw.Layout(width="26em")}
     powers = [2**i for i in range(13)]

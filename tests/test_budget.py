@@ -5,10 +5,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from lowrank_lab import budget, budget_view, widgets
+from lowrank_lab import widgets
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.planning import describe, fit
 from lowrank_lab.planning.simulate import simulate
 
 SMALL = {"model": "tiny", "precision": "bf16", "steps": 10_000, "batch": 8, "sequence_length": 64}
@@ -19,36 +20,36 @@ SMALL = {"model": "tiny", "precision": "bf16", "steps": 10_000, "batch": 8, "seq
     [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("1.5mb", 1_500_000), ("100", 100)],
 )
 def test_sizes_are_read_with_their_units(text, size):
-    assert budget.bytes_of(text) == size
+    assert fit.bytes_of(text) == size
 
 
 @pytest.mark.parametrize("text", ["24XB", "", "GB", "-1GB", "0", "1e9", "24 GB card"])
 def test_other_sizes_are_refused_with_what_is_allowed(text):
     with pytest.raises(InputError, match="24GiB"):
-        budget.bytes_of(text)
+        fit.bytes_of(text)
 
 
 def test_another_method_takes_what_applies_to_it():
     config = RunConfig(
         **SMALL, method="low-rank", rank=4, init="spectral", refactor_every=10, reset_every=10
     )
-    galore = budget.of_method(config, "galore")
+    galore = fit.of_method(config, "galore")
     assert (galore.rank, galore.reset_every) == (4, 10)
     assert (galore.refactor_every, galore.init) == (0, None)
-    assert resolve(budget.of_method(config, "full-rank")).rank is None
-    assert resolve(budget.of_method(config, "apollo-mini")).rank == 1  # it has one of its own
-    assert budget.of_method(config, "low-rank").refactor_every == 10
+    assert resolve(fit.of_method(config, "full-rank")).rank is None
+    assert resolve(fit.of_method(config, "apollo-mini")).rank == 1  # it has one of its own
+    assert fit.of_method(config, "low-rank").refactor_every == 10
 
 
 def test_what_no_method_could_do_is_still_refused():
     with pytest.raises(InputError, match="rank"):
-        budget.of_method(RunConfig(**SMALL, rank=1000), "galore")
+        fit.of_method(RunConfig(**SMALL, rank=1000), "galore")
 
 
 def test_the_first_way_that_fits_ends_the_search_and_does_fit():
     config = RunConfig(**SMALL, method="galore", rank=4)
     whole = simulate(config, "cuda").peak.total
-    ways = budget.ways_to_fit(config, int(0.7 * whole))
+    ways = fit.ways_to_fit(config, int(0.7 * whole))
     assert ways[-1].fits
     assert not any(way.fits for way in ways[:-1])
     assert ways[-1].peak == simulate(config.replace(**ways[-1].changes), "cuda").peak.total
@@ -57,14 +58,14 @@ def test_the_first_way_that_fits_ends_the_search_and_does_fit():
 
 def test_nothing_fits_into_less_than_the_weights():
     config = RunConfig(**SMALL, method="full-rank")
-    ways = budget.ways_to_fit(config, 1000)
+    ways = fit.ways_to_fit(config, 1000)
     assert ways
     assert not any(way.fits or way.account for way in ways)
 
 
 def test_a_way_changes_nothing_that_is_so_already():
     config = RunConfig(**SMALL, method="full-rank", activation_checkpointing=True)
-    for way in budget.ways_to_fit(config, simulate(config, "cuda").peak.total - 50_000):
+    for way in fit.ways_to_fit(config, simulate(config, "cuda").peak.total - 50_000):
         assert "--activation-checkpointing" not in way.flags
 
 
@@ -83,7 +84,7 @@ def test_the_command_prints_bytes_at_the_top_level_of_its_json():
 
 
 def test_the_paper_s_sizes_at_1b():
-    table = budget_view.of_sizes("bf16")["1b, r 512"]
+    table = describe.of_sizes("bf16")["1b, r 512"]
     assert table["low-rank"] == pytest.approx(3.66, abs=0.005)
     assert table["galore"] == table["fira"] == pytest.approx(4.76, abs=0.005)
     assert table["full-rank"] == pytest.approx(8.03, abs=0.005)
@@ -162,15 +163,15 @@ def test_wrong_input_is_one_line_that_names_it(flags, named):
 def test_tables_for_notebooks_hold_what_the_accounts_say():
     config = RunConfig(**SMALL, method="galore", rank=4)
     account = simulate(config)
-    peaks = budget_view.peaks(account)
+    peaks = describe.peaks(account)
     assert list(peaks["step"]) == list(account.steps)
     assert peaks["peak (GB)"].max() == pytest.approx(account.peak.total / 1e9, abs=1e-4)
-    largest = budget_view.largest(account.steps["next"])
+    largest = describe.largest(account.steps["next"])
     assert list(largest["MB"]) == sorted(largest["MB"], reverse=True)
-    checked = budget_view.checked(config)
+    checked = describe.checked(config)
     assert (checked["simulated / measured"] - 1).abs().max() < 0.03
-    compared = budget_view.compared({"galore": account})
+    compared = describe.compared({"galore": account})
     assert compared["peak"].item() == account.peak.total
-    assert budget_view.readable(compared)["label"].tolist() == ["galore"]
-    ways = budget_view.ways(config, account.peak.total * 2)
+    assert describe.readable(compared)["label"].tolist() == ["galore"]
+    ways = describe.ways(config, account.peak.total * 2)
     assert ways.iloc[0, 2] == "yes"

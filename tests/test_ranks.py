@@ -10,11 +10,11 @@ from processes import measure_all, phase_peaks
 from short import QUICK
 
 import lowrank_lab as lab
-from lowrank_lab.budget import ways_to_fit
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import METHODS
+from lowrank_lab.planning.fit import ways_to_fit
+from lowrank_lab.planning.fsdp import fullest, of_ranks, one_of
 from lowrank_lab.planning.simulate import simulate
-from lowrank_lab.ranks import fullest, of_ranks, one_of
 
 AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
 MIB = 2**20

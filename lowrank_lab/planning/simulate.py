@@ -29,7 +29,7 @@ from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.memory.tracker import GLOO, LAPACK, Trace, Tracker, resizing
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.attention import flash_kernels
-from lowrank_lab.ranks import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
+from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
 from lowrank_lab.schedule import warm_start
 from lowrank_lab.sharded import Shards
 from lowrank_lab.step import (

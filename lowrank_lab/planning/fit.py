@@ -10,8 +10,8 @@ from typing import Any
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks
 from lowrank_lab.planning.simulate import Account, simulate
-from lowrank_lab.ranks import check_ranks, fullest, of_ranks
 
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

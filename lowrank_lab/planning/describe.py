@@ -7,15 +7,15 @@ from typing import Any
 
 import pandas as pd
 
-from lowrank_lab import budget
-from lowrank_lab.budget import GB
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS
 from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.memory.tracker import Trace
 from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.planning import fit
+from lowrank_lab.planning.fit import GB
+from lowrank_lab.planning.fsdp import check_ranks, of_ranks
 from lowrank_lab.planning.simulate import Account, measure, simulate
-from lowrank_lab.ranks import check_ranks, of_ranks
 
 MOST_OWNERS = 8
 NEVER_AT_REST = ("temporaries", "gathered")
@@ -59,7 +59,7 @@ def facts(
         found["fits"] = account.peak.total <= capacity
         found["ways"] = [
             {"flags": a.flags, "peak": a.peak, "simulated": a.account is not None, "fits": a.fits}
-            for a in ([] if found["fits"] else budget.ways_to_fit(config, capacity, device, ranks))
+            for a in ([] if found["fits"] else fit.ways_to_fit(config, capacity, device, ranks))
         ]
     return found
 
@@ -103,10 +103,10 @@ def comparison(
         InputError: ranks that no method could share the run by.
     """
     if ranks is not None:
-        check_ranks(budget.of_method(config, "full-rank"), ranks)
+        check_ranks(fit.of_method(config, "full-rank"), ranks)
     for method in METHODS:
         try:
-            changed = resolve(budget.of_method(config, method))
+            changed = resolve(fit.of_method(config, method))
             yield facts(changed, capacity, device, measured, ranks)
         except InputError as error:
             yield {"method": method, "refused": str(error), "seconds": 0.0}
@@ -309,9 +309,9 @@ def of_sizes(precision: str = "bf16") -> pd.DataFrame:
     for method in METHODS:
         row = {}
         for size, rank in PAPER_RANKS.items():
-            config = RunConfig(model=size, rank=rank, precision=precision, steps=budget.LONG)
+            config = RunConfig(model=size, rank=rank, precision=precision, steps=fit.LONG)
             try:
-                found = by_formula(budget.of_method(config, method))
+                found = by_formula(fit.of_method(config, method))
             except InputError:  # a method of one's own
                 break
             row[f"{size}, r {rank}"] = round((found.weights + found.optimizer_states) / GB, 3)
@@ -325,7 +325,7 @@ def ways(config: RunConfig, capacity: int, device: str = "cuda") -> pd.DataFrame
     peak = simulate(config, device).peak.total
     rows = [("as it is", peak, peak <= capacity)]
     if peak > capacity:
-        rows += [(a.words, a.peak, a.fits) for a in budget.ways_to_fit(config, capacity, device)]
+        rows += [(a.words, a.peak, a.fits) for a in fit.ways_to_fit(config, capacity, device)]
     return pd.DataFrame(
         [(what, round(peak / GB, 3), "yes" if fits else "no") for what, peak, fits in rows],
         columns=["change", "peak (GB)", f"fits in {capacity / GB:.4g} GB"],
