@@ -18,7 +18,7 @@ from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import resolve
 from lowrank_lab.report import write_report
-from lowrank_lab.runs import append_jsonl, final_table, load_runs
+from lowrank_lab.runs.run import append_jsonl, final_table, load_runs
 
 COUNTS = (10, 100, 1000)
 LIMIT = 5.0  # seconds for 1000 runs

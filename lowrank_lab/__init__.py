@@ -6,7 +6,7 @@ from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.layers import factorize
 from lowrank_lab.methods.build import METHODS, load_own_methods, register_method
 from lowrank_lab.planning.simulate import simulate as simulate_memory
-from lowrank_lab.runs import Run, load, load_runs
+from lowrank_lab.runs.run import Run, load, load_runs
 from lowrank_lab.techniques.momentum import reset_momentum_
 from lowrank_lab.techniques.refactorization import refactorize_
 from lowrank_lab.train import TrainingError, train

@@ -277,7 +277,7 @@ def study(
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def merge(out: Path, folders: tuple[Path, ...], as_json: bool) -> None:
     """Copy the finished runs of several folders, of other machines perhaps, into OUT."""
-    from lowrank_lab.merge import merge as merge_runs
+    from lowrank_lab.runs.collect import merge as merge_runs
 
     merged = merge_runs(out, folders)
     if as_json:
@@ -396,8 +396,8 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 def sample(run: Path, **options: Any) -> None:
     """Text from a trained run."""
-    from lowrank_lab.runs import Run
-    from lowrank_lab.sample import sample as sample_text
+    from lowrank_lab.runs.generate import sample as sample_text
+    from lowrank_lab.runs.run import Run
 
     click.echo(sample_text(Run(run), **options))
 
@@ -412,7 +412,7 @@ def sample(run: Path, **options: Any) -> None:
 )
 def export(run: Path, out: Path, dtype: Literal["fp32", "bf16"] | None) -> None:
     """Write a finished run as a Hugging Face LLaMA folder."""
-    from lowrank_lab.export import export as export_run
+    from lowrank_lab.runs.hf_export import export as export_run
 
     done = export_run(run, out, dtype)
     without = "" if (done / "tokenizer.json").exists() else ", without a tokenizer: it is numbers"
@@ -499,7 +499,7 @@ def _publish(out: Path, studies: tuple[Path, ...]) -> None:
 
 def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
     """Print the table of a study, and differences: those that it asks about, else all."""
-    from lowrank_lab.runs import final_table, find_runs, load_runs
+    from lowrank_lab.runs.run import final_table, find_runs, load_runs
     from lowrank_lab.tables import claims, differences, formatted, structure, summary
 
     finals = final_table(load_runs(folder))

@@ -24,7 +24,7 @@ from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
 from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.panel import UNSQUEEZED
-from lowrank_lab.runs import DESCRIBES, Run, complete_runs, table_of
+from lowrank_lab.runs.run import DESCRIBES, Run, complete_runs, table_of
 from lowrank_lab.slider import slider
 
 FEW = 6  # runs that are chosen at first

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.memory.formulas import MIB
-from lowrank_lab.runs import Run, complete_runs
+from lowrank_lab.runs.run import Run, complete_runs
 from lowrank_lab.stats import mean_interval
 
 ANY = "any"

@@ -17,7 +17,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from lowrank_lab import figures, grid, grid_view
-from lowrank_lab.runs import (
+from lowrank_lab.runs.run import (
     Run,
     append_jsonl,
     complete_runs,

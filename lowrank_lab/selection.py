@@ -24,7 +24,7 @@ from typing import Any
 
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
 from lowrank_lab.methods.build import METHODS, resolve
-from lowrank_lab.runs import find_runs
+from lowrank_lab.runs.run import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")
 # What was trained, on which text and for how long.

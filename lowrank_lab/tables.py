@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from lowrank_lab.memory.formulas import MIB
-from lowrank_lab.runs import LAYER_FACTS, Run
+from lowrank_lab.runs.run import LAYER_FACTS, Run
 from lowrank_lab.spectra import effective_rank
 from lowrank_lab.stats import mean_interval, p_below
 

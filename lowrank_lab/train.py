@@ -26,7 +26,7 @@ from lowrank_lab.memory.tracker import LAPACK, Tracker, unseen
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.provenance import ran_on
-from lowrank_lab.runs import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
+from lowrank_lab.runs.run import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
 from lowrank_lab.sharded import Shards, check_shards
 from lowrank_lab.spectra import SpectraRecorder

@@ -16,7 +16,7 @@ from lowrank_lab.slider import slider
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lowrank_lab.runs import Run
+    from lowrank_lab.runs.run import Run
 
 OnStep = Callable[[dict[str, Any]], None]
 

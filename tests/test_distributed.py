@@ -14,7 +14,7 @@ from short import short_options
 from lowrank_lab import METHODS, InputError, RunConfig, train
 from lowrank_lab.memory.formulas import by_formula, optimizer_state_bytes
 from lowrank_lab.methods.build import build_model, resolve
-from lowrank_lab.runs import read_jsonl
+from lowrank_lab.runs.run import read_jsonl
 from lowrank_lab.sharded import check_shards
 
 # Rounding is another in another order of sums, and steep learning rates amplify it step by step

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_lab as lab
 from lowrank_lab.cli import main
-from lowrank_lab.export import export
 from lowrank_lab.methods.build import METHODS, resolve
-from lowrank_lab.runs import Run, find_runs, write_json
+from lowrank_lab.runs.hf_export import export
+from lowrank_lab.runs.run import Run, find_runs, write_json
 from lowrank_lab.train import Trainer, check
 
 TEXTS = ["", " ", "the model of rank 3.\n\n  low", "naïve café 漢字 \u2028\t\0", "a<|endoftext|>b"]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from short import short_options
 
 from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoint, train
-from lowrank_lab.runs import Run, locked, read_jsonl
+from lowrank_lab.runs.run import Run, locked, read_jsonl
 from lowrank_lab.watch import ENOUGH, LossWatch, asked_to_stop
 
 rooms = importlib.import_module("lowrank_lab.train")  # the name lowrank_lab.train is the function

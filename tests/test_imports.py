@@ -19,7 +19,7 @@ HEAVY = (
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
     "cpu/malloc.py", "memory", "spectra.py",
-    "checkpoint.py", "provenance.py", "runs.py", "watch.py",
+    "checkpoint.py", "provenance.py", "runs", "watch.py",
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from test_report import write_run
 from lowrank_lab import report
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError
-from lowrank_lab.merge import merge
-from lowrank_lab.runs import Run, find_runs, write_json
+from lowrank_lab.runs.collect import merge
+from lowrank_lab.runs.run import Run, find_runs, write_json
 
 
 def change(path, **values):

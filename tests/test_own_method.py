@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from lowrank_lab import InputError, RunConfig, figures, load_runs, train
 from lowrank_lab.cli import main
 from lowrank_lab.methods.build import METHODS, build, register_method, resolve
-from lowrank_lab.runs import final_table
+from lowrank_lab.runs.run import final_table
 from lowrank_lab.step import gradients, set_learning_rate, update_
 
 STEPS = 16

@@ -12,7 +12,14 @@ from lowrank_lab import report, tables
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import resolve
-from lowrank_lab.runs import append_jsonl, final_table, find_runs, load_runs, read_jsonl, write_json
+from lowrank_lab.runs.run import (
+    append_jsonl,
+    final_table,
+    find_runs,
+    load_runs,
+    read_jsonl,
+    write_json,
+)
 
 
 def write_run(folder, label, seed=0, loss=2.0, steps=1000, **fields):

@@ -9,7 +9,7 @@ import pytest
 from studies import NOTEBOOKS
 
 from lowrank_lab.report import asked_in
-from lowrank_lab.runs import final_table, load_runs, write_json
+from lowrank_lab.runs.run import final_table, load_runs, write_json
 from lowrank_lab.study import load_study
 from lowrank_lab.tables import claims, summary
 

@@ -18,8 +18,8 @@ from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoin
 from lowrank_lab.data.corpus import prepare
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.runs import Run, read_jsonl
-from lowrank_lab.sample import sample
+from lowrank_lab.runs.generate import sample
+from lowrank_lab.runs.run import Run, read_jsonl
 from lowrank_lab.schedule import learning_rate
 from lowrank_lab.train import evaluate, train
 

@@ -21,7 +21,7 @@ from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, label_en
 from lowrank_lab.spectra import effective_rank, middle_layers, stable_rank
 
 if TYPE_CHECKING:
-    from lowrank_lab.runs import Run
+    from lowrank_lab.runs.run import Run
 
 
 def effective_rank_table(spectra: pd.DataFrame) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowrank_lab.runs import Run
+from lowrank_lab.runs.run import Run
 
 
 def sample(

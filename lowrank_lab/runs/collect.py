@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.config import InputError
-from lowrank_lab.runs import RUNNER_FILES, Run, find_runs, write_json
+from lowrank_lab.runs.run import RUNNER_FILES, Run, find_runs, write_json
 
 # What is copied; whatever else lies in a run's folder stays where it is.
 FILES = sorted(
