@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks.harness import Row, median, take_turns, threads
+from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build, resolve
-from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import Batch, take_step_
 
 METHODS = ("full-rank", "low-rank", "galore", "sltrain")

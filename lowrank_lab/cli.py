@@ -499,8 +499,8 @@ def _publish(out: Path, studies: tuple[Path, ...]) -> None:
 
 def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
     """Print the table of a study, and differences: those that it asks about, else all."""
+    from lowrank_lab.analysis.tables import claims, differences, formatted, structure, summary
     from lowrank_lab.runs.run import final_table, find_runs, load_runs
-    from lowrank_lab.tables import claims, differences, formatted, structure, summary
 
     finals = final_table(load_runs(folder))
     if as_json:

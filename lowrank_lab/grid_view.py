@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lowrank_lab import grid
+from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import RANKED, STYLE, Drawing, image
 from lowrank_lab.panel import panel as controls

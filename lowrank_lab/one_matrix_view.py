@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from lowrank_lab import one_matrix
+from lowrank_lab.analysis import matrix_toy
+from lowrank_lab.analysis.matrix_toy import METHODS, Fit, Settings
+from lowrank_lab.analysis.spectra import singular_values
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import COLOURS, STYLE, Drawing, described, image, label_ends, look, png
-from lowrank_lab.one_matrix import METHODS, Fit, Settings
 from lowrank_lab.panel import panel
 from lowrank_lab.slider import Slider, slider
-from lowrank_lab.spectra import singular_values
 
 LOWEST = 1e-4  # where axes of errors end
 KEPT, CUT, FLOOR = COLOURS["low-rank"], "0.75", "0.45"
@@ -48,8 +48,8 @@ def approximation(W: Tensor, rank: int, onto: Figure | None = None) -> Figure:
     Args:
         onto: an earlier figure of this kind to draw over.
     """
-    best = one_matrix.best_approximation(W, rank)
-    values = one_matrix.spectrum_table(W)["singular_value"].to_numpy()
+    best = matrix_toy.best_approximation(W, rank)
+    values = matrix_toy.spectrum_table(W)["singular_value"].to_numpy()
     limit = float(W.abs().max())
     titles = "the matrix", f"best of rank {rank}", "what is lost"
     margins: Any = {"left": 0.01, "right": 0.99, "bottom": 0.2, "wspace": 0.15}
@@ -179,14 +179,14 @@ def result(
     asked = done.settings
     plain = asked.method == "full-rank"
     fits = {asked.method: done} if plain else {asked.method: done, "full-rank": reference}
-    best = one_matrix.tail(target, asked.rank)
+    best = matrix_toy.tail(target, asked.rank)
     lines = {} if plain else {f"best of rank {asked.rank}": best}
-    wanted = one_matrix.spectrum_table(target)
+    wanted = matrix_toy.spectrum_table(target)
     found = singular_values(done.layer).tolist()
     colour = look(asked.method, [asked.method])[0]
     margins: Any = {"left": 0.07, "right": 0.985, "bottom": 0.16, "wspace": 0.62}
     with _drawing(9.2, 3.0, 2, onto=onto, **margins) as (figure, (course, spectrum)):
-        _courses(course, one_matrix.curves_table(fits), lines, asked.events())
+        _courses(course, matrix_toy.curves_table(fits), lines, asked.events())
         spectrum.plot(wanted["index"], wanted["singular_value"], color=FLOOR, label="of W*")
         spectrum.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=colour, label="found")
         spectrum.set(xlabel="index", ylabel="singular value", ylim=(0, None))
@@ -214,7 +214,7 @@ def approximate(W: Tensor, rank: int, headless: bool = True) -> Any:
     """`approximation` with a slider for the rank; over figures drawn beforehand when headless."""
 
     def draw(values: Mapping[str, Any], onto: Figure | None = None) -> tuple[Figure, str]:
-        error = one_matrix.tail(W, values["rank"])
+        error = matrix_toy.tail(W, values["rank"])
         return approximation(W, values["rank"], onto), f"rank = {values['rank']}, error {error:.4f}"
 
     if headless:
@@ -241,7 +241,7 @@ def explore(
 
     def found(asked: Settings) -> Fit:
         if asked not in fits:
-            fits[asked] = one_matrix.fit(target, asked)
+            fits[asked] = matrix_toy.fit(target, asked)
         return fits[asked]
 
     def draw(values: Mapping[str, Any], onto: Figure | None = None) -> tuple[Figure, str]:

@@ -16,7 +16,16 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
-from lowrank_lab import figures, grid, grid_view
+from lowrank_lab import figures, grid_view
+from lowrank_lab.analysis import grid
+from lowrank_lab.analysis.tables import (
+    claims,
+    comparable,
+    differences,
+    formatted,
+    structure,
+    summary,
+)
 from lowrank_lab.runs.run import (
     Run,
     append_jsonl,
@@ -29,7 +38,6 @@ from lowrank_lab.runs.run import (
     spectra_of,
     table_of,
 )
-from lowrank_lab.tables import claims, comparable, differences, formatted, structure, summary
 
 MOST_LABELS = 20  # in one figure
 MOST_FIGURES = 12  # one a label

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab import checkpoint, distributed
+from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.cpu.malloc import freed_memory_kept
 from lowrank_lab.cpu.onednn_matmul import fast_products
@@ -29,7 +30,6 @@ from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs.run import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.schedule import learning_rate, warm_start
 from lowrank_lab.sharded import Shards, check_shards
-from lowrank_lab.spectra import SpectraRecorder
 from lowrank_lab.step import (
     Batch,
     PerLayerUpdates,

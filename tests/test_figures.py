@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from lowrank_lab import figures
+from lowrank_lab.analysis.spectra import middle_layers
+from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.config import InputError
-from lowrank_lab.spectra import middle_layers
-from lowrank_lab.stats import mean_interval
 
 LABELS = ("full-rank", "low-rank", "low-rank + both", "mine")
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from lowrank_lab import grid, grid_view, widgets
+from lowrank_lab import grid_view, widgets
+from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import resolve
 

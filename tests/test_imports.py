@@ -18,7 +18,7 @@ HEAVY = (
 ).split()
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
-    "cpu/malloc.py", "memory", "spectra.py",
+    "cpu/malloc.py", "memory", "analysis/spectra.py",
     "checkpoint.py", "provenance.py", "runs", "watch.py",
 }  # fmt: skip
 

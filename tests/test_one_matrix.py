@@ -6,13 +6,14 @@ import ipywidgets
 import pytest
 import torch
 
-from lowrank_lab import one_matrix, optim
 from lowrank_lab import one_matrix_view as view
+from lowrank_lab import optim
+from lowrank_lab.analysis import matrix_toy
+from lowrank_lab.analysis.matrix_toy import Settings, fit
 from lowrank_lab.config import InputError
 from lowrank_lab.layers import LowRankLinear
-from lowrank_lab.one_matrix import Settings, fit
 
-W = one_matrix.target()
+W = matrix_toy.target()
 STRETCHED = Settings("low-rank", period=40, imbalance=1000.0)
 
 
@@ -47,13 +48,13 @@ def test_the_target_has_the_spectrum_that_was_asked_for():
 
 @pytest.mark.parametrize("rank", [1, 4, 31])
 def test_the_tail_is_the_error_of_the_best_approximation(rank):
-    best = one_matrix.best_approximation(W, rank)
+    best = matrix_toy.best_approximation(W, rank)
     assert torch.linalg.matrix_rank(best) == rank
-    assert one_matrix.share_missing(best, W) == pytest.approx(one_matrix.tail(W, rank), rel=1e-4)
+    assert matrix_toy.share_missing(best, W) == pytest.approx(matrix_toy.tail(W, rank), rel=1e-4)
 
 
 def test_the_spectrum_sums_to_the_whole_energy():
-    table = one_matrix.spectrum_table(W)
+    table = matrix_toy.spectrum_table(W)
     assert (table["singular_value"] ** 2).sum() == pytest.approx(W.square().sum().item())
     assert table["share"].sum() == pytest.approx(1)
     assert table["tail"].iloc[-1] == pytest.approx(0, abs=1e-9)
@@ -81,7 +82,7 @@ def test_gradients_of_the_factors_are_those_of_autograd():
     G = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
     layer.dense_weight().backward(G)
     wanted = layer.B.grad.clone(), layer.A.grad.clone()
-    one_matrix._give_gradient_(layer, G)
+    matrix_toy._give_gradient_(layer, G)
     torch.testing.assert_close((layer.B.grad, layer.A.grad), wanted)
 
 
@@ -98,15 +99,15 @@ def test_the_same_settings_give_the_same_errors_and_leave_torchs_generator_alone
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_factors_end_on_the_floor_of_their_rank(rank):
     done = fit(W, Settings("low-rank", rank))
-    assert done.error == pytest.approx(one_matrix.tail(W, rank), rel=0.01)
-    assert done.error >= one_matrix.tail(W, rank)
+    assert done.error == pytest.approx(matrix_toy.tail(W, rank), rel=0.01)
+    assert done.error >= matrix_toy.tail(W, rank)
 
 
 @pytest.mark.parametrize(("period", "ranks"), [(0, 4), (80, 8), (40, 16)])
 def test_each_projection_of_galore_adds_its_rank(period, ranks):
     done = fit(W, Settings("galore", 4, period=period))
     assert torch.linalg.matrix_rank(done.weight(), rtol=1e-4) == ranks
-    bound = one_matrix.tail(W, ranks)
+    bound = matrix_toy.tail(W, ranks)
     assert bound <= done.error < 1.2 * bound
 
 
@@ -120,7 +121,7 @@ def test_refactorization_and_reset_together_repair_stretched_factors():
     reset = fit(W, STRETCHED.replace(refactor=False, strength=1.0))
     balanced = fit(W, STRETCHED).error
     both = fit(W, STRETCHED.replace(strength=1.0))
-    assert both.error < 1.01 * one_matrix.tail(W, 4) < balanced < plain
+    assert both.error < 1.01 * matrix_toy.tail(W, 4) < balanced < plain
     assert both.error < reset.error < plain
     assert max(reset.errors[40:]) > 1 > 0.5 > max(both.errors[40:])  # the jump after a reset alone
 
@@ -132,7 +133,7 @@ def test_momentum_that_is_carried_along_is_better_than_momentum_of_other_factors
 
 def test_a_reset_helps_galore_where_refreshes_are_frequent():
     often = Settings("galore", period=10, noise=0.3)
-    table = one_matrix.event_table(
+    table = matrix_toy.event_table(
         {str(s): fit(W, often.replace(strength=s)) for s in (0.0, 0.5, 1.0)}
     )
     assert table["error_before"].nunique() == 1
@@ -142,22 +143,22 @@ def test_a_reset_helps_galore_where_refreshes_are_frequent():
 
 
 def test_balanced_factors_have_equal_spectra_and_the_same_product():
-    factors = one_matrix.factors_table(4, 1000.0)
+    factors = matrix_toy.factors_table(4, 1000.0)
     values = factors.set_index(["when", "factor"])["singular_value"]
     product = values["after", "B·A"].to_numpy()
     assert values["after", "B"].to_numpy() == pytest.approx(product**0.5, rel=1e-4)
     assert values["after", "A"].to_numpy() == pytest.approx(product**0.5, rel=1e-4)
     assert values["before", "B·A"].to_numpy() == pytest.approx(product, rel=1e-4)
-    table = one_matrix.conditions_table(factors).set_index(["when", "factor"])
+    table = matrix_toy.conditions_table(factors).set_index(["when", "factor"])
     condition = table["condition_number"]
     assert condition["before", "B"] > 500
     assert condition["after", "B"] == pytest.approx(condition["after", "A"], rel=1e-4)
 
 
 def test_a_grid_has_a_row_for_each_point():
-    table = one_matrix.grid_table(W, Settings("galore", steps=5), rank=(2, 4), noise=(0.0, 1.0))
+    table = matrix_toy.grid_table(W, Settings("galore", steps=5), rank=(2, 4), noise=(0.0, 1.0))
     assert table[["rank", "noise"]].to_numpy().tolist() == [[2, 0], [2, 1], [4, 0], [4, 1]]
-    assert table["best_of_rank"].tolist() == [one_matrix.tail(W, r) for r in (2, 2, 4, 4)]
+    assert table["best_of_rank"].tolist() == [matrix_toy.tail(W, r) for r in (2, 2, 4, 4)]
     assert table["error"].iloc[3] == fit(W, Settings("galore", noise=1.0, steps=5)).error
 
 
@@ -177,8 +178,8 @@ def test_a_setting_that_is_not_allowed_is_named(field, value):
 def test_a_rank_that_the_matrix_does_not_have_is_refused():
     for refused in (
         lambda: fit(W, Settings("galore", 33)),
-        lambda: one_matrix.tail(W, 0),
-        lambda: one_matrix.best_approximation(W, 33),
+        lambda: matrix_toy.tail(W, 0),
+        lambda: matrix_toy.best_approximation(W, 33),
     ):
         with pytest.raises(InputError, match="a 32×48 matrix takes 1 to 32"):
             refused()
@@ -186,12 +187,12 @@ def test_a_rank_that_the_matrix_does_not_have_is_refused():
 
 def test_a_table_of_events_needs_an_event():
     with pytest.raises(InputError, match=r"^fits: 'galore' "):
-        one_matrix.event_table({"galore": fit(W, Settings("galore", steps=2))})
+        matrix_toy.event_table({"galore": fit(W, Settings("galore", steps=2))})
 
 
 def test_curves_are_drawn_with_their_last_errors_beside_them():
     fits = {"fira": fit(W, Settings("fira", steps=30)), "galore": fit(W, Settings("galore"))}
-    figure = view.courses(one_matrix.curves_table(fits), {"floor": 0.2611}, (10, 20))
+    figure = view.courses(matrix_toy.curves_table(fits), {"floor": 0.2611}, (10, 20))
     texts = [text.get_text() for text in figure.axes[0].texts]
     wanted = [f"{name}  {done.error:.4f}" for name, done in fits.items()]
     assert sorted(texts) == sorted([*wanted, "floor  0.2611"])
@@ -199,10 +200,10 @@ def test_curves_are_drawn_with_their_last_errors_beside_them():
 
 def test_headless_panels_are_drawn_beforehand(shown):
     ranks = view.approximate(W, 4)
-    assert ranks.texts[2] == f"rank = 4, error {one_matrix.tail(W, 4):.4f}"
+    assert ranks.texts[2] == f"rank = 4, error {matrix_toy.tail(W, 4):.4f}"
     assert (len(set(ranks.images)), ranks.start) == (6, 2)
     methods = view.explore(W, Settings("galore", steps=5))
-    assert [text.split(",")[0] for text in methods.texts] == list(one_matrix.METHODS)
+    assert [text.split(",")[0] for text in methods.texts] == list(matrix_toy.METHODS)
     assert methods.texts[methods.start].startswith("galore, rank = 4, ")
     assert all("singular value against index" in alt for alt in methods.alts)
     assert not shown
@@ -213,7 +214,7 @@ def test_the_rank_slider_writes_the_error_and_changes_the_picture(shown):
     knobs, picture, text = parts_of(shown[0])
     before = picture.value
     knobs["rank"].value = 7
-    assert text.value == f"rank = 7, error {one_matrix.tail(W, 7):.4f}"
+    assert text.value == f"rank = 7, error {matrix_toy.tail(W, 7):.4f}"
     assert picture.value != before
 
 
@@ -262,7 +263,7 @@ def test_an_answer_fits_what_is_new_once_and_draws_over_the_last_figure(shown, m
             super().__init__(*args, **options)
 
     monkeypatch.setattr(view, "Drawing", Counted)
-    monkeypatch.setattr(one_matrix, "fit", lambda target, s: fits.append(s) or fit(target, s))
+    monkeypatch.setattr(matrix_toy, "fit", lambda target, s: fits.append(s) or fit(target, s))
     view.explore(W, Settings("fira", period=40, noise=0.3), headless=False)
     assert (len(fits), len(figures)) == (2, 1)  # with the reference: full rank
     knobs, *_ = parts_of(shown[0])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lowrank_lab import report, tables
+from lowrank_lab import report
+from lowrank_lab.analysis import tables
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import resolve

@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 from lowrank_lab import RunConfig, factorize, refactorize_, reset_momentum_, train
-from lowrank_lab.config import TARGETS
-from lowrank_lab.layers import LowRankLinear
-from lowrank_lab.methods.build import build
-from lowrank_lab.spectra import (
+from lowrank_lab.analysis.spectra import (
     SpectraRecorder,
     captured_energy,
     effective_rank,
@@ -24,6 +21,9 @@ from lowrank_lab.spectra import (
     subspace_overlap,
     update_singular_values,
 )
+from lowrank_lab.config import TARGETS
+from lowrank_lab.layers import LowRankLinear
+from lowrank_lab.methods.build import build
 
 SHAPES = [(7, 7), (9, 4), (4, 9), (1, 6), (6, 1)]
 both_ranks = pytest.mark.parametrize("rank_of", [effective_rank, stable_rank])

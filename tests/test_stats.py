@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lowrank_lab.stats import mean_interval
+from lowrank_lab.analysis.stats import mean_interval
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])

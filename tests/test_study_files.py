@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from studies import NOTEBOOKS
 
+from lowrank_lab.analysis.tables import claims, summary
 from lowrank_lab.report import asked_in
 from lowrank_lab.runs.run import final_table, load_runs, write_json
 from lowrank_lab.study import load_study
-from lowrank_lab.tables import claims, summary
 
 CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks",
          "tune_larger", "tune_larger_full", "larger", "larger_rate", "equal_time")  # fmt: skip

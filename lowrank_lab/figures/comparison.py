@@ -13,11 +13,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowrank_lab.analysis.stats import mean_interval
+from lowrank_lab.analysis.tables import paired
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, look, rows_of
 from lowrank_lab.memory.formulas import MIB
-from lowrank_lab.stats import mean_interval
-from lowrank_lab.tables import paired
 
 RATE = re.compile(r", lr [^,]+")
 RANK = re.compile(r", rank [^,]+")

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from lowrank_lab.analysis.spectra import effective_rank, middle_layers, stable_rank
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, label_ends, look, nothing
-from lowrank_lab.spectra import effective_rank, middle_layers, stable_rank
 
 if TYPE_CHECKING:
     from lowrank_lab.runs.run import Run

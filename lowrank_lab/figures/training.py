@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import offset_copy
 
+from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import (
     STYLE,
@@ -20,7 +21,6 @@ from lowrank_lab.figures.drawing import (
     rows_of,
 )
 from lowrank_lab.memory.formulas import MIB
-from lowrank_lab.stats import mean_interval
 
 
 def curve_table(

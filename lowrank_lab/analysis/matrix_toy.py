@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.analysis.spectra import effective_rank, singular_values
 from lowrank_lab.config import InputError
 from lowrank_lab.layers import FactorizedLinear, LowRankLinear
 from lowrank_lab.optim import Fira, GaLore, ProjectedAdamW
-from lowrank_lab.spectra import effective_rank, singular_values
 from lowrank_lab.techniques.momentum import reset_momentum_
 from lowrank_lab.techniques.refactorization import refactorize_
 

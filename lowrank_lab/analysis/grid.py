@@ -13,10 +13,10 @@ from typing import Any
 
 import pandas as pd
 
+from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.runs.run import Run, complete_runs
-from lowrank_lab.stats import mean_interval
 
 ANY = "any"
 NO_KNOBS = frozenset(

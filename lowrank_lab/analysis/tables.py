@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lowrank_lab.analysis.spectra import effective_rank
+from lowrank_lab.analysis.stats import mean_interval, p_below
 from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.runs.run import LAYER_FACTS, Run
-from lowrank_lab.spectra import effective_rank
-from lowrank_lab.stats import mean_interval, p_below
 
 
 def summary(finals: pd.DataFrame) -> pd.DataFrame:

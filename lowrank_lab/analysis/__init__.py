@@ -1,0 +1,1 @@
+"""Numbers from runs and matrices: spectra, statistics, tables, and a toy problem."""
