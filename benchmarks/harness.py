@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lowrank_lab.provenance import cpu_name
+from lowrank_lab.training.provenance import cpu_name
 
 
 @dataclass

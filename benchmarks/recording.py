@@ -8,7 +8,7 @@ from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build, resolve
-from lowrank_lab.step import Batch, take_step_
+from lowrank_lab.training.step import Batch, take_step_
 
 METHODS = ("full-rank", "low-rank", "galore", "sltrain")
 STEPS = 2000  # of the run whose share it is; a fifth of them apart, spectra are recorded

@@ -17,8 +17,8 @@ import yaml
 from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build, resolve
-from lowrank_lab.step import Batch, kind_of, set_clock_, take_step_
-from lowrank_lab.train import fast_process
+from lowrank_lab.training.step import Batch, kind_of, set_clock_, take_step_
+from lowrank_lab.training.trainer import fast_process
 
 STUDY = Path(__file__).parent.parent / "notebooks" / "studies" / "main.yaml"
 TOGETHER = 5  # methods that take turns with full rank

@@ -16,8 +16,8 @@ from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim.projection import leading_subspaces, randomized_subspaces, sides
 from lowrank_lab.techniques.refactorization import refactorize_
-from lowrank_lab.train import Trainer
-from lowrank_lab.train import check as checked
+from lowrank_lab.training.trainer import Trainer
+from lowrank_lab.training.trainer import check as checked
 
 
 def rows(quick: bool = False) -> list[Row]:

@@ -9,7 +9,7 @@ from lowrank_lab.planning.simulate import simulate as simulate_memory
 from lowrank_lab.runs.run import Run, load, load_runs
 from lowrank_lab.techniques.momentum import reset_momentum_
 from lowrank_lab.techniques.refactorization import refactorize_
-from lowrank_lab.train import TrainingError, train
+from lowrank_lab.training.trainer import TrainingError, train
 
 __all__ = [
     "METHODS",

@@ -171,7 +171,7 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
     """Train one run, or go on with it."""
     from tqdm import tqdm
 
-    from lowrank_lab.train import train as train_run
+    from lowrank_lab.training.trainer import train as train_run
 
     config = _config(flags)
     hidden = None if distributed.is_first() else True  # None: where there is no terminal

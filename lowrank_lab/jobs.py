@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_lab.config import InputError, nearest
-from lowrank_lab.provenance import source_hash
 from lowrank_lab.runs.run import read_jsonl
+from lowrank_lab.training.provenance import source_hash
 
 PARTIAL = ".partial.ipynb"  # the notebook while it is being executed
 State = Literal["queued", "running", "done", "failed"]

@@ -40,7 +40,7 @@ from lowrank_lab.needs import Need, device_memory, free_disk, machine_memory, ne
 from lowrank_lab.runner import execute
 from lowrank_lab.runs.collect import copy_run, finished_run
 from lowrank_lab.selection import read_selection
-from lowrank_lab.train import check
+from lowrank_lab.training.trainer import check
 
 KEYS = {
     "description", "notebook", "compare", "base", "variants", "grid", "select", "seeds",

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_lab.sharded import Shards
+from lowrank_lab.training.fsdp import Shards
 
 
 class Exchanges(TorchDispatchMode):

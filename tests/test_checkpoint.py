@@ -7,10 +7,10 @@ import pytest
 import torch
 from short import QUICK, short_options
 
-from lowrank_lab.checkpoint import all_checkpoints, load, save
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import METHODS, build, resolve
-from lowrank_lab.step import gradients, update_
+from lowrank_lab.training.checkpoint import all_checkpoints, load, save
+from lowrank_lab.training.step import gradients, update_
 
 STEPS = 12
 

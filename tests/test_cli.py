@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from studies import NOTEBOOKS
 
-from lowrank_lab import step
 from lowrank_lab.cli import main
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import METHODS, OWN_METHODS
 from lowrank_lab.runs.run import Run
+from lowrank_lab.training import step
 
 SMALL = ["--model", "tiny", "--sequence-length", "16", "--batch", "2", "--vocab-size", "300"]
 SMALL += ["--eval-tokens", "64", "--test-tokens", "64"]

@@ -16,7 +16,7 @@ from lowrank_lab.cli import main
 from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.runs.hf_export import export
 from lowrank_lab.runs.run import Run, find_runs, write_json
-from lowrank_lab.train import Trainer, check
+from lowrank_lab.training.trainer import Trainer, check
 
 TEXTS = ["", " ", "the model of rank 3.\n\n  low", "naïve café 漢字 \u2028\t\0", "a<|endoftext|>b"]
 

@@ -4,7 +4,6 @@ Runs that are to die are trained in forked children, which start at once.
 """
 
 import errno
-import importlib
 import json
 import math
 import multiprocessing
@@ -22,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 from short import short_options
 
-from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoint, train
+from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, train
 from lowrank_lab.runs.run import Run, locked, read_jsonl
-from lowrank_lab.watch import ENOUGH, LossWatch, asked_to_stop
+from lowrank_lab.training import checkpoint, trainer
+from lowrank_lab.training.monitor import ENOUGH, LossWatch, asked_to_stop
 
-rooms = importlib.import_module("lowrank_lab.train")  # the name lowrank_lab.train is the function
 fork = multiprocessing.get_context("fork")
 
 STEPS = 24
@@ -174,7 +173,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_as_if_undisturbed(tmp_path, undist
         if row["step"] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(rooms.Terminated, match="stopped after step 7;"):
+    with pytest.raises(trainer.Terminated, match="stopped after step 7;"):
         train(config, tmp_path, on_step=stop)
     assert_same(train(config, tmp_path), undisturbed(config))
 
@@ -374,9 +373,9 @@ def test_a_folder_without_a_readable_configuration_is_refused_and_kept(damage, t
 
 def test_the_best_checkpoint_is_marked_and_stays(tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 4.0])
-    real = rooms.evaluate
+    real = trainer.evaluate
     monkeypatch.setattr(
-        rooms, "evaluate",
+        trainer, "evaluate",
         lambda model, corpus, split, tokens, config: (
             next(losses) if split == "validation" and tokens == config.eval_tokens
             else real(model, corpus, split, tokens, config)
@@ -393,7 +392,7 @@ def test_the_best_checkpoint_is_marked_and_stays(tmp_path, monkeypatch):
 
 def spoiled(monkeypatch, steps):
     """Make the loss of these steps (from 1) NaN; it is what the gradients come from, too."""
-    take, calls = rooms.take_step_, []
+    take, calls = trainer.take_step_, []
 
     def spoiling(model, optimizer, batches, config, step, **rest):
         def check(loss, norm):
@@ -403,7 +402,7 @@ def spoiled(monkeypatch, steps):
         calls.append(step)
         return take(model, optimizer, batches, config, step, **rest | {"check": check})
 
-    monkeypatch.setattr(rooms, "take_step_", spoiling)
+    monkeypatch.setattr(trainer, "take_step_", spoiling)
 
 
 def test_an_update_that_is_not_finite_is_left_out_and_told_by_choice(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lowrank_lab import figures
+from lowrank_lab import figures, train
 from lowrank_lab.analysis.spectra import middle_layers
 from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.config import InputError
@@ -243,7 +243,7 @@ def test_compared_memory_counts_projections_once():
 
 
 def test_facts_of_layers_are_those_of_the_recorded_spectra(tmp_path):
-    from lowrank_lab import RunConfig, train
+    from lowrank_lab import RunConfig
 
     config = RunConfig(
         model="tiny", method="sltrain", rank=4, corpus="markov", vocab_size=64, steps=8, batch=2,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lowrank_lab
-from lowrank_lab.provenance import TRAINING_SOURCES
+from lowrank_lab.training.provenance import TRAINING_SOURCES
 
 PACKAGE = Path(lowrank_lab.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
@@ -19,7 +19,7 @@ HEAVY = (
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
     "cpu/malloc.py", "memory", "analysis/spectra.py",
-    "checkpoint.py", "provenance.py", "runs", "watch.py",
+    "training/checkpoint.py", "training/provenance.py", "runs", "training/monitor.py",
 }  # fmt: skip
 
 
@@ -111,12 +111,12 @@ def test_every_package_says_what_it_is():
 def test_the_trainer_alone_changes_the_whole_process():
     modules = graph_of_modules()
     users = {m for m, found in modules.items() if any(package_of(o) == "cpu" for o in found)}
-    assert {m for m in users if package_of(m) != "cpu"} == {"train"}
+    assert {m for m in users if package_of(m) != "cpu"} == {"training.trainer"}
 
 
 def test_the_sources_that_decide_a_run_are_those_that_training_uses():
     modules = graph_of_modules()
-    reached, todo = set(), {"train"}
+    reached, todo = set(), {"training.trainer"}
     while todo:
         module = todo.pop()
         reached.add(module)
@@ -143,7 +143,7 @@ def test_the_library_prints_nothing(path):
 @pytest.mark.parametrize(
     ("source", "modules"),
     [
-        ("import lowrank_lab.train as t", {"train"}),
+        ("import lowrank_lab.training.trainer as t", {"training.trainer"}),
         ("from lowrank_lab import distributed, config", {"distributed", "config"}),
         ("from lowrank_lab.optim.base import averages", {"optim.base"}),
         ("from lowrank_lab.optim import GaLore", {"optim"}),

@@ -7,7 +7,7 @@ from lowrank_lab.config import RunConfig
 from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.build import resolve
 from lowrank_lab.planning.simulate import simulate
-from lowrank_lab.train import train
+from lowrank_lab.training.trainer import train
 
 SMALL = {"model": "tiny", "sequence_length": 16, "batch": 2, "vocab_size": 300, "steps": 40}
 

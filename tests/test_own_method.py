@@ -11,7 +11,7 @@ from lowrank_lab import InputError, RunConfig, figures, load_runs, train
 from lowrank_lab.cli import main
 from lowrank_lab.methods.build import METHODS, build, register_method, resolve
 from lowrank_lab.runs.run import final_table
-from lowrank_lab.step import gradients, set_learning_rate, update_
+from lowrank_lab.training.step import gradients, set_learning_rate, update_
 
 STEPS = 16
 

@@ -19,7 +19,7 @@ from lowrank_lab.data.tokenizer import byte_tokenizer
 from lowrank_lab.methods.build import resolve
 from lowrank_lab.study import load_study, plan_study
 from lowrank_lab.study_view import plan_facts
-from lowrank_lab.train import train
+from lowrank_lab.training.trainer import train
 
 # rank and tokens of each size, as published
 PUBLISHED = {"60m": (128, 1.1e9), "130m": (256, 2.2e9), "350m": (256, 6.4e9), "1b": (512, 13.1e9)}

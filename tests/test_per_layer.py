@@ -10,7 +10,7 @@ from torch import nn
 from lowrank_lab import METHODS, InputError, RunConfig, load_runs, train
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, Spam, StableSpam
-from lowrank_lab.step import PerLayerUpdates, gradients, set_learning_rate, update_
+from lowrank_lab.training.step import PerLayerUpdates, gradients, set_learning_rate, update_
 
 STEPS = 7
 RANKED = {"rank": 3, "update_proj_gap": 3}

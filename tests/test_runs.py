@@ -25,7 +25,7 @@ from lowrank_lab.runs.run import (
     read_jsonl,
     write_json,
 )
-from lowrank_lab.train import Trainer, check
+from lowrank_lab.training.trainer import Trainer, check
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_lab.config import RunConfig
-from lowrank_lab.schedule import events, learning_rate, scheduled_rate
+from lowrank_lab.training.schedule import events, learning_rate, scheduled_rate
 
 PEAK = 0.02
 

@@ -11,7 +11,7 @@ from lowrank_lab.memory.breakdown import persistent
 from lowrank_lab.memory.formulas import activation_bytes, by_formula
 from lowrank_lab.methods.build import METHODS, build, resolve
 from lowrank_lab.planning.simulate import measure, simulate
-from lowrank_lab.step import kind_of
+from lowrank_lab.training.step import kind_of
 
 AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
 FRUGAL = {
@@ -153,7 +153,7 @@ def test_a_device_that_is_not_known_is_refused():
 
 @pytest.mark.parametrize("method", QUICK)
 def test_the_memory_of_a_run_is_that_of_its_simulation(method, tmp_path):
-    from lowrank_lab.train import train
+    from lowrank_lab.training.trainer import train
 
     config = configured(
         method, steps=6, refactor_every=0, reset_every=4 if METHODS[method].layers else 0,

@@ -21,7 +21,7 @@ from lowrank_lab.methods.build import resolve
 from lowrank_lab.runs.run import Run, find_runs, write_json
 from lowrank_lab.study import load_study, plan_study, run_study, seconds_of
 from lowrank_lab.study_view import View
-from lowrank_lab.train import train
+from lowrank_lab.training.trainer import train
 
 
 def executed(path, out, **options):

@@ -1,6 +1,5 @@
 """Training end to end: records, evaluation, resuming after any interruption, and clear failures."""
 
-import importlib
 import json
 import math
 import os
@@ -14,17 +13,16 @@ import torch
 from safetensors.torch import load_file
 from short import QUICK, short_options, usual_rate
 
-from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, checkpoint
+from lowrank_lab import METHODS, InputError, RunConfig, TrainingError
 from lowrank_lab.data.corpus import prepare
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.runs.generate import sample
 from lowrank_lab.runs.run import Run, read_jsonl
-from lowrank_lab.schedule import learning_rate
-from lowrank_lab.train import evaluate, train
-
-step_room = importlib.import_module("lowrank_lab.step")
-rooms = importlib.import_module("lowrank_lab.train")  # the name lowrank_lab.train is the function
+from lowrank_lab.training import checkpoint, trainer
+from lowrank_lab.training import step as stepping
+from lowrank_lab.training.schedule import learning_rate
+from lowrank_lab.training.trainer import evaluate, train
 
 STEPS = 12
 TIMES = ("seconds", "tokens_per_second")
@@ -372,7 +370,7 @@ def test_a_torn_last_line_is_written_again(config, trained, tmp_path):
 @pytest.mark.parametrize("file", ["model.safetensors", "result.json"])
 def test_a_run_interrupted_while_it_ends_ends_again(config, trained, tmp_path, monkeypatch, file):
     whole = trained(config())
-    folder, write = tmp_path / "interrupted", rooms.write_json
+    folder, write = tmp_path / "interrupted", trainer.write_json
 
     def stops(path, value):
         if path.name == "result.json":
@@ -381,7 +379,7 @@ def test_a_run_interrupted_while_it_ends_ends_again(config, trained, tmp_path, m
             raise Interrupted
         write(path, value)
 
-    monkeypatch.setattr(rooms, "write_json", stops)
+    monkeypatch.setattr(trainer, "write_json", stops)
     with pytest.raises(Interrupted):
         train(config(), folder)
     monkeypatch.undo()
@@ -390,7 +388,7 @@ def test_a_run_interrupted_while_it_ends_ends_again(config, trained, tmp_path, m
 
 KILLED = """
 import sys, torch
-from lowrank_lab import RunConfig, train
+from lowrank_lab import RunConfig
 torch.set_num_threads(1)
 train(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2])
 """
@@ -415,7 +413,7 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(config, tmp_path):
 
 def test_a_finished_run_is_returned_at_once(finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()}
-    monkeypatch.delattr(rooms, "Trainer")
+    monkeypatch.delattr(trainer, "Trainer")
     again = train(finished.config, finished.folder, on_step=interrupt_at(1))
     assert again.result == finished.result
     assert {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()} == before
@@ -486,9 +484,9 @@ def test_a_device_that_is_not_there_is_refused(config, tmp_path):
 def test_a_corpus_is_seen_once_to_its_last_window_unless_repeated(config, tmp_path):
     windows = prepare(config()).num_windows("train", 1024)
     long = {"sequence_length": 1024, "batch": 1, "reset_every": 0}
-    rooms.check(config(steps=windows, **long))
+    trainer.check(config(steps=windows, **long))
     assert str(windows * 1024) in refusal(config(steps=windows + 1, **long), tmp_path / "run")
-    rooms.check(config(steps=windows + 1, repeat=True, **long))
+    trainer.check(config(steps=windows + 1, repeat=True, **long))
 
 
 # Failures of what is computed
@@ -514,7 +512,7 @@ def kept_weights(config, folder):
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
     config, trained, tmp_path, monkeypatch, value, index, what, at
 ):
-    given, calls, gradients = config("low-rank"), [], step_room.gradients
+    given, calls, gradients = config("low-rank"), [], stepping.gradients
 
     def spoiled(*arguments):
         calls.append(1)
@@ -523,7 +521,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
             values[index] = torch.tensor(value)
         return tuple(values)
 
-    monkeypatch.setattr(step_room, "gradients", spoiled)
+    monkeypatch.setattr(stepping, "gradients", spoiled)
     message = failure(given, tmp_path / "run")
     assert f"the {what} of step {at} is {value}" in message
     step, weights = kept_weights(given, tmp_path / "run")
@@ -539,7 +537,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
 def test_weights_that_are_not_finite_stop_the_run_and_are_not_kept(
     config, tmp_path, monkeypatch, method, at
 ):
-    update_ = step_room.update_
+    update_ = stepping.update_
 
     def spoiled(model, optimizer, given, step, *rest):
         done = update_(model, optimizer, given, step, *rest)
@@ -548,7 +546,7 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_not_kept(
                 next(p for n, p in model.named_parameters() if "up_proj" in n)[0, 0] = math.nan
         return done
 
-    monkeypatch.setattr(step_room, "update_", spoiled)
+    monkeypatch.setattr(stepping, "update_", spoiled)
     failure(config(method), tmp_path)
     step, weights = kept_weights(config(method), tmp_path)
     assert step < at
@@ -615,8 +613,8 @@ def test_each_batch_is_fetched_once_ahead_of_the_numbers_of_the_step_before(
     config, tmp_path, monkeypatch
 ):
     """So that the copy to a device and its computing overlap: nothing waits for the batch."""
-    order, asked = [], rooms.Corpus.batch
-    real_finite = rooms.Trainer._finite
+    order, asked = [], trainer.Corpus.batch
+    real_finite = trainer.Trainer._finite
 
     def batch(self, split, step, **rest):
         order.append(("batch", step))
@@ -627,8 +625,8 @@ def test_each_batch_is_fetched_once_ahead_of_the_numbers_of_the_step_before(
         order.append(("numbers", self.updates))
         return done
 
-    monkeypatch.setattr(rooms.Corpus, "batch", batch)
-    monkeypatch.setattr(rooms.Trainer, "_finite", finite)
+    monkeypatch.setattr(trainer.Corpus, "batch", batch)
+    monkeypatch.setattr(trainer.Trainer, "_finite", finite)
     train(config(steps=4, reset_every=0), tmp_path)
     ahead = [("batch", 1), ("numbers", 0), ("batch", 2), ("numbers", 1), ("batch", 3)]
     assert order == [("batch", 0), *ahead, ("numbers", 2), ("numbers", 3)]

@@ -27,7 +27,7 @@ from lowrank_lab.memory.formulas import (
 )
 from lowrank_lab.memory.tracker import unseen
 from lowrank_lab.methods.build import METHODS, resolve
-from lowrank_lab.sharded import check_shards
+from lowrank_lab.training.fsdp import check_shards
 
 if TYPE_CHECKING:
     from lowrank_lab.optim.base import ProjectedAdamW

@@ -30,9 +30,9 @@ from lowrank_lab.memory.tracker import GLOO, LAPACK, Trace, Tracker, resizing
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
-from lowrank_lab.schedule import warm_start
-from lowrank_lab.sharded import Shards
-from lowrank_lab.step import (
+from lowrank_lab.training.fsdp import Shards
+from lowrank_lab.training.schedule import warm_start
+from lowrank_lab.training.step import (
     Batch,
     PerLayerUpdates,
     kind_of,

@@ -276,12 +276,12 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from lowrank_lab.methods.build import build
+        from lowrank_lab.methods.build import build_model
 
         path = self.folder / "model.safetensors"
         if not path.exists():
             raise InputError("run", str(self.folder), "it has no trained model yet")
-        model = build.build_model(self.config)
+        model = build_model(self.config)
         try:
             model.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:  # not such a file, or of another model

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowrank_lab import checkpoint, distributed
+from lowrank_lab import distributed
 from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
 from lowrank_lab.cpu.malloc import freed_memory_kept
@@ -26,11 +26,13 @@ from lowrank_lab.memory.breakdown import Breakdown, persistent
 from lowrank_lab.memory.tracker import LAPACK, Tracker, unseen
 from lowrank_lab.methods.build import build, resolve
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.provenance import ran_on
 from lowrank_lab.runs.run import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
-from lowrank_lab.schedule import learning_rate, warm_start
-from lowrank_lab.sharded import Shards, check_shards
-from lowrank_lab.step import (
+from lowrank_lab.training import checkpoint
+from lowrank_lab.training.fsdp import Shards, check_shards
+from lowrank_lab.training.monitor import LossWatch, asked_to_stop
+from lowrank_lab.training.provenance import ran_on
+from lowrank_lab.training.schedule import learning_rate, warm_start
+from lowrank_lab.training.step import (
     Batch,
     PerLayerUpdates,
     Values,
@@ -38,7 +40,6 @@ from lowrank_lab.step import (
     kind_of,
     take_step_,
 )
-from lowrank_lab.watch import LossWatch, asked_to_stop
 
 PROGRESS_SECONDS = 0.5
 MOST_SKIPPED = 20  # updates in a row: then nothing good is to be expected any more

@@ -12,11 +12,12 @@ import torch
 from lowrank_lab import distributed
 from lowrank_lab.data.corpus import Corpus
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
     "config.py", "distributed.py", "cpu/onednn_matmul.py", "data", "models", "layers", "optim",
-    "techniques", "methods", "schedule.py", "sharded.py", "step.py", "train.py",
+    "techniques", "methods", "training/fsdp.py", "training/schedule.py", "training/step.py",
+    "training/trainer.py",
 )  # fmt: skip
 
 
