@@ -36,7 +36,7 @@ from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
 from lowrank_lab.jobs import Job, known_parameters, parameter_names, read_record, settle
 from lowrank_lab.memory.formulas import GB
 from lowrank_lab.methods.build import resolve
-from lowrank_lab.needs import Need, device_memory, free_disk, machine_memory, needs_of
+from lowrank_lab.planning.resources import Need, device_memory, free_disk, machine_memory, needs_of
 from lowrank_lab.runner import execute
 from lowrank_lab.runs.collect import copy_run, finished_run
 from lowrank_lab.selection import read_selection

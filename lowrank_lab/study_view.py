@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_lab.jobs import Job, progress_of
 from lowrank_lab.memory.formulas import GB, MIB
-from lowrank_lab.needs import free_disk, machine_memory
+from lowrank_lab.planning.resources import free_disk, machine_memory
 from lowrank_lab.study import Plan
 
 LOG_SECONDS = 15.0

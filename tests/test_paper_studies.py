@@ -12,11 +12,11 @@ import yaml
 from click.testing import CliRunner
 from studies import NOTEBOOKS
 
-from lowrank_lab import needs
 from lowrank_lab.cli import _config, _given, main
 from lowrank_lab.config import RunConfig
 from lowrank_lab.data.tokenizer import byte_tokenizer
 from lowrank_lab.methods.build import resolve
+from lowrank_lab.planning import resources
 from lowrank_lab.study import load_study, plan_study
 from lowrank_lab.study_view import plan_facts
 from lowrank_lab.training.trainer import train
@@ -112,7 +112,7 @@ def test_every_run_resolves_to_the_papers_recipe_without_a_corpus(size):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_a_head_says_what_formulas_say(size, monkeypatch):
-    monkeypatch.setattr(needs, "QUICK_BYTES", float("inf"))
+    monkeypatch.setattr(resources, "QUICK_BYTES", float("inf"))
     assert_head_says(size, facts_of(size), [n for n in COLUMNS if n != "device_memory_bytes"])
 
 
@@ -152,7 +152,7 @@ def test_a_larger_head_says_so_of_a_dense_and_of_a_factorised_run(size):
     shown = {label: values for label, *values in re.findall(f"^{ROW}$", head_of(size), re.M)}
     configs = dict(load_study(path_of(size), corpora=False).runs.values())
     for label in ("full-rank", "low-rank + refactor + reset"):
-        need = needs.need_of(configs[label], cuda=True)
+        need = resources.need_of(configs[label], cuda=True)
         assert need.source == "simulated"
         assert agrees(shown[label][1], need.device / 1e9)
 
