@@ -235,9 +235,9 @@ def study(
     **options: Any,
 ) -> None:
     """Run a study file by papermill; what is done already is not done again."""
-    from lowrank_lab import study_view
     from lowrank_lab.report import asked_in
-    from lowrank_lab.study import plan_study, run_study, seconds_of
+    from lowrank_lab.studies import progress
+    from lowrank_lab.studies.study import plan_study, run_study, seconds_of
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds is not None else None
@@ -251,11 +251,11 @@ def study(
     if dry_run:
         elsewhere = flops is not None
         plan = plan_study(file, elsewhere=elsewhere, **chosen)
-        facts = study_view.plan_facts(plan, flops)
-        text = study_view.card_text if elsewhere else study_view.plan_text
+        facts = progress.plan_facts(plan, flops)
+        text = progress.card_text if elsewhere else progress.plan_text
         click.echo(json.dumps(facts, indent=1) if as_json else text(facts))
         return
-    view = study_view.View()
+    view = progress.View()
     todo, page = run_study(file, report=view.show, time_limit=limit, **chosen, **options)
     view.close()
     for job in todo:
@@ -368,7 +368,7 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
 
     from lowrank_lab import report as reporting
     from lowrank_lab.config import data_folder
-    from lowrank_lab.runner import cores
+    from lowrank_lab.studies.local_executor import cores
 
     kept = sorted(path for path in (data_folder() / "study").glob("*/") if any(path.glob("*/")))
     if not kept:
@@ -485,7 +485,7 @@ def bench(suites: tuple[str, ...], quick: bool, as_json: bool) -> None:
 
 def _publish(out: Path, studies: tuple[Path, ...]) -> None:
     from lowrank_lab.publish import publish
-    from lowrank_lab.study_view import View
+    from lowrank_lab.studies.progress import View
 
     view = View()
     published = publish(out, studies, report=view.show)

@@ -13,7 +13,7 @@ from studies import TRAIN, processes_in, runner_of, wait_for
 
 from lowrank_lab.config import InputError
 from lowrank_lab.runs.run import Run, read_jsonl
-from lowrank_lab.study import load_study, run_study
+from lowrank_lab.studies.study import load_study, run_study
 from lowrank_lab.training.trainer import train
 
 pytest.importorskip("distributed")

@@ -17,7 +17,7 @@ from lowrank_lab.layers import FactorizedLinear, target_layers
 from lowrank_lab.methods.build import METHODS, build, partition, resolve
 from lowrank_lab.methods.options import ByWidth
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.study import load_study
+from lowrank_lab.studies.study import load_study
 from lowrank_lab.training.step import gradients, update_
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ from lowrank_lab.config import RunConfig
 from lowrank_lab.data.tokenizer import byte_tokenizer
 from lowrank_lab.methods.build import resolve
 from lowrank_lab.planning import resources
-from lowrank_lab.study import load_study, plan_study
-from lowrank_lab.study_view import plan_facts
+from lowrank_lab.studies.progress import plan_facts
+from lowrank_lab.studies.study import load_study, plan_study
 from lowrank_lab.training.trainer import train
 
 # rank and tokens of each size, as published

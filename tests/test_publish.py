@@ -13,9 +13,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from lowrank_lab import figures, publish
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError
-from lowrank_lab.jobs import known_parameters
 from lowrank_lab.pages import is_live, markdown_of, preformatted, read_notebook
 from lowrank_lab.slider import slider
+from lowrank_lab.studies.job import known_parameters
 
 PNG = base64.b64encode(b"not drawn").decode()
 STUDY = Path(__file__).parent.parent / "data" / "study" / "memory"

@@ -5,7 +5,7 @@ import pytest
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.runs.run import write_json
-from lowrank_lab.study import load_study
+from lowrank_lab.studies.study import load_study
 
 BY = ["method", "refactor_every"]
 

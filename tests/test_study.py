@@ -12,15 +12,15 @@ import pytest
 from click.testing import CliRunner
 from studies import NOTEBOOKS, PARAMETERS, TRAIN, processes_in, runner_of, wait_for, write_notebook
 
-from lowrank_lab import runner as running_jobs
-from lowrank_lab import study
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError
-from lowrank_lab.jobs import Job, parameter_names
 from lowrank_lab.methods.build import resolve
 from lowrank_lab.runs.run import Run, find_runs, write_json
-from lowrank_lab.study import load_study, plan_study, run_study, seconds_of
-from lowrank_lab.study_view import View
+from lowrank_lab.studies import local_executor as running_jobs
+from lowrank_lab.studies import study
+from lowrank_lab.studies.job import Job, parameter_names
+from lowrank_lab.studies.progress import View
+from lowrank_lab.studies.study import load_study, plan_study, run_study, seconds_of
 from lowrank_lab.training.trainer import train
 
 

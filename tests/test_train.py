@@ -388,7 +388,7 @@ def test_a_run_interrupted_while_it_ends_ends_again(config, trained, tmp_path, m
 
 KILLED = """
 import sys, torch
-from lowrank_lab import RunConfig
+from lowrank_lab import RunConfig, train
 torch.set_num_threads(1)
 train(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2])
 """

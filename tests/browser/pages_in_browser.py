@@ -12,7 +12,7 @@ import shutil
 import nbformat
 import pytest
 
-from lowrank_lab.jobs import known_parameters
+from lowrank_lab.studies.job import known_parameters
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 EXECUTING = 180_000  # ms that a notebook may take

@@ -7,10 +7,10 @@ import sys
 import time
 from typing import Any
 
-from lowrank_lab.jobs import Job, progress_of
 from lowrank_lab.memory.formulas import GB, MIB
 from lowrank_lab.planning.resources import free_disk, machine_memory
-from lowrank_lab.study import Plan
+from lowrank_lab.studies.job import Job, progress_of
+from lowrank_lab.studies.study import Plan
 
 LOG_SECONDS = 15.0
 MARKS = {"queued": "·", "running": "▶", "done": "✓", "failed": "✗"}

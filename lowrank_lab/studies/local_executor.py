@@ -23,8 +23,8 @@ from pathlib import Path
 import yaml
 
 from lowrank_lab.config import STARTED_IN, data_folder
-from lowrank_lab.jobs import PARTIAL, Job, read_record, settle
 from lowrank_lab.runs.run import write_json
+from lowrank_lab.studies.job import PARTIAL, Job, read_record, settle
 from lowrank_lab.training.provenance import training_source
 
 # Linux: the child dies with the runner, even when the runner is killed with SIGKILL.

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from lowrank_lab.config import InputError, data_folder
-from lowrank_lab.jobs import PARTIAL, Job, settle
 from lowrank_lab.methods.build import OWN_METHODS
-from lowrank_lab.runner import THREADS, fail, perform
+from lowrank_lab.studies.job import PARTIAL, Job, settle
+from lowrank_lab.studies.local_executor import THREADS, fail, perform
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -31,15 +31,15 @@ from typing import Any
 
 import yaml
 
-from lowrank_lab.cluster import connect, execute_on, worker_memory
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
-from lowrank_lab.jobs import Job, known_parameters, parameter_names, read_record, settle
 from lowrank_lab.memory.formulas import GB
 from lowrank_lab.methods.build import resolve
 from lowrank_lab.planning.resources import Need, device_memory, free_disk, machine_memory, needs_of
-from lowrank_lab.runner import execute
 from lowrank_lab.runs.collect import copy_run, finished_run
-from lowrank_lab.selection import read_selection
+from lowrank_lab.studies.dask_executor import connect, execute_on, worker_memory
+from lowrank_lab.studies.job import Job, known_parameters, parameter_names, read_record, settle
+from lowrank_lab.studies.local_executor import execute
+from lowrank_lab.studies.select import read_selection
 from lowrank_lab.training.trainer import check
 
 KEYS = {

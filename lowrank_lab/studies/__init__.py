@@ -1,0 +1,1 @@
+"""Batches of notebooks: study files, jobs, selection, and execution by papermill."""
