@@ -21,9 +21,9 @@ from pygments.formatters import HtmlFormatter
 from lowrank_lab.config import InputError, data_folder
 from lowrank_lab.pages import NotebookPage, read_notebook
 from lowrank_lab.report import asked_in, write_report
-from lowrank_lab.slider import Slider, slider
 from lowrank_lab.studies.job import Job, parameter_names
 from lowrank_lab.studies.local_executor import execute
+from lowrank_lab.widgets.slider import Slider, slider
 
 __all__ = ["QUICK", "Published", "Slider", "publish", "slider"]
 

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
-from lowrank_lab import figures, grid_view
+from lowrank_lab import figures
 from lowrank_lab.analysis import grid
 from lowrank_lab.analysis.tables import (
     claims,
@@ -38,6 +38,7 @@ from lowrank_lab.runs.run import (
     spectra_of,
     table_of,
 )
+from lowrank_lab.widgets import grid as grid_view
 
 MOST_LABELS = 20  # in one figure
 MOST_FIGURES = 12  # one a label

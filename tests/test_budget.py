@@ -5,12 +5,12 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from lowrank_lab import widgets
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import METHODS, resolve
 from lowrank_lab.planning import describe, fit
 from lowrank_lab.planning.simulate import simulate
+from lowrank_lab.widgets import notebook
 
 SMALL = {"model": "tiny", "precision": "bf16", "steps": 10_000, "batch": 8, "sequence_length": 64}
 
@@ -142,7 +142,7 @@ def test_a_step_is_measured_beside_the_sliders_where_it_takes_seconds(
 ):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     config = RunConfig(model=model, precision=precision, batch=batch)
-    assert widgets._measurable(resolve(config)) is measured
+    assert notebook._measurable(resolve(config)) is measured
 
 
 @pytest.mark.parametrize(

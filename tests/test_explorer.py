@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from lowrank_lab import explorer
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.explorer import Choice, Dashboard, see
 from lowrank_lab.methods.build import resolve
+from lowrank_lab.widgets import run_explorer
+from lowrank_lab.widgets.run_explorer import Choice, Dashboard, see
 
 LAYERS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 MEMORY = {"weights": 2**20, "gradients": 2**20, "optimizer_states": 2**21, "projections": 0,
@@ -232,7 +232,7 @@ def followers():
 
 
 def test_follow_reads_again_until_it_is_switched_off(monkeypatch, tmp_path):
-    monkeypatch.setattr(explorer, "PERIOD", 0.05)
+    monkeypatch.setattr(run_explorer, "PERIOD", 0.05)
     run = write(tmp_path, "busy", steps=20, finished=False)
     board = Dashboard(Choice(str(tmp_path)))
     board.follow.value = True
@@ -246,16 +246,16 @@ def test_follow_reads_again_until_it_is_switched_off(monkeypatch, tmp_path):
 
 
 def test_a_pattern_chooses_runs_and_a_wrong_one_is_refused(folder):
-    assert explorer.select(str(folder), "full") == ("full-0", "full-1")
-    assert explorer.select(str(folder), "") == ()
+    assert run_explorer.select(str(folder), "full") == ("full-0", "full-1")
+    assert run_explorer.select(str(folder), "") == ()
     with pytest.raises(InputError, match="not a regular expression"):
-        explorer.select(str(folder), "(")
+        run_explorer.select(str(folder), "(")
 
 
 def test_headless_shows_a_line_and_what_was_drawn_beforehand(folder, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
-    explorer.dashboard(Choice(str(folder)))
+    run_explorer.dashboard(Choice(str(folder)))
     names = [type(thing).__name__ for thing in shown]
     assert names == ["Markdown", "Drawing", "Slider", "Drawing"]
     steps = shown[2].texts

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from lowrank_lab import grid_view, widgets
+from lowrank_lab import widgets
 from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import resolve
+from lowrank_lab.widgets import grid as grid_view
 
 BASE = {
     "model": "tiny",

@@ -6,12 +6,12 @@ import ipywidgets
 import pytest
 import torch
 
-from lowrank_lab import one_matrix_view as view
 from lowrank_lab import optim
 from lowrank_lab.analysis import matrix_toy
 from lowrank_lab.analysis.matrix_toy import Settings, fit
 from lowrank_lab.config import InputError
 from lowrank_lab.layers import LowRankLinear
+from lowrank_lab.widgets import matrix_toy as view
 
 W = matrix_toy.target()
 STRETCHED = Settings("low-rank", period=40, imbalance=1000.0)

@@ -14,8 +14,8 @@ from lowrank_lab import figures, publish
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError
 from lowrank_lab.pages import is_live, markdown_of, preformatted, read_notebook
-from lowrank_lab.slider import slider
 from lowrank_lab.studies.job import known_parameters
+from lowrank_lab.widgets.slider import slider
 
 PNG = base64.b64encode(b"not drawn").decode()
 STUDY = Path(__file__).parent.parent / "data" / "study" / "memory"

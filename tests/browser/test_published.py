@@ -13,7 +13,7 @@ CELLS = [
     new_code_cell(
         "import numpy as np\n"
         "from lowrank_lab.figures import Drawing\n"
-        "from lowrank_lab.slider import slider\n"
+        "from lowrank_lab.widgets.slider import slider\n"
         "waves, x = {}, np.linspace(0, 6, 200)\n"
         "for k in (1, 2, 4, 8):\n"
         "    waves[k] = Drawing(figsize=(4, 2))\n"

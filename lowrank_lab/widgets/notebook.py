@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import SIZES, InputError, RunConfig
 from lowrank_lab.methods.build import METHODS
-from lowrank_lab.panel import panel
-from lowrank_lab.slider import slider
+from lowrank_lab.widgets.panel import panel
+from lowrank_lab.widgets.slider import slider
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

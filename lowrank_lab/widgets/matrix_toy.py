@@ -23,8 +23,8 @@ from lowrank_lab.analysis.matrix_toy import METHODS, Fit, Settings
 from lowrank_lab.analysis.spectra import singular_values
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import COLOURS, STYLE, Drawing, described, image, label_ends, look, png
-from lowrank_lab.panel import panel
-from lowrank_lab.slider import Slider, slider
+from lowrank_lab.widgets.panel import panel
+from lowrank_lab.widgets.slider import Slider, slider
 
 LOWEST = 1e-4  # where axes of errors end
 KEPT, CUT, FLOOR = COLOURS["low-rank"], "0.75", "0.45"

@@ -18,8 +18,8 @@ from matplotlib.patches import Rectangle
 from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import RANKED, STYLE, Drawing, image
-from lowrank_lab.panel import panel as controls
-from lowrank_lab.slider import slider
+from lowrank_lab.widgets.panel import panel as controls
+from lowrank_lab.widgets.slider import slider
 
 WORDS = {
     "reset_every": "reset period (steps)", "refactor_every": "refactorization period (steps)",

@@ -23,9 +23,9 @@ from matplotlib.ticker import EngFormatter
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
 from lowrank_lab.memory.formulas import MIB
-from lowrank_lab.panel import UNSQUEEZED
 from lowrank_lab.runs.run import DESCRIBES, Run, complete_runs, table_of
-from lowrank_lab.slider import slider
+from lowrank_lab.widgets.panel import UNSQUEEZED
+from lowrank_lab.widgets.slider import slider
 
 FEW = 6  # runs that are chosen at first
 MOST = 12  # runs that a figure can name
