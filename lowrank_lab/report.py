@@ -38,7 +38,6 @@ from lowrank_lab.runs.run import (
     spectra_of,
     table_of,
 )
-from lowrank_lab.widgets import grid as grid_view
 
 MOST_LABELS = 20  # in one figure
 MOST_FIGURES = 12  # one a label
@@ -214,9 +213,9 @@ def _map(runs: Sequence[Run], folder: Path | str) -> Iterator[Picture]:
     knobs = list(grid.varying(table))
     if len(knobs) < 2:
         return
-    maps = list(grid.maps(table, *knobs[:2]))[: grid_view.MOST_MAPS]
+    maps = list(grid.maps(table, *knobs[:2]))[: figures.MOST_MAPS]
     yield Picture(
-        "map", grid_view.heat_maps(maps), pd.concat([cells.assign(**at) for at, cells in maps]),
+        "map", figures.heat_maps(maps), pd.concat([cells.assign(**at) for at, cells in maps]),
         "Test perplexity over the knobs of the study: mean, half of the 95 % interval, and seeds.",
     )  # fmt: skip
 

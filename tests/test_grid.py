@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lowrank_lab import widgets
+from lowrank_lab import figures, widgets
 from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.build import resolve
@@ -146,7 +146,7 @@ def texts(figure):
 def test_a_map_writes_its_numbers_hatches_empty_cells_and_marks_the_best(table):
     fixed = {"reset_strength": 0.5}
     cells = grid.cells(table, "rank", "reset_every", fixed)
-    figure = grid_view.heat_maps([(fixed, cells)])
+    figure = figures.heat_maps([(fixed, cells)])
     written = texts(figure)
     assert {"14.50", "18.50", "15.50", "best", "± 6.35, n = 2"} <= set(written)
     assert written.count("best") == 1
@@ -156,14 +156,14 @@ def test_a_map_writes_its_numbers_hatches_empty_cells_and_marks_the_best(table):
 
 def test_numbers_can_be_read_on_light_and_dark_cells(table):
     fixed = {"reset_strength": 1.0}
-    figure = grid_view.heat_maps([(fixed, grid.cells(table, "rank", "reset_every", fixed))])
+    figure = figures.heat_maps([(fixed, grid.cells(table, "rank", "reset_every", fixed))])
     inks = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
     assert (inks["14.50"], inks["21.50"]) == ("white", "black")
 
 
 def test_too_many_maps_for_a_figure_are_refused(table):
     with pytest.raises(InputError, match="fix more knobs"):
-        grid_view.heat_maps(list(grid.maps(table, "rank", "reset_every")) * 7)
+        figures.heat_maps(list(grid.maps(table, "rank", "reset_every")) * 7)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from lowrank_lab.figures.drawing import (
     save,
     unit_of,
 )
+from lowrank_lab.figures.grid import MOST_MAPS, effect_table, grid_tradeoff, heat_maps
 from lowrank_lab.figures.memory import (
     CATEGORIES,
     OF_A_STEP,
@@ -68,6 +69,7 @@ __all__ = [
     "CATEGORIES",
     "COLOURS",
     "FACTS",
+    "MOST_MAPS",
     "OF_A_STEP",
     "RANKED",
     "STYLE",
@@ -83,9 +85,12 @@ __all__ = [
     "described",
     "difference_table",
     "differences",
+    "effect_table",
     "effective_rank_curves",
     "effective_rank_table",
     "fact_curves",
+    "grid_tradeoff",
+    "heat_maps",
     "image",
     "label_ends",
     "last_spectra",
