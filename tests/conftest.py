@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from studies import BASE, NOTEBOOKS, write_short_notebooks
+from paths import NOTEBOOKS
+from studies import BASE, write_short_notebooks
 
 WORDS = "the model a rank of weight and gradient is low when step moment factor to sum".split()
 

@@ -5,12 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nbformat
 import psutil
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 BASE = {
     "model": "tiny", "vocab_size": 300, "sequence_length": 16, "batch": 2, "tokens": 640,
     "eval_tokens": 64, "test_tokens": 64,

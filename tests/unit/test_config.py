@@ -3,11 +3,11 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 from pydantic import ValidationError
 
 from lowrank_lab.config import SIZES, InputError, RunConfig, data_folder, nearest
@@ -248,7 +248,7 @@ def test_the_data_folder_is_the_one_in_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path))
     assert data_folder() == tmp_path
     monkeypatch.setenv("LOWRANK_LAB_DATA", "")
-    assert data_folder() == Path(__file__).resolve().parent.parent / "data"
+    assert data_folder() == ROOT / "data"
 
 
 VALID = {

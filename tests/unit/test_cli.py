@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from studies import NOTEBOOKS
+from paths import NOTEBOOKS
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import RunConfig

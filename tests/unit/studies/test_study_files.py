@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 import pytest
-from studies import NOTEBOOKS
+from paths import NOTEBOOKS
 
 from lowrank_lab.analysis.tables import claims, summary
 from lowrank_lab.report import asked_in

@@ -3,14 +3,13 @@
 import importlib
 import json
 import math
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from paths import ROOT
 
 from lowrank_lab.cli import main
 
-ROOT = Path(__file__).parents[1]
 SLOW = [
     pytest.param(s, marks=pytest.mark.slow) for s in ("corpora", "subspaces", "optimizers", "steps")
 ]

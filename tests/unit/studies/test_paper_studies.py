@@ -10,7 +10,7 @@ import shlex
 import pytest
 import yaml
 from click.testing import CliRunner
-from studies import NOTEBOOKS
+from paths import NOTEBOOKS
 
 from lowrank_lab.cli import _config, _given, main
 from lowrank_lab.config import RunConfig

@@ -3,12 +3,12 @@
 import base64
 import json
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from paths import ROOT
 
 from lowrank_lab import figures, publish
 from lowrank_lab.cli import main
@@ -18,7 +18,7 @@ from lowrank_lab.studies.job import known_parameters
 from lowrank_lab.widgets.slider import slider
 
 PNG = base64.b64encode(b"not drawn").decode()
-STUDY = Path(__file__).parent.parent / "data" / "study" / "memory"
+STUDY = ROOT / "data" / "study" / "memory"
 NOTEBOOKS = publish._notebooks(None)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from test_report import write_run
+from written_runs import write_run
 
 from lowrank_lab import report
 from lowrank_lab.cli import main

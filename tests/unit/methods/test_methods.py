@@ -1,15 +1,16 @@
 """Rows of METHODS are whole, `resolve` and `build` keep their word, and 20 steps lose as before.
 
-`python tests/test_methods.py` writes tests/golden/ anew, after a change meant to move the losses.
+`python tests/unit/methods/test_methods.py` writes tests/golden/ anew, after a change that is meant
+to move the losses.
 """
 
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from paths import GOLDEN, ROOT
 from short import QUICK, short_options, usual_rate
 
 from lowrank_lab.config import InputError, RunConfig
@@ -20,8 +21,6 @@ from lowrank_lab.models.llama import Llama
 from lowrank_lab.studies.study import load_study
 from lowrank_lab.training.step import gradients, update_
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 DENSE = [name for name in QUICK if METHODS[name].layers is None]
 FACTORIZED = [name for name, method in METHODS.items() if method.layers is not None]
 WITHOUT_RANK = [name for name in QUICK if not METHODS[name].uses_rank]

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from click.testing import CliRunner
-from studies import NOTEBOOKS, PARAMETERS, TRAIN, processes_in, runner_of, wait_for, write_notebook
+from paths import NOTEBOOKS
+from studies import PARAMETERS, TRAIN, processes_in, runner_of, wait_for, write_notebook
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError

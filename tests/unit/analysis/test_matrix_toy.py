@@ -1,10 +1,9 @@
 """One matrix: its errors are what algebra says, methods do what they are for, and panels answer."""
 
-from pathlib import Path
-
 import ipywidgets
 import pytest
 import torch
+from paths import NOTEBOOKS
 
 from lowrank_lab import optim
 from lowrank_lab.analysis import matrix_toy
@@ -275,6 +274,6 @@ def test_an_answer_fits_what_is_new_once_and_draws_over_the_last_figure(shown, m
 
 
 def test_the_lesson_names_its_solutions_and_they_are_there():
-    folder = Path(__file__).parent.parent / "notebooks"
+    folder = NOTEBOOKS
     assert "solutions/01_one_matrix.ipynb" in (folder / "01_one_matrix.ipynb").read_text()
     assert (folder / "solutions" / "01_one_matrix.ipynb").exists()
