@@ -7,7 +7,8 @@ import torch
 from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods.build import build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.step import Batch, take_step_
 
 METHODS = ("full-rank", "low-rank", "galore", "sltrain")

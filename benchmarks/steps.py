@@ -16,7 +16,8 @@ import yaml
 
 from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods.build import build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.step import Batch, kind_of, set_clock_, take_step_
 from lowrank_lab.training.trainer import fast_process
 

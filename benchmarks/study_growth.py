@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.report import write_report
 from lowrank_lab.runs.run import append_jsonl, final_table, load_runs
 

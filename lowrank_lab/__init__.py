@@ -4,7 +4,8 @@ from lowrank_lab import optim
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.layers import factorize
-from lowrank_lab.methods.build import METHODS, load_own_methods, register_method
+from lowrank_lab.methods.own import load_own_methods, register_method
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.simulate import simulate as simulate_memory
 from lowrank_lab.runs.run import Run, load, load_runs
 from lowrank_lab.techniques.momentum import reset_momentum_

@@ -108,7 +108,7 @@ def main(methods_from: tuple[Path, ...]) -> None:
     level = logging.INFO if distributed.is_first() else logging.WARNING
     logging.getLogger("lowrank_lab").setLevel(level)
     if methods_from:
-        from lowrank_lab.methods.build import load_own_methods
+        from lowrank_lab.methods.own import load_own_methods
 
         load_own_methods(os.pathsep.join(str(path.resolve()) for path in methods_from))
 
@@ -117,7 +117,7 @@ def main(methods_from: tuple[Path, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def methods(as_json: bool) -> None:
     """List the methods with their sources, options and defaults."""
-    from lowrank_lab.methods.build import METHODS
+    from lowrank_lab.methods.registry import METHODS
 
     rows: list[dict[str, Any]] = [
         {

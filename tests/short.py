@@ -1,6 +1,6 @@
 """Options that make a method's rare events happen within a few steps."""
 
-from lowrank_lab.methods.build import METHODS
+from lowrank_lab.methods.registry import METHODS
 
 # adamw-8bit compiles its step for a quarter of a minute: it has a test file of its own.
 QUICK = [name for name in METHODS if name != "adamw-8bit"]

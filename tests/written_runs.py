@@ -1,7 +1,7 @@
 """Run folders as training would have left them, without training."""
 
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import append_jsonl, write_json
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers.association import association_flops
 from lowrank_lab.memory.breakdown import Breakdown
-from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim.projection import sides
 
 MIB, GB = 2**20, 10**9  # bytes

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.optim import Combined, Loro
 
+ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
 # (parameters of the target layers, all other parameters, resolved configuration) → optimizer
 OptimizerBuilder = Callable[[list[Tensor], list[Tensor], RunConfig], torch.optim.Optimizer]
 

@@ -10,12 +10,8 @@ half the width it was half of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
-
+from lowrank_lab.methods.method import Method
 from lowrank_lab.methods.optimizers import (
-    OptimizerBuilder,
     adamw,
     adamw_8bit,
     loro,
@@ -29,37 +25,6 @@ from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 
 ONE_SIDED = ("std", "reverse_std", "left", "right")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of METHODS."""
-
-    name: str
-    summary: str
-    source: str
-    optimizer: OptimizerBuilder
-    lr: ByWidth  # peak learning rate
-    layers: str | None = None  # kind of factorised layer, None for dense weights
-    uses_rank: bool = False
-    rank: int | None = None  # default rank; None is a quarter of the hidden size
-    init: str | None = None  # default initialisation of the factors
-    options: Mapping[str, Option] = field(default_factory=dict)
-    layer_options: tuple[str, ...] = ()  # options that are the layers' and not the optimizer's
-    # Which weights its optimizer needs whole to update them, and not entry by entry.
-    whole: Literal["none", "targets", "all"] = "all"
-    in_parts: bool = False  # processes can update parts of those whose `cut` (optim.base) says so
-    per_layer: bool = True  # can each weight be updated by itself within the backward pass
-    states: str = ""  # elements of optimizer state of an m×n target weight, in words
-    spectral_lr: ByWidth | None = None  # the same for factors that start from an SVD
-    halved: bool = False  # whether it is half of that from a rank of half the width on
-
-    def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
-        """The default peak learning rate for a model of this hidden size."""
-        lr = (init == "spectral" and self.spectral_lr) or self.lr
-        found = self.halved and (self.layers is None or lr is self.spectral_lr)
-        high = found and rank is not None and 2 * rank >= width
-        return lr.at(width) * (0.5 if high else 1.0)
 
 
 _APOLLO = {
@@ -78,7 +43,7 @@ _GALORE_SCALE = ByWidth({64: 1.0, 96: 1.0, 512: 0.25})
 _DENSE_LR = ByWidth({64: 5e-3, 96: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})
 _SPECTRAL_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
-BUILT_IN = (
+ROWS = (
     Method(
         name="full-rank",
         summary="dense weights, AdamW: what all others are measured against",
@@ -325,3 +290,5 @@ BUILT_IN = (
         states="mn",
     ),
 )
+
+METHODS: dict[str, Method] = {method.name: method for method in ROWS}

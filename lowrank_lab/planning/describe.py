@@ -11,7 +11,8 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS
 from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.memory.tracker import Trace
-from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import fit
 from lowrank_lab.planning.fit import GB
 from lowrank_lab.planning.fsdp import check_ranks, of_ranks

@@ -9,7 +9,8 @@ from typing import Any
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory.formulas import by_formula
-from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks
 from lowrank_lab.planning.simulate import Account, simulate
 

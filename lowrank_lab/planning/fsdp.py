@@ -26,7 +26,8 @@ from lowrank_lab.memory.formulas import (
     weights,
 )
 from lowrank_lab.memory.tracker import unseen
-from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.fsdp import check_shards
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lowrank_lab.memory.formulas import (
     matrices,
     weights,
 )
-from lowrank_lab.methods.build import METHODS
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.simulate import simulate
 from lowrank_lab.training.trainer import device_of
 

@@ -27,7 +27,8 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.memory.tracker import GLOO, LAPACK, Trace, Tracker, resizing
-from lowrank_lab.methods.build import build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
 from lowrank_lab.training.fsdp import Shards

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from lowrank_lab.config import InputError, data_folder
-from lowrank_lab.methods.build import OWN_METHODS
+from lowrank_lab.methods.own import OWN_METHODS
 from lowrank_lab.studies.job import PARTIAL, Job, settle
 from lowrank_lab.studies.local_executor import THREADS, fail, perform
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
-from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")

@@ -41,7 +41,9 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.distributed import WHOLE, Part, Whole
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
-from lowrank_lab.methods.build import ADAMS, METHODS, build, build_model, build_optimizer, partition
+from lowrank_lab.methods.build import build, build_model, build_optimizer, partition
+from lowrank_lab.methods.optimizers import ADAMS
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.techniques.refactorization import Refactorization, refactorize_

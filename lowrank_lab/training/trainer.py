@@ -24,7 +24,8 @@ from lowrank_lab.data.sources import Split
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.memory.breakdown import Breakdown, persistent
 from lowrank_lab.memory.tracker import LAPACK, Tracker, unseen
-from lowrank_lab.methods.build import build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.runs.run import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.training import checkpoint

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import SIZES, InputError, RunConfig
-from lowrank_lab.methods.build import METHODS
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.widgets.panel import panel
 from lowrank_lab.widgets.slider import slider
 
@@ -119,7 +119,7 @@ EMULATED = 16  # times as long as in fp32 takes a product in bfloat16 that the C
 def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
     """The timeline of an ordinary step, and what it comes to in words."""
     from lowrank_lab import figures
-    from lowrank_lab.methods.build import resolve
+    from lowrank_lab.methods.resolve import resolve
     from lowrank_lab.planning.simulate import measure, simulate
 
     config = resolve(config)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 
 TRAIN = "train --corpus {text} --vocab-size 300 --model tiny --sequence-length 16 --batch 2"
 BAD = {

@@ -13,7 +13,8 @@ from paths import NOTEBOOKS
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods.build import METHODS, OWN_METHODS
+from lowrank_lab.methods.own import OWN_METHODS
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.runs.run import Run
 from lowrank_lab.training import step
 

@@ -8,7 +8,7 @@ import pytest
 from lowrank_lab import figures, widgets
 from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.widgets import grid as grid_view
 
 BASE = {

@@ -24,7 +24,7 @@ from lowrank_lab.data import sources, token_files
 from lowrank_lab.data.corpus import Corpus, permute, prepare
 from lowrank_lab.data.sources import SPLITS, markov_source, split_of, text_documents
 from lowrank_lab.data.tokenizer import END_OF_TEXT, byte_tokenizer, encode, train_bpe
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 
 
 def byte_config(path, **values):

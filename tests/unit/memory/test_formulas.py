@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_lab import InputError, RunConfig
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.memory.formulas import embedding_bytes, flops_per_token, optimizer_state_bytes
-from lowrank_lab.methods.build import METHODS, build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 
 # The model `tiny`: hidden 32, MLP 88, two layers, vocabulary 512.
 RANK, VOCABULARY = 4, 512

@@ -15,8 +15,10 @@ from short import QUICK, short_options, usual_rate
 
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.layers import FactorizedLinear, target_layers
-from lowrank_lab.methods.build import METHODS, build, partition, resolve
+from lowrank_lab.methods.build import build, partition
 from lowrank_lab.methods.options import ByWidth
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.studies.study import load_study
 from lowrank_lab.training.step import gradients, update_

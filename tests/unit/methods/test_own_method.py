@@ -9,7 +9,10 @@ from click.testing import CliRunner
 
 from lowrank_lab import InputError, RunConfig, figures, load_runs, train
 from lowrank_lab.cli import main
-from lowrank_lab.methods.build import METHODS, build, register_method, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.own import register_method
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import final_table
 from lowrank_lab.training.step import gradients, set_learning_rate, update_
 

@@ -9,7 +9,8 @@ import torch
 from lowrank_lab import InputError, RunConfig
 from lowrank_lab.memory.breakdown import persistent
 from lowrank_lab.memory.formulas import optimizer_state_bytes
-from lowrank_lab.methods.build import build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro
 from lowrank_lab.optim.base import stochastically_rounded
 from lowrank_lab.optim.projection import channel_norms, leading_subspaces, randomized_subspaces

@@ -7,7 +7,8 @@ from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import describe, fit
 from lowrank_lab.planning.simulate import simulate
 from lowrank_lab.widgets import notebook

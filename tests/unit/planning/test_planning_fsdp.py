@@ -11,7 +11,7 @@ from short import QUICK
 
 import lowrank_lab as lab
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods.build import METHODS
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.fit import ways_to_fit
 from lowrank_lab.planning.fsdp import fullest, of_ranks, one_of
 from lowrank_lab.planning.simulate import simulate

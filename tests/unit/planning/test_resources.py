@@ -4,7 +4,7 @@ import pytest
 
 from lowrank_lab.config import RunConfig
 from lowrank_lab.memory.formulas import by_formula
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import resources
 from lowrank_lab.planning.simulate import simulate
 from lowrank_lab.training.trainer import train

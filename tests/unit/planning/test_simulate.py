@@ -9,7 +9,9 @@ from short import QUICK
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory.breakdown import persistent
 from lowrank_lab.memory.formulas import activation_bytes, by_formula
-from lowrank_lab.methods.build import METHODS, build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.simulate import measure, simulate
 from lowrank_lab.training.step import kind_of
 

@@ -10,7 +10,7 @@ import torch
 from lowrank_lab import InputError, RunConfig, train
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.memory.formulas import embedding_bytes
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import (
     DESCRIBES,
     Run,

@@ -15,7 +15,7 @@ from paths import NOTEBOOKS
 from lowrank_lab.cli import _config, _given, main
 from lowrank_lab.config import RunConfig
 from lowrank_lab.data.tokenizer import byte_tokenizer
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import resources
 from lowrank_lab.studies.progress import plan_facts
 from lowrank_lab.studies.study import load_study, plan_study

@@ -3,7 +3,8 @@
 import pytest
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods.build import METHODS, resolve
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import write_json
 from lowrank_lab.studies.study import load_study
 

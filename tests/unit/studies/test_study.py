@@ -15,7 +15,7 @@ from studies import PARAMETERS, TRAIN, processes_in, runner_of, wait_for, write_
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import Run, find_runs, write_json
 from lowrank_lab.studies import local_executor as running_jobs
 from lowrank_lab.studies import study

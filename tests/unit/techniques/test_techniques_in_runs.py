@@ -8,7 +8,8 @@ from short import QUICK, short_options
 
 from lowrank_lab import METHODS, InputError, RunConfig, train
 from lowrank_lab.layers import FactorizedLinear, lora_layers
-from lowrank_lab.methods.build import build, partition, resolve
+from lowrank_lab.methods.build import build, partition
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.schedule import learning_rate
 from lowrank_lab.training.step import apply_, gradients, set_learning_rate, update_
 

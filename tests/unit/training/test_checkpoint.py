@@ -8,7 +8,9 @@ import torch
 from short import QUICK, short_options
 
 from lowrank_lab.config import RunConfig
-from lowrank_lab.methods.build import METHODS, build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.checkpoint import all_checkpoints, load, save
 from lowrank_lab.training.step import gradients, update_
 

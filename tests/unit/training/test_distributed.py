@@ -13,7 +13,8 @@ from short import short_options
 
 from lowrank_lab import METHODS, InputError, RunConfig, train
 from lowrank_lab.memory.formulas import by_formula, optimizer_state_bytes
-from lowrank_lab.methods.build import build_model, resolve
+from lowrank_lab.methods.build import build_model
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import read_jsonl
 from lowrank_lab.training.fsdp import check_shards
 

@@ -8,7 +8,8 @@ from short import QUICK, short_options
 from torch import nn
 
 from lowrank_lab import METHODS, InputError, RunConfig, load_runs, train
-from lowrank_lab.methods.build import build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, Spam, StableSpam
 from lowrank_lab.training.step import PerLayerUpdates, gradients, set_learning_rate, update_
 

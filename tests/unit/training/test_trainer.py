@@ -15,7 +15,8 @@ from short import QUICK, short_options, usual_rate
 
 from lowrank_lab import METHODS, InputError, RunConfig, TrainingError
 from lowrank_lab.data.corpus import prepare
-from lowrank_lab.methods.build import build, resolve
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.runs.generate import sample
 from lowrank_lab.runs.run import Run, read_jsonl

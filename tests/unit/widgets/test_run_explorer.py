@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods.build import resolve
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.widgets import run_explorer
 from lowrank_lab.widgets.run_explorer import Choice, Dashboard, see
 

@@ -1,0 +1,172 @@
+"""`resolve`: from what a person asks for to what is run, or a refusal in one line."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from lowrank_lab.config import InputError, RunConfig, Size, nearest
+from lowrank_lab.data.corpus import vocabulary
+from lowrank_lab.layers import target_layers
+from lowrank_lab.methods.method import Method
+from lowrank_lab.methods.optimizers import (
+    ADAMS,
+    adamw,
+    adamw_8bit,
+    import_optimizer,
+    precision_choices,
+)
+from lowrank_lab.methods.options import at_width
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.models.llama import Llama
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with every `None` that the run needs filled in, checked for the method.
+
+    Fields that the method has no use for (a rank for full-rank) become `None`, so that equal runs
+    have equal ids; asking for something that would then silently not happen is refused.
+
+    Raises:
+        InputError: an unknown method or option, a rank that doesn't fit every target layer, a
+            technique that the method has nothing to apply to.
+    """
+    if config.method not in METHODS:
+        raise InputError("method", config.method, nearest(config.method, METHODS))
+    method = METHODS[config.method]
+    changes: dict[str, Any] = {"vocab_size": vocabulary(config)}
+    changes |= {"steps": config.total_steps, "tokens": None}
+    for name in ("eval_every", "spectra_every", "checkpoint_every"):
+        changes[name] = config.cadence(name)
+    _check_techniques(config, method)
+    if method.layers is not None:
+        changes["init"] = config.init or method.init
+    changes["rank"] = rank = _checked_rank(config, method)
+    rate = method.learning_rate(config.size.hidden_size, changes.get("init"), rank)
+    changes["lr"] = config.lr or rate
+    changes["method_options"] = options = _checked_options(config, method, changes)
+    if not config.reset_every or not config.reset_strength:
+        changes |= {"reset_every": 0, "reset_strength": 1.0, "reset_how": "scale"}
+        changes |= {"reset_moments": "both", "reset_params": "targets"}
+        if not options.get("merge_every") and config.on_refactor != "reset":
+            changes["recovery_steps"] = 0
+    return config.replace(**changes)
+
+
+def _check_techniques(config: RunConfig, method: Method) -> None:
+    """Refuse what the method has nothing to apply to, or what can't go together."""
+    dense = method.layers is None
+    if dense and config.refactor_every:
+        allowed = f"{method.name} has no factors to refactorize; 0"
+        raise InputError("refactor_every", config.refactor_every, allowed)
+    if dense and config.init is not None:
+        raise InputError("init", config.init, f"{method.name} has no factors to initialise")
+    if config.init == "spectral" and method.layers not in (None, "low-rank"):
+        allowed = f"the factors of {method.name} stand beside other weights; kaiming"
+        raise InputError("init", config.init, allowed)
+    for name in ("on_refactor", "refactor_basis", "refactor_above"):
+        value, default = getattr(config, name), RunConfig.model_fields[name].default
+        if value != default and not config.refactor_every:
+            raise InputError(name, value, f"needs refactor_every; or {default}")
+    if config.optimizer is not None:
+        if method.optimizer is not adamw:
+            allowed = f"{method.name} brings an optimizer of its own"
+            raise InputError("optimizer", config.optimizer, allowed)
+        import_optimizer(config.optimizer)
+        if "lr" in config.optimizer_options:
+            allowed = "lr is a field of the run, which the schedule follows"
+            raise InputError("optimizer_options", config.optimizer_options, allowed)
+    elif config.optimizer_options:
+        raise InputError("optimizer_options", config.optimizer_options, "needs an optimizer")
+    own = config.optimizer is not None and config.optimizer not in ADAMS
+    if own and "merge_every" in method.options:
+        allowed = f"{method.name} resets moments, and how it corrects its own isn't known"
+        raise InputError("optimizer", config.optimizer, allowed)
+    one_count = method.optimizer in (adamw, adamw_8bit) and config.reset_how == "scale"
+    if config.reset_every and one_count and config.reset_moments != "both":
+        allowed = "torch's AdamW has one step count for both moments; both, or prune them"
+        raise InputError("reset_moments", config.reset_moments, allowed)
+    if own and (config.reset_every or config.on_refactor != "keep"):
+        name = "reset_every" if config.reset_every else "on_refactor"
+        allowed = f"how {config.optimizer} corrects its moments isn't known here"
+        raise InputError(name, getattr(config, name), allowed)
+    _check_precision(config, method)
+    if config.per_layer:
+        _check_per_layer(config, method)
+
+
+def _check_precision(config: RunConfig, method: Method) -> None:
+    """States in float32 and random rounding are for bfloat16 weights, and not every optimizer's."""
+    for name, value in precision_choices(config).items():
+        if "proj_type" not in method.options:
+            raise InputError(name, value, f"the optimizer of {method.name} has no such choice")
+        if config.precision != "bf16":
+            raise InputError(name, value, f"needs precision bf16, not {config.precision}")
+
+
+def _check_per_layer(config: RunConfig, method: Method) -> None:
+    if not method.per_layer:
+        raise InputError("per_layer", True, f"{method.name} updates its factors in pairs")
+    if config.method_options.get("warm_start"):
+        allowed = "which weights train changes after a warm start; without one"
+        raise InputError("per_layer", True, allowed)
+    if config.clip:
+        allowed = "with per_layer the norm of all gradients comes too late to clip them; 0"
+        raise InputError("clip", config.clip, allowed)
+    if config.gradient_accumulation > 1:
+        allowed = "with per_layer gradients are used up at once; 1"
+        raise InputError("gradient_accumulation", config.gradient_accumulation, allowed)
+
+
+def _checked_rank(config: RunConfig, method: Method) -> int | None:
+    layers = _target_shapes(config.size, config.target)
+    if not layers:
+        raise InputError("target", config.target, "must match a linear layer of the model")
+    if not method.uses_rank:
+        return None
+    default = method.rank or max(1, config.size.hidden_size // 4)
+    rank = config.rank if config.rank is not None else default
+    for name, m, n in layers:
+        limit = min(m, n)
+        if rank > limit:
+            shape = f"{m}×{n}"
+            raise InputError("rank", rank, f"must be from 1 to {limit}: {name} is {shape}")
+        if method.layers is not None and name == "lm_head":
+            raise InputError("target", config.target, "it matches lm_head, which stays full rank")
+    return rank
+
+
+@lru_cache(maxsize=128)
+def _target_shapes(size: Size, target: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, out features and in features of each layer that `target` names."""
+    with torch.device("meta"):
+        model = Llama(size)
+    layers = target_layers(model, target)
+    return tuple((name, layer.out_features, layer.in_features) for name, layer in layers)
+
+
+def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any]) -> dict[str, Any]:
+    for name, value in config.method_options.items():
+        if name not in method.options:
+            known = nearest(name, method.options)
+            raise InputError("method_options", name, f"{method.name} has no such option; {known}")
+        option = method.options[name]
+        if value is not None and not option.check(value):
+            raise InputError(f"method_options.{name}", value, f"must be {option.allowed}")
+    given = {n: v for n, v in config.method_options.items() if v is not None}
+    width = config.size.hidden_size
+    options = {n: at_width(o.default, width) for n, o in method.options.items()} | given
+    for name, value in options.items():
+        if method.options[name].real and value is not None:
+            options[name] = float(value)  # 32 and 32.0 are the same run: one id
+    if method.layers is not None and options["alpha"] is None:
+        options["alpha"] = 32.0 if changes["init"] == "kaiming" else float(changes["rank"])
+    if "merge_every" in options and "merge_every" not in given:  # short runs merge as well
+        options["merge_every"] = min(options["merge_every"], max(1, config.total_steps // 5))
+    for name in ("merge_every", "warm_start"):
+        if options.get(name, 0) >= config.total_steps:
+            allowed = f"must be below the {config.total_steps} steps of the run"
+            raise InputError(f"method_options.{name}", options[name], allowed)
+    return options
