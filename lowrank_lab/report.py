@@ -213,7 +213,7 @@ def _map(runs: Sequence[Run], folder: Path | str) -> Iterator[Picture]:
     knobs = list(grid.varying(table))
     if len(knobs) < 2:
         return
-    maps = list(grid.maps(table, *knobs[:2]))[: figures.MOST_MAPS]
+    maps = list(grid.maps(table, *knobs[:2]))[: figures.MAX_MAPS]
     yield Picture(
         "map", figures.heat_maps(maps), pd.concat([cells.assign(**at) for at, cells in maps]),
         "Test perplexity over the knobs of the study: mean, half of the 95 % interval, and seeds.",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.analysis.tables import paired
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, look, rows_of
+from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing, canvas, rows_of, style_of
 from lowrank_lab.memory.formulas import MIB
 
 RATE = re.compile(r", lr [^,]+")
@@ -85,7 +85,7 @@ def differences(finals: pd.DataFrame, reference: str) -> Figure:
     labels = table["label"].tolist()
     figure, ax = canvas(6.6, 0.9 + 0.26 * len(table))
     for y, row in enumerate(rows_of(table)):
-        colour, *_ = look(row.label, labels)
+        colour, *_ = style_of(row.label, labels)
         words = f"{row.difference:+.3f}" if row.label != reference else "0"
         _difference(ax, y, table.iloc[y], colour, words)
     _against_zero(ax, labels)
@@ -148,7 +148,7 @@ def rates(finals: pd.DataFrame) -> Figure:
         axes = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
     for ax, variant in zip(axes, variants, strict=False):
         part = table[table["variant"] == variant]
-        for colour, (label, line) in zip(RANKED, part.groupby("label", sort=False), strict=False):
+        for colour, (label, line) in zip(PALETTE, part.groupby("label", sort=False), strict=False):
             line = line.sort_values("lr")
             setting = str(label).partition(", ")[2]
             ax.plot(line["lr"], line["mean"], "o-", color=colour, ms=3.5, lw=1.2, label=setting)
@@ -214,7 +214,7 @@ def over_ranks(finals: pd.DataFrame) -> Figure:
     for ax, size in zip(axes, panels, strict=True):
         for variant, line in table.groupby("variant", sort=False):
             line = line.sort_values("rank")
-            colour, style, marker = look(str(variant), variants)
+            colour, style, marker = style_of(str(variant), variants)
             ax.errorbar(
                 line[size], line["mean"], yerr=line["half_width"].fillna(0), fmt=marker + style,
                 color=colour, ms=5, lw=1.2, capsize=2.5, label=variant,

@@ -27,7 +27,7 @@ COLOURS = {
     "loro": "#332288", "apollo": "#882255", "apollo-mini": "#AA4499", "golore": "#CC6677",
     "spam": "#44AA99", "stable-spam": "#117733", "adamw-8bit": "#999933",
 }  # fmt: skip
-RANKED = (  # of what is no method
+PALETTE = (  # of what is no method
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000",
 )  # fmt: skip
 OTHER_COLOURS = ("#DDCC77", "#88CCEE", "#AA7744", "#B0B0B0")  # of methods of one's own
@@ -47,7 +47,7 @@ class Drawing(Figure):
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """No picture of its own, only the words that go with the PNG above."""
-        return {}, {"image/png": {"alt": described(self)}}
+        return {}, {"image/png": {"alt": alt_text(self)}}
 
 
 def png(figure: Figure, **options: Any) -> bytes:
@@ -62,7 +62,7 @@ def png(figure: Figure, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def described(figure: Figure) -> str:
+def alt_text(figure: Figure) -> str:
     """What a figure shows, in words: its titles, its axes, and every text written into it."""
     panels, names = [], []
     for ax in figure.axes:
@@ -90,7 +90,7 @@ def image(figure: Figure, content: bytes | None = None) -> str:
     Args:
         content: its PNG, if it was drawn already.
     """
-    alt, source = html.escape(described(figure)), data_uri(content or png(figure))
+    alt, source = html.escape(alt_text(figure)), data_uri(content or png(figure))
     return f'<img alt="{alt}" src="{source}" style="max-width: 100%; height: auto">'
 
 
@@ -126,7 +126,7 @@ def _laid_out(figure: Figure) -> Iterator[Bbox]:
         figure.set_layout_engine(engine)
 
 
-def look(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
+def style_of(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
     """Colour, line and marker of a run: the method decides the colour, its variant the others."""
     method = _method_of(label)
     methods = list(dict.fromkeys(_method_of(other) for other in labels))
@@ -160,7 +160,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
         return figure, figure.subplots()
 
 
-def nothing(words: str) -> Figure:
+def empty_figure(words: str) -> Figure:
     """A figure that says in one line why there is none."""
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=(6.4, 0.5))
@@ -184,7 +184,7 @@ def label_ends(
     low, high = ax.get_ylim()
     scale = ax.yaxis.get_transform().transform
     bottom, top, *places = scale([low, high, *(max(value, low) for value, *_ in ends)])
-    heights = apart([(place - bottom) / (top - bottom) for place in places], gap)
+    heights = spread([(place - bottom) / (top - bottom) for place in places], gap)
     lift = max(0.0, 0.03 - heights[0])  # none beside the numbers of the other axis
     lift -= max(0.0, min(heights[-1] - 0.98, heights[0] - 0.03))  # and none above the top
     beside = offset_copy(ax.transAxes, ax.get_figure(root=True), x=10, units="points")
@@ -203,7 +203,7 @@ def rows_of(table: pd.DataFrame) -> Iterator[Any]:
     yield from table.itertuples(index=False)
 
 
-def apart(values: list[float], gap: float) -> list[float]:
+def spread(values: list[float], gap: float) -> list[float]:
     """Ascending positions near `values`, at least `gap` from each other."""
     out = list(values)
     for _ in range(200):

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing
+from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing
 
 WORDS = {
     "reset_every": "reset period (steps)", "refactor_every": "refactorization period (steps)",
@@ -24,15 +24,15 @@ WORDS = {
     "test_perplexity": "test perplexity", "test_loss": "test loss (nats a token)",
 }  # fmt: skip
 MAP = "cividis"  # the same order for colour-blind readers and in grey print
-MOST_MAPS = 12  # in one figure
+MAX_MAPS = 12  # in one figure
 
 
-def words(name: str) -> str:
+def label_of(name: str) -> str:
     """What figures call a knob or a result, with its unit."""
     return WORDS.get(name, name.replace("_", " "))
 
 
-def shown(name: str, value: Any) -> str:
+def value_label(name: str, value: Any) -> str:
     """A knob's value in words."""
     if name.endswith("_every") and value == 0:
         return "never"
@@ -41,10 +41,10 @@ def shown(name: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def point(fixed: Mapping[str, Any]) -> str:
+def setting_label(fixed: Mapping[str, Any]) -> str:
     """Knobs and their values in one line."""
     return ", ".join(
-        f"{words(name).removesuffix(' (steps)')} = {shown(name, value)}"
+        f"{label_of(name).removesuffix(' (steps)')} = {value_label(name, value)}"
         for name, value in fixed.items()
     )
 
@@ -62,8 +62,8 @@ def heat_maps(
     Raises:
         InputError: no maps or too many for one figure, or no cell with a run.
     """
-    if not 0 < len(maps) <= MOST_MAPS:
-        raise InputError("maps", len(maps), f"one to {MOST_MAPS} maps fit a figure: fix more knobs")
+    if not 0 < len(maps) <= MAX_MAPS:
+        raise InputError("maps", len(maps), f"one to {MAX_MAPS} maps fit a figure: fix more knobs")
     means = np.concatenate([table["mean"].astype(float) for _, table in maps])
     lowest = float(grid.best(pd.concat([table for _, table in maps], ignore_index=True))["mean"])
     scale = Normalize(np.nanmin(means), max(np.nanmax(means), np.nanmin(means) + 1e-9))
@@ -78,13 +78,13 @@ def heat_maps(
     for ax, (fixed, table) in zip(axes.flat, maps, strict=False):
         _heat(ax, table, scale, lowest, _digits(value))
         if fixed:
-            ax.set_title(point(fixed).replace(", ", "\n"), fontsize=8.5)
+            ax.set_title(setting_label(fixed).replace(", ", "\n"), fontsize=8.5)
     for ax in axes.flat[len(maps) :]:
         ax.set_visible(False)
-    figure.supxlabel(words(str(column)), fontsize=9.5)
-    figure.supylabel(words(str(row)), fontsize=9.5)
-    figure.colorbar(mpl.cm.ScalarMappable(scale, MAP), ax=axes, label=f"{words(value)}, lower is "
-                    "better", pad=0.01)  # fmt: skip
+    figure.supxlabel(label_of(str(column)), fontsize=9.5)
+    figure.supylabel(label_of(str(row)), fontsize=9.5)
+    colours = mpl.cm.ScalarMappable(scale, MAP)
+    figure.colorbar(colours, ax=axes, label=f"{label_of(value)}, lower is better", pad=0.01)
     return figure
 
 
@@ -130,8 +130,8 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float, digits
             ax.text(x + 0.5, y + 0.86, "best", ha="center", va="center", color=ink, fontsize=7.5,
                     weight="bold")  # fmt: skip
     ax.set(xlim=(0, len(rights)), ylim=(0, len(ups)))
-    ax.set_xticks(np.arange(len(rights)) + 0.5, [shown(column, v) for v in rights])
-    ax.set_yticks(np.arange(len(ups)) + 0.5, [shown(row, v) for v in ups])
+    ax.set_xticks(np.arange(len(rights)) + 0.5, [value_label(column, v) for v in rights])
+    ax.set_yticks(np.arange(len(ups)) + 0.5, [value_label(row, v) for v in ups])
     ax.tick_params(length=0)
     ax.grid(visible=False)
     for spine in ax.spines.values():
@@ -157,16 +157,15 @@ def grid_tradeoff(costs: pd.DataFrame, by: str = "", value: str = "test_perplexi
     gap = min((b - a for a, b in pairwise(sizes)), default=0.1 * sizes[0])
     groups = list(costs.groupby(by, sort=True, dropna=False))
     for index, (key, part) in enumerate(groups):
-        colour = RANKED[index % len(RANKED)]
+        colour = PALETTE[index % len(PALETTE)]
         part = part.sort_values("mean")
         aside = np.linspace(-0.3, 0.3, len(part)) * gap if len(part) > 1 else np.zeros(1)
         x = part["weights_and_states_mib"].astype(float).to_numpy() + aside
         error = part["half_width"].astype(float).fillna(0.0)
         top = part.iloc[0]
         others = {n: top[n] for n in costs.columns[:-4] if n != by and top[n] != grid.ANY}
-        named = f"{point({by: key})}, best {top['mean']:.2f} at\n" + point(others).replace(
-            ", ", "\n"
-        )
+        where = setting_label(others).replace(", ", "\n")
+        named = f"{setting_label({by: key})}, best {top['mean']:.2f} at\n{where}"
         ax.errorbar(x, part["mean"], yerr=error, fmt="o", ms=4, lw=0.8, color=colour,
                     label=named)  # fmt: skip
     ax.set_xlim(sizes[0] - 0.6 * gap, sizes[-1] + 0.6 * gap)
@@ -174,7 +173,7 @@ def grid_tradeoff(costs: pd.DataFrame, by: str = "", value: str = "test_perplexi
     spread = float(costs["mean"].max() - costs["mean"].min()) or 1.0
     ax.set_ylim(costs["mean"].min() - 0.3 * spread, costs["mean"].max() + 0.2 * spread)
     ax.set_xlabel("weights + optimizer states (MiB)")
-    ax.set_ylabel(f"{words(value)} (lower is better)")
+    ax.set_ylabel(f"{label_of(value)} (lower is better)")
     n = costs["n"].astype(int)
     seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
     ax.set_title(f"a point a setting, mean of {seeds} seeds, 95 % interval (cut off at the edges)",
@@ -187,8 +186,8 @@ def effect_table(effects: pd.DataFrame, value: str = "test_perplexity") -> pd.Da
     """`grid.effects` as text: a row a change of one knob, with its interval."""
     digits, rows = _digits(value), []
     for row in effects.to_dict("records"):
-        change = f"{shown(row['knob'], row['from'])} → {shown(row['knob'], row['to'])}"
+        change = f"{value_label(row['knob'], row['from'])} → {value_label(row['knob'], row['to'])}"
         half = f"{row['half_width']:.{digits}f}" if row["n"] > 1 else "–"
         mean = f"{row['mean']:+.{digits}f}"
-        rows.append((words(row["knob"]), change, mean, half, row["n"], row["pairs"]))
-    return pd.DataFrame(rows, columns=["knob", "change", words(value), "±", "seeds", "pairs"])
+        rows.append((label_of(row["knob"]), change, mean, half, row["n"], row["pairs"]))
+    return pd.DataFrame(rows, columns=["knob", "change", label_of(value), "±", "seeds", "pairs"])

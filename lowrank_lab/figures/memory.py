@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lowrank_lab.figures.drawing import canvas, label_ends, look, unit_of
+from lowrank_lab.figures.drawing import canvas, label_ends, style_of, unit_of
 from lowrank_lab.memory.formulas import MIB
 
 CATEGORIES = {
     "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",
     "projections": "#56B4E9", "activations": "#E69F00",
 }  # fmt: skip
-OF_A_STEP = CATEGORIES | {"logits": "#CC79A7", "temporaries": "#009E73"}
+STEP_CATEGORIES = CATEGORIES | {"logits": "#CC79A7", "temporaries": "#009E73"}
 
 
 def memory_table(memory: pd.DataFrame) -> pd.DataFrame:
@@ -57,13 +57,13 @@ def memory_timeline(table: pd.DataFrame, title: str = "") -> Figure:
     """
     table = table.copy()
     table["optimizer_states"] = table["optimizer_states"] - table["projections"]
-    names = [name for name in OF_A_STEP if table[name].any()]
+    names = [name for name in STEP_CATEGORIES if table[name].any()]
     total = table[names].sum(axis=1)
     size, unit = unit_of(total.max())
     figure, ax = canvas(7.4, 3.4)
     ax.stackplot(
         table["event"], *(table[name] / size for name in names),
-        colors=[OF_A_STEP[name] for name in names], step="post", lw=0,
+        colors=[STEP_CATEGORIES[name] for name in names], step="post", lw=0,
         labels=[name.replace("_", " ").replace("projections", "stored projections")
                 for name in names],
     )  # fmt: skip
@@ -114,7 +114,7 @@ def memory_course(runs: pd.DataFrame) -> Figure:
     figure, ax = canvas(6.4, 3.4)
     ends = []
     for label, run in table.groupby("label", sort=False):
-        colour, line, _ = look(str(label), labels)
+        colour, line, _ = style_of(str(label), labels)
         ax.plot(run["step"], run["peak"] / size, color=colour, ls=line, lw=1.2,
                 drawstyle="steps-mid")  # fmt: skip
         ax.plot(run["step"], run["held"] / size, color=colour, ls=":", lw=1)
@@ -135,10 +135,10 @@ def compared_memory(accounts: pd.DataFrame) -> Figure:
     """
     table = accounts.set_index("label")
     table["optimizer_states"] = table["optimizer_states"] - table["projections"]
-    size, unit = unit_of(table[list(OF_A_STEP)].sum(axis=1).max())
+    size, unit = unit_of(table[list(STEP_CATEGORIES)].sum(axis=1).max())
     figure, ax = canvas(6.8, 0.9 + 0.27 * len(table))
     left = np.zeros(len(table))
-    for name, colour in OF_A_STEP.items():
+    for name, colour in STEP_CATEGORIES.items():
         text = name.replace("_", " ").replace("projections", "stored projections")
         ax.barh(table.index, table[name] / size, left=left, color=colour, label=text, height=0.7)
         left += table[name].to_numpy() / size

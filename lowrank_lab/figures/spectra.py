@@ -18,7 +18,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from lowrank_lab.analysis.spectra import effective_rank, middle_layers, stable_rank
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import RANKED, STYLE, Drawing, canvas, label_ends, look, nothing
+from lowrank_lab.figures.drawing import (
+    PALETTE,
+    STYLE,
+    Drawing,
+    canvas,
+    empty_figure,
+    label_ends,
+    style_of,
+)
 
 if TYPE_CHECKING:
     from lowrank_lab.runs.run import Run
@@ -41,7 +49,9 @@ def effective_rank_curves(spectra: pd.DataFrame) -> Figure:
     )
     figure, ax = canvas(6.4, 3.4)
     ends = []
-    for colour, (kind, part) in zip(cycle(RANKED), mean.groupby(level=0, sort=False), strict=False):
+    for colour, (kind, part) in zip(
+        cycle(PALETTE), mean.groupby(level=0, sort=False), strict=False
+    ):
         steps = part.index.get_level_values("step")
         ax.plot(steps, part.to_numpy(), "o-", ms=3, lw=1.4, color=colour)
         ends.append((float(part.iloc[-1]), str(kind), colour))
@@ -100,7 +110,7 @@ def compared_spectra(spectra: pd.DataFrame) -> Figure:
     figure, axes = _panels(names)
     for ax, name in zip(axes.flat, names, strict=False):
         for label, part in spectra[spectra["layer"] == name].groupby("label", sort=False):
-            colour, line, _ = look(str(label), labels)
+            colour, line, _ = style_of(str(label), labels)
             _spectrum(ax, part, color=colour, ls=line, label=label)
     _label_panels(figure, axes)
     lines, texts = axes.flat[0].get_legend_handles_labels()
@@ -174,7 +184,7 @@ def fact_curves(facts: pd.DataFrame, names: Sequence[str] | None = None) -> Figu
     for ax, name in zip(axes.flat, shown, strict=False):
         means = facts.dropna(subset=name).groupby(["label", "step"], sort=False)[name].mean()
         for label, line in means.groupby("label", sort=False):
-            colour, style, marker = look(str(label), labels)
+            colour, style, marker = style_of(str(label), labels)
             steps = line.index.get_level_values("step")
             ax.plot(steps, line.to_numpy(), color=colour, ls=style, marker=marker, ms=3, lw=1.3,
                     label=label)  # fmt: skip
@@ -206,7 +216,7 @@ def share_curves(shares: pd.DataFrame) -> Figure:
         shares: `Run.spectra_of("low_rank_share")`, or of several runs with labels.
     """
     if shares.empty:
-        return nothing("no run has a sparse part")
+        return empty_figure("no run has a sparse part")
     steps = sorted(shares["step"].unique())
     figure = spectrum_curves(
         shares[shares["step"].isin([steps[min(1, len(steps) - 1)], steps[-1]])]
@@ -226,7 +236,7 @@ def momentum_bars(momentum: pd.DataFrame) -> Figure:
         momentum: label and the columns of `Run.momentum`.
     """
     if momentum.empty:
-        return nothing("nothing happened to the moments in these runs")
+        return empty_figure("nothing happened to the moments in these runs")
     means = momentum.groupby(["label", "event"], sort=False)["momentum_cosine"]
     table = means.agg(["mean", "min", "max"]).reset_index()
     labels = list(dict.fromkeys(table["label"]))
@@ -234,7 +244,7 @@ def momentum_bars(momentum: pd.DataFrame) -> Figure:
     for y, (label, low, mean, high) in enumerate(
         zip(table["label"], table["min"], table["mean"], table["max"], strict=True)
     ):
-        colour = look(str(label), labels)[0]
+        colour = style_of(str(label), labels)[0]
         ax.plot([float(low), float(high)], [y, y], color=colour, lw=3, alpha=0.35)
         ax.plot([float(mean)], [y], "o", color=colour, ms=6)
     names = [f"{label}: {event}" for label, event in zip(table["label"], table["event"],

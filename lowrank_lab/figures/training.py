@@ -17,8 +17,8 @@ from lowrank_lab.figures.drawing import (
     Drawing,
     canvas,
     label_ends,
-    look,
     rows_of,
+    style_of,
 )
 from lowrank_lab.memory.formulas import MIB
 
@@ -57,7 +57,7 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
     ends: list[tuple[float, str, str]] = []
     for label in labels:
         part = table[table["label"] == label].sort_values("step")
-        colour, line, _ = look(label, labels)
+        colour, line, _ = style_of(label, labels)
         ax.plot(part[x], part["mean"], line, color=colour, lw=1.6)
         low, high = part["mean"] - part["half_width"], part["mean"] + part["half_width"]
         ax.fill_between(part[x], low, high, color=colour, alpha=0.15, lw=0)
@@ -105,7 +105,7 @@ def training_curves(runs: pd.DataFrame) -> Figure:
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     ends = []
     for (label, _), part in table.groupby(["label", "run"], sort=False):
-        colour, line, _ = look(str(label), labels)
+        colour, line, _ = style_of(str(label), labels)
         loss.plot(part["step"], part["loss"], line, color=colour, lw=0.8)
         rate.plot(part["step"], part["lr_now"], line, color=colour, lw=1.2)
         ends.append((float(part["loss"].tail(10).mean()), str(label), colour))
@@ -143,7 +143,7 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
     errors = table["half_width"].where(table["n"] > 1, 0.0)
     shifts = _dodged(sizes.tolist(), table["mean"].tolist(), errors.tolist())
     for row, size, error, shift in zip(rows_of(table), sizes, errors, shifts, strict=True):
-        colour, _, marker = look(row.label, labels)
+        colour, _, marker = style_of(row.label, labels)
         aside = offset_copy(ax.transData, figure, x=shift, units="points")
         ax.errorbar(
             size, row.mean, yerr=error or None, fmt=marker, ms=7, color=colour, capsize=3,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lowrank_lab.analysis import grid
 from lowrank_lab.figures import image
-from lowrank_lab.figures.grid import heat_maps, point, shown, words
+from lowrank_lab.figures.grid import heat_maps, label_of, setting_label, value_label
 from lowrank_lab.widgets.panel import panel as controls
 from lowrank_lab.widgets.slider import slider
 
@@ -25,8 +25,8 @@ def map_of(
     at = {row: top[row], column: top[column]}
     half = f" ± {top['half_width']:.2f}" if top["n"] > 1 else ""
     empty = int((cells["n"] == 0).sum())
-    said = f"{words(row)} × {words(column)}" + (f", {point(fixed)}" if fixed else "")
-    said += f": best = {top['mean']:.2f}{half} (n = {int(top['n'])}) at {point(at)}"
+    said = f"{label_of(row)} × {label_of(column)}" + (f", {setting_label(fixed)}" if fixed else "")
+    said += f": best = {top['mean']:.2f}{half} (n = {int(top['n'])}) at {setting_label(at)}"
     said += f"; {empty} of {len(cells)} cells have no run" if empty else ""
     return heat_maps([(fixed, cells)]), said + "."
 
@@ -49,11 +49,11 @@ def explore(folder: Path | str, row: str = "", column: str = "", live: bool = Fa
     table = grid.settings(folder, strict=not live)
     row, column = grid.axes_of(table, row, column)
     if not live:
-        maps = {point(fixed): map_of(table, row, column, fixed)
+        maps = {setting_label(fixed): map_of(table, row, column, fixed)
                 for fixed, _ in grid.maps(table, row, column)}  # fmt: skip
         return slider(
             {name: figure for name, (figure, _) in maps.items()}, "map",
-            start=point(_fullest(table, row, column)), say=lambda name: maps[name][1],
+            start=setting_label(_fullest(table, row, column)), say=lambda name: maps[name][1],
         )  # fmt: skip
     from IPython.display import display
 
@@ -75,14 +75,14 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
     start = _fullest(table, row, column)
     # a mapping, from which each widget makes a layout of its own: some are hidden, others not
     wide: dict[str, Any] = {"style": {"description_width": "15em"}, "layout": {"width": "30em"}}
-    options = [(words(name), name) for name in known]
+    options = [(label_of(name), name) for name in known]
     axes = {
         "row": ipw.Dropdown(options=options, value=row, description="up", **wide),
         "column": ipw.Dropdown(options=options, value=column, description="across", **wide),
     }
     sliders = {
         name: ipw.SelectionSlider(
-            options=[(shown(name, v), v) for v in values], description=words(name),
+            options=[(value_label(name, v), v) for v in values], description=label_of(name),
             value=start.get(name, values[0]), continuous_update=False, **wide,
         )
         for name, values in known.items()

@@ -22,7 +22,7 @@ from lowrank_lab.analysis import matrix_toy
 from lowrank_lab.analysis.matrix_toy import METHODS, Fit, Settings
 from lowrank_lab.analysis.spectra import singular_values
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import COLOURS, STYLE, Drawing, described, image, label_ends, look, png
+from lowrank_lab.figures import COLOURS, STYLE, Drawing, alt_text, image, label_ends, png, style_of
 from lowrank_lab.widgets.panel import panel
 from lowrank_lab.widgets.slider import Slider, slider
 
@@ -148,7 +148,7 @@ def _courses(
         ax.set_yscale("log")
     for label in labels:
         error = table.loc[table["label"] == label, "error"].to_numpy()
-        colour, line, _ = look(label, labels)
+        colour, line, _ = style_of(label, labels)
         ax.plot(error.clip(LOWEST), line, color=colour, lw=1.6)
         ends.append((float(error[-1]), label, colour))
     for name, value in lines.items():
@@ -183,7 +183,7 @@ def result(
     lines = {} if plain else {f"best of rank {asked.rank}": best}
     wanted = matrix_toy.spectrum_table(target)
     found = singular_values(done.layer).tolist()
-    colour = look(asked.method, [asked.method])[0]
+    colour = style_of(asked.method, [asked.method])[0]
     margins: Any = {"left": 0.07, "right": 0.985, "bottom": 0.16, "wspace": 0.62}
     with _drawing(9.2, 3.0, 2, onto=onto, **margins) as (figure, (course, spectrum)):
         _courses(course, matrix_toy.curves_table(fits), lines, asked.events())
@@ -263,7 +263,7 @@ def _drawn(
     drawn = {value: draw({knob: value}) for value in choices}
     figures = {value: figure for value, (figure, _) in drawn.items()}
     return slider(
-        figures, knob, lambda value: f"{drawn[value][1]}. {described(figures[value])}", start,
+        figures, knob, lambda value: f"{drawn[value][1]}. {alt_text(figures[value])}", start,
         say=lambda value: drawn[value][1],
     )  # fmt: skip
 

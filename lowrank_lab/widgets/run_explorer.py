@@ -21,14 +21,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, look, memory_bars
+from lowrank_lab.figures import CATEGORIES, STYLE, Drawing, image, label_ends, memory_bars, style_of
 from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.runs.run import DESCRIBES, Run, complete_runs, table_of
 from lowrank_lab.widgets.panel import UNSQUEEZED
 from lowrank_lab.widgets.slider import slider
 
-FEW = 6  # runs that are chosen at first
-MOST = 12  # runs that a figure can name
+FIRST_RUNS = 6  # runs that are chosen at first
+MAX_RUNS = 12  # runs that a figure can name
 PERIOD = 2.0  # seconds between two looks at a folder that is followed
 X_AXES = {
     "tokens_seen": "training tokens", "step": "step", "seconds": "training time (s)",
@@ -53,7 +53,7 @@ class Choice:
 
 
 @dataclass
-class Seen:
+class View:
     """What a folder holds, and what of it is shown: everything that the widgets offer."""
 
     choice: Choice
@@ -65,24 +65,24 @@ class Seen:
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
-def see(choice: Choice) -> Seen:
+def load_view(choice: Choice) -> View:
     """Read the folder and draw what was chosen, filling in what was left open or isn't there.
 
     Never raises on what the folder holds or lacks: `line` says it.
     """
     try:
-        return _see(choice)
+        return _load_view(choice)
     except InputError as error:
-        return Seen(choice, str(error))
+        return View(choice, str(error))
     except (OSError, ValueError, KeyError) as error:  # half written, moved or damaged
         words = " ".join(f"{type(error).__name__}: {error}".split())
-        return Seen(choice, f"{choice.folder} cannot be read: {words[:160]}")
+        return View(choice, f"{choice.folder} cannot be read: {words[:160]}")
 
 
-def _see(choice: Choice) -> Seen:
+def _load_view(choice: Choice) -> View:
     runs = {_name(r, choice.folder): r for r in complete_runs(choice.folder, strict=False)}
     wanted = [name for name in choice.runs if name in runs] or _first(runs)
-    chosen = {name: runs[name] for name in wanted[:MOST]}
+    chosen = {name: runs[name] for name in wanted[:MAX_RUNS]}
     table = table_of(list(chosen.values()), choice.folder)
     titles = _titles(chosen)
     spectra = _recorded(chosen)
@@ -97,15 +97,15 @@ def _see(choice: Choice) -> Seen:
         layer=choice.layer if choice.layer in layers else (layers or [""])[len(layers) // 2],
         step=_at_most(choice.step, steps),
     )
-    seen = Seen(now, "", list(runs), metrics, layers, steps)
-    seen.figures["curves"] = curves(table, now.metric, now.x, titles)
+    view = View(now, "", list(runs), metrics, layers, steps)
+    view.figures["curves"] = curves(table, now.metric, now.x, titles)
     if layers:
-        seen.figures["spectra"] = spectrum(spectra, now.layer, now.step, titles)
+        view.figures["spectra"] = spectrum(spectra, now.layer, now.step, titles)
     memory = _memory(chosen, titles)
     if len(memory):
-        seen.figures["memory"] = memory_bars(memory, activations=True)
-    seen.line = _line(choice, seen, chosen, len(wanted))
-    return seen
+        view.figures["memory"] = memory_bars(memory, activations=True)
+    view.line = _line(choice, view, chosen, len(wanted))
+    return view
 
 
 def _first(runs: dict[str, Run]) -> list[str]:
@@ -113,7 +113,7 @@ def _first(runs: dict[str, Run]) -> list[str]:
     first: dict[str, str] = {}
     for name, run in runs.items():
         first.setdefault(run.label, name)
-    return list(first.values())[:FEW]
+    return list(first.values())[:FIRST_RUNS]
 
 
 def _name(run: Run, folder: str) -> str:
@@ -166,13 +166,13 @@ def _memory(runs: dict[str, Run], titles: dict[str, str]) -> pd.DataFrame:
     return table if set(CATEGORIES) <= set(table) else table.head(0)
 
 
-def _line(choice: Choice, seen: Seen, chosen: dict[str, Run], wanted: int) -> str:
+def _line(choice: Choice, view: View, chosen: dict[str, Run], wanted: int) -> str:
     """One line that says what is shown, and what is missing."""
-    now = seen.choice
+    now = view.choice
     count = f"{len(chosen)} run{'s' if len(chosen) > 1 else ''}"
     parts = [count + (f" of {wanted} chosen" if wanted > len(chosen) else ""), now.metric]
-    parts += [f"layer {now.layer}", f"step = {now.step}"] if seen.layers else ["no spectra yet"]
-    parts += [] if "memory" in seen.figures else ["no memory measured yet"]
+    parts += [f"layer {now.layer}", f"step = {now.step}"] if view.layers else ["no spectra yet"]
+    parts += [] if "memory" in view.figures else ["no memory measured yet"]
     parts += [f"no {choice.metric} yet"] if now.metric != choice.metric else []
     running = [f"{name} in progress" for name, run in chosen.items() if not run.finished]
     rows = [run.metrics["step"].iloc[-1] for run in chosen.values() if not run.finished]
@@ -192,7 +192,7 @@ def curves(table: pd.DataFrame, metric: str, x: str, titles: dict[str, str]) -> 
     for name, title in titles.items():
         part = table[table["run"] == name] if len(titles) > 1 else table
         part = part.dropna(subset=[metric])
-        colour, line, marker = look(title, list(titles.values()))
+        colour, line, marker = style_of(title, list(titles.values()))
         values = part[metric] / MIB if byte else part[metric]
         dots = marker if len(part) <= 12 else ""
         ax.plot(part[x], values, line, marker=dots, ms=3, lw=1.2, color=colour)
@@ -218,7 +218,7 @@ def spectrum(table: pd.DataFrame, layer: str, step: int, titles: dict[str, str])
         values = values[values["step"] == values["step"].max()].sort_values("index")
         values = values[values["singular_value"] > 1e-7]  # the rest is rounding
         if len(values):
-            colour, line, _ = look(title, list(titles.values()))
+            colour, line, _ = style_of(title, list(titles.values()))
             (drawn,) = ax.plot(
                 values["index"] + 1, values["singular_value"], line, lw=1.2, color=colour,
                 label=title,
@@ -255,27 +255,27 @@ def select(folder: str, pattern: str) -> tuple[str, ...]:
         matcher = re.compile(pattern)
     except re.error as error:
         raise InputError("runs", pattern, f"not a regular expression: {error}") from None
-    return tuple(n for n in see(Choice(folder)).known if matcher.search(n))
+    return tuple(n for n in load_view(Choice(folder)).known if matcher.search(n))
 
 
 def dashboard(choice: Choice, live: bool = False) -> None:
     """Display the dashboard: a line and figures, or with `live` a panel of widgets.
 
-    Not live, a slider goes through at most MOST recorded steps of the spectra.
+    Not live, a slider goes through at most MAX_RUNS recorded steps of the spectra.
     """
     from IPython.display import Markdown, display
 
     if live:
         display(Dashboard(choice).box)  # type: ignore[no-untyped-call]
         return
-    seen = see(choice)
-    shown: dict[str, Any] = dict(seen.figures)
+    view = load_view(choice)
+    shown: dict[str, Any] = dict(view.figures)
     if "spectra" in shown:
-        steps = seen.steps[:: -(-len(seen.steps) // MOST)]
-        at = {s: see(replace(seen.choice, step=s)).figures["spectra"] for s in steps}
-        at[seen.choice.step] = shown["spectra"]
-        shown["spectra"] = slider(dict(sorted(at.items())), "step", start=seen.choice.step)
-    display(Markdown(html.escape(seen.line)), *shown.values())  # type: ignore[no-untyped-call]
+        steps = view.steps[:: -(-len(view.steps) // MAX_RUNS)]
+        at = {s: load_view(replace(view.choice, step=s)).figures["spectra"] for s in steps}
+        at[view.choice.step] = shown["spectra"]
+        shown["spectra"] = slider(dict(sorted(at.items())), "step", start=view.choice.step)
+    display(Markdown(html.escape(view.line)), *shown.values())  # type: ignore[no-untyped-call]
 
 
 class Dashboard:
@@ -337,23 +337,23 @@ class Dashboard:
             self._show(asked)
 
     def _show(self, choice: Choice) -> None:
-        seen = see(choice)
+        view = load_view(choice)
         self._metric = choice.metric  # outlives a folder that has nothing to choose from
         self._filling = True
         try:
-            now = seen.choice
-            _offer(self.runs, seen.known, now.runs if seen.known else ())
-            _offer(self.metric, seen.metrics, now.metric or None)
-            _offer(self.layer, seen.layers, now.layer or None)
-            steps: list[Any] = [*seen.steps] or ["–"]
-            _offer(self.step, steps, now.step if seen.steps else "–")
+            now = view.choice
+            _offer(self.runs, view.known, now.runs if view.known else ())
+            _offer(self.metric, view.metrics, now.metric or None)
+            _offer(self.layer, view.layers, now.layer or None)
+            steps: list[Any] = [*view.steps] or ["–"]
+            _offer(self.step, steps, now.step if view.steps else "–")
         finally:
             self._filling = False
         for name, picture in self.pictures.items():
-            figure = seen.figures.get(name)
+            figure = view.figures.get(name)
             picture.value = image(figure) if figure is not None else ""
             picture.layout.display = "" if figure is not None else "none"
-        self.text.value = html.escape(seen.line)
+        self.text.value = html.escape(view.line)
 
     def _follow(self, change: Any) -> None:
         """Start or stop the thread that reads again; it ends with the kernel."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import STYLE, data_uri, described, png
+from lowrank_lab.figures import STYLE, alt_text, data_uri, png
 
 Label = TypeVar("Label", bound=Hashable)
 
@@ -83,7 +83,7 @@ def slider(
     if start is not None and start not in figures:
         raise InputError("start", start, f"one of {', '.join(map(str, labels))}")
     alts = tuple(
-        (alt(label) if alt else described(figure)).strip() for label, figure in figures.items()
+        (alt(label) if alt else alt_text(figure)).strip() for label, figure in figures.items()
     )
     if not all(alts):
         raise InputError("alt", "", f"no words for {labels[alts.index('')]!r}")

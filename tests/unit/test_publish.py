@@ -48,7 +48,7 @@ def alts(body):
 
 
 def test_a_picture_says_what_its_figure_shows():
-    metadata = {"image/png": {"alt": figures.described(wave(1))}}
+    metadata = {"image/png": {"alt": figures.alt_text(wave(1))}}
     assert wave(1)._repr_mimebundle_() == ({}, metadata)
     assert metadata["image/png"]["alt"] == "loss against step"
 

@@ -121,12 +121,12 @@ def test_one_label_alone_can_be_drawn():
 
 def test_a_method_keeps_its_colour_and_its_variants_differ_by_line():
     labels = ["low-rank + both", *LABELS]
-    colour, line, marker = figures.look("low-rank", labels)
+    colour, line, marker = figures.style_of("low-rank", labels)
     assert (colour, line, marker) == (figures.COLOURS["low-rank"], "-", "o")
-    assert figures.look("low-rank + both", labels) == (colour, "--", "s")
-    assert figures.look("low-rank", ["galore", "low-rank"])[0] == colour
-    assert figures.look("low-rank, wider start", ["low-rank, wider start"])[0] == colour
-    assert figures.look("mine", LABELS)[0] not in figures.COLOURS.values()
+    assert figures.style_of("low-rank + both", labels) == (colour, "--", "s")
+    assert figures.style_of("low-rank", ["galore", "low-rank"])[0] == colour
+    assert figures.style_of("low-rank, wider start", ["low-rank, wider start"])[0] == colour
+    assert figures.style_of("mine", LABELS)[0] not in figures.COLOURS.values()
 
 
 def test_memory_bars_count_projections_once():
@@ -204,7 +204,7 @@ def test_saving_leaves_a_figure_as_it_was_and_cuts_nothing_off(tmp_path):
 
 
 def test_labels_that_would_overlap_are_pushed_apart():
-    positions = figures.apart([1.0, 1.0, 1.01, 5.0], 0.5)
+    positions = figures.spread([1.0, 1.0, 1.01, 5.0], 0.5)
     assert all(b - a >= 0.49 for a, b in pairwise(positions))
     assert positions == sorted(positions)
 
@@ -236,7 +236,7 @@ def test_the_course_of_memory_draws_peaks_above_what_is_held():
 
 
 def test_compared_memory_counts_projections_once():
-    names = list(figures.OF_A_STEP)
+    names = list(figures.STEP_CATEGORIES)
     accounts = pd.DataFrame([{"label": "galore", **dict.fromkeys(names, 1e9)}])
     accounts["optimizer_states"] = 3e9  # of them 1 GB of projections
     assert texts(figures.compared_memory(accounts)) == ["8.00"]

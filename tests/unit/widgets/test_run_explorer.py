@@ -11,7 +11,7 @@ import pytest
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.widgets import run_explorer
-from lowrank_lab.widgets.run_explorer import Choice, Dashboard, see
+from lowrank_lab.widgets.run_explorer import Choice, Dashboard, load_view
 
 LAYERS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 MEMORY = {"weights": 2**20, "gradients": 2**20, "optimizer_states": 2**21, "projections": 0,
@@ -148,14 +148,14 @@ def test_it_recovers_from_a_folder_that_is_not_there(board, folder):
 
 def test_runs_without_spectra_or_memory_say_so(tmp_path):
     write(tmp_path, "bare", spectra=False, memory=False)
-    seen = see(Choice(str(tmp_path)))
-    assert seen.line == "1 run, validation_loss, no spectra yet, no memory measured yet"
-    assert list(seen.figures) == ["curves"]
+    view = load_view(Choice(str(tmp_path)))
+    assert view.line == "1 run, validation_loss, no spectra yet, no memory measured yet"
+    assert list(view.figures) == ["curves"]
 
 
 def test_a_run_before_its_first_evaluation_shows_the_training_loss(tmp_path):
     write(tmp_path, "young", steps=3, finished=False, spectra=False)
-    line = see(Choice(str(tmp_path))).line
+    line = load_view(Choice(str(tmp_path))).line
     assert line == (
         "1 run, loss, no spectra yet, no validation_loss yet, young in progress at step 3"
     )
@@ -163,7 +163,7 @@ def test_a_run_before_its_first_evaluation_shows_the_training_loss(tmp_path):
 
 def test_a_run_before_its_first_step_is_one_line(tmp_path):
     write(tmp_path, "born", steps=0, finished=False)
-    assert "no run in it has trained a step yet" in see(Choice(str(tmp_path))).line
+    assert "no run in it has trained a step yet" in load_view(Choice(str(tmp_path))).line
 
 
 @pytest.mark.parametrize(
@@ -173,25 +173,25 @@ def test_a_run_before_its_first_step_is_one_line(tmp_path):
 def test_a_damaged_record_is_one_line(tmp_path, name, words):
     run = write(tmp_path, "hurt")
     (run / name).write_text('{"config"')
-    seen = see(Choice(str(tmp_path)))
-    assert words in seen.line
-    assert seen.figures == {}
+    view = load_view(Choice(str(tmp_path)))
+    assert words in view.line
+    assert view.figures == {}
 
 
 def test_a_folder_may_be_a_run_itself(folder):
-    assert see(Choice(str(folder / "low"))).known == ["low"]
+    assert load_view(Choice(str(folder / "low"))).known == ["low"]
 
 
 def test_more_runs_than_a_figure_can_name_are_cut_and_it_is_said(tmp_path):
     for seed in range(14):
         write(tmp_path, f"r{seed:02d}", seed, spectra=False)
     names = tuple(f"r{seed:02d}" for seed in range(14))
-    assert see(Choice(str(tmp_path), names)).line.startswith("12 runs of 14 chosen, ")
+    assert load_view(Choice(str(tmp_path), names)).line.startswith("12 runs of 14 chosen, ")
 
 
 def test_spectra_are_the_last_ones_up_to_the_step(folder):
-    seen = see(Choice(str(folder), ("full-0", "full-1"), step=30))
-    lines = seen.figures["spectra"].axes[0].get_lines()
+    view = load_view(Choice(str(folder), ("full-0", "full-1"), step=30))
+    lines = view.figures["spectra"].axes[0].get_lines()
     assert [line.get_ydata()[0] for line in lines] == [23.0, 24.0]
 
 
