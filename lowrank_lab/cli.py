@@ -105,7 +105,7 @@ def _config(flags: dict[str, Any]) -> RunConfig:
 def main(methods_from: tuple[Path, ...]) -> None:
     """Run, see and doubt methods that pretrain language models with less memory."""
     logging.basicConfig(format="%(message)s")
-    level = logging.INFO if distributed.is_first() else logging.WARNING
+    level = logging.INFO if distributed.is_rank_zero() else logging.WARNING
     logging.getLogger("lowrank_lab").setLevel(level)
     if methods_from:
         from lowrank_lab.methods.own import load_own_methods
@@ -174,7 +174,7 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
     from lowrank_lab.training.trainer import train as train_run
 
     config = _config(flags)
-    hidden = None if distributed.is_first() else True  # None: where there is no terminal
+    hidden = None if distributed.is_rank_zero() else True  # None: where there is no terminal
     with tqdm(total=config.total_steps, unit="step", disable=hidden, smoothing=0.05) as bar:
 
         def show(row: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
             bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}", refresh=False)
 
         run = train_run(config, out, label=label, on_step=show)
-    if not distributed.is_first():
+    if not distributed.is_rank_zero():
         return
     result = run.result
     click.echo(

@@ -1,12 +1,15 @@
-"""Several processes as one run: who we are, and what is summed between us. Alone, all is a no-op.
+"""Process group, collectives and tensor placements. With one process, every collective is a no-op.
 
-Processes are started by torchrun, which says by RANK, WORLD_SIZE and LOCAL_RANK who is who. With
-`ddp` each holds the whole model and computes an equal share of every batch; gradients are averaged
-in buckets after the last piece of a batch, and all else (clipping, optimizer, events) is computed
-by each process from the same numbers. torch's DistributedDataParallel is not used: it wraps
-`forward` where the loss is another method here, fixes at its start which parameters train (warm
-starts change that), and holds gradients in buckets of its own that `per_layer` could not free.
-What that costs: gradients travel after the backward pass, not within it.
+torchrun starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK. With `ddp` each process has
+the full model and computes an equal share of every batch. Gradients are averaged in buckets after
+the last micro-batch; clipping, optimizer steps and events are then computed by each process from
+the same numbers. torch's DistributedDataParallel is not used for three reasons: it wraps `forward`,
+but our loss is another method; it fixes the trainable parameters at construction, and warm starts
+change them; its gradient buckets can't be freed by `per_layer`. The cost: communication does not
+overlap with the backward pass.
+
+A placement says how the processes store a tensor: `Replicated` or `Sharded` along a dimension.
+Optimizers and layers are written once, against the methods of a placement.
 """
 
 from __future__ import annotations
@@ -21,49 +24,52 @@ from torch import Tensor
 
 from lowrank_lab.config import InputError
 
-BUCKET_BYTES = 25 << 20  # of gradients that travel together
+BUCKET_BYTES = 25 << 20  # gradients that are averaged in one all-reduce
 
 
-def _number(name: str, default: int) -> int:
+def _environment_number(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise InputError(name, value, "a whole number, as torchrun sets it")
     return int(value)
 
 
-def launched() -> bool:
-    """Whether this process is one of a group that torchrun, or its like, started."""
+def is_launched() -> bool:
+    """Whether torchrun, or a launcher with the same variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     if dist.is_initialized():
         return dist.get_rank()
-    return _number("RANK", 0) if launched() else 0
+    return _environment_number("RANK", 0) if is_launched() else 0
 
 
-def size() -> int:
-    """How many processes compute this run."""
+def world_size() -> int:
+    """The number of processes that compute this run."""
     if dist.is_initialized():
         return dist.get_world_size()
-    return _number("WORLD_SIZE", 1) if launched() else 1
+    return _environment_number("WORLD_SIZE", 1) if is_launched() else 1
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, from 0."""
-    return _number("LOCAL_RANK", 0) if launched() else 0
+    """The rank of this process on its machine, from 0."""
+    return _environment_number("LOCAL_RANK", 0) if is_launched() else 0
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
+def is_rank_zero() -> bool:
+    """Whether this process has rank 0, the one that writes files and logs."""
     return rank() == 0
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Be one of the group in this block: NCCL between CUDA devices, gloo between CPUs."""
-    if not launched() or dist.is_initialized():
+def process_group(device: torch.device) -> Iterator[None]:
+    """The default process group for the duration of the block: NCCL on CUDA, gloo on CPU.
+
+    A no-op where torchrun did not start this process or the group is initialized already.
+    """
+    if not is_launched() or dist.is_initialized():
         yield
         return
     cuda = device.type == "cuda"
@@ -77,58 +83,51 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def first_on_each_machine() -> Iterator[None]:
-    """Local rank 0 alone runs this block, then all others do: what it built is there for them."""
+def local_rank_zero_first() -> Iterator[None]:
+    """Local rank 0 runs this block first; the other ranks of its machine find what it built."""
     if local_rank():
-        wait_for_all()
+        barrier()
     try:
         yield
     finally:
         if not local_rank():
-            wait_for_all()
+            barrier()
 
 
-def wait_for_all() -> None:
-    """Go on when every process has come here."""
+def barrier() -> None:
+    """Wait until every process has reached this point."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def share(t: Tensor) -> Tensor:
-    """This process's part of a tensor whose first dimension the number of processes divides."""
-    return t.chunk(size())[rank()] if size() > 1 else t
+def local_chunk(t: Tensor) -> Tensor:
+    """This rank's chunk of a tensor along dimension 0, whose length the world size divides."""
+    return t.chunk(world_size())[rank()] if world_size() > 1 else t
 
 
-def sum_(t: Tensor) -> Tensor:
-    """The sum of the processes' tensors, in place."""
+def all_reduce_sum_(t: Tensor) -> Tensor:
+    """Sum over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
 
 
-def agreed(flag: bool, device: torch.device) -> bool:
-    """Whether any process says so: what they must all do, or none."""
-    if not dist.is_initialized():
-        return flag
-    return bool(sum_(torch.tensor([int(flag)], device=device)).item())
-
-
-def average_(tensors: Iterable[Tensor]) -> None:
-    """The means of the processes' tensors, in place, in buckets of one dtype."""
-    if size() == 1:
+def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
+    """Mean of each tensor over all ranks, in place, in buckets of one dtype."""
+    if world_size() == 1:
         return
     for bucket in _buckets(tensors):
         flat = bucket[0].view(-1) if len(bucket) == 1 and bucket[0].is_contiguous() else None
         joint = torch.cat([t.reshape(-1) for t in bucket]) if flat is None else flat
-        dist.all_reduce(joint.div_(size()))
+        dist.all_reduce(joint.div_(world_size()))
         if flat is None:
-            parts = torch.split(joint, [t.numel() for t in bucket])
-            for t, part in zip(bucket, parts, strict=True):
-                t.copy_(part.view(t.shape))
+            means = torch.split(joint, [t.numel() for t in bucket])
+            for t, mean in zip(bucket, means, strict=True):
+                t.copy_(mean.view(t.shape))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype, up to BUCKET_BYTES together or one alone, in their order."""
+    """Tensors grouped by dtype, in order, up to BUCKET_BYTES (one larger tensor is a bucket)."""
     filling: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
         bucket = filling.setdefault(t.dtype, [])
@@ -139,81 +138,91 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from filling.values()
 
 
-class Whole:
-    """How a process holds a matrix: all of it. What holders of parts exchange is nothing here."""
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; the same answer on all of them."""
+    if not dist.is_initialized():
+        return flag
+    return bool(all_reduce_sum_(torch.tensor([int(flag)], device=device)).item())
 
-    dim: int | None = None  # along which it is cut
 
-    def shape(self, t: Tensor) -> tuple[int, ...]:
-        """The shape of the whole of which `t` is held here."""
+def equal_on_all_ranks(value: int) -> bool:
+    """Whether all ranks have the same number (|value| < 2⁶³)."""
+    if not dist.is_initialized():
+        return True
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    extremes = torch.tensor([value, -value], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return int(extremes[0]) == -int(extremes[1])
+
+
+class Replicated:
+    """Replicated placement: each process has the full matrix, and every collective is a no-op."""
+
+    dim: int | None = None  # the sharded dimension
+
+    def global_shape(self, t: Tensor) -> tuple[int, ...]:
+        """The shape of the full tensor whose local shard is `t`."""
         return tuple(t.shape)
 
-    def sum_(self, t: Tensor) -> Tensor:
-        """The sum of what all holders have computed from their parts, in place."""
+    def all_reduce_sum_(self, t: Tensor) -> Tensor:
+        """Sum over the shards, in place."""
         return t
 
-    def max_(self, t: Tensor) -> Tensor:
-        """The largest of what all holders have found in their parts, in place."""
+    def all_reduce_max_(self, t: Tensor) -> Tensor:
+        """Maximum over the shards, in place."""
         return t
 
-    def norm(self, t: Tensor) -> Tensor:
-        """Norms of the whole from those of the parts."""
+    def global_norm(self, t: Tensor) -> Tensor:
+        """Norms of full tensors from the norms of their local shards."""
         return t
 
-    def agreed(self, t: Tensor, source: int = 0) -> Tensor:
-        """What one holder has for `t`: rounding may be another on another machine."""
+    def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
+        """The value of `t` on rank `source`; other machines may have rounded it differently."""
         return t
 
-    def own(self, t: Tensor, dim: int = 0) -> Tensor:
-        """This process's part along `dim` of what all hold."""
+    def local_shard(self, t: Tensor, dim: int = 0) -> Tensor:
+        """This rank's shard along `dim` of a full tensor."""
         return t
 
-    def joined(self, t: Tensor, dim: int = 0) -> Tensor:
-        """The whole of which each process holds the part `t`, equal in size, along `dim`."""
+    def all_gather(self, t: Tensor, dim: int = 0) -> Tensor:
+        """The full tensor from equal shards along `dim`."""
         return t
 
 
-WHOLE = Whole()
+REPLICATED = Replicated()
 
 
-class Part(Whole):
-    """One of equal parts along a dimension, each held by one process of the run."""
+class Sharded(Replicated):
+    """Sharded placement: each process has an equal shard of the matrix along dimension `dim`."""
 
     def __init__(self, dim: int) -> None:
         self.dim: int = dim
 
-    def shape(self, t: Tensor) -> tuple[int, ...]:
-        return tuple(n * size() if i == self.dim else n for i, n in enumerate(t.shape))
+    def global_shape(self, t: Tensor) -> tuple[int, ...]:
+        return tuple(n * world_size() if i == self.dim else n for i, n in enumerate(t.shape))
 
-    def sum_(self, t: Tensor) -> Tensor:
-        return sum_(t)
+    def all_reduce_sum_(self, t: Tensor) -> Tensor:
+        return all_reduce_sum_(t)
 
-    def max_(self, t: Tensor) -> Tensor:
+    def all_reduce_max_(self, t: Tensor) -> Tensor:
         dist.all_reduce(t, dist.ReduceOp.MAX)
         return t
 
-    def norm(self, t: Tensor) -> Tensor:
-        return sum_(t.double().square()).sqrt().to(t.dtype)
+    def global_norm(self, t: Tensor) -> Tensor:
+        return all_reduce_sum_(t.double().square()).sqrt().to(t.dtype)
 
-    def agreed(self, t: Tensor, source: int = 0) -> Tensor:
+    def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
         dist.broadcast(t := t.contiguous(), source)
         return t
 
-    def own(self, t: Tensor, dim: int = 0) -> Tensor:
-        # A copy: a view would keep all of it alive.
-        return t.chunk(size(), dim)[rank()].clone(memory_format=torch.contiguous_format)
+    def local_shard(self, t: Tensor, dim: int = 0) -> Tensor:
+        # A copy: a view would keep the full tensor alive.
+        return t.chunk(world_size(), dim)[rank()].clone(memory_format=torch.contiguous_format)
 
-    def joined(self, t: Tensor, dim: int = 0) -> Tensor:
-        parts = t.new_empty((size(), *t.shape))
-        dist.all_gather(list(parts), t.contiguous())
-        return parts.flatten(0, 1) if dim == 0 else torch.cat(list(parts), dim)
+    def all_gather(self, t: Tensor, dim: int = 0) -> Tensor:
+        shards = t.new_empty((world_size(), *t.shape))
+        dist.all_gather(list(shards), t.contiguous())
+        return shards.flatten(0, 1) if dim == 0 else torch.cat(list(shards), dim)
 
 
-def same_everywhere(value: int) -> bool:
-    """Whether all processes hold the same number (below 2⁶³)."""
-    if not dist.is_initialized():
-        return True
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    ends = torch.tensor([value, -value], device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
-    return int(ends[0]) == -int(ends[1])
+Placement = Replicated | Sharded

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.layers.association import Association, cheapest
 
 # B·A counts as rank-deficient while its smallest singular value is below this share of the largest.
@@ -85,7 +85,7 @@ class Balance(NamedTuple):
         return Balance(self.S, (U * s) @ U.T, (U / s) @ U.T)
 
 
-def balance(B: Tensor, A: Tensor, held: Whole = WHOLE) -> Balance:
+def balance(B: Tensor, A: Tensor, placement: Placement = REPLICATED) -> Balance:
     """What balances B (m×r) and A (r×n), from r×r matrices: the product is never formed.
 
     Of factors in shards, rows of B and columns of A, only such matrices travel.
@@ -94,11 +94,11 @@ def balance(B: Tensor, A: Tensor, held: Whole = WHOLE) -> Balance:
     the condition number: where they lose the small singular values, QR takes their place.
     """
     B, A = B.double(), A.double()
-    found = _from_grams(*_grams(B, A, held))
-    lost = held.max_(B.new_tensor(float(found is None)))  # all take the same way
+    found = _from_grams(*_grams(B, A, placement))
+    lost = placement.all_reduce_max_(B.new_tensor(float(found is None)))  # all take the same way
     if found is None or value_of(lost, usually=0):
-        found = _from_triangles(_triangular(B, held), _triangular(A.T, held))
-    return Balance(*map(held.agreed, found))
+        found = _from_triangles(_triangular(B, placement), _triangular(A.T, placement))
+    return Balance(*map(placement.broadcast, found))
 
 
 def _from_grams(gram_B: Tensor, gram_A: Tensor) -> Balance | None:
@@ -123,20 +123,20 @@ def _from_triangles(R_B: Tensor, R_A: Tensor) -> Balance:
     return Balance(S, R_A.T @ Vh.T * inverse_root, (U * inverse_root).T @ R_B)
 
 
-def imbalance(B: Tensor, A: Tensor, held: Whole = WHOLE) -> Tensor:
+def imbalance(B: Tensor, A: Tensor, placement: Placement = REPLICATED) -> Tensor:
     """‖BᵀB − AAᵀ‖ / (‖BᵀB‖ + ‖AAᵀ‖) in float64: 0 balanced, towards 1 one-sided; 0 of zeros.
 
     Args:
-        held: of factors in shards, rows of B and columns of A, a `distributed.Part`.
+        placement: `Sharded` for shards that are rows of B and columns of A.
     """
-    left, right = _grams(B.double(), A.double(), held)
+    left, right = _grams(B.double(), A.double(), placement)
     total = left.norm() + right.norm()
     return torch.where(total > 0, (left - right).norm() / total, torch.zeros_like(total))
 
 
-def _grams(B: Tensor, A: Tensor, held: Whole) -> Tensor:
+def _grams(B: Tensor, A: Tensor, placement: Placement) -> Tensor:
     """BᵀB and A Aᵀ (2, r, r) of the whole factors."""
-    return held.sum_(torch.stack([gram(B), gram(A.T)]))
+    return placement.all_reduce_sum_(torch.stack([gram(B), gram(A.T)]))
 
 
 def value_of(scalar: Tensor, usually: float) -> float:
@@ -150,13 +150,13 @@ def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
     return S
 
 
-def _triangular(X: Tensor, held: Whole = WHOLE) -> Tensor:
+def _triangular(X: Tensor, placement: Placement = REPLICATED) -> Tensor:
     """R (r×r) of X = Q R; of X in shards of rows that of their stacked triangles."""
     R: Tensor = torch.linalg.qr(X, mode="r")[1]
-    if held is WHOLE:
+    if placement is REPLICATED:
         return R
     few = X.shape[1] - R.shape[0]  # rows missing in a shard of fewer than r
-    return _triangular(held.joined(F.pad(R, (0, 0, 0, few))))
+    return _triangular(placement.all_gather(F.pad(R, (0, 0, 0, few))))
 
 
 def gram(X: Tensor) -> Tensor:

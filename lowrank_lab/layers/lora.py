@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.layers.association import autocast_dtype, linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear
 
@@ -75,7 +75,9 @@ class LoRALinear(FactorizedLinear):
         )
 
     @torch.no_grad()
-    def merge_(self, generator: torch.Generator | None = None, held: Whole = WHOLE) -> None:
+    def merge_(
+        self, generator: torch.Generator | None = None, placement: Placement = REPLICATED
+    ) -> None:
         """Put B A into W₀ and start new factors, on the same tensors; the function stays the same.
 
         The sum is computed in float32 or wider and rounded once, to the dtype of W₀: in bfloat16,
@@ -83,15 +85,15 @@ class LoRALinear(FactorizedLinear):
 
         Args:
             generator: a CPU generator that A is drawn from, so that A is the same on any device.
-            held: of a layer in shards, rows of W₀ and B and columns of A, a `distributed.Part`.
+            placement: `Sharded` for shards that are rows of W₀ and B and columns of A.
         """
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        W, B, A = (t.to(wide) for t in (self.weight, self.B, held.joined(self.A, 1)))
+        W, B, A = (t.to(wide) for t in (self.weight, self.B, placement.all_gather(self.A, 1)))
         # W₀ ← W₀ + (α/r) · B A
         self.weight.copy_(torch.addmm(W, B, A, alpha=self.scale))
         drawn = torch.empty(A.shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-        self.A.copy_(held.own(drawn, 1))
+        self.A.copy_(placement.local_shard(drawn, 1))
         self.B.zero_()
 
 

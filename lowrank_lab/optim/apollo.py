@@ -111,12 +111,14 @@ class Apollo(ProjectedAdamW):
         # φ = ‖N‖ / (‖R‖ + ε), per channel (over the rank axis) or once for the tensor
         axis = None if group["scale_type"] == "tensor" else 0 if right is None else 1
         norms = [channel_norms(X, axis) for X in (R, N, G)]
-        R_norm, N_norm, G_norm = norms if axis is not None else self.held.norm(torch.stack(norms))
+        R_norm, N_norm, G_norm = (
+            norms if axis is not None else self.placement.global_norm(torch.stack(norms))
+        )
         phi, root = N_norm / (R_norm + EPS), math.sqrt(group["scale"])
         # S = φ∘G, whose norm follows from G's: ‖S‖² = Σ φ²‖G‖² over the channels
         if not group["disable_nl"]:
             S_norm = torch.linalg.vector_norm(phi * G_norm)
-            S_norm = self.held.norm(S_norm) if axis is not None else S_norm
+            S_norm = self.placement.global_norm(S_norm) if axis is not None else S_norm
             phi = phi / growth_limiter(
                 state, root * S_norm if group["scale_front"] else S_norm, forgive_zero=True
             )
@@ -134,7 +136,7 @@ class Apollo(ProjectedAdamW):
             state["seed"] = (group["seed"] * SEED_STRIDE + place(self, state)) % 2**63
         elif due:
             state["seed"] = next_seed(state["seed"])
-        shape, rank = self.held.shape(G), group["rank"]
+        shape, rank = self.placement.global_shape(G), group["rank"]
         left = sides(group["proj_type"], shape)[0]
         side = shape[0] if left else shape[1]
         name = "projection_left" if left else "projection_right"
@@ -144,8 +146,8 @@ class Apollo(ProjectedAdamW):
         else:
             if due or name not in state:
                 P = random_projection(G, side, rank, left, state["seed"])
-                state[name] = self.held.own(P)
-            P = self.held.joined(state[name])
+                state[name] = self.placement.local_shard(P)
+            P = self.placement.all_gather(state[name])
         return (P, None) if left else (None, P)
 
 

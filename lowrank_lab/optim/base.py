@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.distributed import REPLICATED, Placement
 
 # Keys of a group that torch and its schedulers add.
 FOREIGN_KEYS = ("params", "param_names", "initial_lr")
@@ -89,8 +89,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
     # Weights of which this process holds a part, and how it holds the one that is being updated.
-    parts: Mapping[Tensor, Whole] = MappingProxyType({})
-    held: Whole = WHOLE
+    placements: Mapping[Tensor, Placement] = MappingProxyType({})
+    placement: Placement = REPLICATED
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         """Along which dimension processes can hold parts of a weight that `update_` is called for.
 
-        It then gets parts of W, G and the moments, and asks `held` for what it needs of the others.
+        `update_` then gets local shards of W, G and the moments, and uses `placement` for the rest.
         None, the default: it needs whole weights.
         """
         return None
@@ -190,7 +190,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
         if "rank" in group:
-            self.prepare_([p for p in params if p in self.parts], group)
+            self.prepare_([p for p in params if p in self.placements], group)
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
@@ -202,7 +202,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         for p in params:
             assert p.grad is not None
             state = self._advanced(p, group)
-            self.held = self.parts.get(p, WHOLE)
+            self.placement = self.placements.get(p, REPLICATED)
             with self._written(p, state, group) as W:
                 self.update_(W, p.grad, state, group, _step_size(state, group))
             state["step"] += 1

@@ -66,7 +66,7 @@ class Fira(ProjectedAdamW):
         residual_sq = G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()
         rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
         residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
-        S_norm = self.held.norm((residual_sq * phi.square()).sum().sqrt())
+        S_norm = self.placement.global_norm((residual_sq * phi.square()).sum().sqrt())
         phi = phi / growth_limiter(state, S_norm)
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
         lift_add_(

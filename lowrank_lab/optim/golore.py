@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.optim.base import ProjectedAdamW, is_whole, place, refuse
 from lowrank_lab.optim.projection import (
     Projections,
@@ -66,7 +66,7 @@ class GoLore(ProjectedAdamW):
         left, right = self._projections(G, state, group)
         new = stored(state)
         if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
-            state["exp_avg"].copy_(carried(state["exp_avg"], old, new, self.held))
+            state["exp_avg"].copy_(carried(state["exp_avg"], old, new, self.placement))
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         R = projected(G, left, right, group)
         N = self.adam_direction(R, state, group)
@@ -76,25 +76,29 @@ class GoLore(ProjectedAdamW):
         """(L, R) for this step: GaLore's before the switch, random orthonormal ones after it."""
         step = state["step"]
         if step % group["update_proj_gap"] == 0 and step >= group["switch"]:
-            shape = self.held.shape(G)
+            shape = self.placement.global_shape(G)
             keys = [(group["seed"], place(self, state), step, side) for side in range(2)]
             left, right = (
-                self.held.own(random_orthonormal(G, shape[side], group["rank"], keys[side]))
+                self.placement.local_shard(
+                    random_orthonormal(G, shape[side], group["rank"], keys[side])
+                )
                 if projects
                 else None
                 for side, projects in enumerate(sides(group["proj_type"], shape))
             )
             store_(state, (left, right), G.dtype)
-            return joined(stored(state), self.held)
+            return joined(stored(state), self.placement)
         return refreshed(self, state, G, group)
 
 
-def carried(m: Tensor, old: Projections, new: Projections, held: Whole = WHOLE) -> Tensor:
+def carried(
+    m: Tensor, old: Projections, new: Projections, placement: Placement = REPLICATED
+) -> Tensor:
     """The moment m of the old subspace in the new one: m ← (LₙᵀLₒ) m (RₒᵀRₙ), r×r products."""
     if new[0] is not None and old[0] is not None:
-        m = held.sum_(new[0].T @ old[0]) @ m
+        m = placement.all_reduce_sum_(new[0].T @ old[0]) @ m
     if new[1] is not None and old[1] is not None:
-        m = m @ held.sum_(old[1].T @ new[1])
+        m = m @ placement.all_reduce_sum_(old[1].T @ new[1])
     return m
 
 

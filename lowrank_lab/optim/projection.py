@@ -4,9 +4,9 @@ A gradient G is m×n. A left projection is an m×r matrix L with orthonormal col
 n×r matrix R: the projected gradient is Lᵀ G, G R, or Lᵀ G R with both. They live in the optimizer's
 state as `projection_left` and `projection_right`, so that checkpoints and byte counts see them.
 
-A matrix that several processes hold in parts (`ProjectedAdamW.held`) is cut along the side that
-isn't projected: each then computes its part of G R or Lᵀ G, of Adam's averages and of the update by
-itself. Projections are kept in parts as well, rows of L or R, and joined for the moment of use.
+A matrix in shards (`ProjectedAdamW.placement`) is sharded along the side that isn't projected: each
+process then computes its shard of G R or Lᵀ G, of Adam's averages and of the update alone. It also
+stores its rows of L or R, which are gathered when they are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_lab import distributed
-from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.layers.base import gram
 from lowrank_lab.optim.base import ProjectedAdamW, in_state_precision, place
 
@@ -62,7 +62,7 @@ def refreshed(
         else:
             found = randomized_subspaces(G, rank, which, seed=state["step"], old=old)
         store_(state, found, G.dtype)
-    return joined(stored(state), optimizer.held)
+    return joined(stored(state), optimizer.placement)
 
 
 def is_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, Any]) -> bool:
@@ -82,27 +82,31 @@ def refresh_parts_(optimizer: ProjectedAdamW, params: list[Tensor], group: dict[
     another gradient at the same time, and gives them to all.
     """
     due = [p for p in params if is_due(optimizer, optimizer.state[p], group)]
-    me, rank, together = distributed.rank(), group["rank"], distributed.size()
+    me, rank, together = distributed.rank(), group["rank"], distributed.world_size()
     for batch in (due[i : i + together] for i in range(0, len(due), together)):
         mine = None
         for i, p in enumerate(batch):
-            total = optimizer.parts[p].sum_(gram(_elongated(p, optimizer).double()))
+            total = optimizer.placements[p].all_reduce_sum_(gram(_elongated(p, optimizer).double()))
             mine = total if i == me else mine
         V = None if mine is None else _eigenvectors(mine, rank)
         for i, p in enumerate(batch):
-            held, state, G = optimizer.parts[p], optimizer.state[p], _elongated(p, optimizer)
+            placement, state, G = (
+                optimizer.placements[p],
+                optimizer.state[p],
+                _elongated(p, optimizer),
+            )
             empty = G.new_empty((G.shape[1], rank), dtype=torch.float32)
             P = V if V is not None and i == me else empty
             left, right = stored(state)
             old = right if left is None else left
-            P = _aligned(held.own(held.agreed(P, source=i)), old, held)
-            state["found"] = (P, None) if held.dim == 1 else (None, P)
+            P = _aligned(placement.local_shard(placement.broadcast(P, source=i)), old, placement)
+            state["found"] = (P, None) if placement.dim == 1 else (None, P)
 
 
 def _elongated(p: Tensor, optimizer: ProjectedAdamW) -> Tensor:
     """A gradient in parts, or its transpose, with the side that isn't projected first."""
     assert p.grad is not None
-    return p.grad.T if optimizer.parts[p].dim == 1 else p.grad
+    return p.grad.T if optimizer.placements[p].dim == 1 else p.grad
 
 
 def stored(state: dict[str, Any]) -> Projections:
@@ -117,9 +121,9 @@ def store_(state: dict[str, Any], found: Projections, dtype: torch.dtype) -> Non
             state[name] = projection.to(dtype)
 
 
-def joined(parts: Projections, held: Whole) -> Projections:
-    """Whole projections, of those that each process holds some rows of."""
-    left, right = (None if P is None else held.joined(P) for P in parts)
+def joined(parts: Projections, placement: Placement) -> Projections:
+    """Full projections from the rows that each process has."""
+    left, right = (None if P is None else placement.all_gather(P) for P in parts)
     return left, right
 
 
@@ -243,11 +247,11 @@ def _eigenvectors(gram: Tensor, rank: int) -> Tensor:
     return V[:, -rank:].flip(1).to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _aligned(P: Tensor, old: Tensor | None, held: Whole = WHOLE) -> Tensor:
+def _aligned(P: Tensor, old: Tensor | None, placement: Placement = REPLICATED) -> Tensor:
     """P with the signs of its columns as in the old one: Adam's averages live in that basis."""
     if old is None:
         return P
-    agreement = held.sum_((P * old).sum(0))
+    agreement = placement.all_reduce_sum_((P * old).sum(0))
     return P * torch.where(agreement < 0, -1.0, 1.0)
 
 

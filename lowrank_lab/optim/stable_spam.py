@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.optim.base import _check, adam_update_, averages
 from lowrank_lab.optim.spam import UniformAdam
 
@@ -82,7 +82,7 @@ class StableSpam(UniformAdam):
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        g = tamed(G, self._scalars(state, W), state["step"] + 1, group, self.held)
+        g = tamed(G, self._scalars(state, W), state["step"] + 1, group, self.placement)
         m, v = averages(state, W)
         if group["weight_decay"] > 0:
             W.mul_(1.0 - group["lr"] * group["weight_decay"])
@@ -106,7 +106,7 @@ def tamed(
     scalars: tuple[Tensor, Tensor, Tensor],
     T: int,
     group: dict[str, Any],
-    held: Whole = WHOLE,
+    placement: Placement = REPLICATED,
 ) -> Tensor:
     """The gradient after AdaClip and AdaGN, shaped like G; the averages move on in place.
 
@@ -115,18 +115,18 @@ def tamed(
         scalars: the running averages m, n, s of max|g|, ‖g‖ and ‖g‖².
         T: the number of this step, from 1, for their bias corrections.
         group: has gamma1, gamma2, theta and eps.
-        held: of a gradient of which this is a part.
+        placement: of a gradient of which this is a part.
     """
     m, n, s = scalars
     gamma1, gamma2, theta = group["gamma1"], group["gamma2"], group["theta"]
     tiny = torch.finfo(m.dtype).tiny
     # AdaClip: m ← θm + (1−θ) max|g|;  m̂ = m / (1 − θᵀ);  g ← g · m̂ / max|g| where |g| > m̂
     size = G.abs()
-    peak = held.max_(size.max().to(m.dtype))
+    peak = placement.all_reduce_max_(size.max().to(m.dtype))
     m_hat = m.lerp_(peak, 1 - theta) / (1 - theta**T)
     g = torch.where(size > m_hat, G * (m_hat / peak.clamp(min=tiny)), G)
     # AdaGN: n ← γ₁n + (1−γ₁)‖g‖;  s ← γ₂s + (1−γ₂)‖g‖²;  g ← g/‖g‖ · n̂ / (√ŝ + ε)
-    norm = held.norm(torch.linalg.vector_norm(g, dtype=m.dtype))
+    norm = placement.global_norm(torch.linalg.vector_norm(g, dtype=m.dtype))
     n_hat = n.lerp_(norm, 1 - gamma1) / (1 - gamma1**T)
     s_hat = s.lerp_(norm.square(), 1 - gamma2) / (1 - gamma2**T)
     return g.mul_(n_hat / (s_hat.sqrt_() + group["eps"]) / norm.clamp(min=tiny))

@@ -160,7 +160,7 @@ def measure(config: RunConfig, device: str = "cpu") -> Account:
     account = Account(config, "measured")
     in_shards = config.parallel == "fsdp2" and dist.is_initialized()
     if in_shards:
-        account.ranks, account.rank = distributed.size(), distributed.rank()
+        account.ranks, account.rank = distributed.world_size(), distributed.rank()
     granularity = CUDA_BLOCK if device == "cuda" else 1
     stepping = _Stepping(config, torch.device(device), granularity, in_shards)
     for name, run in stepping.kinds():
@@ -267,7 +267,7 @@ class _Stepping:
             )  # fmt: skip
 
     def _batches(self) -> list[Batch]:
-        own = distributed.size() if self._shards is not None else 1
+        own = distributed.world_size() if self._shards is not None else 1
         shape = self.config.batch // own, self.config.sequence_length
         tokens, targets = (
             torch.randint(self.config.size.vocab_size, shape, device=self.device) for _ in range(2)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.distributed import WHOLE, Whole
+from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.layers import Balance, FactorizedLinear, balance, imbalance
 from lowrank_lab.layers.base import RANK_TOLERANCE, value_of
 from lowrank_lab.techniques.momentum import reset_momentum_, transport_moments_
@@ -31,7 +31,7 @@ def refactorize_(
     on_refactor: Literal["keep", "reset", "transport"] = "keep",
     basis: Literal["singular", "nearest"] = "singular",
     above: float = 0.0,
-    held: Whole = WHOLE,
+    placement: Placement = REPLICATED,
 ) -> Refactorization:
     """Balance the factors of every factorised layer: B ← U√Σ, A ← √ΣVᵀ with B A = U Σ Vᵀ, in place.
 
@@ -49,7 +49,7 @@ def refactorize_(
             the least turning of the factors (`Balance.nearest`), so that kept moments stay about
             what they were collected for.
         above: a layer whose `imbalance` (0 to 1) is not above this is left alone.
-        held: of factors in shards, rows of B and columns of A, a `distributed.Part`.
+        placement: `Sharded` for shards that are rows of B and columns of A.
 
     Source: 2505.22922, weight refactorization, through the r×r core instead of the m×n product.
     """
@@ -67,16 +67,16 @@ def refactorize_(
         if not isinstance(layer, FactorizedLinear):
             continue
         B, A = layer.factors()
-        if above and not value_of(imbalance(B, A, held) > above, usually=True):
+        if above and not value_of(imbalance(B, A, placement) > above, usually=True):
             done.balanced.append(name)
             continue
-        found = balance(B, A, held)
+        found = balance(B, A, placement)
         if not value_of(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0], usually=True):
             done.rank_deficient.append(name)
             continue
         if basis == "nearest":
-            found = Balance(*map(held.agreed, found.nearest()))
-        _balance_(B, A, found, held)
+            found = Balance(*map(placement.broadcast, found.nearest()))
+        _balance_(B, A, found, placement)
         done.changed.append(name)
         if on_refactor == "reset":
             assert optimizer is not None
@@ -87,12 +87,12 @@ def refactorize_(
     return done
 
 
-def _balance_(B: Tensor, A: Tensor, found: Balance, held: Whole) -> None:
+def _balance_(B: Tensor, A: Tensor, found: Balance, placement: Placement) -> None:
     """B ← B T and A ← T⁻¹ A, rounded once: in float64, or in float32 where nothing cancels."""
     # The norms of both results are √ΣS; how far those of their factors exceed it is what float32
     # would lose.
     result = (found.S.sum() * len(found.S)).sqrt()
-    norm_B, norm_A = held.norm(torch.stack([B.norm(), A.norm()]))
+    norm_B, norm_A = placement.global_norm(torch.stack([B.norm(), A.norm()]))
     growth = torch.maximum(norm_B * found.T.norm(), found.T_inverse.norm() * norm_A) / result
     wide = torch.promote_types(
         B.dtype, torch.float32 if value_of(growth < 4, usually=True) else torch.float64

@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.distributed import WHOLE, Part, Whole
+from lowrank_lab.distributed import REPLICATED, Placement, Sharded
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.methods.build import build, build_model, build_optimizer, partition
@@ -95,7 +95,7 @@ class Shards:
         self._parts = _parts(self._mirrored, self.optimizer, config)
         columns = self._columns(needed)
         with unset_fake_temporarily():  # who has which place in the mesh is read off real tensors
-            self._mesh = init_device_mesh(device.type, (distributed.size(),))
+            self._mesh = init_device_mesh(device.type, (distributed.world_size(),))
         for module in [*self.model.model.layers, self.model]:
             self._shard_(module, columns)
         register_fsdp_forward_method(self.model, "loss")
@@ -106,9 +106,9 @@ class Shards:
             if name not in self._owner:
                 self._mirrored[name].data = _local(p)
         if isinstance(self.optimizer, ProjectedAdamW):
-            self.optimizer.parts = {self._mirrored[n]: part for n, part in self._parts.items()}
+            self.optimizer.placements = {self._mirrored[n]: part for n, part in self._parts.items()}
         # The first process's whole copy on the CPU, for records; `gather_` brings it up to date.
-        self.plain = build(config) if distributed.is_first() else None
+        self.plain = build(config) if distributed.is_rank_zero() else None
 
     def _columns(self, needed: set[str]) -> set[str]:
         """Names of the weights that are sharded by columns; all others are by rows."""
@@ -116,7 +116,7 @@ class Shards:
             f"{name}.A"
             for name, layer in self.mirror.named_modules()
             if isinstance(layer, FactorizedLinear)
-            and not layer.in_features % distributed.size()
+            and not layer.in_features % distributed.world_size()
             and f"{name}.A" not in needed
         }
         return factors | {name for name, part in self._parts.items() if part.dim == 1}
@@ -142,7 +142,7 @@ class Shards:
         place = {name: i for i, name in enumerate(self._sharded)}
         units = [sorted(names, key=place.__getitem__) for names in layers.values()]
         units.sort(key=lambda names: (-self._entries(names), place[names[0]]))
-        processes = distributed.size()
+        processes = distributed.world_size()
         if units and not self._parts and len(units) < processes:
             allowed = f"{len(units)} layers are updated whole: at most as many processes"
             raise InputError("nproc-per-node", processes, allowed)
@@ -165,7 +165,9 @@ class Shards:
                 p.grad = cast("DTensor", grad).to_local()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        own = [[names for o, names in self._units if o == r] for r in range(distributed.size())]
+        own = [
+            [names for o, names in self._units if o == r] for r in range(distributed.world_size())
+        ]
         for turn in range(max(map(len, own), default=0)):
             self._step_units_({r: units[turn] for r, units in enumerate(own) if turn < len(units)})
 
@@ -203,8 +205,8 @@ class Shards:
         how = config.on_refactor, config.refactor_basis, config.refactor_above
         for name, layer in self.mirror.named_modules():
             if isinstance(layer, FactorizedLinear):
-                with self._held(name, whole=("B", "A")) as held:
-                    found = refactorize_(layer, self.optimizer, *how, held)
+                with self._placement(name, whole=("B", "A")) as placement:
+                    found = refactorize_(layer, self.optimizer, *how, placement)
                 for names, of_layer in zip(done, found, strict=True):
                     names.extend([name] * len(of_layer))
         return done
@@ -214,19 +216,19 @@ class Shards:
         """`layers.merge_` of the layers in shards."""
         names = []
         for index, (name, layer) in enumerate(lora_layers(self.mirror)):
-            with self._held(name, whole=("A",)) as held:
-                layer.merge_(generator_of(seed, index), held)
+            with self._placement(name, whole=("A",)) as placement:
+                layer.merge_(generator_of(seed, index), placement)
             names.append(name)
         return names
 
     @contextmanager
-    def _held(self, layer: str, whole: Sequence[str]) -> Iterator[Whole]:
+    def _placement(self, layer: str, whole: Sequence[str]) -> Iterator[Placement]:
         """How a layer's factors are held: in parts, or else those named are whole within."""
         if _dim(self._sharded[f"{layer}.A"]) == 1:
-            yield Part(0)
+            yield Sharded(0)
         else:
             with self._whole([f"{layer}.{factor}" for factor in whole]):
-                yield WHOLE
+                yield REPLICATED
 
     def count(self, params: Sequence[Tensor] | None) -> int:
         """How many of the mirror's parameters (None: of all) have moments, on any process."""
@@ -236,7 +238,9 @@ class Shards:
             if chosen is None or id(p) in chosen:
                 state = self.optimizer.state.get(p, {})
                 counts[name in self._owner] += "exp_avg" in state or "momentum_buffer" in state
-        return counts[0] + int(distributed.sum_(torch.tensor(counts[1], device=self._device)))
+        return counts[0] + int(
+            distributed.all_reduce_sum_(torch.tensor(counts[1], device=self._device))
+        )
 
     @contextmanager
     def _whole(self, names: Sequence[str]) -> Iterator[None]:
@@ -288,7 +292,7 @@ class Shards:
         from torch.distributed.tensor import DTensor, Shard
 
         shard: Tensor = self.optimizer.state[self._mirrored[name]][key]
-        even = shard.shape[dim] * distributed.size()
+        even = shard.shape[dim] * distributed.world_size()
         length = even if name in self._parts else self._sharded[name].shape[dim]
         shape = torch.Size(length if i == dim else n for i, n in enumerate(shard.shape))
         joint = DTensor.from_local(
@@ -319,7 +323,7 @@ class Shards:
                 plain[name].copy_(whole)
                 plain[name].grad = None if grad is None else grad.cpu()
                 self.plain[1].state[plain[name]] = state
-        found: list[dict[str, Any]] = [{}] * distributed.size()
+        found: list[dict[str, Any]] = [{}] * distributed.world_size()
         dist.gather_object(owned, found if self.plain else None)
         for name, state in ((n, s) for states in found for n, s in states.items()):
             if self.plain:
@@ -374,7 +378,7 @@ def _dim(p: DTensor) -> int:
 def _cut(whole: Tensor, dim: int) -> Tensor:
     """This process's shard of a whole tensor, as a view."""
     length = whole.shape[dim]
-    step = -(-length // distributed.size())
+    step = -(-length // distributed.world_size())
     start = min(length, step * distributed.rank())
     return whole.narrow(dim, start, min(step, length - start))
 
@@ -390,9 +394,9 @@ def _copy_groups_(source: torch.optim.Optimizer, to: torch.optim.Optimizer) -> N
 
 def _parts(
     weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, config: RunConfig
-) -> dict[str, Part]:
+) -> dict[str, Sharded]:
     """The weights that each process updates its part of, cut evenly on all sides, by name."""
-    found: dict[str, Part] = {}
+    found: dict[str, Sharded] = {}
     method = METHODS[config.method]
     if not method.in_parts or not isinstance(optimizer, ProjectedAdamW):
         return found
@@ -400,8 +404,8 @@ def _parts(
     for group in optimizer.param_groups:
         for p in group["params"] if "rank" in group or method.whole == "all" else ():
             dim = optimizer.cut(group, p.shape)
-            if dim is not None and not any(n % distributed.size() for n in p.shape):
-                found[names[p]] = Part(dim)
+            if dim is not None and not any(n % distributed.world_size() for n in p.shape):
+                found[names[p]] = Sharded(dim)
     return found
 
 

@@ -46,7 +46,7 @@ def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "threads": torch.get_num_threads(),
-        "processes": distributed.size(),
+        "processes": distributed.world_size(),
     }
 
 

@@ -51,7 +51,9 @@ class PerLayerUpdates:
 
     def _update(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        distributed.average_([parameter.grad])  # hooks come in the same order in all processes
+        distributed.all_reduce_mean_(
+            [parameter.grad]
+        )  # hooks come in the same order in all processes
         self._squares.append(parameter.grad.float().square().sum())
         self._optimizer.step()
         parameter.grad = None
@@ -169,7 +171,7 @@ def gradients(
     # Those of shards are averages already.
     whole = [p.grad for p in model.parameters() if p.grad is not None and shards is None]
     with record_function("average"):  # once a batch, however many pieces it came in
-        distributed.average_([*whole, total])
+        distributed.all_reduce_mean_([*whole, total])
     if per_layer is not None:
         return total, per_layer.norm()
     limit = config.clip if config.clip > 0 else float("inf")

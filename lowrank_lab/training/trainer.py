@@ -69,7 +69,7 @@ def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
     _check_processes(config)
     if config.parallel == "fsdp2":
         check_shards(config)
-    with distributed.first_on_each_machine():
+    with distributed.local_rank_zero_first():
         corpus = prepare(config)
     for split in ("validation", "test"):
         if not corpus.num_windows(split, config.sequence_length):
@@ -92,7 +92,7 @@ def device_of(config: RunConfig) -> torch.device:
         raise InputError("device", "cuda", "there is no CUDA device here; auto or cpu")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if not distributed.launched():
+    if not distributed.is_launched():
         return torch.device("cuda")
     here, count = distributed.local_rank(), torch.cuda.device_count()
     if here >= count:
@@ -102,11 +102,11 @@ def device_of(config: RunConfig) -> torch.device:
 
 def _check_processes(config: RunConfig) -> None:
     """Each process has an equal share of every piece of a batch."""
-    processes, pieces = distributed.size(), config.gradient_accumulation
+    processes, pieces = distributed.world_size(), config.gradient_accumulation
     if config.batch % (processes * pieces):
         allowed = f"{processes} processes × gradient_accumulation {pieces} must divide it"
         raise InputError("batch", config.batch, allowed)
-    if config.parallel != "ddp" and not distributed.launched():
+    if config.parallel != "ddp" and not distributed.is_launched():
         raise InputError("parallel", config.parallel, "needs processes: torchrun starts them")
 
 
@@ -123,7 +123,7 @@ def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: Ru
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # of losses and tokens
     training = model.training
     model.eval()
-    rank, processes = distributed.rank(), distributed.size()
+    rank, processes = distributed.rank(), distributed.world_size()
     for start in range(0, count, config.batch):
         own = torch.arange(start + rank, min(start + config.batch, count), processes)
         # Every process computes in every turn, as sharded models do so together.
@@ -134,7 +134,7 @@ def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: Ru
         tokens_here = len(own) * length
         totals += torch.stack([loss * tokens_here, torch.full_like(loss, tokens_here)])
     model.train(training)
-    total, seen = distributed.sum_(totals).tolist()
+    total, seen = distributed.all_reduce_sum_(totals).tolist()
     return float(total / seen)
 
 
@@ -160,7 +160,7 @@ def train(
             good state is in the folder.
         Terminated: SIGTERM came; the step was finished and its state saved.
     """
-    with distributed.joined(device_of(config)), fast_process():
+    with distributed.process_group(device_of(config)), fast_process():
         return _train(config, folder, label, on_step)
 
 
@@ -180,17 +180,17 @@ def _train(
     config, corpus = check(config)
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
     finished = _is_finished(target, config)
-    distributed.wait_for_all()  # before the first of us writes there
+    distributed.barrier()  # before the first of us writes there
     if finished:
         return Run(target)
     begun = (target / "config.json").exists()
     if begun and Run(target).ran_on.get("corpus_sha256") not in (None, corpus.facts["sha256"]):
         raise InputError("corpus", config.corpus, "it has changed since the run in out began")
-    with locked(target) if distributed.is_first() else nullcontext(), asked_to_stop() as stop:
-        distributed.wait_for_all()
+    with locked(target) if distributed.is_rank_zero() else nullcontext(), asked_to_stop() as stop:
+        distributed.barrier()
         if not _is_finished(target, config):  # the process that held it may just have ended it
             _advance(Trainer(config, corpus, target, label), on_step, stop)
-        distributed.wait_for_all()
+        distributed.barrier()
     return Run(target)
 
 
@@ -203,7 +203,7 @@ def _advance(
             row = trainer.advance()
             if on_step is not None:
                 on_step(row)
-            if distributed.agreed(stop(), trainer.device):
+            if distributed.any_rank(stop(), trainer.device):
                 trainer.save_checkpoint()
                 line = f"stopped after step {trainer.updates}; started again, it goes on from there"
                 raise Terminated(line)
@@ -259,7 +259,7 @@ class Trainer:
         self._skipped = 0  # updates left out in a row
         self._found: list[dict[str, Any]] = []  # events that the next row tells
         self._best: dict[str, float] = {}  # the lowest validation loss, and after which step
-        self._writes = distributed.is_first()
+        self._writes = distributed.is_rank_zero()
         self._ahead: tuple[int, list[Batch]] | None = None  # the next step and its batches
         if not self._writes:
             return
@@ -280,7 +280,7 @@ class Trainer:
         )
         if self._shards is not None and self.updates:
             self._shards.take_(*whole)
-        if not distributed.same_everywhere(self.updates):
+        if not distributed.equal_on_all_ranks(self.updates):
             where = self.folder / "checkpoints"
             raise TrainingError(f"not every process sees the same checkpoints in {where}")
         self.seconds = extra.get("seconds", 0.0)
@@ -435,7 +435,7 @@ class Trainer:
         """End the run, with the last good state kept."""
         self.optimizer.zero_grad(set_to_none=True)
         self.save_checkpoint()
-        distributed.wait_for_all()
+        distributed.barrier()
         raise TrainingError(f"{reason}; {self.kept_state()}; a lower lr may help")
 
     def _batches(self, updates: int) -> list[Batch]:
@@ -452,7 +452,7 @@ class Trainer:
     def _pieces(self, t: Tensor) -> list[Tensor]:
         """This process's share of every piece of a batch, on the device."""
         pieces = t.chunk(self.config.gradient_accumulation)
-        return [self._to_device(distributed.share(piece)) for piece in pieces]
+        return [self._to_device(distributed.local_chunk(piece)) for piece in pieces]
 
     def _fetch_ahead(self) -> None:
         """Get the next step's batches while the device still computes this one."""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank_lab import factorize, refactorize_, reset_momentum_
-from lowrank_lab.distributed import Whole
+from lowrank_lab.distributed import Replicated
 from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.optim import Fira, GaLore
 
@@ -108,8 +108,8 @@ def test_ill_conditioned_factors_of_a_good_product_keep_it(condition):
     assert_balanced(layer, B, A, 1e-6)
 
 
-class Shared(Whole):
-    """How threads hold parts: each puts what it has in its place and takes what all have."""
+class InThreads(Replicated):
+    """A placement whose shards are in threads: each writes its own and reads those of all."""
 
     def __init__(self, place, places, barrier):
         self.place, self.places, self.barrier = place, places, barrier
@@ -120,16 +120,16 @@ class Shared(Whole):
         self.barrier.wait()
         return list(self.places)
 
-    def sum_(self, t):
+    def all_reduce_sum_(self, t):
         return t.copy_(sum(self.exchanged(t)))
 
-    def norm(self, t):
+    def global_norm(self, t):
         return sum(x.square() for x in self.exchanged(t)).sqrt()
 
-    def agreed(self, t):
+    def broadcast(self, t):
         return self.exchanged(t)[0]
 
-    def joined(self, t, dim=0):
+    def all_gather(self, t, dim=0):
         return torch.cat(self.exchanged(t), dim)
 
 
@@ -142,7 +142,7 @@ def in_shards(B, A, count):
         layer.B, layer.A = nn.Parameter(b.clone()), nn.Parameter(a.clone())
 
     def run(i):
-        return refactorize_(layers[i], held=Shared(i, places, barrier))
+        return refactorize_(layers[i], placement=InThreads(i, places, barrier))
 
     with ThreadPoolExecutor(count) as pool:
         done = list(pool.map(run, range(count)))
