@@ -14,7 +14,7 @@ SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def keep_freed_memory() -> Iterator[None]:
     """Keep what is freed in this block for what is allocated next, and give it back at the end.
 
     Each training step allocates and frees the same tensors. Left to itself, glibc returns large

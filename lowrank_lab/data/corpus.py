@@ -50,7 +50,7 @@ from lowrank_lab.data.sources import (
     text_documents,
 )
 from lowrank_lab.data.token_files import (
-    Shards,
+    TokenShards,
     forget_progress,
     new_counts,
     pack,
@@ -105,8 +105,8 @@ class Corpus:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @cached_property
-    def _shards(self) -> dict[Split, Shards]:
-        shards = {split: Shards(self.folder, split) for split in SPLITS}
+    def _shards(self) -> dict[Split, TokenShards]:
+        shards = {split: TokenShards(self.folder, split) for split in SPLITS}
         for split, count in self.facts.get("tokens", {}).items():
             if len(shards[split]) != count:
                 allowed = f"its {split} files are damaged; remove the folder to build it again"

@@ -40,7 +40,7 @@ def shard_paths(folder: Path, split: Split) -> list[Path]:
     return found
 
 
-class Shards:
+class TokenShards:
     """The tokens of a split, memory-mapped, as if they were in one file."""
 
     def __init__(self, folder: Path, split: Split) -> None:

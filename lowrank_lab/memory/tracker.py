@@ -188,11 +188,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._name_weights()
         self._name_states()
         for t in getattr(model, "_tables", None) or ():
-            self.see(t, "temporaries", "rotary tables")
+            self.record(t, "temporaries", "rotary tables")
         self._handles = list(self._hooks())
         if type(optimizer).__module__.startswith("torchao"):
             step = optimizer.step  # which compiles itself: nothing to be seen there but its states
-            optimizer.step = unseen()(step)  # type: ignore[method-assign]
+            optimizer.step = untracked()(step)  # type: ignore[method-assign]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,7 +214,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         travels = func.namespace in TRAVEL
         for leaf in tree_leaves((args, out) if travels else out):
             if isinstance(leaf, Tensor):
-                self.see(leaf)
+                self.record(leaf)
                 if travels:
                     self._gathered(leaf)
         hidden = self._hidden.get(func.overloadpacket._qualified_op_name)
@@ -256,7 +256,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phases: list[tuple[int, str]] = [(0, "start")]
         self._made_in: list[list[int]] = []  # blocks that running forward passes have made
 
-    def see(self, t: Tensor, category: str = "", owner: str = "") -> None:
+    def record(self, t: Tensor, category: str = "", owner: str = "") -> None:
         """Note the storages of a tensor that are new; with a category, name them."""
         for storage in storages_of(t):
             key = storage._cdata
@@ -338,7 +338,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         phase = named[-1] if named else "between"
         for p, name in self._names.items():
             if p.grad is not None:
-                self.see(p.grad, "gradients", name)
+                self.record(p.grad, "gradients", name)
         if phase != self._phase:
             self._event += 1
             self._phases.append((self._event, phase))
@@ -354,7 +354,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, t in itertools.chain(self._model.named_parameters(), self._model.named_buffers()):
             frozen = isinstance(t, nn.Parameter) and not t.requires_grad
             kind = "frozen" if frozen else "indices" if name.endswith("indices") else "weights"
-            self.see(t, kind, name)
+            self.record(t, kind, name)
 
     def _name_whole(self) -> None:
         """Of shards, the parameters that stand for them while a block is whole."""
@@ -368,7 +368,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     kind = "projections" if key.startswith("projection") else "optimizer_states"
-                    self.see(value, kind, self._updated.get(p, key))
+                    self.record(value, kind, self._updated.get(p, key))
 
     def _hooks(self) -> Iterable[RemovableHandle]:
         for name, module in self._model.named_modules():
@@ -411,7 +411,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _gradient(self, name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
             if p.grad is not None:
-                self.see(p.grad, "gradients", name)
+                self.record(p.grad, "gradients", name)
 
         return hook
 
@@ -434,7 +434,7 @@ def resizing(tracker: Tracker) -> Iterator[None]:
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
+def untracked() -> Iterator[None]:
     """Let no tracker see what happens in this block."""
     with _disable_current_modes():
         yield

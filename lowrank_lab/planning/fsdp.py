@@ -25,7 +25,7 @@ from lowrank_lab.memory.formulas import (
     state_bytes,
     weights,
 )
-from lowrank_lab.memory.tracker import unseen
+from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.fsdp import check_shards
@@ -74,7 +74,7 @@ def whole_shapes_unseen() -> Iterator[None]:
 
     name = "_propagate_tensor_meta_non_cached"
     found = getattr(ShardingPropagator, name)
-    setattr(ShardingPropagator, name, unseen()(found))
+    setattr(ShardingPropagator, name, untracked()(found))
     try:
         yield
     finally:

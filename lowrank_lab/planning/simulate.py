@@ -232,7 +232,7 @@ class _Stepping:
         def step(closure: object = None) -> None:
             if self._assumed is None:
                 self._assumed = torch.empty(size, dtype=torch.uint8)
-                self.tracker.see(self._assumed, "optimizer_states", "by formula")
+                self.tracker.record(self._assumed, "optimizer_states", "by formula")
 
         self.optimizer.step = step  # type: ignore[assignment, method-assign]
 

@@ -26,7 +26,7 @@ class LossWatch:
     def __init__(self, recent: Iterable[float] = ()) -> None:
         self.recent = deque(recent, maxlen=WINDOW)
 
-    def see(self, loss: float) -> list[dict[str, Any]]:
+    def observe(self, loss: float) -> list[dict[str, Any]]:
         """The event of this loss, if it is one."""
         spikes: list[dict[str, Any]] = []
         if len(self.recent) >= ENOUGH:

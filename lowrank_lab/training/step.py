@@ -130,7 +130,7 @@ def take_step_(
     Args:
         per_layer: updates the weights within the backward pass.
         check: reads loss and gradient norm before the weights change; by raising it keeps them, by
-            returning None it leaves out this update (not the events that follow it).
+            returning None it skips this update (not the events that follow it).
         shards: what the model is with `fsdp2`.
 
     Returns:
@@ -140,8 +140,8 @@ def take_step_(
         set_learning_rate(optimizer, config, step)
     loss, norm = gradients(model, batches, config, per_layer, shards)
     values = check(loss, norm) if check is not None else None
-    left_out = check is not None and values is None
-    return values, update_(model, optimizer, config, step, left_out, shards)
+    skipped = check is not None and values is None
+    return values, update_(model, optimizer, config, step, skipped, shards)
 
 
 def gradients(
@@ -185,18 +185,18 @@ def update_(
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     step: int,
-    left_out: bool = False,
+    skipped: bool = False,
     shards: Shards | None = None,
 ) -> list[dict[str, Any]]:
     """Apply update `step` (from 0), then the events that follow it; gradients are freed.
 
     Args:
-        left_out: no update this time, only the events.
+        skipped: apply no update, only the events.
 
     Returns:
         What the events did, as they go into metrics.jsonl.
     """
-    if not config.per_layer and not left_out:
+    if not config.per_layer and not skipped:
         set_learning_rate(optimizer, config, step)
         with record_function("optimizer"):
             optimizer.step() if shards is None else shards.step_()
@@ -244,16 +244,16 @@ def _applied(
         names = merge_(model, seed) if shards is None else shards.merge_(seed)
         how, share = options["merge_moments"], options["merge_share"]
         factors = config.replace(reset_moments="both", reset_params="targets")
-        count = _forget_(model, optimizer, factors, how, share, updates, shards)
+        count = _reset_or_prune_(model, optimizer, factors, how, share, updates, shards)
         return {"event": event, "layers": len(names), "moments": how, "parameters": count}
     prune, strength = config.reset_how, config.reset_strength
-    count = _forget_(model, optimizer, config, prune, strength, updates, shards)
+    count = _reset_or_prune_(model, optimizer, config, prune, strength, updates, shards)
     if strength and not count:
         raise InputError("reset_every", config.reset_every, "this optimizer keeps no moments; 0")
     return {"event": event, "how": prune, "strength": strength, "parameters": count}
 
 
-def _forget_(
+def _reset_or_prune_(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     config: RunConfig,

@@ -17,13 +17,13 @@ from torch import Tensor
 from lowrank_lab import distributed
 from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
-from lowrank_lab.cpu.malloc import freed_memory_kept
+from lowrank_lab.cpu.malloc import keep_freed_memory
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.data.corpus import Corpus, prepare
 from lowrank_lab.data.sources import Split
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.memory.breakdown import Breakdown, persistent
-from lowrank_lab.memory.tracker import LAPACK, Tracker, unseen
+from lowrank_lab.memory.tracker import LAPACK, Tracker, untracked
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
@@ -167,7 +167,7 @@ def train(
 @contextmanager
 def fast_process() -> Iterator[None]:
     """What `train` does to the process that it trains in, while it does."""
-    with freed_memory_kept(), fast_products():
+    with keep_freed_memory(), fast_products():
         yield
 
 
@@ -256,8 +256,8 @@ class Trainer:
         self._spectra = SpectraRecorder(*self._plain(), config.spectra_layers)
         self._progress_due = 0.0
         self._watch = LossWatch()
-        self._skipped = 0  # updates left out in a row
-        self._found: list[dict[str, Any]] = []  # events that the next row tells
+        self._skipped = 0  # updates in a row
+        self._found: list[dict[str, Any]] = []  # events for the next metrics row
         self._best: dict[str, float] = {}  # the lowest validation loss, and after which step
         self._writes = distributed.is_rank_zero()
         self._ahead: tuple[int, list[Batch]] | None = None  # the next step and its batches
@@ -276,7 +276,7 @@ class Trainer:
         """Go back to the newest checkpoint, and cut the records back to its step."""
         whole = self._plain() if self._shards is None else self._shards.blank()
         self.updates, extra = checkpoint.load(
-            self.folder / "checkpoints", *whole, self._tell_damage
+            self.folder / "checkpoints", *whole, self._report_damage
         )
         if self._shards is not None and self.updates:
             self._shards.take_(*whole)
@@ -329,7 +329,7 @@ class Trainer:
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
         self.updates += 1
-        found = [*self._found, *(self._watch.see(values[0]) if values else ())]
+        found = [*self._found, *(self._watch.observe(values[0]) if values else ())]
         self._found.clear()
         row = self._row(values, elapsed, found + done, self._peaks.get(kind))
         if self._due(config.cadence("eval_every")):
@@ -424,9 +424,9 @@ class Trainer:
         steps = cut_jsonl(self.folder / "metrics.jsonl", last_kept)
         if len(steps) < self.updates:
             lost = f"rows {len(steps) + 1} to {self.updates} of metrics.jsonl can't be read"
-            self._tell_damage(f"{self.folder}: {lost}; training goes on without them")
+            self._report_damage(f"{self.folder}: {lost}; training goes on without them")
 
-    def _tell_damage(self, line: str) -> None:
+    def _report_damage(self, line: str) -> None:
         if self._writes:
             warnings.warn(line, stacklevel=2)
         self._found.append({"event": "damage", "what": line})
@@ -468,12 +468,12 @@ class Trainer:
     def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float] | None:
         """Loss and gradient norm as numbers, fetched at once.
 
-        If one isn't finite, the run stops, or with `on_nonfinite` skip its update is left out.
+        If one isn't finite, the run stops, or with `on_nonfinite="skip"` its update is skipped.
 
         Called while the gradients are there: those of a recorded step are noted. The numbers are
         waited for, so what can be done meanwhile is done before.
         """
-        with unseen():
+        with untracked():
             self._fetch_ahead()
         values = torch.stack([loss.float(), norm.float()]).tolist()
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
@@ -486,7 +486,7 @@ class Trainer:
                 return None
         self._skipped = 0
         if self._due(self.config.cadence("spectra_every"), self.updates + 1):
-            with unseen():  # it is no part of training
+            with untracked():  # it is no part of training
                 self._gather(gradients=True)
                 if self._writes:
                     self._spectra.see_gradients()

@@ -16,7 +16,7 @@ PROGRAM = """
 import json, resource
 from contextlib import nullcontext
 import torch
-from lowrank_lab.cpu.malloc import freed_memory_kept
+from lowrank_lab.cpu.malloc import keep_freed_memory
 torch.set_num_threads(1)
 def held():
     with open("/proc/self/statm") as file:
@@ -33,7 +33,7 @@ def faults(block):
         during = held() - before
     return count, during, held() - before
 faults(nullcontext())
-print(json.dumps([faults(nullcontext()), faults(freed_memory_kept()), faults(nullcontext())]))
+print(json.dumps([faults(nullcontext()), faults(keep_freed_memory()), faults(nullcontext())]))
 """
 
 
@@ -71,10 +71,10 @@ def test_without_glibc_nothing_happens(monkeypatch):
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(os, "confstr", unknown)
-    with malloc.freed_memory_kept():
+    with malloc.keep_freed_memory():
         assert malloc._glibc() is None
 
 
 def test_an_error_in_the_block_comes_through():
-    with pytest.raises(KeyError), malloc.freed_memory_kept():
+    with pytest.raises(KeyError), malloc.keep_freed_memory():
         raise KeyError

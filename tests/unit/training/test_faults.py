@@ -92,7 +92,7 @@ def assert_same(ours, theirs):
     assert spectra == other_spectra
 
 
-def told(run, event):
+def reported(run, event):
     return [e for row in read_jsonl(run.folder / "metrics.jsonl")
             for e in row["events"] if e["event"] == event]  # fmt: skip
 
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     with pytest.warns(UserWarning, match=newest.name) as warned:
         run = train(config, tmp_path)
     assert_same(run, undisturbed(config))
-    (event,) = told(run, "damage")
+    (event,) = reported(run, "damage")
     assert event["what"] == str(warned[0].message)
     assert f"{newest} is damaged: " in event["what"]
     assert part in event["what"] or part == "SHA256SUMS"
@@ -357,7 +357,7 @@ def test_lost_rows_of_metrics_are_told(damage, tmp_path):
         DAMAGES[damage](metrics)
     with pytest.warns(UserWarning, match=r"rows \d to 9 of metrics.jsonl can't be read"):
         run = train(config, tmp_path)
-    (event,) = told(run, "damage")
+    (event,) = reported(run, "damage")
     assert "training goes on without them" in event["what"]
 
 
@@ -405,10 +405,10 @@ def spoiled(monkeypatch, steps):
     monkeypatch.setattr(trainer, "take_step_", spoiling)
 
 
-def test_an_update_that_is_not_finite_is_left_out_and_told_by_choice(tmp_path, monkeypatch):
+def test_an_update_that_is_not_finite_is_skipped_and_logged_by_choice(tmp_path, monkeypatch):
     spoiled(monkeypatch, {5, 6, 11})
     run = train(config_of("low-rank", on_nonfinite="skip"), tmp_path)
-    assert [e["what"] for e in told(run, "skipped")] == [
+    assert [e["what"] for e in reported(run, "skipped")] == [
         f"the loss of step {n} is nan" for n in (5, 6, 11)
     ]
     rows = read_jsonl(tmp_path / "metrics.jsonl")
@@ -417,7 +417,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_told_by_choice(tmp_path, m
     assert all(w.isfinite().all() for w in load_file(tmp_path / "model.safetensors").values())
 
 
-def test_a_left_out_update_leaves_weights_and_states_alone(tmp_path, monkeypatch):
+def test_a_skipped_update_leaves_weights_and_states_alone(tmp_path, monkeypatch):
     spoiled(monkeypatch, {5})
     config = config_of(on_nonfinite="skip", reset_every=0, keep_checkpoints=True,
                        checkpoints_kept=STEPS)  # fmt: skip
@@ -428,14 +428,14 @@ def test_a_left_out_update_leaves_weights_and_states_alone(tmp_path, monkeypatch
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_too_many_left_out_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
+def test_too_many_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
     spoiled(monkeypatch, set(range(3, STEPS)))
     with pytest.raises(TrainingError, match="the loss of step 23 is nan; the last good state"):
         train(config_of(on_nonfinite="skip"), tmp_path)
     assert not Run(tmp_path).finished
 
 
-def test_leaving_out_and_updating_per_layer_exclude_each_other():
+def test_skipping_updates_and_updating_per_layer_exclude_each_other():
     with pytest.raises(InputError, match="on_nonfinite: 'skip' is not allowed; with per_layer"):
         config_of(on_nonfinite="skip", per_layer=True, clip=0)
 
@@ -443,15 +443,15 @@ def test_leaving_out_and_updating_per_layer_exclude_each_other():
 def test_a_loss_far_above_the_last_ones_is_an_event():
     watch = LossWatch()
     chance = random.Random(0)
-    quiet = [watch.see(3 + chance.gauss(0, 0.05) - i / 100) for i in range(60)]
+    quiet = [watch.observe(3 + chance.gauss(0, 0.05) - i / 100) for i in range(60)]
     assert not any(quiet)
-    (spike,) = watch.see(4.5)
+    (spike,) = watch.observe(4.5)
     assert (spike["event"], spike["loss"]) == ("loss-spike", 4.5)
     assert 2.3 < spike["median"] < 2.9
-    assert not watch.see(2.5)
+    assert not watch.observe(2.5)
 
 
 def test_nothing_stands_out_before_there_is_enough_to_compare_with():
     watch = LossWatch([1.0] * (ENOUGH - 1))
-    assert not watch.see(100.0)
-    assert watch.see(100.0)
+    assert not watch.observe(100.0)
+    assert watch.observe(100.0)
