@@ -1,8 +1,7 @@
-"""Tables → figures. Nothing here sees a model: every figure is made from saved runs.
+"""Figures of saved runs: each function takes a table and returns a matplotlib `Figure`.
 
-Each function takes a table and returns a `Figure` of matplotlib; `save` writes it as PNG and SVG
-with the table behind it as CSV. A method has the same colour everywhere; its techniques change the
-line.
+No figure needs a model. `save` writes PNG, SVG, and the numbers as CSV. A method has one colour in
+all figures; its techniques change the line style.
 """
 
 from lowrank_lab.figures.comparison import (
@@ -34,6 +33,14 @@ from lowrank_lab.figures.drawing import (
     unit_of,
 )
 from lowrank_lab.figures.grid import MAX_MAPS, effect_table, grid_tradeoff, heat_maps
+from lowrank_lab.figures.layer_facts import (
+    FACTS,
+    effective_rank_curves,
+    effective_rank_table,
+    fact_curves,
+    layer_facts,
+    momentum_bars,
+)
 from lowrank_lab.figures.memory import (
     CATEGORIES,
     STEP_CATEGORIES,
@@ -45,14 +52,8 @@ from lowrank_lab.figures.memory import (
     memory_timeline,
 )
 from lowrank_lab.figures.spectra import (
-    FACTS,
     compared_spectra,
-    effective_rank_curves,
-    effective_rank_table,
-    fact_curves,
     last_spectra,
-    layer_facts,
-    momentum_bars,
     share_curves,
     spectrum_curves,
 )

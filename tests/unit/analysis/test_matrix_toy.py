@@ -9,6 +9,8 @@ from lowrank_lab import optim
 from lowrank_lab.analysis import matrix_toy
 from lowrank_lab.analysis.matrix_toy import Settings, fit
 from lowrank_lab.config import InputError
+from lowrank_lab.figures import matrix_toy as figures
+from lowrank_lab.figures import png
 from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.widgets import matrix_toy as view
 
@@ -191,7 +193,7 @@ def test_a_table_of_events_needs_an_event():
 
 def test_curves_are_drawn_with_their_last_errors_beside_them():
     fits = {"fira": fit(W, Settings("fira", steps=30)), "galore": fit(W, Settings("galore"))}
-    figure = view.courses(matrix_toy.curves_table(fits), {"floor": 0.2611}, (10, 20))
+    figure = figures.error_curves(matrix_toy.curves_table(fits), {"floor": 0.2611}, (10, 20))
     texts = [text.get_text() for text in figure.axes[0].texts]
     wanted = [f"{name}  {done.error:.4f}" for name, done in fits.items()]
     assert sorted(texts) == sorted([*wanted, "floor  0.2611"])
@@ -232,10 +234,10 @@ def test_every_knob_has_a_label_and_the_answer_says_what_it_was_set_to(shown):
 
 def test_a_picture_drawn_over_another_is_the_same_as_a_new_one():
     old, new = (fit(W, Settings(m, period=5, steps=20)) for m in ("low-rank", "fira"))
-    drawn_over = view.result(W, new, new, view.result(W, old, new)[0])[0]
-    assert view.png(drawn_over) == view.png(view.result(W, new, new)[0])
-    assert view.png(view.approximation(W, 9, view.approximation(W, 4))) == view.png(
-        view.approximation(W, 9)
+    drawn_over = figures.fit_result(W, new, new, figures.fit_result(W, old, new))
+    assert png(drawn_over) == png(figures.fit_result(W, new, new))
+    assert png(figures.approximation(W, 9, figures.approximation(W, 4))) == png(
+        figures.approximation(W, 9)
     )
 
 
@@ -254,23 +256,23 @@ def test_a_knob_that_is_not_there_is_refused():
 
 
 def test_an_answer_fits_what_is_new_once_and_draws_over_the_last_figure(shown, monkeypatch):
-    fits, figures = [], []
+    fits, drawn = [], []
 
-    class Counted(view.Drawing):
+    class Counted(figures.Drawing):
         def __init__(self, *args, **options):
-            figures.append(self)
+            drawn.append(self)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(view, "Drawing", Counted)
+    monkeypatch.setattr(figures, "Drawing", Counted)
     monkeypatch.setattr(matrix_toy, "fit", lambda target, s: fits.append(s) or fit(target, s))
     view.explore(W, Settings("fira", period=40, noise=0.3), headless=False)
-    assert (len(fits), len(figures)) == (2, 1)  # with the reference: full rank
+    assert (len(fits), len(drawn)) == (2, 1)  # with the reference: full rank
     knobs, *_ = parts_of(shown[0])
     start = knobs["rank"].value
     for rank in (start + 1, start + 2, start + 1, start):
         knobs["rank"].value = rank
     assert [s.rank for s in fits[2:]] == [start + 1, start + 2]
-    assert len(figures) == 1
+    assert len(drawn) == 1
 
 
 def test_the_lesson_names_its_solutions_and_they_are_there():
