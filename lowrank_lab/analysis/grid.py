@@ -36,7 +36,7 @@ NEEDS = {
 def settings(folder: Path | str, strict: bool = True) -> pd.DataFrame:
     """One row a finished run: run, label, seed, every knob, and how it ended.
 
-    The last columns are test_loss (nats a token), test_perplexity and weights_and_states_mib. The
+    The last columns are test_loss (nats per token), test_perplexity and weights_and_states_mib. The
     same training found twice (a copy of a run) is one row.
 
     Args:

@@ -92,7 +92,7 @@ class Corpus:
 
     @property
     def entropy(self) -> float | None:
-        """Exact entropy rate in nats a token, where it is known: the floor of every loss."""
+        """Exact entropy rate in nats per token, where it is known: the floor of every loss."""
         return self.facts.get("entropy")
 
     def length(self, split: Split) -> int:
@@ -417,6 +417,6 @@ def _readme(facts: dict[str, Any]) -> str:
     if "entropy" in facts:
         lines += [
             f"Entropy rate {facts['entropy']:.6f}, of single symbols "
-            f"{facts['unigram_entropy']:.6f} nats a token."
+            f"{facts['unigram_entropy']:.6f} nats per token."
         ]
     return "\n".join(lines) + "\n"

@@ -284,7 +284,7 @@ def markov_source(alphabet: int, seed: int = 0) -> tuple[np.ndarray, float, floa
 
     Returns:
         transitions (alphabet, alphabet, alphabet): P[a, b, c] = P(next = c | last two = a, b);
-        its entropy rate; the entropy of single symbols. Both in nats a token.
+        its entropy rate; the entropy of single symbols. Both in nats per token.
     """
     generator = np.random.default_rng([FORMAT, alphabet, seed])
     P = generator.dirichlet(np.full(alphabet, 3.0 / alphabet), size=(alphabet, alphabet))

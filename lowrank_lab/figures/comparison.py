@@ -1,4 +1,4 @@
-"""Figures that compare labels by their final losses: by seed, over learning rates, over ranks."""
+"""Figures of final losses: differences by seed, over learning rates, and over ranks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BELOW, ABOVE, UNDECIDED = "#0072B2", "#D55E00", "#8C8C8C"  # verdicts on a diffe
 
 
 def claim_table(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """Test loss of A less that of B with the same seed, for each (A, B), in their order.
+    """Test loss of A minus test loss of B at the same seed, one row per pair (A, B).
 
-    Columns: A, B, difference (mean), half_width (95 %, Student's t), n, and each seed's own. A pair
-    that has no seed in common has no row; see `tables.paired`.
+    Columns: A, B, difference (mean), half_width (95 %, Student's t), n, and one column per seed. A
+    pair without a common seed has no row; see `tables.paired`.
 
     Args:
-        finals: `runs.final_table`, one run a label and seed.
+        finals: `runs.final_table`, one run per label and seed.
     """
     pairs = list(pairs)
     by_seed = paired(finals, pairs)
@@ -46,7 +46,7 @@ def claim_table(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Da
 
 
 def claims(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> Figure:
-    """Is A below B? A row a pair: every seed's difference, their mean, its interval."""
+    """Difference in test loss of each pair: one row with every seed, the mean and its interval."""
     table = claim_table(finals, pairs)
     figure, ax = canvas(8.2, 0.9 + 0.26 * len(table))
     for y, row in enumerate(rows_of(table)):
@@ -57,7 +57,7 @@ def claims(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> Figure:
     ax.set_xlim(_reach(table))
     ax.locator_params(axis="x", nbins=6)
     _against_zero(ax, [f"{a} − {b}" for a, b in zip(table["A"], table["B"], strict=True)])
-    ax.set_xlabel("difference in test loss, same seed (nats a token)")
+    ax.set_xlabel("difference in test loss, same seed (nats per token)")
     ax.set_title(
         "mean and 95 % interval; blue: the first is better, orange: worse, grey: not separated",
         loc="right", color="0.4", fontsize=8,
@@ -66,10 +66,10 @@ def claims(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> Figure:
 
 
 def difference_table(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """`claim_table` of each label and one reference; best first, the label in column `label`.
+    """`claim_table` of each label (column `label`) against one reference; best first.
 
     Raises:
-        InputError: the reference is not among the labels.
+        InputError: the reference is not one of the labels.
     """
     labels = list(dict.fromkeys(finals["label"]))
     if reference not in labels:
@@ -80,7 +80,7 @@ def difference_table(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def differences(finals: pd.DataFrame, reference: str) -> Figure:
-    """Test loss of each label less the reference's, a row a label: every seed, mean, interval."""
+    """Test loss minus the reference's: one row per label with every seed, mean and interval."""
     table = difference_table(finals, reference)
     labels = table["label"].tolist()
     figure, ax = canvas(6.6, 0.9 + 0.26 * len(table))
@@ -89,7 +89,7 @@ def differences(finals: pd.DataFrame, reference: str) -> Figure:
         words = f"{row.difference:+.3f}" if row.label != reference else "0"
         _difference(ax, y, table.iloc[y], colour, words)
     _against_zero(ax, labels)
-    ax.set_xlabel(f"test loss − that of {reference}, same seed (nats a token)")
+    ax.set_xlabel(f"test loss − that of {reference}, same seed (nats per token)")
     low, high = int(table["n"].min()), int(table["n"].max())
     count = f"{high}" if low == high else f"{low} to {high}"
     ax.set_title(f"{count} seeds, mean and 95 % interval", loc="right", color="0.4", fontsize=8)
@@ -97,7 +97,7 @@ def differences(finals: pd.DataFrame, reference: str) -> Figure:
 
 
 def _difference(ax: Axes, y: int, row: pd.Series[Any], colour: str, words: str) -> None:
-    """One row: the seeds' own differences as small dots above their mean and its interval."""
+    """One row: each seed's difference as a small dot above the mean and its interval."""
     own = [value for name, value in row.items() if str(name).startswith("seed ")]
     ax.plot(own, [y + 0.24] * len(own), "o", color=colour, ms=3, alpha=0.6, mew=0)
     width = None if math.isnan(row["half_width"]) else row["half_width"]
@@ -109,7 +109,7 @@ def _difference(ax: Axes, y: int, row: pd.Series[Any], colour: str, words: str) 
 
 
 def _against_zero(ax: Axes, names: Sequence[str]) -> None:
-    """Rows of these names from the top down, and a line at 0."""
+    """Name the rows from the top down, and draw a line at 0."""
     ax.axvline(0, color="0.4", lw=1)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -117,10 +117,10 @@ def _against_zero(ax: Axes, names: Sequence[str]) -> None:
 
 
 def _reach(table: pd.DataFrame) -> tuple[float, float]:
-    """What the axis spans: 0, every seed, and intervals of three seeds or more.
+    """Limits of the axis: they include 0, every seed, and the intervals of three or more seeds.
 
-    That of two seeds is a dozen times as wide as they are apart, and would leave nothing to see of
-    the others: it runs out of the axis.
+    The interval of two seeds is a dozen times as wide as their difference and would hide the
+    others; it runs off the axis.
     """
     wide = table["half_width"].where(table["n"] > 2, 0)
     seeds = table[[name for name in table if str(name).startswith("seed ")]]
@@ -130,7 +130,7 @@ def _reach(table: pd.DataFrame) -> tuple[float, float]:
 
 
 def rate_table(finals: pd.DataFrame) -> pd.DataFrame:
-    """Validation loss over learning rates: variant, label without its rate, lr, mean, n."""
+    """Validation loss over learning rates: variant, label (without its rate), lr, mean, n."""
     table = finals.assign(label=[RATE.sub("", label) for label in finals["label"]])
     table = table.assign(variant=[label.split(", ")[0] for label in table["label"]])
     grouped = table.groupby(["variant", "label", "lr"], sort=False)["validation_loss"]
@@ -138,7 +138,7 @@ def rate_table(finals: pd.DataFrame) -> pd.DataFrame:
 
 
 def rates(finals: pd.DataFrame) -> Figure:
-    """Validation loss against learning rate: a panel a variant, a line a setting, best marked."""
+    """Validation loss against learning rate: one panel per variant, one line per setting."""
     table = rate_table(finals)
     variants = list(dict.fromkeys(table["variant"]))
     columns = min(MOST_IN_A_ROW, len(variants))
@@ -161,7 +161,7 @@ def rates(finals: pd.DataFrame) -> Figure:
             ax.legend(fontsize=7, frameon=False)
     for ax in axes[len(variants) :]:
         ax.set_axis_off()
-    for ax in axes[len(variants) - columns : len(variants)]:  # the lowest of each column
+    for ax in axes[len(variants) - columns : len(variants)]:  # lowest panel of each column
         ax.tick_params(labelbottom=True)
     axes[0].set_xlim(table["lr"].min() / 1.3, table["lr"].max() * 1.3)
     tried = sorted(table["lr"].unique())
@@ -169,7 +169,7 @@ def rates(finals: pd.DataFrame) -> Figure:
     axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].minorticks_off()
     figure.supxlabel("peak learning rate", fontsize=9.5)
-    figure.supylabel("validation loss (nats a token)", fontsize=9.5)
+    figure.supylabel("validation loss (nats per token)", fontsize=9.5)
     return figure
 
 
@@ -177,7 +177,7 @@ def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
     """Test loss over ranks: variant (label without its rank), rank, MiB, mean, half_width, n.
 
     Args:
-        finals: `runs.final_table`; with a column `peak_bytes` the table has `peak_mib`, too.
+        finals: `runs.final_table`; its column `peak_bytes`, if present, becomes `peak_mib`.
     """
     table = finals.assign(
         variant=[RANK.sub("", label) for label in finals["label"]],
@@ -196,18 +196,18 @@ def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_ranks(finals: pd.DataFrame) -> Figure:
-    """Test loss against memory, a line a variant through its ranks: who is best at equal memory.
+    """Test loss against memory, one line per variant through its ranks: the best at equal memory.
 
     Args:
-        finals: as for `rank_table`, whose peak gets a panel of its own.
+        finals: as for `rank_table`; peaks get a panel of their own.
     """
     table = rank_table(finals)
     variants = list(dict.fromkeys(table["variant"]))
-    words = {
+    titles = {
         "weights_and_states_mib": "weights + optimizer states (MiB)",
-        "peak_mib": "peak of a whole step (MiB)",
+        "peak_mib": "peak memory of a step (MiB)",
     }
-    panels = [name for name in words if name in table]
+    panels = [name for name in titles if name in table]
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=(4.6 * len(panels) + 1.2, 3.8), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -224,8 +224,8 @@ def over_ranks(finals: pd.DataFrame) -> Figure:
                     f"{point.rank:g}", (getattr(point, size), point.mean), xytext=(4, 5),
                     textcoords="offset points", color=colour, fontsize=7.5,
                 )  # fmt: skip
-        ax.set_xlabel(words[size])
-    axes[0].set_ylabel("test loss (nats a token)")
+        ax.set_xlabel(titles[size])
+    axes[0].set_ylabel("test loss (nats per token)")
     low, high = int(table["n"].min()), int(table["n"].max())
     count = f"{high}" if low == high else f"{low} to {high}"
     axes[0].set_title(

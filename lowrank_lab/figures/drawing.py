@@ -1,4 +1,4 @@
-"""What all figures share: one style, a colour for each method, PNG with words, names at lines."""
+"""The style of all figures: a colour per method, alt texts, labels at the ends of lines."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ STYLE: Any = {
 
 
 class Drawing(Figure):
-    """A figure that a notebook shows as it is, outside pyplot's registry: nothing to close."""
+    """A figure outside pyplot's registry, which a notebook displays and never has to close."""
 
     def _repr_png_(self) -> bytes:
         return png(self)
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """No picture of its own, only the words that go with the PNG above."""
+        """The alt text of the PNG; the picture itself is `_repr_png_`."""
         return {}, {"image/png": {"alt": alt_text(self)}}
 
 
 def png(figure: Figure, **options: Any) -> bytes:
-    """A figure as PNG, in the style of all figures; by default without empty margins.
+    """A figure as PNG, by default cropped to its content.
 
     Args:
-        options: of `savefig`, instead of `bbox_inches="tight"`.
+        options: for `savefig`, in place of `bbox_inches="tight"`.
     """
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
@@ -63,7 +63,7 @@ def png(figure: Figure, **options: Any) -> bytes:
 
 
 def alt_text(figure: Figure) -> str:
-    """What a figure shows, in words: its titles, its axes, and every text written into it."""
+    """Alt text of a figure: its titles, axis labels, and every text in it."""
     panels, names = [], []
     for ax in figure.axes:
         title = ax.get_title() or ax.get_title(loc="left")
@@ -80,22 +80,22 @@ def alt_text(figure: Figure) -> str:
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
-    """A picture as an address that holds it."""
+    """A picture as a `data:` URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def image(figure: Figure, content: bytes | None = None) -> str:
-    """A figure as HTML, with its words for those who can't see it.
+    """A figure as an HTML image with alt text.
 
     Args:
-        content: its PNG, if it was drawn already.
+        content: its PNG, if already drawn.
     """
     alt, source = html.escape(alt_text(figure)), data_uri(content or png(figure))
     return f'<img alt="{alt}" src="{source}" style="max-width: 100%; height: auto">'
 
 
 def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
-    """Write `stem`.png, .svg and, with the numbers that were drawn, .csv."""
+    """Write `stem`.png, `stem`.svg, and the numbers as `stem`.csv."""
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv")]
@@ -108,9 +108,9 @@ def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
 
 @contextmanager
 def _laid_out(figure: Figure) -> Iterator[Bbox]:
-    """The tight box around a figure (inches), whose layout is found once and kept in this block.
+    """The tight box around a figure (inches); its layout is computed once and fixed in this block.
 
-    Left to itself, each `savefig` finds both again, which takes longer than to draw the figure.
+    Otherwise each `savefig` computes both again, which takes longer than drawing the figure.
     """
     canvas, engine, dpi = FigureCanvasAgg(figure), figure.get_layout_engine(), figure.dpi
     try:
@@ -127,7 +127,7 @@ def _laid_out(figure: Figure) -> Iterator[Bbox]:
 
 
 def style_of(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
-    """Colour, line and marker of a run: the method decides the colour, its variant the others."""
+    """Colour (by method), line style and marker (by variant) of a label."""
     method = _method_of(label)
     methods = list(dict.fromkeys(_method_of(other) for other in labels))
     unknown = [m for m in methods if m not in COLOURS]
@@ -142,12 +142,12 @@ def style_of(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
 
 
 def _method_of(label: str) -> str:
-    """What a label begins with: `low-rank` of "low-rank + refactor" and of "low-rank, seed 1"."""
+    """The method that a label names: `low-rank` for "low-rank + refactor", "low-rank, seed 1"."""
     return re.split("[ ,]", label)[0]
 
 
 def unit_of(size: float) -> tuple[float, str]:
-    """The bytes in the unit that suits so many of them, and its name."""
+    """A unit for that many bytes: its size in bytes, and its name."""
     return next(
         ((u, name) for u, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u),
         (1.0, "bytes"),
@@ -155,28 +155,30 @@ def unit_of(size: float) -> tuple[float, str]:
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure (inches) with one pair of axes."""
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
 
 
-def empty_figure(words: str) -> Figure:
-    """A figure that says in one line why there is none."""
+def empty_figure(reason: str) -> Figure:
+    """A one-line figure that says why there is nothing to draw."""
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=(6.4, 0.5))
-    figure.text(0.01, 0.4, words, color="0.3")
+    figure.text(0.01, 0.4, reason, color="0.3")
     return figure
 
 
 def label_ends(
     ax: Axes, ends: Sequence[tuple[Any, ...]], digits: int = 3, gap: float = 0.062
 ) -> None:
-    """Names and values at the right end of each curve, pushed apart where they would overlap.
+    """Write names and values at the right ends of curves, moved so that they do not overlap.
 
     Args:
-        ends: last value, name and colour of each curve, and its marker if it is to stand before the
-            name; on a linear or logarithmic axis that has its limits.
-        gap: between two names, as a share of the axis.
+        ax: with a linear or logarithmic y axis, whose limits are final.
+        ends: (last value, name, colour) of each curve, and optionally the marker to draw.
+        digits: decimal places of the values.
+        gap: minimum distance between two names, as a share of the axis.
     """
     if not ends:
         return
@@ -185,8 +187,8 @@ def label_ends(
     scale = ax.yaxis.get_transform().transform
     bottom, top, *places = scale([low, high, *(max(value, low) for value, *_ in ends)])
     heights = spread([(place - bottom) / (top - bottom) for place in places], gap)
-    lift = max(0.0, 0.03 - heights[0])  # none beside the numbers of the other axis
-    lift -= max(0.0, min(heights[-1] - 0.98, heights[0] - 0.03))  # and none above the top
+    lift = max(0.0, 0.03 - heights[0])  # keeps clear of the x axis's labels
+    lift -= max(0.0, min(heights[-1] - 0.98, heights[0] - 0.03))  # and below the top
     beside = offset_copy(ax.transAxes, ax.get_figure(root=True), x=10, units="points")
     for height, (value, label, colour, *marker) in zip(heights, ends, strict=True):
         for shape in marker:
@@ -199,12 +201,12 @@ def label_ends(
 
 
 def rows_of(table: pd.DataFrame) -> Iterator[Any]:
-    """Rows as named tuples, typed loosely: pandas types an entry as all it could be."""
+    """Rows as named tuples typed `Any`: pandas' own type is a union of every possible entry."""
     yield from table.itertuples(index=False)
 
 
 def spread(values: list[float], gap: float) -> list[float]:
-    """Ascending positions near `values`, at least `gap` from each other."""
+    """Positions near the ascending `values`, at least `gap` apart."""
     out = list(values)
     for _ in range(200):
         moved = False

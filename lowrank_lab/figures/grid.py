@@ -1,4 +1,4 @@
-"""Maps of a grid of runs: heat maps over two knobs, and the trade-off against bytes."""
+"""Figures of a grid of runs: heat maps over two knobs, and perplexity against memory."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing
 WORDS = {
     "reset_every": "reset period (steps)", "refactor_every": "refactorization period (steps)",
     "on_refactor": "moments at a refactorization", "lr": "learning rate",
-    "test_perplexity": "test perplexity", "test_loss": "test loss (nats a token)",
+    "test_perplexity": "test perplexity", "test_loss": "test loss (nats per token)",
 }  # fmt: skip
-MAP = "cividis"  # the same order for colour-blind readers and in grey print
+MAP = "cividis"  # monotonic in brightness: readable by the colour-blind and in grey print
 MAX_MAPS = 12  # in one figure
 
 
 def label_of(name: str) -> str:
-    """What figures call a knob or a result, with its unit."""
+    """The label of a knob or a result, with its unit."""
     return WORDS.get(name, name.replace("_", " "))
 
 
 def value_label(name: str, value: Any) -> str:
-    """A knob's value in words."""
+    """The label of a knob's value."""
     if name.endswith("_every") and value == 0:
         return "never"
     if value in (None, ""):
@@ -42,7 +42,7 @@ def value_label(name: str, value: Any) -> str:
 
 
 def setting_label(fixed: Mapping[str, Any]) -> str:
-    """Knobs and their values in one line."""
+    """One line for a setting: `knob = value, …`."""
     return ", ".join(
         f"{label_of(name).removesuffix(' (steps)')} = {value_label(name, value)}"
         for name, value in fixed.items()
@@ -52,12 +52,12 @@ def setting_label(fixed: Mapping[str, Any]) -> str:
 def heat_maps(
     maps: Sequence[tuple[Mapping[str, Any], pd.DataFrame]], value: str = "test_perplexity"
 ) -> Figure:
-    """A heat map a panel: mean, ± half of the 95 % interval and n in each cell; one colour scale.
+    """One heat map per panel: mean, half width of the 95 % interval and n in each cell.
 
-    The lowest mean of all is framed; cells without runs are hatched.
+    All maps share a colour scale. The lowest mean is framed; cells without runs are hatched.
 
     Args:
-        maps: of `grid.maps`: the other knobs' values, and `grid.cells`.
+        maps: `grid.maps`: values of the other knobs, and `grid.cells`.
 
     Raises:
         InputError: no maps or too many for one figure, or no cell with a run.
@@ -89,19 +89,19 @@ def heat_maps(
 
 
 def _columns(maps: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> int:
-    """Panels in a line: as many as the last of the other knobs has values, at most four."""
+    """Panels per row: the number of values of the last fixed knob, at most four."""
     names = list(maps[0][0])
     across = len({fixed[names[-1]] for fixed, _ in maps}) if names else 1
     return min(4, across)
 
 
 def _digits(value: str) -> int:
-    """Digits behind the point that mean something: a loss moves less than a perplexity."""
+    """Decimal places to print: two for a perplexity, three for a loss."""
     return 2 if value.endswith("perplexity") else 3
 
 
 def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float, digits: int) -> None:
-    """One panel: the first column of `grid.cells` upwards, the second to the right."""
+    """One panel: the first column of `grid.cells` on the y axis, the second on the x axis."""
     row, column = (str(name) for name in table.columns[:2])
     ups, rights = (list(dict.fromkeys(table[name])) for name in (row, column))
     for number, cell in enumerate(table.itertuples(index=False)):
@@ -139,13 +139,16 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float, digits
 
 
 def grid_tradeoff(costs: pd.DataFrame, by: str = "", value: str = "test_perplexity") -> Figure:
-    """Perplexity against bytes of weights + states: a point a setting, a colour a value of `by`.
+    """Perplexity against weights + optimizer states: a point per setting, coloured by `by`.
 
-    The legend names the best setting of each colour; those of one size stand beside each other.
+    The legend names the best setting of each colour; settings of equal size are drawn side by side.
 
     Args:
-        costs: of `grid.costs`.
-        by: what varies; empty: the rank, or what varies first if the rank doesn't.
+        costs: `grid.costs`.
+        by: a knob that varies; empty: the rank, or the first knob if the rank does not vary.
+
+    Raises:
+        InputError: a knob that does not vary.
     """
     by = by or ("rank" if "rank" in costs else str(costs.columns[0]))
     if by not in costs:
@@ -169,21 +172,21 @@ def grid_tradeoff(costs: pd.DataFrame, by: str = "", value: str = "test_perplexi
         ax.errorbar(x, part["mean"], yerr=error, fmt="o", ms=4, lw=0.8, color=colour,
                     label=named)  # fmt: skip
     ax.set_xlim(sizes[0] - 0.6 * gap, sizes[-1] + 0.6 * gap)
-    # What matters is where the points are: an interval from two seeds may be as tall as the rest.
+    # The points set the limits: an interval from two seeds may be as tall as the figure.
     spread = float(costs["mean"].max() - costs["mean"].min()) or 1.0
     ax.set_ylim(costs["mean"].min() - 0.3 * spread, costs["mean"].max() + 0.2 * spread)
     ax.set_xlabel("weights + optimizer states (MiB)")
     ax.set_ylabel(f"{label_of(value)} (lower is better)")
     n = costs["n"].astype(int)
     seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
-    ax.set_title(f"a point a setting, mean of {seeds} seeds, 95 % interval (cut off at the edges)",
+    ax.set_title(f"one point per setting, mean of {seeds} seeds, 95 % interval (clipped)",
                  loc="left", color="0.4", fontsize=8)  # fmt: skip
     figure.legend(loc="outside right upper", frameon=False, fontsize=7.5, labelspacing=1.2)
     return figure
 
 
 def effect_table(effects: pd.DataFrame, value: str = "test_perplexity") -> pd.DataFrame:
-    """`grid.effects` as text: a row a change of one knob, with its interval."""
+    """`grid.effects` as text: one row per change of one knob, with its interval."""
     digits, rows = _digits(value), []
     for row in effects.to_dict("records"):
         change = f"{value_label(row['knob'], row['from'])} → {value_label(row['knob'], row['to'])}"

@@ -1,4 +1,4 @@
-"""Figures of memory: by category, over one step, and over a run."""
+"""Figures of memory: by category, within one step, and over a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEP_CATEGORIES = CATEGORIES | {"logits": "#CC79A7", "temporaries": "#009E73"}
 
 
 def memory_table(memory: pd.DataFrame) -> pd.DataFrame:
-    """Bytes by category → a row a label and category, in MiB; projections apart."""
+    """Bytes by category → one row per label and category, in MiB; projections separately."""
     table = memory.copy()
     table["optimizer_states"] = table["optimizer_states"] - table["projections"]
     mean = table.groupby("label", sort=False)[list(CATEGORIES)].mean() / MIB
@@ -25,7 +25,7 @@ def memory_table(memory: pd.DataFrame) -> pd.DataFrame:
 
 
 def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
-    """Stacked bytes of weights, gradients and optimizer states (and activations), a bar a label."""
+    """Weights, gradients, optimizer states (and activations), one stacked bar per label."""
     table = memory_table(memory)
     labels = list(dict.fromkeys(table["label"]))
     figure, ax = canvas(6.4, 0.7 + 0.42 * len(labels))
@@ -50,10 +50,10 @@ def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
 
 
 def memory_timeline(table: pd.DataFrame, title: str = "") -> Figure:
-    """Bytes in the course of one step, stacked by category; phases and the peak are marked.
+    """Bytes during one step, stacked by category, with its phases and its peak.
 
     Args:
-        table: `tracing.Trace.table`.
+        table: `tracker.Trace.table`.
     """
     table = table.copy()
     table["optimizer_states"] = table["optimizer_states"] - table["projections"]
@@ -74,7 +74,7 @@ def memory_timeline(table: pd.DataFrame, title: str = "") -> Figure:
     for event, phase, end in zip(starts["event"], starts["phase"], ends, strict=True):
         if phase in ("start", "between") or end - event < 0.01 * width:
             continue
-        low = event - labelled < 0.11 * width and not low  # beside a neighbour's: a line lower
+        low = event - labelled < 0.11 * width and not low  # too close to the last one: a line lower
         labelled = event
         ax.axvline(event, color="0.35", lw=0.6, ls=":")
         ax.annotate(phase, (event, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7.5,
@@ -95,18 +95,18 @@ def memory_timeline(table: pd.DataFrame, title: str = "") -> Figure:
 
 
 def memory_course_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """label, step, peak and held (weights + states) in bytes: the first run of each label."""
+    """Peak and persistent memory (weights + states) per step in bytes, first run of each label."""
     first: pd.DataFrame = runs[runs["run"].isin(runs.drop_duplicates("label")["run"])]
-    held = first["weight_bytes"] + first["optimizer_state_bytes"]
-    table = first[["label", "step", "peak_memory_bytes"]].assign(held=held)
+    persistent = first["weight_bytes"] + first["optimizer_state_bytes"]
+    table = first[["label", "step", "peak_memory_bytes"]].assign(persistent=persistent)
     return table.rename(columns={"peak_memory_bytes": "peak"})
 
 
 def memory_course(runs: pd.DataFrame) -> Figure:
-    """Peak memory of each step of training, above what is held between steps (dotted).
+    """Peak memory of each step, above the persistent memory (dotted).
 
     Args:
-        runs: of `load_runs`; one run of each label is drawn.
+        runs: `load_runs`; the first run of each label is drawn.
     """
     table = memory_course_table(runs).dropna(subset="peak")
     labels = list(dict.fromkeys(table["label"]))
@@ -117,21 +117,23 @@ def memory_course(runs: pd.DataFrame) -> Figure:
         colour, line, _ = style_of(str(label), labels)
         ax.plot(run["step"], run["peak"] / size, color=colour, ls=line, lw=1.2,
                 drawstyle="steps-mid")  # fmt: skip
-        ax.plot(run["step"], run["held"] / size, color=colour, ls=":", lw=1)
+        ax.plot(run["step"], run["persistent"] / size, color=colour, ls=":", lw=1)
         ends.append((run["peak"].iloc[-1] / size, str(label), colour))
     ax.set_ylim(0)
     ax.set_xlabel("step")
-    ax.set_ylabel(f"peak of the step ({unit})")
-    ax.set_title("dotted: weights and optimizer states, held between steps", fontsize=8, loc="left")
+    ax.set_ylabel(f"peak memory ({unit})")
+    ax.set_title(
+        "dotted: weights and optimizer states, which persist between steps", fontsize=8, loc="left"
+    )
     label_ends(ax, ends)
     return figure
 
 
 def compared_memory(accounts: pd.DataFrame) -> Figure:
-    """What there is at the peak of a step, a bar a method, stacked by category.
+    """Memory at the peak of a step, one bar per method, stacked by category.
 
     Args:
-        accounts: label and the categories at the peak, in bytes.
+        accounts: label, and bytes by category at the peak.
     """
     table = accounts.set_index("label")
     table["optimizer_states"] = table["optimizer_states"] - table["projections"]
@@ -147,6 +149,6 @@ def compared_memory(accounts: pd.DataFrame) -> Figure:
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.grid(axis="y", visible=False)
-    ax.set_xlabel(f"{unit} at the peak of a step")
+    ax.set_xlabel(f"peak memory of a step ({unit})")
     figure.legend(ncols=4, frameon=False, loc="outside upper center", fontsize=8)
     return figure

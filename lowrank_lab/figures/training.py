@@ -1,4 +1,4 @@
-"""Figures of training: losses against tokens and time, and what memory buys."""
+"""Figures of training: loss against tokens and time, and perplexity against memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def curve_table(
     """Mean of y over the seeds of each label at each step: label, step, x, mean, half_width, n.
 
     Raises:
-        InputError: a column that isn't there, or seeds that weren't recorded at the same steps.
+        InputError: a missing column, or seeds that were not recorded at the same steps.
     """
     for name, column in (("x", x), ("y", y)):
         if column not in runs:
@@ -50,7 +50,7 @@ def curve_table(
 
 
 def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation_loss") -> Figure:
-    """Loss against tokens or seconds, a line a label, 95 % intervals where there are seeds."""
+    """Loss against tokens or seconds, one line per label, with 95 % intervals over seeds."""
     table = curve_table(runs, x, y)
     labels = list(dict.fromkeys(table["label"]))
     figure, ax = canvas(6.4, _height(labels))
@@ -63,14 +63,14 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
         ax.fill_between(part[x], low, high, color=colour, alpha=0.15, lw=0)
         ends.append((float(part["mean"].iloc[-1]), label if len(labels) > 1 else "", colour))
     if len(labels) > 1:
-        # What matters is where the curves end: leave the first, steep part out of the picture.
+        # The ends of the curves are compared: leave out the first, steep part.
         last = table.groupby("label")["mean"].last()
         spread = max(last.max() - last.min(), 0.05)
         ax.set_ylim(last.min() - 0.15 * spread, min(table["mean"].max(), last.max() + 3 * spread))
     else:
         ax.set_title(labels[0], loc="left")
     ax.set_xlabel("training tokens" if x == "tokens_seen" else "training time (s)")
-    ax.set_ylabel(f"{y.replace('_', ' ')} (nats a token)")
+    ax.set_ylabel(f"{y.replace('_', ' ')} (nats per token)")
     if x == "tokens_seen":
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
@@ -79,17 +79,17 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
 
 
 def _height(labels: list[str]) -> float:
-    """Inches of a figure beside which so many names stand one below the other."""
+    """Height of a figure (inches) beside which all labels fit in one column."""
     return max(3.9, 0.27 * len(labels))
 
 
 def _gap(labels: list[str]) -> float:
-    """What two of these names are apart at least, as a share of the axis."""
+    """Minimum distance between two labels, as a share of the axis."""
     return 0.062 * 3.9 / _height(labels)
 
 
 def training_table(runs: pd.DataFrame, points: int = 400) -> pd.DataFrame:
-    """Training loss and learning rate of each run at about `points` of its steps."""
+    """Training loss and learning rate of each run at about `points` steps."""
     columns = ["label", "run", "step", "tokens_seen", "loss", "lr_now"]
     table = runs[columns]
     every = max(1, int(table["step"].max()) // points)
@@ -97,7 +97,7 @@ def training_table(runs: pd.DataFrame, points: int = 400) -> pd.DataFrame:
 
 
 def training_curves(runs: pd.DataFrame) -> Figure:
-    """Loss of every recorded training batch above the learning rate, a line a run."""
+    """Training loss of every recorded batch above the learning rate, one line per run."""
     table = training_table(runs)
     labels = list(dict.fromkeys(table["label"]))
     with mpl.rc_context(STYLE):
@@ -109,7 +109,7 @@ def training_curves(runs: pd.DataFrame) -> Figure:
         loss.plot(part["step"], part["loss"], line, color=colour, lw=0.8)
         rate.plot(part["step"], part["lr_now"], line, color=colour, lw=1.2)
         ends.append((float(part["loss"].tail(10).mean()), str(label), colour))
-    loss.set_ylabel("training loss (nats a token)")
+    loss.set_ylabel("training loss (nats per token)")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
     label_ends(loss, ends)
@@ -117,16 +117,16 @@ def training_curves(runs: pd.DataFrame) -> Figure:
 
 
 def tradeoff_table(finals: pd.DataFrame, peak: bool = False) -> pd.DataFrame:
-    """A row a label: its memory, and test perplexity over its seeds.
+    """Memory and test perplexity over seeds, one row per label.
 
     Args:
-        finals: `runs.final_table`; for `peak` with a column `peak_bytes`.
-        peak: bytes at the peak of a step, instead of weights and optimizer states.
+        finals: `runs.final_table`; `peak` needs a column `peak_bytes`.
+        peak: peak memory of a step instead of weights and optimizer states.
     """
     rows = []
     for label, group in finals.groupby("label", sort=False):
-        held = group["weight_bytes"] + group["optimizer_state_bytes"]
-        size = group["peak_bytes"] if peak else held
+        persistent = group["weight_bytes"] + group["optimizer_state_bytes"]
+        size = group["peak_bytes"] if peak else persistent
         perplexity = mean_interval(group["test_perplexity"].tolist())
         rows.append((label, float(size.mean()) / MIB, *perplexity))
     size_name = "peak_mib" if peak else "weights_and_states_mib"
@@ -134,7 +134,7 @@ def tradeoff_table(finals: pd.DataFrame, peak: bool = False) -> pd.DataFrame:
 
 
 def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
-    """Test perplexity against memory, as in `tradeoff_table`: the paper's picture."""
+    """Test perplexity against memory, as in the paper's main figure; see `tradeoff_table`."""
     table = tradeoff_table(finals, peak)
     labels = table["label"].tolist()
     figure, ax = canvas(6.4, _height(labels))
@@ -151,20 +151,20 @@ def tradeoff(finals: pd.DataFrame, peak: bool = False) -> Figure:
         )  # fmt: skip
         ax.update_datalim([(size, row.mean + s * error) for s in (-1, 1)])
         ends.append((row.mean, row.label, colour, marker))
-    room = 0.1 * max(sizes.max() - sizes.min(), 0.1 * sizes.max())
-    ax.set_xlim(sizes.min() - room, sizes.max() + room)
+    margin = 0.1 * max(sizes.max() - sizes.min(), 0.1 * sizes.max())
+    ax.set_xlim(sizes.min() - margin, sizes.max() + margin)
     ax.autoscale_view(scalex=False)
     ax.margins(y=0.12)
     label_ends(ax, ends, digits=2, gap=_gap(labels))
-    words = "peak of a whole step" if peak else "weights + optimizer states"
-    ax.set_xlabel(f"{words} (MiB)")
+    measure = "peak memory of a step" if peak else "weights + optimizer states"
+    ax.set_xlabel(f"{measure} (MiB)")
     ax.set_ylabel("test perplexity (lower is better)")
     ax.set_title(_seeds(table["n"]), loc="right", color="0.4", fontsize=8)
     return figure
 
 
 def _dodged(sizes: list[float], means: list[float], errors: list[float]) -> list[float]:
-    """Shifts in points that part markers of (nearly) the same size whose intervals meet."""
+    """Horizontal shifts (points) that separate markers of nearly equal size and loss."""
     marker = 0.04 * (max(means) - min(means))
     places: list[int] = []
     for i, (size, mean, error) in enumerate(zip(sizes, means, errors, strict=True)):

@@ -207,7 +207,7 @@ class Llama(nn.Module):
         return out
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a token, float32; full logits never exist."""
+        """Mean cross-entropy in nats per token, float32; full logits never exist."""
         hidden = self.hidden_states(tokens).flatten(0, 1)
         with record_function("loss"):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten())

@@ -112,7 +112,7 @@ def _check_processes(config: RunConfig) -> None:
 
 @torch.no_grad()
 def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: RunConfig) -> float:
-    """Mean loss in nats a token over a fixed block: the first windows of a split, about `tokens`
+    """Mean loss in nats per token over a fixed block: the first windows of a split, about `tokens`
     long.
 
     Weighted by tokens, so that a ragged last batch counts for what it holds.

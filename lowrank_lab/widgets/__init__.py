@@ -1,4 +1,4 @@
-"""Widgets for notebooks over runs and figures; headless, each shows a plain figure."""
+"""Widgets for notebooks; headless, each shows a plain figure or a slider without a kernel."""
 
 from lowrank_lab.widgets.grid import explore as explore_grid
 from lowrank_lab.widgets.notebook import choose_spectra, is_live, progress, what_fits

@@ -1,4 +1,4 @@
-"""A panel over a grid of runs: which two knobs span the map, and where the others stand."""
+"""Widgets over a grid of runs: choose the two knobs of the map, and fix the others."""
 
 from __future__ import annotations
 
@@ -19,32 +19,31 @@ from lowrank_lab.widgets.slider import slider
 def map_of(
     table: pd.DataFrame, row: str, column: str, fixed: Mapping[str, Any]
 ) -> tuple[Figure, str]:
-    """One map with the other knobs fixed, and what it shows in words."""
+    """One map with the other knobs fixed, and a line that names its best cell."""
     cells = grid.cells(table, row, column, fixed)
     top = grid.best(cells)
     at = {row: top[row], column: top[column]}
     half = f" ± {top['half_width']:.2f}" if top["n"] > 1 else ""
     empty = int((cells["n"] == 0).sum())
-    said = f"{label_of(row)} × {label_of(column)}" + (f", {setting_label(fixed)}" if fixed else "")
-    said += f": best = {top['mean']:.2f}{half} (n = {int(top['n'])}) at {setting_label(at)}"
-    said += f"; {empty} of {len(cells)} cells have no run" if empty else ""
-    return heat_maps([(fixed, cells)]), said + "."
+    line = f"{label_of(row)} × {label_of(column)}" + (f", {setting_label(fixed)}" if fixed else "")
+    line += f": best = {top['mean']:.2f}{half} (n = {int(top['n'])}) at {setting_label(at)}"
+    line += f"; {empty} of {len(cells)} cells have no run" if empty else ""
+    return heat_maps([(fixed, cells)]), line + "."
 
 
 def explore(folder: Path | str, row: str = "", column: str = "", live: bool = False) -> Any:
-    """Maps of test perplexity over two knobs; live: dropdowns for the two, sliders for the others.
-
-    Not live, a slider goes through the maps, which were drawn beforehand.
+    """Maps of test perplexity over two knobs: a slider over all maps, or a live panel.
 
     Args:
-        folder: of runs; in live use unfinished ones are left out.
-        row, column: knobs; empty: the first that vary.
+        folder: runs; a live panel ignores unfinished ones.
+        row, column: knobs; empty: the first two that vary.
+        live: display dropdowns for the two knobs and sliders for the others.
 
     Returns:
-        The slider, at the fullest of the maps; live: None, and the panel is displayed.
+        The slider, which starts at the map with the fewest empty cells; None if live.
 
     Raises:
-        InputError: nothing to show, or a knob that doesn't vary.
+        InputError: no runs, or a knob that does not vary.
     """
     table = grid.settings(folder, strict=not live)
     row, column = grid.axes_of(table, row, column)
@@ -62,18 +61,18 @@ def explore(folder: Path | str, row: str = "", column: str = "", live: bool = Fa
 
 
 def _fullest(table: pd.DataFrame, row: str, column: str) -> dict[str, Any]:
-    """The values of the other knobs at which the fewest cells are empty."""
+    """Values of the other knobs for the map with the fewest empty cells."""
     found = grid.maps(table, row, column)
     return min(found, key=lambda pair: int((pair[1]["n"] == 0).sum()))[0]
 
 
 def panel(table: pd.DataFrame, row: str, column: str) -> Any:
-    """The live panel of `explore`: a box whose callbacks write a text and a picture."""
+    """The live panel of `explore`."""
     import ipywidgets as ipw
 
     known = grid.varying(table)
     start = _fullest(table, row, column)
-    # a mapping, from which each widget makes a layout of its own: some are hidden, others not
+    # A mapping, not a Layout: each widget makes its own, as some are hidden and others are not.
     wide: dict[str, Any] = {"style": {"description_width": "15em"}, "layout": {"width": "30em"}}
     options = [(label_of(name), name) for name in known]
     axes = {
@@ -90,11 +89,11 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
 
     def draw(values: dict[str, Any]) -> tuple[str, str]:
         up, across = values["row"], values["column"]
-        for name, fixing in sliders.items():  # a knob that spans the map has nothing to fix
+        for name, fixing in sliders.items():  # knobs on the axes are not fixed
             fixing.disabled = name in (up, across)
             fixing.layout.display = "none" if fixing.disabled else ""
         fixed = {name: values[name] for name in sliders if name not in (up, across)}
-        figure, said = map_of(table, up, across, fixed)
-        return image(figure), said
+        figure, line = map_of(table, up, across, fixed)
+        return image(figure), line
 
     return controls({**axes, **sliders}, draw)

@@ -1,4 +1,4 @@
-"""Widgets over runs and figures: no maths, and nothing at all when headless."""
+"""Widgets of the notebooks: progress, memory of a configuration, and spectra of runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 def is_live(headless: bool = True) -> bool:
-    """Whether to show widgets: not headless, or LOWRANK_LAB_LIVE=1, or served by Voilà."""
+    """Whether to show widgets: not headless, LOWRANK_LAB_LIVE=1, or served by Voilà."""
     served = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
     served |= "VOILA_REQUEST_URL" in os.environ
     return not headless or os.environ.get("LOWRANK_LAB_LIVE") == "1" or served
@@ -30,7 +30,7 @@ def is_live(headless: bool = True) -> bool:
 
 @contextmanager
 def progress(config: RunConfig, headless: bool = True) -> Iterator[OnStep]:
-    """A progress bar for `train(on_step=…)` that is gone when the run is; nothing when headless."""
+    """A progress bar for `train(on_step=…)`, removed after training; no bar when headless."""
     if headless:
         yield lambda row: None
         return
@@ -56,12 +56,12 @@ def progress(config: RunConfig, headless: bool = True) -> Iterator[OnStep]:
 
 
 def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
-    """The simulated step of a configuration, and whether it fits; live: with sliders to change it.
+    """The simulated step of a configuration, and whether it fits; live, with controls.
 
-    Headless, a slider goes through a few batch sizes, which were simulated beforehand.
+    Headless, a slider over three batch sizes shows steps simulated in advance.
 
     Args:
-        capacity: of the card, in bytes.
+        capacity: memory of the card, in bytes.
     """
     if headless:
         batches = sorted({max(1, config.batch // 4), config.batch, 4 * config.batch})
@@ -112,12 +112,12 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
     return None
 
 
-MEASURABLE = 3e11  # FLOPs: a step of so many is taken for real within seconds
-EMULATED = 16  # times as long as in fp32 takes a product in bfloat16 that the CPU emulates (15.7)
+MEASURABLE = 3e11  # FLOPs of a step that takes seconds on a CPU
+EMULATED = 16  # slowdown of bfloat16 products on CPUs that emulate them (15.7 measured)
 
 
 def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
-    """The timeline of an ordinary step, and what it comes to in words."""
+    """The timeline of an ordinary step, and its peak in one line."""
     from lowrank_lab import figures
     from lowrank_lab.methods.resolve import resolve
     from lowrank_lab.planning.simulate import measure, simulate
@@ -140,7 +140,7 @@ def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
 
 
 def _measurable(config: RunConfig) -> bool:
-    """Whether this CPU takes a step of the configuration within seconds."""
+    """Whether a step of the configuration takes this CPU only seconds."""
     from torch.backends.cpu import get_cpu_capability
 
     from lowrank_lab.memory.formulas import flops_per_token
@@ -151,11 +151,14 @@ def _measurable(config: RunConfig) -> bool:
 
 
 def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = True) -> Any:
-    """Spectra over training of the layers of one kind: a slider through the runs; live: lists.
+    """Spectra over training of one kind of layer: a slider over runs, or live dropdowns.
 
     Args:
-        what: of `Run.spectra_of`.
-        kind: part of the layers' names.
+        what: as for `Run.spectra_of`.
+        kind: a part of the layers' names, such as `q_proj`.
+
+    Raises:
+        InputError: no recorded layer has `kind` in its name.
     """
     from lowrank_lab import figures
 

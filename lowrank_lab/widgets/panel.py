@@ -1,4 +1,4 @@
-"""A panel: controls, and a text and a picture that answer to them."""
+"""A panel: controls, and the text and picture that they redraw."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Draw = Callable[[dict[str, Any]], tuple[str, str]]
 
 
 def panel(knobs: Mapping[str, Any], draw: Draw, above: bool = False, waiting: str = "") -> Any:
-    """A box of controls with what they change beside them, or below.
+    """A box of controls beside the text and picture that they redraw.
 
     Args:
         knobs: name → widget.
-        draw: values by name → the picture as HTML (`figures.image`), and words. What it raises as
-            InputError is shown instead.
-        above: the controls stand in a row above, for wide pictures.
-        waiting: shown until the answer is there.
+        draw: values by name → picture as HTML (`figures.image`), and text. The message of an
+            InputError is shown in their place.
+        above: put the controls in a row above a wide picture.
+        waiting: text shown while drawing.
     """
     import ipywidgets as ipw
 
@@ -34,7 +34,7 @@ def panel(knobs: Mapping[str, Any], draw: Draw, above: bool = False, waiting: st
         except InputError as error:
             drawn, words = "", str(error)
         picture.value = drawn
-        text.value = html.escape(words)  # last: who waits for it finds the picture there
+        text.value = html.escape(words)  # last: when the text has changed, the picture has too
 
     for knob in knobs.values():
         knob.observe(show, "value")

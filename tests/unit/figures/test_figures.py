@@ -98,7 +98,7 @@ def test_the_tradeoff_can_be_against_the_peak_of_a_step():
     table = figures.tradeoff_table(finals, peak=True)
     assert table["peak_mib"].tolist() == [32.0] * 4
     (ax,) = figures.tradeoff(finals, peak=True).axes
-    assert ax.get_xlabel() == "peak of a whole step (MiB)"
+    assert ax.get_xlabel() == "peak memory of a step (MiB)"
     assert "weights + optimizer states" in figures.tradeoff(finals).axes[0].get_xlabel()
 
 
@@ -229,10 +229,10 @@ def test_the_course_of_memory_draws_peaks_above_what_is_held():
         }
     )  # fmt: skip
     table = figures.memory_course_table(runs)
-    assert table["held"].tolist() == [3e6] * 3
-    peak, held = figures.memory_course(runs).axes[0].get_lines()
+    assert table["persistent"].tolist() == [3e6] * 3
+    peak, persistent = figures.memory_course(runs).axes[0].get_lines()
     assert list(peak.get_ydata()) == [5, 7]
-    assert list(held.get_ydata()) == [3, 3]
+    assert list(persistent.get_ydata()) == [3, 3]
 
 
 def test_compared_memory_counts_projections_once():
