@@ -48,7 +48,7 @@ def share(method: str, rounds: int) -> Row:
         seconds = take_turns({"step": step}, rounds) | take_turns(
             {"record": record}, rounds, before=with_gradients
         )
-    one, records = median(seconds["record"]), STEPS // config.cadence("spectra_every") + 1
+    one, records = median(seconds["record"]), STEPS // config.spectra_every + 1
     percent = 100 * records * one / (STEPS * median(seconds["step"]))
     return Row(
         f"spectra of all layers, share of training, micro, {method}", percent, None, None, "%",

@@ -31,6 +31,7 @@ from benchmarks.harness import (
 )
 from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.memory.formulas import flops_per_token
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import NORM_EPS, ROPE_BASE, Llama
 from lowrank_lab.training.step import gradients, update_
 from lowrank_lab.training.trainer import fast_process
@@ -252,4 +253,4 @@ def their_step(model: nn.Module) -> Step:
 
 def model_flops(size: Size, length: int) -> float:
     """FLOPs of a forward and backward pass a token, full rank."""
-    return flops_per_token(RunConfig(**size._asdict(), sequence_length=length))
+    return flops_per_token(resolve(RunConfig(**size._asdict(), sequence_length=length)))

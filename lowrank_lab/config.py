@@ -1,8 +1,8 @@
 """A run is one frozen, validated value: `RunConfig`, and the model sizes it can name.
 
 What can be checked without looking at a method or a corpus is checked here; `methods.resolve`
-checks the rest and fills in what was left `None`. Every refusal is an `InputError`: one line that
-names the field, its value and what is allowed.
+checks the rest, fills in what was left `None` and returns a `ResolvedConfig`. Every refusal is an
+`InputError`: one line that names the field, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -322,7 +322,7 @@ class RunConfig(BaseModel):
         return given if given is not None else max(1, self.total_steps // share)
 
     def replace(self, **changes: Any) -> RunConfig:
-        """This configuration with some fields changed, validated again."""
+        """This configuration with some fields changed, validated again and not yet resolved."""
         return RunConfig(**{**self.model_dump(), **changes})
 
     @property
@@ -343,6 +343,52 @@ class RunConfig(BaseModel):
         parts += [f"reset{self.reset_every}"] if self.reset_every else []
         parts += [f"lr{self.lr:g}"] if self.lr else []
         return "-".join([*parts, f"s{self.seed}", digest])
+
+
+# Fields that a person may leave `None`, and that are never `None` in a resolved configuration.
+FILLED = ("vocab_size", "steps", "lr", "eval_every", "spectra_every", "checkpoint_every")
+
+
+class ResolvedConfig(RunConfig):
+    """A configuration with nothing left to fill in: what `methods.resolve` returns and runs keep.
+
+    Functions that build, train or count take this type and never resolve; `lab.train`,
+    `lab.simulate_memory`, studies and the command line resolve once. `replace` returns a
+    `RunConfig`, which has to be resolved again, as defaults follow from other fields.
+
+    Raises:
+        InputError: as `RunConfig`; also a field of FILLED that is `None`.
+    """
+
+    if TYPE_CHECKING:  # narrower than RunConfig's, which `_nothing_is_missing` guarantees
+        vocab_size: int | Literal["byte"]
+        steps: int
+        lr: float
+        eval_every: int
+        spectra_every: int
+        checkpoint_every: int
+
+    @model_validator(mode="after")
+    def _nothing_is_missing(self) -> ResolvedConfig:
+        for name in FILLED:
+            if getattr(self, name) is None:
+                raise InputError(name, None, "a resolved configuration has a value for it")
+        return self
+
+    @property
+    def method_rank(self) -> int:
+        """The rank of a method that has one.
+
+        Raises:
+            ValueError: the method has no rank.
+        """
+        if self.rank is None:
+            raise ValueError(f"rank: {self.method} has none")
+        return self.rank
+
+    def override(self, **changes: Any) -> ResolvedConfig:
+        """Other values for fields that no default follows from; all others stay as they are."""
+        return ResolvedConfig(**{**self.model_dump(), **changes})
 
 
 def _as_input_error(error: ValidationError, values: dict[str, Any]) -> InputError:

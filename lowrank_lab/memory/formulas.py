@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.layers.association import association_flops
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.methods.registry import METHODS
-from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim.projection import sides
 
 MIB, GB = 2**20, 10**9  # bytes
@@ -32,7 +31,7 @@ class Weight(NamedTuple):
         return math.prod(self.shape)
 
 
-def by_formula(config: RunConfig) -> Breakdown:
+def by_formula(config: ResolvedConfig) -> Breakdown:
     """Weights, gradients and states of a run, and the activations where `activation_bytes` can.
 
     Gradients are all of them, or with `per_layer` the largest, and states those of a run that is
@@ -41,7 +40,6 @@ def by_formula(config: RunConfig) -> Breakdown:
     Raises:
         InputError: a method of one's own or an optimizer by import path: states aren't known.
     """
-    config = resolve(config)
     b = element_bytes(config)
     found = list(weights(config))
     sparse = [sparse_entries(config, m, n) for m, n, target in matrices(config) if target]
@@ -58,12 +56,12 @@ def by_formula(config: RunConfig) -> Breakdown:
     )
 
 
-def element_bytes(config: RunConfig) -> int:
+def element_bytes(config: ResolvedConfig) -> int:
     """Bytes of an entry of the weights."""
     return 2 if config.precision == "bf16" else 4
 
 
-def matrices(config: RunConfig) -> Iterator[tuple[int, int, bool]]:
+def matrices(config: ResolvedConfig) -> Iterator[tuple[int, int, bool]]:
     """The linear layers of the blocks and the head: out features, in features, is it a target."""
     d, i = config.size.hidden_size, config.size.intermediate_size
     shapes = {f"self_attn.{name}_proj": (d, d) for name in "qkvo"}
@@ -74,13 +72,13 @@ def matrices(config: RunConfig) -> Iterator[tuple[int, int, bool]]:
     yield config.size.vocab_size, d, bool(re.search(config.target, "lm_head"))
 
 
-def weights(config: RunConfig) -> Iterator[Weight]:
-    """The weights of a resolved configuration's model, sparse positions left out."""
+def weights(config: ResolvedConfig) -> Iterator[Weight]:
+    """The weights of a configuration's model, sparse positions left out."""
     for layer in layers(config):
         yield from layer
 
 
-def layers(config: RunConfig) -> Iterator[list[Weight]]:
+def layers(config: ResolvedConfig) -> Iterator[list[Weight]]:
     """The weights layer by layer: embeddings, norms, linear layers in the model's order."""
     size, kind, r = config.size, METHODS[config.method].layers, config.rank or 0
     yield [Weight((size.vocab_size, size.hidden_size))]
@@ -98,24 +96,30 @@ def layers(config: RunConfig) -> Iterator[list[Weight]]:
         yield layer
 
 
-def sparse_entries(config: RunConfig, m: int, n: int) -> int:
+def sparse_entries(config: ResolvedConfig, m: int, n: int) -> int:
     """Entries of SLTrain's sparse part of an m × n weight."""
     sparsity: float = config.method_options.get("sparsity", 0)
     return math.floor(sparsity * m * n)
 
 
-def activation_bytes(config: RunConfig) -> int | None:
+def activation_bytes(config: ResolvedConfig) -> int | None:
     """Bytes that wait for the backward pass at the end of a forward pass; None if there is no rule.
 
-    A rule for dense weights: with d the hidden size, i that of the MLP, h heads and L layers, each
+    There is one for methods with dense weights.
+    """
+    dense = METHODS[config.method].layers is None
+    return dense_activation_bytes(config) if dense else None
+
+
+def dense_activation_bytes(config: ResolvedConfig) -> int:
+    """`activation_bytes` of the configuration's model with dense weights, whatever its method.
+
+    With d the hidden size, i that of the MLP, h heads and L layers, each
     block keeps its input, two normalised inputs, q, k, v, their mixture and what the MLP is added
     to (8 d a token), and 4 i of the MLP; its two norms keep a scalar each, flash attention h sums
     in float32. Checkpointing keeps the inputs of blocks alone. Mixed precision also keeps copies of
     the blocks' weights.
     """
-    config = resolve(config)
-    if METHODS[config.method].layers is not None:
-        return None
     size, length = config.size, config.sequence_length
     d, i, heads, layers = (
         size.hidden_size, size.intermediate_size, size.num_heads, size.num_layers,
@@ -134,14 +138,13 @@ def activation_bytes(config: RunConfig) -> int | None:
     return tokens * layers * of_a_block + of_weights + rest
 
 
-def flops_per_token(config: RunConfig) -> float:
+def flops_per_token(config: ResolvedConfig) -> float:
     """FLOPs of a forward and backward pass a token: of matrix products and causal attention.
 
     6 for each entry of a dense matrix (the embedding is a lookup, the head a matrix); for factors
     those of the order of products that their layers take, which the tokens of a piece decide.
     Optimizers and what activation checkpointing computes again aren't counted.
     """
-    config = resolve(config)
     size, kind = config.size, METHODS[config.method].layers
     tokens = config.tokens_per_step // config.gradient_accumulation
     total = 6 * size.num_layers * config.sequence_length * size.hidden_size * tokens
@@ -150,7 +153,7 @@ def flops_per_token(config: RunConfig) -> float:
     return total / tokens
 
 
-def _layer_flops(config: RunConfig, kind: str | None, tokens: int, m: int, n: int) -> int:
+def _layer_flops(config: ResolvedConfig, kind: str | None, tokens: int, m: int, n: int) -> int:
     """FLOPs of a forward and backward pass of an m×n layer, of the association that it takes."""
     if kind is None:
         return 6 * tokens * m * n
@@ -162,18 +165,17 @@ def _layer_flops(config: RunConfig, kind: str | None, tokens: int, m: int, n: in
     return min(costs.values())
 
 
-def optimizer_state_bytes(config: RunConfig) -> int:
+def optimizer_state_bytes(config: ResolvedConfig) -> int:
     """Bytes of a run's optimizer states: the sum over its weights.
 
     Raises:
         InputError: a method of one's own or an optimizer by import path: states aren't known.
     """
-    config = resolve(config)
     return sum(state_bytes(w, config) for w in weights(config) if w.trains)
 
 
-def state_bytes(w: Weight, config: RunConfig) -> int:
-    """Bytes of the states of one weight that trains; of a resolved configuration.
+def state_bytes(w: Weight, config: ResolvedConfig) -> int:
+    """Bytes of the states of one weight that trains.
 
     Raises:
         InputError: as `optimizer_state_bytes`.
@@ -184,8 +186,8 @@ def state_bytes(w: Weight, config: RunConfig) -> int:
     return STATE_BYTES[config.method](w, w.target, element_bytes(config), config)
 
 
-def embedding_bytes(config: RunConfig) -> int:
-    """Bytes of the embedding, the head and their optimizer states; of a resolved configuration.
+def embedding_bytes(config: ResolvedConfig) -> int:
+    """Bytes of the embedding, the head and their optimizer states.
 
     Raises:
         InputError: as `optimizer_state_bytes`.
@@ -197,7 +199,7 @@ def embedding_bytes(config: RunConfig) -> int:
     return sum(b * w.numel() + state_bytes(w, config) * w.trains for w in (*first, *last))
 
 
-def projection_bytes(w: Weight, config: RunConfig) -> int:
+def projection_bytes(w: Weight, config: ResolvedConfig) -> int:
     """Bytes of them that are stored projections."""
     if not w.target or config.method not in PROJECTING:
         return 0
@@ -205,47 +207,45 @@ def projection_bytes(w: Weight, config: RunConfig) -> int:
 
 
 # (weight, whether it is a target, bytes of its entries, resolved configuration) → bytes of states
-StateRule = Callable[[Weight, bool, int, RunConfig], int]
+StateRule = Callable[[Weight, bool, int, ResolvedConfig], int]
 SCALAR = 4  # a step count or a norm, float32
 
 
-def _adamw(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _adamw(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """torch's AdamW: m, v and a step count."""
     return 2 * p.numel() * b + SCALAR
 
 
-def _projected(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _projected(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """m and v of the projected gradient, and the projections; plain Adam for the other weights."""
     of_states = 4 if config.state_precision == "fp32" else b
     if not target:
         return 2 * p.numel() * of_states
-    assert config.rank is not None
     m, n = p.shape
     left, right = sides(config.method_options["proj_type"], (m, n))
-    rows, columns = (config.rank if left else m), (config.rank if right else n)
+    rows, columns = (config.method_rank if left else m), (config.method_rank if right else n)
     return 2 * rows * columns * of_states + _projections(p, config) * b
 
 
-def _projections(p: Weight, config: RunConfig) -> int:
+def _projections(p: Weight, config: ResolvedConfig) -> int:
     """Entries of the stored projections of a target."""
-    assert config.rank is not None
     m, n = p.shape
     left, right = sides(config.method_options["proj_type"], (m, n))
     stored: bool = config.method_options.get("store_projection", True)
-    return config.rank * (m * left + n * right) * stored
+    return config.method_rank * (m * left + n * right) * stored
 
 
-def _limited(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _limited(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """A projected method with the norm that its growth limiter compares with."""
     return _projected(p, target, b, config) + SCALAR * target
 
 
-def _plain(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _plain(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """m and v; counts are Python numbers."""
     return 2 * p.numel() * b
 
 
-def _spam(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _spam(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """m and v of the entries in the mask, and the mask, a byte an entry."""
     density = config.method_options["density"]
     if density == 1 or p.ndim != 2:
@@ -253,17 +253,17 @@ def _spam(p: Weight, target: bool, b: int, config: RunConfig) -> int:
     return 2 * int(density * p.numel()) * b + p.numel()
 
 
-def _stable_spam(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _stable_spam(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """m, v and the running maximum, norm and squared norm."""
     return 2 * p.numel() * b + 3 * SCALAR
 
 
-def _muon(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _muon(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """One momentum for the matrices, AdamW for the rest."""
     return p.numel() * b if target else _adamw(p, target, b, config)
 
 
-def _adamw_8bit(p: Weight, target: bool, b: int, config: RunConfig) -> int:
+def _adamw_8bit(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
     """A byte an entry, a float32 scale a block of 256 and a table of 256, where blocks fit."""
     n = p.numel()
     if n < 4096 or n % 256:

@@ -5,36 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.config import RunConfig
+from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.layers import factorize, target_layers, train_dense_
 from lowrank_lab.methods.registry import METHODS
-from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
 
 
-def build(config: RunConfig) -> tuple[Llama, torch.optim.Optimizer]:
-    """The model, initialised by the seed, and its optimizer; on the CPU, in the run's weight dtype.
-
-    Args:
-        config: resolved or not.
-    """
-    config = resolve(config)
+def build(config: ResolvedConfig) -> tuple[Llama, torch.optim.Optimizer]:
+    """The model, initialised by the seed, and its optimizer; on the CPU, in the weights' dtype."""
     model = build_model(config)
     return model, build_optimizer(model, config)
 
 
-def build_model(config: RunConfig) -> Llama:
+def build_model(config: ResolvedConfig) -> Llama:
     """The model of `build` alone."""
-    config = resolve(config)
     method, options = METHODS[config.method], config.method_options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Llama(config.size, config.initializer_range, config.activation_checkpointing)
         if method.layers is not None:
-            assert config.rank is not None
             layer_options = {name: options[name] for name in method.layer_options}
             factorize(
-                model, method.layers, rank=config.rank, target=config.target,
+                model, method.layers, rank=config.method_rank, target=config.target,
                 init=config.init, **layer_options,
             )  # fmt: skip
     if config.precision == "bf16":
@@ -44,8 +36,8 @@ def build_model(config: RunConfig) -> Llama:
     return model
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer of a resolved configuration, for the model that `build_model` made."""
+def build_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
+    """The optimizer for the model that `build_model` made."""
     targets, rest = partition(model, config.target)
     if config.method_options.get("warm_start"):  # W₀ trains first, and B and A after it
         train_dense_(model, on=True)

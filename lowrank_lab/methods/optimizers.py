@@ -14,21 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.optim import Combined, Loro
 
 ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
-# (parameters of the target layers, all other parameters, resolved configuration) → optimizer
-OptimizerBuilder = Callable[[list[Tensor], list[Tensor], RunConfig], torch.optim.Optimizer]
+# (parameters of the target layers, all other parameters, configuration) → optimizer
+OptimizerBuilder = Callable[[list[Tensor], list[Tensor], ResolvedConfig], torch.optim.Optimizer]
 
 
-def adamw(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+def adamw(
+    targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
+) -> torch.optim.Optimizer:
     """torch's fused AdamW, or the optimizer that the configuration names, for all parameters."""
     groups = _groups(targets, rest)
     if config.optimizer is not None:
         named = import_optimizer(config.optimizer)
         try:
-            shared: dict[str, Any] = {"lr": peak(config)}
+            shared: dict[str, Any] = {"lr": config.lr}
             if "weight_decay" in inspect.signature(named).parameters:
                 shared["weight_decay"] = config.weight_decay
             return named(groups, **{**shared, **config.optimizer_options})
@@ -43,7 +45,7 @@ def projected(
     """An optimizer whose target group has a rank and the given options as group keys."""
 
     def build(
-        targets: list[Tensor], rest: list[Tensor], config: RunConfig
+        targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
     ) -> torch.optim.Optimizer:
         ranked = {"rank": config.rank, **{key: config.method_options[key] for key in keys}}
         ranked |= {"seed": config.seed} if seeded else {}
@@ -64,7 +66,7 @@ def whole_model(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> 
     """An optimizer that treats all parameters alike and takes the given options."""
 
     def build(
-        targets: list[Tensor], rest: list[Tensor], config: RunConfig
+        targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
     ) -> torch.optim.Optimizer:
         options = {key: config.method_options[key] for key in keys}
         return optimizer(_groups(targets, rest), **_adam(config), **options)
@@ -72,18 +74,22 @@ def whole_model(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> 
     return build
 
 
-def loro(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+def loro(
+    targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
+) -> torch.optim.Optimizer:
     """LORO: the factors of the target layers in pairs B, A."""
     ranked = {"rank": config.rank, "update_k": config.method_options["update_k"]}
     return Loro(_groups(targets, rest, ranked), **_adam(config))
 
 
-def muon(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+def muon(
+    targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
+) -> torch.optim.Optimizer:
     """torch's Muon for the target matrices and fused AdamW for the rest, as one optimizer."""
     options = config.method_options
     matrices = torch.optim.Muon(
         targets,
-        lr=peak(config),
+        lr=config.lr,
         momentum=options["momentum"],
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
@@ -92,7 +98,7 @@ def muon(targets: list[Tensor], rest: list[Tensor], config: RunConfig) -> torch.
 
 
 def adamw_8bit(
-    targets: list[Tensor], rest: list[Tensor], config: RunConfig
+    targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
 ) -> torch.optim.Optimizer:
     """torchao's AdamW with 8-bit moments; it compiles its step when it is first taken."""
     try:
@@ -131,12 +137,6 @@ def import_optimizer(path: str) -> Callable[..., torch.optim.Optimizer]:
     return found
 
 
-def peak(config: RunConfig) -> float:
-    """The peak learning rate of a resolved configuration."""
-    assert config.lr is not None, "resolve the configuration first"
-    return config.lr
-
-
 def _groups(
     targets: list[Tensor], rest: list[Tensor], keys: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
@@ -145,10 +145,10 @@ def _groups(
     return [group for group in groups if group["params"]]
 
 
-def _adam(config: RunConfig) -> dict[str, Any]:
+def _adam(config: ResolvedConfig) -> dict[str, Any]:
     options = config.method_options
     return {
-        "lr": peak(config),
+        "lr": config.lr,
         "betas": (options["beta1"], options["beta2"]),
         "eps": options["eps"],
         "weight_decay": config.weight_decay,

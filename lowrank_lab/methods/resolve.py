@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lowrank_lab.config import InputError, RunConfig, Size, nearest
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, Size, nearest
 from lowrank_lab.data.corpus import vocabulary
 from lowrank_lab.layers import target_layers
 from lowrank_lab.methods.method import Method
@@ -23,7 +23,7 @@ from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.models.llama import Llama
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig) -> ResolvedConfig:
     """The configuration with every `None` that the run needs filled in, checked for the method.
 
     Fields that the method has no use for (a rank for full-rank) become `None`, so that equal runs
@@ -52,7 +52,7 @@ def resolve(config: RunConfig) -> RunConfig:
         changes |= {"reset_moments": "both", "reset_params": "targets"}
         if not options.get("merge_every") and config.on_refactor != "reset":
             changes["recovery_steps"] = 0
-    return config.replace(**changes)
+    return ResolvedConfig(**{**config.model_dump(), **changes})
 
 
 def _check_techniques(config: RunConfig, method: Method) -> None:

@@ -104,7 +104,7 @@ def comparison(
         InputError: ranks that no method could share the run by.
     """
     if ranks is not None:
-        check_ranks(fit.of_method(config, "full-rank"), ranks)
+        check_ranks(resolve(fit.of_method(config, "full-rank")), ranks)
     for method in METHODS:
         try:
             changed = resolve(fit.of_method(config, method))
@@ -262,7 +262,7 @@ def largest(trace: Trace, rows: int = 12) -> pd.DataFrame:
 
 def checked(config: RunConfig) -> pd.DataFrame:
     """Formula, simulation and measurement of a configuration side by side, in bytes."""
-    counted, simulated, real = by_formula(config), simulate(config), measure(config)
+    counted, simulated, real = by_formula(resolve(config)), simulate(config), measure(config)
     rows: list[tuple[str, Any, int, int, int | None]] = [
         (
             name.replace("_", " "), getattr(counted, name), getattr(simulated.at_rest, name),
@@ -312,7 +312,7 @@ def of_sizes(precision: str = "bf16") -> pd.DataFrame:
         for size, rank in PAPER_RANKS.items():
             config = RunConfig(model=size, rank=rank, precision=precision, steps=fit.LONG)
             try:
-                found = by_formula(fit.of_method(config, method))
+                found = by_formula(resolve(fit.of_method(config, method)))
             except InputError:  # a method of one's own
                 break
             row[f"{size}, r {rank}"] = round((found.weights + found.optimizer_states) / GB, 3)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
@@ -167,7 +167,7 @@ def _hopeless(last: Sequence[Attempt], capacity: int) -> bool:
     return last[1].peak - (last[0].peak - last[1].peak) > capacity
 
 
-def least_bytes(config: RunConfig, ranks: int | None = None) -> int:
+def least_bytes(config: ResolvedConfig, ranks: int | None = None) -> int:
     """What a step can't do without: weights, states and gradients, or the largest one of these."""
     try:
         found = by_formula(config) if ranks is None else fullest(of_ranks(config, ranks))[1]

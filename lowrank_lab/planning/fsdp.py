@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 import torch
 import torch.distributed as dist
 
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.memory.formulas import (
     Weight,
@@ -27,15 +27,14 @@ from lowrank_lab.memory.formulas import (
 )
 from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.methods.registry import METHODS
-from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.fsdp import check_shards
 
 if TYPE_CHECKING:
     from lowrank_lab.optim.base import ProjectedAdamW
 
 
-def check_ranks(config: RunConfig, ranks: int) -> RunConfig:
-    """The resolved configuration as so many processes share it by FSDP2.
+def check_ranks(config: ResolvedConfig, ranks: int) -> ResolvedConfig:
+    """The configuration as so many processes share it by FSDP2.
 
     Raises:
         InputError: a number that can't be, or what is not sound with shards.
@@ -49,7 +48,7 @@ def check_ranks(config: RunConfig, ranks: int) -> RunConfig:
     if config.batch % (ranks * pieces):
         allowed = f"batch {config.batch} must be a multiple of ranks × gradient_accumulation"
         raise InputError("ranks", ranks, f"{allowed} {pieces}")
-    config = resolve(config).replace(parallel="fsdp2")
+    config = config.override(parallel="fsdp2")
     check_shards(config)
     return config
 
@@ -86,7 +85,7 @@ def fullest(accounts: Sequence[Breakdown]) -> tuple[int, Breakdown]:
     return max(enumerate(accounts), key=lambda item: (item[1].total, -item[0]))
 
 
-def of_ranks(config: RunConfig, ranks: int) -> list[Breakdown]:
+def of_ranks(config: ResolvedConfig, ranks: int) -> list[Breakdown]:
     """Weights, gradients and states of each of so many processes.
 
     Weights and gradients are padded to as many rows (or columns) on all of them, and sparse
@@ -96,7 +95,6 @@ def of_ranks(config: RunConfig, ranks: int) -> list[Breakdown]:
     Raises:
         InputError: a method of one's own or an optimizer by import path: states aren't known.
     """
-    config = resolve(config)
     placed = list(_placed(config, ranks))
     found = [_shards(config, placed, ranks) for _ in range(ranks)]
     for w, place in placed:
@@ -121,8 +119,8 @@ class Place(NamedTuple):
     way: Literal["shard", "part", "owner"]  # what its states are
 
 
-def _placed(config: RunConfig, ranks: int) -> Iterator[tuple[Weight, Place]]:
-    """All weights of a resolved configuration, placed as `sharded.Shards` places them."""
+def _placed(config: ResolvedConfig, ranks: int) -> Iterator[tuple[Weight, Place]]:
+    """All weights of a configuration, placed as `sharded.Shards` places them."""
     method, cuts = METHODS[config.method], _cuts(config, ranks)
     for number, layer in enumerate(layers(config)):
         for index, w in enumerate(layer):
@@ -137,7 +135,7 @@ def _placed(config: RunConfig, ranks: int) -> Iterator[tuple[Weight, Place]]:
             yield w, Place(number, int(by_columns), way)
 
 
-def _cuts(config: RunConfig, ranks: int) -> dict[tuple[tuple[int, ...], bool], int]:
+def _cuts(config: ResolvedConfig, ranks: int) -> dict[tuple[tuple[int, ...], bool], int]:
     """The dimension along which weights are held that are updated in parts, by shape and target."""
     method = METHODS[config.method]
     found: dict[tuple[tuple[int, ...], bool], int] = {}
@@ -164,7 +162,7 @@ def _share(w: Weight, dim: int, ranks: int, rank: int | None = None) -> Weight:
     return w._replace(shape=shape)
 
 
-def _shards(config: RunConfig, placed: list[tuple[Weight, Place]], ranks: int) -> Breakdown:
+def _shards(config: ResolvedConfig, placed: list[tuple[Weight, Place]], ranks: int) -> Breakdown:
     """What every process has as much of: weights and gradients."""
     found, b = Breakdown(), element_bytes(config)
     for w, place in placed:
@@ -179,7 +177,7 @@ def _shards(config: RunConfig, placed: list[tuple[Weight, Place]], ranks: int) -
 
 
 def _owned(
-    config: RunConfig, placed: list[tuple[Weight, Place]], ranks: int
+    config: ResolvedConfig, placed: list[tuple[Weight, Place]], ranks: int
 ) -> Iterator[tuple[int, list[Weight]]]:
     """What trains in layers that are updated whole, with its owner.
 
@@ -196,19 +194,19 @@ def _owned(
         yield owner, unit
 
 
-def _add_states_(account: Breakdown, w: Weight, config: RunConfig) -> None:
+def _add_states_(account: Breakdown, w: Weight, config: ResolvedConfig) -> None:
     account.optimizer_states += state_bytes(w, config)
     account.projections += projection_bytes(w, config)
 
 
-def _add_part_(account: Breakdown, w: Weight, config: RunConfig, ranks: int) -> None:
+def _add_part_(account: Breakdown, w: Weight, config: ResolvedConfig, ranks: int) -> None:
     """An equal share of the states, and numbers about the whole, which all processes have."""
     numbers = state_bytes(w._replace(shape=(0,) * len(w.shape)), config)
     account.optimizer_states += (state_bytes(w, config) - numbers) // ranks + numbers
     account.projections += projection_bytes(w, config) // ranks
 
 
-def _needed_whole(w: Weight, config: RunConfig) -> bool:
+def _needed_whole(w: Weight, config: ResolvedConfig) -> bool:
     """Whether an update of the weight needs more of it than single entries."""
     which = METHODS[config.method].whole
     if config.method_options.get("density", 1) < 1:

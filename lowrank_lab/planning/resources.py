@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import (
     GB,
     MIB,
-    activation_bytes,
     by_formula,
+    dense_activation_bytes,
     element_bytes,
     flops_per_token,
     matrices,
@@ -32,12 +32,6 @@ PROCESS_BYTES = 700 * MIB
 QUICK_BYTES = 512 * MIB
 NOTEBOOK_BYTES = 1 * MIB  # an executed notebook with its figures, and its log
 METRICS_ROW, SPECTRA_ROW, PER_VALUE = 450, 400, 20  # bytes in the records
-
-# Fields that decide the activations of a model with dense layers.
-SHAPE = (
-    "model", "hidden_size", "intermediate_size", "num_heads", "num_layers", "vocab_size",
-    "sequence_length", "batch", "gradient_accumulation", "precision", "activation_checkpointing",
-)  # fmt: skip
 
 Source = Literal["simulated", "formula"]
 
@@ -59,22 +53,22 @@ class Need:
         return f"{self.memory / GB:.2f} GB of memory, {self.disk / GB:.3f} GB of disk"
 
 
-def needs_of(configs: Iterable[RunConfig], cuda: bool | None = None) -> Iterator[Need]:
-    """The needs of resolved configurations; those that differ in seed and lr alone are one.
+def needs_of(configs: Iterable[ResolvedConfig], cuda: bool | None = None) -> Iterator[Need]:
+    """The needs of configurations; those that differ in seed and lr alone are one.
 
     Args:
         cuda: on a CUDA device, or on a CPU; by default on what there is here.
     """
     known: dict[str, Need] = {}
     for config in configs:
-        key = config.replace(seed=0, lr=1.0).model_dump_json()
+        key = config.override(seed=0, lr=1.0).model_dump_json()
         if key not in known:
             known[key] = need_of(config, cuda)
         yield known[key]
 
 
-def need_of(config: RunConfig, cuda: bool | None = None) -> Need:
-    """The needs of one resolved configuration."""
+def need_of(config: ResolvedConfig, cuda: bool | None = None) -> Need:
+    """The needs of one configuration."""
     held, quick = _quick_bytes(config)
     flops = flops_per_token(config) * config.tokens_per_step * config.total_steps
     if cuda is None:
@@ -94,14 +88,14 @@ def need_of(config: RunConfig, cuda: bool | None = None) -> Need:
     return Need(memory, device, max(checkpoints + records, kept), kept, source, held, flops)
 
 
-def _in_two_pieces(config: RunConfig) -> RunConfig:
+def _in_two_pieces(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration with two pieces of its batch: all further ones do what the second does."""
     pieces = min(config.gradient_accumulation, 2)
     batch = config.batch // config.gradient_accumulation * pieces
-    return config.replace(batch=batch, gradient_accumulation=pieces)
+    return config.override(batch=batch, gradient_accumulation=pieces)
 
 
-def _quick_bytes(config: RunConfig) -> tuple[int, int]:
+def _quick_bytes(config: ResolvedConfig) -> tuple[int, int]:
     """Bytes of weights and states, which a checkpoint holds too, and of the peak: rather too high.
 
     At the peak there are gradients, activations of dense layers, what factors keep besides, logits
@@ -114,23 +108,22 @@ def _quick_bytes(config: RunConfig) -> tuple[int, int]:
     except InputError:  # states that no formula knows: as many as Adam's, in float32
         held = sum((b + 8 * w.trains) * w.numel() for w in found)
     gradients = sum(b * w.numel() for w in found if w.trains)
-    dense = RunConfig(**{name: getattr(config, name) for name in SHAPE})
     tokens = config.batch // config.gradient_accumulation * config.sequence_length
     layers = [(m, n) for m, n, target in matrices(config) if target]
     factors = (config.rank or 0) * len(layers) if METHODS[config.method].layers else 0
     logits = 4 * tokens * config.size.vocab_size
     largest = max(w.numel() for w in found)
     whole = max((m * n for m, n in layers), default=0)
-    activations = (activation_bytes(dense) or 0) + b * tokens * factors
+    activations = dense_activation_bytes(config) + b * tokens * factors
     return held, held + gradients + activations + 3 * logits + 4 * (6 * max(largest, whole))
 
 
-def _record_bytes(config: RunConfig) -> int:
+def _record_bytes(config: ResolvedConfig) -> int:
     """metrics.jsonl and spectra.jsonl."""
     steps = config.total_steps
-    recorded = matrices(config.replace(target=config.spectra_layers))
+    recorded = matrices(config.override(target=config.spectra_layers))
     rows = sum(SPECTRA_ROW + 4 * PER_VALUE * min(m, n) for m, n, kept in recorded if kept)
-    times = steps // config.cadence("spectra_every") + 2
+    times = steps // config.spectra_every + 2
     return steps * METRICS_ROW + times * rows
 
 

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lowrank_lab import distributed
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.memory.tracker import GLOO, LAPACK, Trace, Tracker, resizing
@@ -59,7 +59,7 @@ class Account:
         seconds: that it took.
     """
 
-    config: RunConfig
+    config: ResolvedConfig
     source: str
     steps: dict[str, Trace] = field(default_factory=dict)
     at_rest: Breakdown = field(default_factory=Breakdown)
@@ -96,28 +96,29 @@ def simulate(
     """
     if device not in ("cpu", "cuda"):
         raise InputError("device", device, "cpu or cuda")
+    resolved = resolve(config)
     if ranks is None:
-        return _simulate(resolve(config), device, Account(config, "simulated"))
-    config = check_ranks(config, ranks)
+        return _simulate(device, Account(resolved, "simulated"))
+    resolved = check_ranks(resolved, ranks)
     if rank is None:
         try:
-            rank, _ = fullest(of_ranks(config, ranks))
+            rank, _ = fullest(of_ranks(resolved, ranks))
         except InputError:  # states that no formula knows
             rank = 0
     if not 0 <= rank < ranks:
         raise InputError("rank", rank, f"0 to {ranks - 1}")
-    account = Account(config, "simulated", ranks=ranks, rank=rank)
+    account = Account(resolved, "simulated", ranks=ranks, rank=rank)
     with one_of(ranks, rank):
         try:
-            return _simulate(config, device, account)
+            return _simulate(device, account)
         except InputError as error:  # of Shards: more processes than layers
             name = "ranks" if error.field == "nproc-per-node" else error.field
             raise InputError(name, error.value, error.allowed) from None
 
 
-def _simulate(config: RunConfig, device: str, account: Account) -> Account:
-    """Fill the account of a resolved configuration."""
-    account.config = config = config.replace(compile=False)
+def _simulate(device: str, account: Account) -> Account:
+    """Fill the account of its configuration."""
+    account.config = config = account.config.override(compile=False)
     started = time.perf_counter()
     with ExitStack() as stack:
         if device == "cuda":
@@ -155,14 +156,14 @@ def measure(config: RunConfig, device: str = "cpu") -> Account:
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise InputError("device", device, "cpu, or cuda where there is one")
-    config = resolve(config).replace(compile=False)
+    resolved = resolve(config).override(compile=False)
     started = time.perf_counter()
-    account = Account(config, "measured")
-    in_shards = config.parallel == "fsdp2" and dist.is_initialized()
+    account = Account(resolved, "measured")
+    in_shards = resolved.parallel == "fsdp2" and dist.is_initialized()
     if in_shards:
         account.ranks, account.rank = distributed.world_size(), distributed.rank()
     granularity = CUDA_BLOCK if device == "cuda" else 1
-    stepping = _Stepping(config, torch.device(device), granularity, in_shards)
+    stepping = _Stepping(resolved, torch.device(device), granularity, in_shards)
     for name, run in stepping.kinds():
         before = stepping.tracker.alive_bytes
         # A release by one of gloo's threads is not recorded: what it held then counts on.
@@ -204,7 +205,7 @@ class _Stepping:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         device: torch.device,
         granularity: int = 1,
         in_shards: bool = False,
@@ -276,7 +277,7 @@ class _Stepping:
         return list(zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True))
 
 
-def _candidates(config: RunConfig) -> list[int]:
+def _candidates(config: ResolvedConfig) -> list[int]:
     """Numbers of updates after which the steps of all kinds are met, in order."""
     starts = warm_start(config)
     found = {0, 1, config.total_steps - 1}  # nothing follows the last one

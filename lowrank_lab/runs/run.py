@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import embedding_bytes
 
 if TYPE_CHECKING:
@@ -149,8 +149,9 @@ class Run:
         return f"Run({str(self.folder)!r}, {'finished' if self.finished else 'unfinished'})"
 
     @cached_property
-    def config(self) -> RunConfig:
-        return RunConfig(**self._facts["config"])
+    def config(self) -> ResolvedConfig:
+        """What was trained, as it was resolved then."""
+        return ResolvedConfig(**self._facts["config"])
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -277,11 +278,12 @@ class Run:
         from safetensors.torch import load_file
 
         from lowrank_lab.methods.build import build_model
+        from lowrank_lab.methods.resolve import resolve
 
         path = self.folder / "model.safetensors"
         if not path.exists():
             raise InputError("run", str(self.folder), "it has no trained model yet")
-        model = build_model(self.config)
+        model = build_model(resolve(self.config))  # with today's defaults for newer options
         try:
             model.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:  # not such a file, or of another model
@@ -319,7 +321,7 @@ def load(run: Run | Path | str) -> Llama:
     return (run if isinstance(run, Run) else Run(run)).model
 
 
-def describe(config: RunConfig) -> str:
+def describe(config: ResolvedConfig) -> str:
     """A short name of what is trained: the method, its initialisation and its techniques."""
     parts = [config.method]
     if config.init == "spectral":
@@ -430,7 +432,7 @@ def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
     return facts | {f"final_{name}": value for name, value in result.items()}
 
 
-def _bytes_without_embeddings(config: RunConfig, result: dict[str, Any]) -> float:
+def _bytes_without_embeddings(config: ResolvedConfig, result: dict[str, Any]) -> float:
     """Bytes of weights and optimizer states outside embedding and head.
 
     NaN where no formula knows those, or one process held a part of them.

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, data_folder, nearest
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import find_runs
@@ -43,7 +43,7 @@ class Selection:
     best: tuple[str, ...]
     around: dict[str, list[float]] = field(default_factory=dict)
     edges: bool = False  # may the best value be the first or last of those tried
-    tried: Sequence[tuple[RunConfig, float]] = ()  # and the validation losses of these runs
+    tried: Sequence[tuple[ResolvedConfig, float]] = ()  # and the validation losses of these runs
 
     def choose(
         self, label: str, fields: dict[str, Any], like: dict[str, Any]
@@ -67,7 +67,7 @@ class Selection:
             raise InputError(f"{place}: {error.field}", error.value, error.allowed) from None
         wanted = tuple(like[name] if name in like else value_of(config, name) for name in self.by)
         losses: dict[Values, list[float]] = defaultdict(list)
-        first: dict[Values, RunConfig] = {}
+        first: dict[Values, ResolvedConfig] = {}
         for run, loss in self.tried:
             if _values(run, self.by) == wanted:
                 values = _values(run, self.best)
@@ -101,14 +101,14 @@ class Selection:
                 raise InputError(f"{place}: {name}", best[i], allowed)
 
 
-def value_of(config: RunConfig, name: str) -> Any:
-    """A value of a resolved configuration, or its `method_options.NAME`; None if it hasn't that."""
+def value_of(config: ResolvedConfig, name: str) -> Any:
+    """A value of a configuration, or its `method_options.NAME`; None if it hasn't that."""
     outer, _, inner = name.partition(".")
     held = getattr(config, outer)
     return held.get(inner) if inner else held
 
 
-def _follows(config: RunConfig, name: str) -> bool:
+def _follows(config: ResolvedConfig, name: str) -> bool:
     """Whether a resolved value is what the method makes of other fields where none is given."""
     option = name.partition(".")[2]
     if not option or METHODS[config.method].options[option].default is not None:
@@ -163,7 +163,7 @@ def _fields(names: Any, place: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _results(name: str, place: str, by: tuple[str, ...]) -> list[tuple[RunConfig, float]]:
+def _results(name: str, place: str, by: tuple[str, ...]) -> list[tuple[ResolvedConfig, float]]:
     """Configurations and validation losses of a study: of this machine's runs, then of the kept.
 
     Kept ones count where this machine has none that agree with them in `by`, and only beside runs
@@ -171,7 +171,7 @@ def _results(name: str, place: str, by: tuple[str, ...]) -> list[tuple[RunConfig
     """
     if Path(name).name != name:
         raise InputError(place, name, "the name of a study, without folders")
-    found: list[tuple[RunConfig, float]] = []
+    found: list[tuple[ResolvedConfig, float]] = []
     for folder in (data_folder() / "runs" / name, data_folder() / "study" / name):
         runs = find_runs(folder) if folder.is_dir() else []
         if not all(run.finished for run in runs):
@@ -198,5 +198,5 @@ def _left_out(name: str) -> str:
     return f"; what is in {folder} doesn't count while {left[0]} is unfinished" if left else ""
 
 
-def _values(config: RunConfig, names: tuple[str, ...]) -> Values:
+def _values(config: ResolvedConfig, names: tuple[str, ...]) -> Values:
     return tuple(value_of(config, name) for name in names)

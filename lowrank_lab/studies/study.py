@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from lowrank_lab.config import InputError, RunConfig, data_folder, nearest
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, data_folder, nearest
 from lowrank_lab.memory.formulas import GB
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.resources import Need, device_memory, free_disk, machine_memory, needs_of
@@ -58,7 +58,7 @@ class Study:
     description: str
     notebook: Path
     compare: Path
-    runs: dict[str, tuple[str, RunConfig]]  # run id → label, resolved configuration
+    runs: dict[str, tuple[str, ResolvedConfig]]  # run id → label, configuration
     time_limit: float | None = None  # seconds that a run may take
     pairs: tuple[tuple[str, str], ...] = ()  # labels (A, B): is A below B?
 
@@ -97,12 +97,12 @@ def load_study(
             raise InputError(f"{path.name}: {name}", content[name], f"must be {words}")
     limit = content.get("time_limit")
     limit = None if limit is None else seconds_of(limit, f"{path.name}: time_limit")
-    runs: dict[str, tuple[str, RunConfig]] = {}
+    runs: dict[str, tuple[str, ResolvedConfig]] = {}
     content["variants"] = _variants(content.get("variants", {"": {}}), only, path.name)
     for label, fields in _combinations(content, path, seeds):
         try:
-            config = RunConfig(**fields)
-            config = check(config)[0] if corpora else resolve(config)
+            given = RunConfig(**fields)
+            config = check(given)[0] if corpora else resolve(given)
         except InputError as error:
             raise InputError(
                 f"{path.name}: {label}: {error.field}", error.value, error.allowed
@@ -418,7 +418,7 @@ def _comparison(study: Study, folder: Path, todo: list[Job]) -> Job:
     return Job("comparison", folder / "comparison", study.compare, parameters)
 
 
-def _run_job(notebook: Path, folder: Path, label: str, config: RunConfig) -> Job:
+def _run_job(notebook: Path, folder: Path, label: str, config: ResolvedConfig) -> Job:
     """The job of one run: fields that the notebook doesn't take by name go into `more`."""
     fields = {k: v for k, v in config.model_dump().items() if v is not None}
     given = {"folder": str(folder), "label": label, "headless": True}

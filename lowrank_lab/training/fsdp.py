@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowrank_lab import distributed
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.distributed import REPLICATED, Placement, Sharded
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Shard
 
 
-def check_shards(config: RunConfig) -> None:
-    """Refuse what shards are not sound with; of a resolved configuration."""
+def check_shards(config: ResolvedConfig) -> None:
+    """Refuse what shards are not sound with."""
     options = config.method_options
     refused = (
         ("per_layer", config.per_layer, "with fsdp2 gradients arrive a block at a time; False"),
@@ -71,11 +71,10 @@ class Shards:
     """A model in shards, its mirror and the optimizer of the mirror.
 
     Args:
-        config: resolved.
         device: of this process, which has joined its group.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: ResolvedConfig, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -393,7 +392,7 @@ def _copy_groups_(source: torch.optim.Optimizer, to: torch.optim.Optimizer) -> N
 
 
 def _parts(
-    weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, config: RunConfig
+    weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, config: ResolvedConfig
 ) -> dict[str, Sharded]:
     """The weights that each process updates its part of, cut evenly on all sides, by name."""
     found: dict[str, Sharded] = {}
@@ -409,7 +408,7 @@ def _parts(
     return found
 
 
-def _needing_whole(model: nn.Module, config: RunConfig) -> set[str]:
+def _needing_whole(model: nn.Module, config: ResolvedConfig) -> set[str]:
     """Names of the weights that the run's optimizer can't update entry by entry."""
     method = METHODS[config.method]
     which = method.whole

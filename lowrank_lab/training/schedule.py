@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from lowrank_lab.config import RunConfig
+from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.techniques.recovery import recovery_factor
 
 Event = Literal["warm-start-ends", "merge", "refactor", "reset"]
 
 
-def learning_rate(step: int, config: RunConfig) -> float:
+def learning_rate(step: int, config: ResolvedConfig) -> float:
     """The learning rate of update `step`, recovery after resets included (2505.22922).
 
     Within `recovery_steps` after a reset at s, it is a share of schedule(s + recovery_steps).
@@ -30,26 +30,25 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return scheduled_rate(step, config)
 
 
-def restarting_periods(config: RunConfig) -> list[int]:
+def restarting_periods(config: ResolvedConfig) -> list[int]:
     """Periods of all that restarts moments: resets, merges, and refactorizations that reset."""
     periods = [config.reset_every, merge_period(config)]
     periods += [config.refactor_every] if config.on_refactor == "reset" else []
     return [period for period in periods if period]
 
 
-def merge_period(config: RunConfig) -> int:
+def merge_period(config: ResolvedConfig) -> int:
     """Steps between two merges of ReLoRA, 0 for methods that don't merge."""
     return int(config.method_options.get("merge_every") or 0)
 
 
-def warm_start(config: RunConfig) -> int:
+def warm_start(config: ResolvedConfig) -> int:
     """Steps of ReLoRA's full-rank warm start."""
     return int(config.method_options.get("warm_start") or 0)
 
 
-def scheduled_rate(step: int, config: RunConfig) -> float:
+def scheduled_rate(step: int, config: ResolvedConfig) -> float:
     """Linear warm-up to the peak, then the decay to `min_lr_ratio` of it; no resets."""
-    assert config.lr is not None, "resolve the configuration first"
     total = config.total_steps
     warmup_steps = math.ceil(round(config.warmup * total, 6))  # 0.07 · 100 is 7, not 8
     if step < warmup_steps:
@@ -62,7 +61,7 @@ def scheduled_rate(step: int, config: RunConfig) -> float:
     return config.lr * (1.0 + (config.min_lr_ratio - 1.0) * progress)
 
 
-def events(updates_done: int, config: RunConfig) -> tuple[Event, ...]:
+def events(updates_done: int, config: ResolvedConfig) -> tuple[Event, ...]:
     """What happens after `updates_done` updates, in order. Nothing happens at the very end."""
     periods: dict[Event, int] = {
         "merge": merge_period(config),

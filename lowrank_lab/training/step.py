@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lowrank_lab import distributed
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
@@ -30,7 +30,7 @@ Batch = tuple[Tensor, Tensor]  # tokens and targets, each (sequences, sequence_l
 Values = tuple[float, float]  # loss and gradient norm
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+def autocast(config: ResolvedConfig, device: torch.device) -> torch.autocast:
     """Mixed precision for `amp-bf16`, nothing otherwise."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "amp-bf16")
 
@@ -65,7 +65,7 @@ class PerLayerUpdates:
         return total
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, step: int) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: ResolvedConfig, step: int) -> None:
     """The learning rate of update `step` (from 0) for all groups."""
     rate = learning_rate(step, config)
     for group in optimizer.param_groups:
@@ -80,14 +80,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, step:
 CLOCKS = {"update_proj_gap": ("refresh", 0), "update_k": ("exact", 1)}
 
 
-def periods(config: RunConfig) -> list[int]:
-    """The periods of all that happens in some steps only; of a resolved configuration."""
+def periods(config: ResolvedConfig) -> list[int]:
+    """The periods of all that happens in some steps only."""
     found = [config.refactor_every, config.reset_every, merge_period(config)]
     found += [config.method_options.get(option) or 0 for option in CLOCKS]
     return [period for period in found if period]
 
 
-def kind_of(config: RunConfig, step: int) -> str:
+def kind_of(config: ResolvedConfig, step: int) -> str:
     """What sets update `step` (from 0) apart; steps of one kind do the same in the same memory.
 
     `first`, or `next` where nothing else happens, or `refresh`, `exact` and the names of events. (A
@@ -118,7 +118,7 @@ def take_step_(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
-    config: RunConfig,
+    config: ResolvedConfig,
     step: int,
     *,
     per_layer: PerLayerUpdates | None = None,
@@ -147,7 +147,7 @@ def take_step_(
 def gradients(
     model: Llama,
     batches: Sequence[Batch],
-    config: RunConfig,
+    config: ResolvedConfig,
     per_layer: PerLayerUpdates | None = None,
     shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ def gradients(
 def update_(
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    config: RunConfig,
+    config: ResolvedConfig,
     step: int,
     skipped: bool = False,
     shards: Shards | None = None,
@@ -211,7 +211,7 @@ def apply_(
     event: Event,
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    config: RunConfig,
+    config: ResolvedConfig,
     updates: int,
     shards: Shards | None = None,
 ) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _applied(
     event: Event,
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    config: RunConfig,
+    config: ResolvedConfig,
     updates: int,
     shards: Shards | None,
 ) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _applied(
         seed = config.seed * 1_000_003 + updates
         names = merge_(model, seed) if shards is None else shards.merge_(seed)
         how, share = options["merge_moments"], options["merge_share"]
-        factors = config.replace(reset_moments="both", reset_params="targets")
+        factors = config.override(reset_moments="both", reset_params="targets")
         count = _reset_or_prune_(model, optimizer, factors, how, share, updates, shards)
         return {"event": event, "layers": len(names), "moments": how, "parameters": count}
     prune, strength = config.reset_how, config.reset_strength
@@ -256,7 +256,7 @@ def _applied(
 def _reset_or_prune_(
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    config: RunConfig,
+    config: ResolvedConfig,
     how: Literal["scale", "magnitude", "random"],
     strength: float,
     updates: int,

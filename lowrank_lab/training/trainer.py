@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_lab import distributed
 from lowrank_lab.analysis.spectra import SpectraRecorder
-from lowrank_lab.config import NOT_IN_RUN_ID, InputError, RunConfig, data_folder
+from lowrank_lab.config import NOT_IN_RUN_ID, InputError, ResolvedConfig, RunConfig, data_folder
 from lowrank_lab.cpu.malloc import keep_freed_memory
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.data.corpus import Corpus, prepare
@@ -56,7 +56,7 @@ class Terminated(TrainingError):
     exit_status = 143  # what a shell shows for a process that SIGTERM ended
 
 
-def check(config: RunConfig) -> tuple[RunConfig, Corpus]:
+def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
     """The resolved configuration and its corpus, after every check that can be made before
     training.
 
@@ -100,7 +100,7 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device("cuda", here)
 
 
-def _check_processes(config: RunConfig) -> None:
+def _check_processes(config: ResolvedConfig) -> None:
     """Each process has an equal share of every piece of a batch."""
     processes, pieces = distributed.world_size(), config.gradient_accumulation
     if config.batch % (processes * pieces):
@@ -111,7 +111,9 @@ def _check_processes(config: RunConfig) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, corpus: Corpus, split: Split, tokens: int, config: RunConfig) -> float:
+def evaluate(
+    model: Llama, corpus: Corpus, split: Split, tokens: int, config: ResolvedConfig
+) -> float:
     """Mean loss in nats per token over a fixed block: the first windows of a split, about `tokens`
     long.
 
@@ -213,7 +215,7 @@ def _advance(
         raise TrainingError(f"{what}; {trainer.kept_state()}; started again, it goes on") from error
 
 
-def _is_finished(folder: Path, config: RunConfig) -> bool:
+def _is_finished(folder: Path, config: ResolvedConfig) -> bool:
     """Whether this very run has ended there; a folder with anything else in it is refused."""
     if folder.is_file():
         raise InputError("out", str(folder), "it is a file; name a folder")
@@ -235,9 +237,9 @@ class Trainer:
     """A run in progress: the model, the optimizer, the clock and the folder."""
 
     def __init__(
-        self, config: RunConfig, corpus: Corpus, folder: Path, label: str | None = None
+        self, config: ResolvedConfig, corpus: Corpus, folder: Path, label: str | None = None
     ) -> None:
-        """Takes a resolved configuration; writes config.json."""
+        """Makes model and optimizer; writes config.json."""
         self.config, self.corpus, self.folder = config, corpus, folder
         self.device = device_of(config)
         self._shards = Shards(config, self.device) if config.parallel == "fsdp2" else None
@@ -332,7 +334,7 @@ class Trainer:
         found = [*self._found, *(self._watch.observe(values[0]) if values else ())]
         self._found.clear()
         row = self._row(values, elapsed, found + done, self._peaks.get(kind))
-        if self._due(config.cadence("eval_every")):
+        if self._due(config.eval_every):
             loss = row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
             if loss < self._best.get("validation_loss", math.inf):
                 self._best = {"validation_loss": loss, "step": self.updates}
@@ -343,9 +345,9 @@ class Trainer:
         if eventful and self._writes:
             moved = self._spectra.momentum_rows(self.updates, kind)
             append_jsonl(self.folder / "spectra.jsonl", moved)
-        if self._due(config.cadence("spectra_every")):
+        if self._due(config.spectra_every):
             self._record_spectra()
-        if self.updates % config.cadence("checkpoint_every") == 0:
+        if self.updates % config.checkpoint_every == 0:
             self.save_checkpoint(row.get("validation_loss"))
         if values is not None:
             self._report_progress(row)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab.config import SIZES, InputError, RunConfig
+from lowrank_lab.config import SIZES, InputError, ResolvedConfig, RunConfig
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.widgets.panel import panel
 from lowrank_lab.widgets.slider import slider
@@ -116,13 +116,13 @@ MEASURABLE = 3e11  # FLOPs of a step that takes seconds on a CPU
 EMULATED = 16  # slowdown of bfloat16 products on CPUs that emulate them (15.7 measured)
 
 
-def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
+def _step_figure(asked: RunConfig, capacity: int) -> tuple[Figure, str]:
     """The timeline of an ordinary step, and its peak in one line."""
     from lowrank_lab import figures
     from lowrank_lab.methods.resolve import resolve
     from lowrank_lab.planning.simulate import measure, simulate
 
-    config = resolve(config)
+    config = resolve(asked)
     account = simulate(config, "cuda")
     peak = account.peak.total
     name = f"{config.method}, {config.model}, batch {config.batch} × {config.sequence_length}"
@@ -139,7 +139,7 @@ def _step_figure(config: RunConfig, capacity: int) -> tuple[Figure, str]:
     return figures.memory_timeline(account.steps["next"].table(), name), words
 
 
-def _measurable(config: RunConfig) -> bool:
+def _measurable(config: ResolvedConfig) -> bool:
     """Whether a step of the configuration takes this CPU only seconds."""
     from torch.backends.cpu import get_cpu_capability
 

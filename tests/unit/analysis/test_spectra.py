@@ -24,6 +24,7 @@ from lowrank_lab.analysis.spectra import (
 from lowrank_lab.config import TARGETS
 from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 
 SHAPES = [(7, 7), (9, 4), (4, 9), (1, 6), (6, 1)]
 both_ranks = pytest.mark.parametrize("rank_of", [effective_rank, stable_rank])
@@ -247,6 +248,7 @@ def test_energy_in_the_top_is_of_squares_and_reaches_one():
 
 def trained(method, steps=1, **fields):
     config = RunConfig(model="tiny", method=method, batch=2, sequence_length=16, **fields)
+    config = resolve(config)
     model, optimizer = build(config)
     for step in range(steps):
         tokens = torch.randint(100, (2, 17), generator=torch.Generator().manual_seed(step))

@@ -36,9 +36,8 @@ EXPECTED = {
 
 def built(method, precision, text_corpus):
     rank = {"rank": RANK} if METHODS[method].uses_rank else {}
-    return build(
-        RunConfig(model="tiny", method=method, precision=precision, corpus=text_corpus, **rank)
-    )
+    config = RunConfig(model="tiny", method=method, precision=precision, corpus=text_corpus, **rank)
+    return build(resolve(config))
 
 
 def step(model, optimizer):
@@ -110,7 +109,7 @@ def test_states_are_the_bytes_of_the_formula(method, precision, text_corpus):
     config = RunConfig(
         model="tiny", method=method, precision=precision, corpus=text_corpus, rank=RANK
     )
-    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(config)
+    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(resolve(config))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -137,14 +136,15 @@ OTHERS = [
 @pytest.mark.parametrize(("method", "options"), OTHERS, ids=str)
 def test_states_follow_the_options_of_the_method(method, options, text_corpus):
     config = RunConfig(model="tiny", method=method, method_options=options, rank=RANK)
-    model, optimizer = build(config)
+    model, optimizer = build(resolve(config))
     step(model, optimizer)
-    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(config)
+    assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(resolve(config))
 
 
 def test_states_of_an_unknown_optimizer_have_no_formula():
+    config = resolve(RunConfig(model="tiny", optimizer="torch.optim.NAdam"))
     with pytest.raises(InputError, match="no formula"):
-        optimizer_state_bytes(RunConfig(model="tiny", optimizer="torch.optim.NAdam"))
+        optimizer_state_bytes(config)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -156,6 +156,7 @@ def test_flops_by_formula_are_those_that_are_counted(method, pieces, precision, 
         model="tiny", method=method, precision=precision, corpus=text_corpus, batch=4,
         sequence_length=16, gradient_accumulation=pieces, **rank,
     )  # fmt: skip
+    config = resolve(config)
     model, _ = build(config)
     tokens = torch.randint(VOCABULARY, (4 // pieces, 16))
     with FlopCounterMode(display=False) as counter:

@@ -12,6 +12,7 @@ from lowrank_lab.config import RunConfig
 from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS, Breakdown
 from lowrank_lab.memory.tracker import Tracker
 from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 
 
 def traced(model, x, optimizer=None, steps=1, hidden=None):
@@ -78,7 +79,7 @@ def test_states_from_before_the_tracker_are_counted_from_the_start():
 
 def test_frozen_weights_and_projections_are_parts_and_not_counted_twice():
     config = RunConfig(model="tiny", method="lora", rank=4)
-    model, optimizer = build(config)
+    model, optimizer = build(resolve(config))
     tracker = Tracker(model, optimizer)
     trace = tracker.trace()
     tracker.close()

@@ -13,7 +13,7 @@ import torch
 from paths import GOLDEN, ROOT
 from short import QUICK, short_options, usual_rate
 
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.layers import FactorizedLinear, target_layers
 from lowrank_lab.methods.build import build, partition
 from lowrank_lab.methods.options import ByWidth
@@ -31,6 +31,11 @@ TECHNIQUES = {"refactor_every": 5, "reset_every": 5, "recovery_steps": 3}
 
 def tiny(method="full-rank", **values):
     return RunConfig(**{"model": "tiny", "steps": 20, "method": method, **values})
+
+
+def built(*arguments, **values):
+    """The model and the optimizer of a tiny run."""
+    return build(resolve(tiny(*arguments, **values)))
 
 
 def refusal(config):
@@ -286,7 +291,8 @@ def test_factors_for_the_head_which_stays_full_rank_are_refused(name, target):
 @pytest.mark.parametrize("name", QUICK)
 def test_a_resolved_configuration_can_be_written_as_json(name):
     config = resolve(tiny(name))
-    assert RunConfig(**json.loads(json.dumps(config.model_dump(), allow_nan=False))) == config
+    stored = json.dumps(config.model_dump(), allow_nan=False)
+    assert ResolvedConfig(**json.loads(stored)) == config
 
 
 # build and partition
@@ -295,31 +301,31 @@ def test_a_resolved_configuration_can_be_written_as_json(name):
 @pytest.mark.parametrize("name", QUICK)
 def test_the_seed_decides_the_initial_weights(name):
     torch.manual_seed(1)
-    first = build(tiny(name, seed=7))[0]
+    first = built(name, seed=7)[0]
     torch.manual_seed(2)
-    assert state_equal(first, build(resolve(tiny(name, seed=7)))[0])
-    assert not state_equal(first, build(tiny(name, seed=8))[0])
+    assert state_equal(first, built(name, seed=7)[0])
+    assert not state_equal(first, built(name, seed=8)[0])
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_building_leaves_the_global_random_state_alone(name):
     before = torch.get_rng_state()
-    build(tiny(name))
+    built(name)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_methods_with_one_seed_start_from_the_same_dense_weights():
-    full, galore = build(tiny())[0], build(tiny("galore"))[0]
+    full, galore = built()[0], built("galore")[0]
     assert state_equal(full, galore)
-    low_rank = build(tiny("low-rank"))[0]
+    low_rank = built("low-rank")[0]
     assert torch.equal(low_rank.model.embed_tokens.weight, full.model.embed_tokens.weight)
     assert torch.equal(low_rank.lm_head.weight, full.lm_head.weight)
 
 
 @pytest.mark.parametrize("rank", [1, 32])
 def test_spectral_factors_start_at_the_best_approximation_of_the_dense_weight(rank):
-    full = build(tiny())[0].model.layers[0].mlp.up_proj.weight.double()
-    layer = build(tiny("low-rank", rank=rank, init="spectral"))[0].model.layers[0].mlp.up_proj
+    full = built()[0].model.layers[0].mlp.up_proj.weight.double()
+    layer = built("low-rank", rank=rank, init="spectral")[0].model.layers[0].mlp.up_proj
     best_error = torch.linalg.svdvals(full)[rank:].norm()  # Eckart and Young
     error = (layer.dense_weight().double() - full).norm()
     assert error <= best_error * (1 + 1e-6) + 1e-6 * full.norm()
@@ -328,7 +334,7 @@ def test_spectral_factors_start_at_the_best_approximation_of_the_dense_weight(ra
 @pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("target", [None, "q_proj"])
 def test_each_trainable_parameter_is_in_exactly_one_group(name, target):
-    config = tiny(name, **({"target": target} if target else {}))
+    config = resolve(tiny(name, **({"target": target} if target else {})))
     model, optimizer = build(config)
     groups = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, groups)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -351,7 +357,7 @@ def test_frozen_parameters_are_in_no_group():
 @pytest.mark.parametrize("name", QUICK)
 def test_the_optimizer_has_the_configured_values(name):
     options = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-5}
-    config = tiny(name, lr=3e-4, weight_decay=0.1, method_options=options)
+    config = resolve(tiny(name, lr=3e-4, weight_decay=0.1, method_options=options))
     for group in build(config)[1].param_groups:
         assert (group["lr"], group["weight_decay"]) == (3e-4, 0.1)
         if "momentum" not in group:  # Muon's matrices have no Adam
@@ -361,7 +367,7 @@ def test_the_optimizer_has_the_configured_values(name):
 @pytest.mark.parametrize("name", ["galore", "fira"])
 def test_only_the_targets_of_a_projecting_method_have_a_rank(name):
     options = {"update_proj_gap": 3, "proj_type": "left", "refresh": "randomized"}
-    ranked, plain = build(tiny(name, rank=5, method_options=options))[1].param_groups
+    ranked, plain = built(name, rank=5, method_options=options)[1].param_groups
     assert {key: ranked[key] for key in options} == options
     assert ranked["rank"] == 5
     assert "rank" not in plain
@@ -369,7 +375,7 @@ def test_only_the_targets_of_a_projecting_method_have_a_rank(name):
 
 @pytest.mark.parametrize("name", FACTORIZED)
 def test_only_target_layers_are_factorized(name):
-    model = build(tiny(name, rank=3, target=r"mlp\.up_proj$"))[0]
+    model = built(name, rank=3, target=r"mlp\.up_proj$")[0]
     found = {n for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
     assert found == {f"model.layers.{i}.mlp.up_proj" for i in range(2)}
     assert all(m.rank == 3 for m in model.modules() if isinstance(m, FactorizedLinear))
@@ -377,7 +383,7 @@ def test_only_target_layers_are_factorized(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_bf16_weights_are_the_rounded_float_weights(name):
-    full, half = build(tiny(name))[0].state_dict(), build(tiny(name, precision="bf16"))[0]
+    full, half = built(name)[0].state_dict(), built(name, precision="bf16")[0]
     for key, value in half.state_dict().items():
         if value.is_floating_point():
             assert value.dtype == torch.bfloat16
@@ -388,9 +394,7 @@ def test_bf16_weights_are_the_rounded_float_weights(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_mixed_precision_keeps_float_weights(name):
-    assert {p.dtype for p in build(tiny(name, precision="amp-bf16"))[0].parameters()} == {
-        torch.float32
-    }
+    assert {p.dtype for p in built(name, precision="amp-bf16")[0].parameters()} == {torch.float32}
 
 
 # Golden losses

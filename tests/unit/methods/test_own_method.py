@@ -352,5 +352,5 @@ def test_a_learning_rate_among_the_options_which_the_schedule_would_undo_is_refu
 
 
 def test_the_weight_decay_of_the_run_reaches_a_named_optimizer(config):
-    named = config(optimizer="torch.optim.AdamW", weight_decay=0.125)
+    named = resolve(config(optimizer="torch.optim.AdamW", weight_decay=0.125))
     assert {g["weight_decay"] for g in build(named)[1].param_groups} == {0.125}

@@ -119,15 +119,17 @@ def test_a_run_configures_its_optimizer():
         model="tiny", corpus="markov", method="fira", precision="bf16",
         state_precision="fp32", stochastic_rounding=True,
     )  # fmt: skip
-    _, optimizer = build(config)
+    _, optimizer = build(resolve(config))
     for group in optimizer.param_groups:
         assert (group["state_precision"], group["stochastic_rounding"]) == ("fp32", True)
 
 
 @pytest.mark.parametrize("method", ["galore", "fira", "apollo", "golore"])
 def test_bytes_of_states_in_float32_equal_the_formula(method):
-    config = RunConfig(
-        model="tiny", corpus="markov", method=method, precision="bf16", state_precision="fp32"
+    config = resolve(
+        RunConfig(
+            model="tiny", corpus="markov", method=method, precision="bf16", state_precision="fp32"
+        )
     )
     model, optimizer = build(config)
     tokens = torch.randint(0, 16, (2, 9))

@@ -12,6 +12,7 @@ from short import QUICK
 import lowrank_lab as lab
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.fit import ways_to_fit
 from lowrank_lab.planning.fsdp import fullest, of_ranks, one_of
 from lowrank_lab.planning.simulate import simulate
@@ -40,7 +41,7 @@ def test_formula_and_simulation_of_a_process_agree_to_the_byte(method):
     config = configured(method, precision="bf16")
     for ranks, rank in ((3, 2), (2, 1)):  # 3 divides no dimension of the model
         held = simulate(config, ranks=ranks, rank=rank).at_rest
-        assert at_rest(held) == at_rest(of_ranks(config, ranks)[rank])
+        assert at_rest(held) == at_rest(of_ranks(resolve(config), ranks)[rank])
 
 
 @pytest.mark.parametrize("proj_type", ["std", "left", "right"])
@@ -48,7 +49,7 @@ def test_formula_and_simulation_of_a_process_agree_to_the_byte(method):
 def test_projections_without_gathering_leave_each_process_its_share_of_states(method, proj_type):
     options = {"refresh": "gram", "proj_type": proj_type}
     config = configured(method, rank=4, method_options=options, batch=4)
-    whole, shares = of_ranks(config, 1)[0], of_ranks(config, 2)
+    whole, shares = of_ranks(resolve(config), 1)[0], of_ranks(resolve(config), 2)
     assert at_rest(simulate(config, ranks=2, rank=1).at_rest) == at_rest(shares[1])
     assert shares[0].projections == whole.projections // 2
     assert shares[0].optimizer_states == pytest.approx(whole.optimizer_states / 2, rel=1e-3)
@@ -56,23 +57,25 @@ def test_projections_without_gathering_leave_each_process_its_share_of_states(me
 
 @pytest.mark.parametrize(("ranks", "mebibytes"), [(1, 25_705), (8, 3213), (64, 402)])
 def test_adam_s_states_at_7b_are_spread_over_all_processes(ranks, mebibytes):
-    accounts = of_ranks(RunConfig(model="7b", precision="bf16"), ranks)
+    accounts = of_ranks(resolve(RunConfig(model="7b", precision="bf16")), ranks)
     assert {round(each.optimizer_states / MIB) for each in accounts} == {mebibytes}
 
 
 def test_owners_share_the_layers_that_are_updated_whole():
     config = RunConfig(model="7b", precision="bf16", method="galore", rank=1024)
-    states = [each.optimizer_states for each in of_ranks(config, 64)]
-    whole = of_ranks(config, 1)[0].optimizer_states
+    states = [each.optimizer_states for each in of_ranks(resolve(config), 64)]
+    whole = of_ranks(resolve(config), 1)[0].optimizer_states
     assert sum(states) == pytest.approx(whole, rel=1e-6)
     assert max(states) < 1.2 * min(states)
-    assert of_ranks(config, 64)[fullest(of_ranks(config, 64))[0]].optimizer_states == max(states)
+    assert of_ranks(resolve(config), 64)[
+        fullest(of_ranks(resolve(config), 64))[0]
+    ].optimizer_states == max(states)
 
 
 def test_a_process_beyond_the_last_row_holds_padding_and_no_moments():
     config = configured("full-rank", batch=40)
     account = simulate(config, ranks=40, rank=39)  # the model's hidden size is 32
-    assert at_rest(account.at_rest) == at_rest(of_ranks(config, 40)[39])
+    assert at_rest(account.at_rest) == at_rest(of_ranks(resolve(config), 40)[39])
     assert account.at_rest.optimizer_states < simulate(config, ranks=40).at_rest.optimizer_states
 
 

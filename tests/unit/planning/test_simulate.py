@@ -41,7 +41,7 @@ def at_rest(breakdown):
 @pytest.mark.parametrize("method", QUICK)
 def test_formula_and_simulation_agree_to_the_byte(method, model, precision):
     config = configured(method, model, precision=precision)
-    assert at_rest(simulate(config).at_rest) == at_rest(by_formula(config))
+    assert at_rest(simulate(config).at_rest) == at_rest(by_formula(resolve(config)))
 
 
 @pytest.mark.parametrize("how", FRUGAL)
@@ -51,7 +51,11 @@ def test_the_simulated_step_is_the_measured_one(method, how):
         pytest.skip("updates its factors in pairs")
     config = configured(method, **FRUGAL[how])
     simulated, measured = simulate(config), measure(config)
-    assert at_rest(simulated.at_rest) == at_rest(measured.at_rest) == at_rest(by_formula(config))
+    assert (
+        at_rest(simulated.at_rest)
+        == at_rest(measured.at_rest)
+        == at_rest(by_formula(resolve(config)))
+    )
     assert simulated.steps.keys() == measured.steps.keys()
     for kind, trace in simulated.steps.items():
         assert trace.peak == measured.steps[kind].peak
@@ -94,11 +98,11 @@ def test_activations_of_dense_models_follow_their_formula_to_the_byte(model, pre
         "full-rank", model, precision=precision, activation_checkpointing=frugal,
         batch=4, gradient_accumulation=2,
     )  # fmt: skip
-    assert simulate(config).steps["next"].kept.activations == activation_bytes(config)
+    assert simulate(config).steps["next"].kept.activations == activation_bytes(resolve(config))
 
 
 def test_there_is_no_rule_for_the_activations_of_factors():
-    assert activation_bytes(configured("low-rank")) is None
+    assert activation_bytes(resolve(configured("low-rank"))) is None
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -107,7 +111,11 @@ def test_8_bit_states_are_simulated_by_formula_and_measured():
     pytest.importorskip("torchao")
     config = configured("adamw-8bit")
     simulated, measured = simulate(config), measure(config)
-    assert at_rest(simulated.at_rest) == at_rest(measured.at_rest) == at_rest(by_formula(config))
+    assert (
+        at_rest(simulated.at_rest)
+        == at_rest(measured.at_rest)
+        == at_rest(by_formula(resolve(config)))
+    )
     assert "formula" in simulated.left_out[0]
     assert abs(simulated.peak.total / max(measured.allocated.values()) - 1) < 0.03
 

@@ -63,7 +63,7 @@ def test_weights_and_states_come_back_bit_for_bit(method, precision, tmp_path):
     ours = build(config)
     train(*ours, config, 0, 6)
     save(tmp_path, 6, *ours)
-    theirs = build(config.replace(seed=1))
+    theirs = build(config.override(seed=1))
     assert load(tmp_path, *theirs) == (6, {})
     assert_equal(state_of(*ours), state_of(*theirs))
 
@@ -101,7 +101,7 @@ def test_interrupted_training_equals_uninterrupted_training(method, at, tmp_path
 
 def test_a_checkpoint_before_the_first_step_is_the_start(tmp_path):
     config = config_of("galore")
-    ours, theirs = build(config), build(config.replace(seed=1))
+    ours, theirs = build(config), build(config.override(seed=1))
     save(tmp_path, 0, *ours)
     assert load(tmp_path, *theirs) == (0, {})
     assert_equal(state_of(*ours), state_of(*theirs))

@@ -215,7 +215,7 @@ def test_a_run_has_the_losses_and_norms_of_an_ordinary_run(text_corpus, tmp_path
 def test_a_run_says_that_it_holds_the_gradient_of_one_weight(text_corpus, tmp_path):
     config = config_of(text_corpus, "galore", per_layer=True)
     run = train(config, tmp_path / "run")
-    largest = max(p.numel() for p in build(config)[0].parameters())
+    largest = max(p.numel() for p in build(run.config)[0].parameters())
     assert set(run.metrics["gradient_bytes"]) == {4 * largest}
     assert run.memory["gradients"] == 4 * largest
 

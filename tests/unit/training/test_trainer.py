@@ -162,7 +162,7 @@ def test_evaluations_and_events_are_in_the_rows_of_their_steps(finished):
 
 def test_bytes_are_those_of_weights_gradients_and_states(config, trained):
     run = trained(config())
-    parameters = list(build(config())[0].parameters())
+    parameters = list(build(resolve(config()))[0].parameters())
     elements = sum(p.numel() for p in parameters)
     states = 8 * elements + 4 * len(parameters)  # two averages, and AdamW's step counter
     for row in rows_of(run.folder):
@@ -502,7 +502,7 @@ def failure(config, folder):
 
 
 def kept_weights(config, folder):
-    model, optimizer = build(config)
+    model, optimizer = build(resolve(config))
     step, _ = checkpoint.load(folder / "checkpoints", model, optimizer)
     return step, model.state_dict()
 
