@@ -13,7 +13,7 @@ import torch
 from paths import GOLDEN, ROOT
 from short import QUICK, short_options, usual_rate
 
-from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
+from lowrank_lab.config import FILLED, InputError, ResolvedConfig, RunConfig
 from lowrank_lab.layers import FactorizedLinear, target_layers
 from lowrank_lab.methods.build import build, partition
 from lowrank_lab.methods.options import ByWidth
@@ -82,6 +82,26 @@ def test_a_method_with_factors_has_a_rank_and_an_initialisation(name):
 
 
 # resolve
+
+
+def test_a_resolved_configuration_has_a_type_of_its_own_until_it_is_changed():
+    config = resolve(tiny("galore"))
+    assert type(config) is ResolvedConfig
+    assert type(config.replace(rank=4)) is RunConfig
+    assert type(config.override(seed=4)) is ResolvedConfig
+    assert config.override(seed=4).seed == 4
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_a_resolved_configuration_without_a_value_is_refused(name):
+    with pytest.raises(InputError, match=f"^{name}: None is not allowed"):
+        resolve(tiny("galore")).override(**{name: None})
+
+
+def test_the_rank_of_a_method_without_one_is_an_error():
+    assert resolve(tiny("galore", rank=3)).method_rank == 3
+    with pytest.raises(ValueError, match="rank: full-rank has none"):
+        _ = resolve(tiny()).method_rank
 
 
 @pytest.mark.parametrize("name", QUICK)
