@@ -1,5 +1,5 @@
 # make study   set up, run the default study, print its table      make lab      JupyterLab
-# make test    set up, run the tests                               make figures  figures from data/study
+# make test    set up, run the unit tests (test-all: all)          make figures  figures from data/study
 # make bench   time ours against the published packages            make lint     what CI checks beside the tests
 # make explore the explorer as an app (Voilà)                      make publish  static pages, in build/pages
 # make clean   forget the environment
@@ -9,17 +9,23 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 
-.PHONY: study test test-slow lab explore figures publish bench lint clean
+.PHONY: study test test-notebooks test-browser test-slow test-all lab explore figures publish bench lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
 	$(BIN)/lowrank-lab study notebooks/studies/quick.yaml
 
-test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
+# The folder is the tier: unit is what a contributor runs; minutes of each are in CONTRIBUTING.md.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist worksteal
+test: .venv/installed-dev
+	$(PYTEST) tests/unit
+
+test-notebooks test-browser test-slow: test-%: .venv/installed-dev
+	$(PYTEST) tests/$*
+
+test-all: .venv/installed-dev
+	$(PYTEST) tests
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(AS_ROOT) \

@@ -1,5 +1,7 @@
 """What all tests share: one thread, and a data folder of their own."""
 
+import gzip
+import json
 import random
 import shutil
 
@@ -42,6 +44,38 @@ def data(tmp_path_factory):
     patch.setenv("LOWRANK_LAB_DATA", str(folder))
     yield folder
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The finished run of a configuration, trained once."""
+    from lowrank_lab import train
+
+    runs = {}
+
+    def of(config):
+        key = config.model_dump_json()
+        if key not in runs:
+            runs[key] = train(config, tmp_path_factory.mktemp("undisturbed"))
+        return runs[key]
+
+    return of
+
+
+@pytest.fixture
+def c4_names(tmp_path, monkeypatch):
+    """A data folder with one small shard of C4 and a tokenizer: what a configuration calls them."""
+    from lowrank_lab.data.tokenizer import byte_tokenizer
+
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    shards = tmp_path / "data" / "c4" / "en"
+    shards.mkdir(parents=True)
+    chance = random.Random(0)
+    rows = [f"page {i}: " + "".join(chance.choices("abc é漢\n", k=80)) for i in range(600)]
+    text = "".join(json.dumps({"text": row, "url": "none"}) + "\n" for row in rows)
+    (shards / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(text.encode()))
+    byte_tokenizer().save(str(shards.parent / "tokenizer.json"))
+    return {"corpus": "c4:c4/en", "tokenizer": "c4/tokenizer.json"}
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import time
 import nbformat
 import psutil
 
+from lowrank_lab.runs.run import write_json
+
 BASE = {
     "model": "tiny", "vocab_size": 300, "sequence_length": 16, "batch": 2, "tokens": 640,
     "eval_tokens": 64, "test_tokens": 64,
@@ -67,3 +69,10 @@ def runner_of(path, out, *arguments):
 def listening():
     """Heed Ctrl-C: what a shell starts in the background doesn't, nor do its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def mark_done(job):
+    """Mark a job's notebook as executed, without executing it."""
+    job.folder.mkdir(parents=True)
+    write_json(job.folder / "done.json", {"key": job.key})
+    return job.folder / "done.json"

@@ -4,6 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pages_in_browser import drag, press, slider, wait_for_text
+from paths import ROOT
 
 from lowrank_lab.publish import publish
 
@@ -25,8 +26,6 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def pages(browser, tmp_path_factory):
-    from conftest import ROOT
-
     folder = tmp_path_factory.mktemp("published")
     (folder / "notebooks").mkdir()
     nbformat.write(new_notebook(cells=CELLS), folder / "notebooks" / "sine.ipynb")

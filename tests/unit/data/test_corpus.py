@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections import Counter
 
@@ -1005,42 +1004,3 @@ def test_a_full_disk_keeps_what_was_recorded(c4, tmp_path, monkeypatch):
     counted = encoded_documents(monkeypatch)
     prepare(c4_config(c4), tmp_path / "corpora")
     assert 0 < len(counted) < 900
-
-
-# Memory
-
-MEASURE = """
-import json, resource, sys
-from pathlib import Path
-from lowrank_lab.config import RunConfig
-from lowrank_lab.data.corpus import prepare
-corpus = prepare(RunConfig(corpus=sys.argv[1], vocab_size="byte"), Path(sys.argv[2]))
-corpus.batch("train", 0, batch=16, sequence_length=256)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([peak * 1024, sum(corpus.facts["bytes"].values())]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "c4"])
-def test_memory_does_not_grow_with_the_corpus(kind, tmp_path):
-    """At $LOWRANK_LAB_SCALE MB (default 60) and a tenth of it."""
-    scale = int(os.environ.get("LOWRANK_LAB_SCALE", "60"))
-    peaks = []
-    for megabytes in (scale / 10, scale):
-        path = tmp_path / (f"{megabytes}.txt" if kind == "text" else f"{megabytes}.json.gz")
-        lines = rows_of(1000)
-        with path.open("wb") if kind == "text" else gzip.open(path, "wb", 1) as file:
-            for index in range(int(megabytes * 1e6) // 10_000):
-                text = f"{index} " + (lines[index % 1000] + "\n") * 100
-                file.write(f"{text}\n".encode() if kind == "text" else row_of(text))
-        command = [sys.executable, "-c", MEASURE, f"{kind}:{path}", str(tmp_path / "corpora")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak, size = json.loads(done.stdout)
-        assert size > megabytes * 0.7e6
-        peaks.append(peak)
-    assert peaks[1] - peaks[0] < 0.1 * scale * 1e6 + 10e6
-
-
-def row_of(text):
-    return json.dumps({"text": text}).encode() + b"\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from apollo_torch import APOLLOAdamW
 from apollo_torch.random_projector import next_seed as published_next_seed
-from test_optim import (
+from small_matrices import (
     GAP,
     LR,
     ONE_SIDED,

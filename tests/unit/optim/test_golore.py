@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from test_optim import (
+from small_matrices import (
     GAP,
     LR,
     ONE_SIDED,

@@ -8,6 +8,25 @@ import pytest
 import torch
 from fira import FiraAdamW
 from galore_torch import GaLoreAdamW
+from small_matrices import (
+    GAP,
+    LR,
+    ONE_SIDED,
+    SQUARE,
+    STEPS,
+    TALL,
+    WIDE,
+    advance,
+    assert_equal_states,
+    error_of_update,
+    gradients,
+    growing,
+    is_left,
+    is_right,
+    readable,
+    relative,
+    start,
+)
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -23,30 +42,10 @@ from lowrank_lab.optim.projection import (
 
 PACKAGE = {GaLore: GaLoreAdamW, Fira: FiraAdamW}
 STRENGTH = {GaLore: "scale", Fira: "alpha"}  # what multiplies the step inside the subspace
-LR, GAP, STEPS = 0.01, 10, 35  # three refreshes after the first
-SQUARE, TALL, WIDE = (16, 16), (24, 10), (10, 24)
-ONE_SIDED = ("std", "reverse_std", "left", "right")
 
 both = pytest.mark.parametrize("method", [GaLore, Fira])
 refreshes = pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-def gradients(shape, steps=STEPS, dtype=torch.float32):
-    """A low-rank signal of changing size under noise."""
-    chance = torch.Generator().manual_seed(0)
-    m, n = shape
-    rank = max(1, min(shape) // 3)
-    signal = torch.randn(m, rank, generator=chance) @ torch.randn(rank, n, generator=chance)
-    sizes, noise = torch.rand(steps, generator=chance), torch.randn(steps, m, n, generator=chance)
-    return [(2 * s * signal + 0.5 * e).to(dtype) for s, e in zip(sizes, noise, strict=True)]
-
-
-def start(shape, dtype=torch.float32):
-    """The initial matrix and vector."""
-    chance = torch.Generator().manual_seed(1)
-    W, b = torch.randn(*shape, generator=chance), torch.randn(shape[0], generator=chance)
-    return (0.1 * W).to(dtype), (0.1 * b).to(dtype)
 
 
 def made(method, shape, rank, *, dtype=torch.float32, weight_decay=0.0, **keys):
@@ -55,12 +54,6 @@ def made(method, shape, rank, *, dtype=torch.float32, weight_decay=0.0, **keys):
     keys = {"update_proj_gap": GAP, "proj_type": "std", STRENGTH.get(method, "alpha"): 1.0} | keys
     groups = [{"params": [W], "rank": rank, **keys}, {"params": [b]}]
     return W, b, method(groups, lr=LR, weight_decay=weight_decay, no_deprecation_warning=True)
-
-
-def advance(W, b, optimizer, grads):
-    for G in grads:
-        W.grad, b.grad = G.clone(), G.sum(1)
-        optimizer.step()
 
 
 def trained(method, shape, rank, *, dtype=torch.float32, **options):
@@ -75,18 +68,6 @@ def published(method, shape, rank, **options):
     if method is GaLore:
         options.setdefault("scale", 1.0)
     return trained(PACKAGE[method], shape, rank, **options)
-
-
-def is_left(proj_type, shape):
-    tall = shape[0] >= shape[1]
-    return proj_type in ("left", "full") or (proj_type, tall) in (
-        ("std", False),
-        ("reverse_std", True),
-    )
-
-
-def is_right(proj_type, shape):
-    return proj_type == "full" or not is_left(proj_type, shape)
 
 
 def by_equations(
@@ -117,16 +98,6 @@ def by_equations(
     return W
 
 
-def relative(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def error_of_update(W, reference, shape, dtype=torch.float32):
-    """Relative error of the accumulated update, stricter than that of the weights."""
-    W0 = start(shape, dtype)[0].double()
-    return relative(W - W0, reference - W0)
-
-
 def package_is_right(method, shape, rank, proj_type):
     """The packages guess the side from the projected shape, and miss where that is square."""
     if method is Fira and is_left(proj_type, shape) and rank == shape[1]:
@@ -139,13 +110,6 @@ def matrix_cases():
         for rank in (1, 4, min(shape)):
             for proj_type in (*ONE_SIDED, "full") if method is GaLore else ONE_SIDED:
                 yield method, shape, rank, proj_type
-
-
-def readable(value):
-    """The part of a test's name for one parameter."""
-    return (
-        "x".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "__name__", None)
-    )
 
 
 # Equality
@@ -419,21 +383,6 @@ def test_states_hold_no_more_memory_than_their_elements(method, proj_type, shape
 
 
 # Saving and continuing
-
-
-def assert_equal_states(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        if isinstance(value, torch.Tensor):
-            assert value.dtype == other[name].dtype, name
-            assert torch.equal(value, other[name]), name
-        else:
-            assert value == other[name], name
-
-
-def growing(shape, dtype):
-    """Gradients that keep Fira's limiter at work."""
-    return [1.3**i * G for i, G in enumerate(gradients(shape, dtype=dtype))]
 
 
 @both

@@ -1,12 +1,9 @@
-"""One process of many: by formula, simulated, and measured in two processes."""
-
-import shutil
-import sys
+"""One process of many: by formula and simulated. Measured in two processes: tests/slow."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import measure_all, phase_peaks
+from processes import phase_peaks
 from short import QUICK
 
 import lowrank_lab as lab
@@ -151,29 +148,3 @@ def test_ways_to_fit_are_those_that_shards_know():
     assert not any("--per-layer" in way.flags for way in ways)
     fitting = config.replace(**ways[-1].changes)
     assert ways[-1].peak == simulate(fitting, "cuda", ranks=2).peak.total
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_two_processes_measure_what_is_simulated_of_each(tmp_path):
-    names = [*QUICK, *(["adamw-8bit"] if shutil.which("g++") else [])]
-    jobs = {name: fields_of(name, parallel="fsdp2", batch=4, **techniques(name)) for name in names}
-    measured = measure_all(jobs.items(), tmp_path)
-    lines, worst = [], 0.0
-    for (name, rank), real in sorted(measured.items()):
-        account = simulate(RunConfig(**jobs[name]), ranks=2, rank=rank)
-        assert account.at_rest.as_dict() == real["at_rest"]
-        ratios = {
-            kind: trace.peak.total / real["allocated"][kind]
-            for kind, trace in account.steps.items()
-        }
-        if name != "adamw-8bit":  # its own temporaries are left out
-            worst = max([worst, *(abs(ratio - 1) for ratio in ratios.values())])
-        lines += [f"{name:12} {rank}  " + ", ".join(f"{k} {r:.4f}" for k, r in ratios.items())]
-    title = "simulated / allocated at the peak, by process and kind of step; at rest equal"
-    sys.stdout.write("\n".join(["", title, *lines, ""]))
-    assert worst < 0.03
-
-
-def techniques(method):
-    return {"refactor_every": 200, "reset_every": 200} if METHODS[method].layers else {}

@@ -1,50 +1,32 @@
 """The paper's own tables as study files: they resolve and train, and their heads are right."""
 
-import gzip
-import json
-import math
-import random
 import re
-import shlex
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from paper_studies import (
+    COLUMNS,
+    PUBLISHED,
+    ROW,
+    agrees,
+    assert_head_says,
+    command_in,
+    facts_of,
+    head_of,
+    path_of,
+)
 from paths import NOTEBOOKS
 
 from lowrank_lab.cli import _config, _given, main
 from lowrank_lab.config import RunConfig
-from lowrank_lab.data.tokenizer import byte_tokenizer
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import resources
 from lowrank_lab.studies.progress import plan_facts
 from lowrank_lab.studies.study import load_study, plan_study
-from lowrank_lab.training.trainer import train
 
-# rank and tokens of each size, as published
-PUBLISHED = {"60m": (128, 1.1e9), "130m": (256, 2.2e9), "350m": (256, 6.4e9), "1b": (512, 13.1e9)}
 METHODS = "full-rank spam stable-spam galore fira apollo low-rank lora relora sltrain loro".split()
 CARD = 80e9
-ROW = r"(.+), seed 0 +([\d.]+) GB +([\d.]+) GB +([\d.]+) +([\d.]+) +([\d.]+) GB"
-COLUMNS = ("weights_and_states_bytes", "device_memory_bytes", "flops", "hours", "disk_bytes")
-UNITS = dict(zip(COLUMNS, (1e9, 1e9, 1e18, 1, 1e9), strict=True))
-
-
-def path_of(size):
-    return NOTEBOOKS / "studies" / f"paper_{size}.yaml"
-
-
-def head_of(size):
-    """The comment that a file begins with, without its signs."""
-    lines = path_of(size).read_text().splitlines()
-    count = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join(line[1:].strip() for line in lines[:count])
-
-
-def command_in(head, start):
-    """The words of a command that a head gives, after its name."""
-    (found,) = re.findall(rf"{start} (.+?)(?:`|\n\n|$)", head.replace("\\\n", ""), re.S)
-    return shlex.split(found)
 
 
 def flags_of(command, words):
@@ -52,38 +34,6 @@ def flags_of(command, words):
     with main.commands[command].make_context(command, words) as context:
         names = {*RunConfig.model_fields, "label", "out"}
         return {name: value for name, value in context.params.items() if name in names}
-
-
-def agrees(shown, value):
-    """Whether a value, rounded to the digits shown, is what is shown; give or take the last."""
-    digits = len(shown.partition(".")[2])
-    return abs(float(shown) - value) <= 1.01 * 10**-digits
-
-
-def facts_of(size):
-    """What the command in a head prints, as facts."""
-    words = command_in(head_of(size), f"study notebooks/studies/paper_{size}.yaml --dry-run")
-    assert words[0] == "--flops"
-    return plan_facts(plan_study(path_of(size), elsewhere=True), float(words[1]))
-
-
-def assert_head_says(size, facts, columns):
-    head = head_of(size)
-    rows = {label: values for label, *values in re.findall(rf"^{ROW}$", head, re.M)}
-    runs = {run["label"].removesuffix(", seed 0"): run for run in facts["runs"]}
-    assert list(rows) == list(runs)
-    for label, run in runs.items():
-        shown = dict(zip(COLUMNS, rows[label], strict=True))
-        wrong = {
-            name: (shown[name], run[name] / UNITS[name])
-            for name in columns
-            if not agrees(shown[name], run[name] / UNITS[name])
-        }
-        assert not wrong, f"{label}: {wrong}; write into the head what its command prints"
-    ((count, hours, disk),) = re.findall(r"^(\d+) runs, ([\d.]+) hours, ([\d.]+) GB", head, re.M)
-    assert int(count) == len(runs)
-    assert agrees(hours, sum(run["hours"] for run in runs.values()))
-    assert agrees(disk, sum(run["disk_bytes"] for run in runs.values()) / 1e9)
 
 
 def test_every_file_is_tested_here():
@@ -138,25 +88,6 @@ def test_a_dry_run_with_flops_prints_such_rows_without_corpus_or_card(study_file
     assert result.stdout.splitlines()[-1].startswith("1 runs, ")
 
 
-@pytest.mark.slow
-def test_a_head_says_what_steps_on_fake_tensors_take():
-    facts = facts_of("60m")
-    assert {run["memory_by"] for run in facts["runs"]} == {"simulated"}
-    assert_head_says("60m", facts, COLUMNS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [size for size in PUBLISHED if size != "60m"])
-def test_a_larger_head_says_so_of_a_dense_and_of_a_factorised_run(size):
-    """Of two runs: all thirteen of each size take minutes, by the same code."""
-    shown = {label: values for label, *values in re.findall(f"^{ROW}$", head_of(size), re.M)}
-    configs = dict(load_study(path_of(size), corpora=False).runs.values())
-    for label in ("full-rank", "low-rank + refactor + reset"):
-        need = resources.need_of(configs[label], cuda=True)
-        assert need.source == "simulated"
-        assert agrees(shown[label][1], need.device / 1e9)
-
-
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_a_card_holds_every_run_of_a_head(size):
     peaks = [float(peak) for _, _, peak, *_ in re.findall(f"^{ROW}$", head_of(size), re.M)]
@@ -182,26 +113,12 @@ def test_the_other_commands_of_a_head_are_about_its_runs(size):
         assert getattr(asked, name) == getattr(galore, name), name
 
 
-@pytest.fixture
-def c4(tmp_path, monkeypatch):
-    """A data folder with one small shard of C4 and a tokenizer: what a configuration calls them."""
-    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
-    shards = tmp_path / "data" / "c4" / "en"
-    shards.mkdir(parents=True)
-    chance = random.Random(0)
-    rows = [f"page {i}: " + "".join(chance.choices("abc é漢\n", k=80)) for i in range(600)]
-    text = "".join(json.dumps({"text": row, "url": "none"}) + "\n" for row in rows)
-    (shards / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(text.encode()))
-    byte_tokenizer().save(str(shards.parent / "tokenizer.json"))
-    return {"corpus": "c4:c4/en", "tokenizer": "c4/tokenizer.json"}
-
-
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_a_study_loads_with_shards_and_a_tokenizer_in_the_data_folder(size, c4, study_file):
+def test_a_study_loads_with_shards_and_a_tokenizer_in_the_data_folder(size, c4_names, study_file):
     path = study_file()
     content = yaml.safe_load(path_of(size).read_text())
-    assert content["base"]["corpus"] == c4["corpus"]
-    content["base"] |= c4 | {"repeat": True, "eval_tokens": 512, "test_tokens": 512}
+    assert content["base"]["corpus"] == c4_names["corpus"]
+    content["base"] |= c4_names | {"repeat": True, "eval_tokens": 512, "test_tokens": 512}
     path.write_text(yaml.safe_dump(content))
     assert len(load_study(path).runs) == len(content["variants"])
 
@@ -218,23 +135,3 @@ def test_missing_shards_are_one_line_that_says_what_to_put_where(tmp_path, monke
     assert missing.startswith("paper_60m.yaml: full-rank: corpus: 'c4:c4/en' is not allowed")
     assert f"here or in {tmp_path}; put .json.gz shards of C4 there" in missing
     assert "c4/en' is not allowed; there is no .json.gz file in it" in empty
-
-
-@pytest.mark.parametrize(
-    "label", [pytest.param("galore", marks=pytest.mark.slow), "low-rank + refactor + reset"]
-)
-def test_a_run_of_60m_trains(label, c4, tmp_path):
-    runs = load_study(path_of("60m"), corpora=False).runs.values()
-    (config,) = [config for name, config in runs if name == label]
-    short = {"refactor_every": 1, "reset_every": 2, "recovery_steps": 2}
-    config = config.replace(
-        **c4, vocab_size=None, batch=2, steps=3, eval_every=3, spectra_every=3,
-        checkpoint_every=3, eval_tokens=512, test_tokens=512, spectra_layers="0.self_attn.q_proj",
-        **(short if config.refactor_every else {}),
-    )  # fmt: skip
-    run = train(config, tmp_path / "run")
-    assert run.finished
-    assert run.config.size[:4] == (512, 1376, 8, 8)
-    losses = list(run.metrics["loss"])
-    assert losses[0] == pytest.approx(math.log(257), abs=0.5)
-    assert losses[2] < losses[0] - 1

@@ -1,12 +1,11 @@
-"""Nothing is lost: killed, stopped, crowded, damaged and full runs end as if nothing had happened.
+"""Nothing is lost: stopped, crowded, damaged and full runs end as if nothing had happened.
 
-Runs that are to die are trained in forked children, which start at once.
+Killed runs: tests/slow.
 """
 
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -18,128 +17,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from interruptions import STEPS, assert_same, config_of, fork, rows_of
 from safetensors.torch import load_file
-from short import short_options
 
-from lowrank_lab import METHODS, InputError, RunConfig, TrainingError, train
+from lowrank_lab import InputError, TrainingError, train
 from lowrank_lab.runs.run import Run, locked, read_jsonl
 from lowrank_lab.training import checkpoint, trainer
 from lowrank_lab.training.monitor import ENOUGH, LossWatch, asked_to_stop
-
-fork = multiprocessing.get_context("fork")
-
-STEPS = 24
-KILLED = ("low-rank", "galore", "relora", "sltrain", "apollo")
-TIMES = ("seconds", "tokens_per_second")
-
-
-def config_of(method="full-rank", **values):
-    """A short run with techniques and refreshes, that saves its state at every step."""
-    given = {
-        "model": "tiny", "num_layers": 1, "corpus": "markov", "vocab_size": 64, "steps": STEPS,
-        "sequence_length": 16, "batch": 4, "eval_tokens": 160, "test_tokens": 320, "eval_every": 6,
-        "spectra_every": 8, "checkpoint_every": 1, "reset_every": 5, "recovery_steps": 3,
-        "method": method, "method_options": short_options(method, 4),
-    }  # fmt: skip
-    given |= {"refactor_every": 3} if METHODS[method].layers else {}
-    return RunConfig(**given | values)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The finished run of a configuration, trained once."""
-    runs = {}
-
-    def of(config):
-        key = config.model_dump_json()
-        if key not in runs:
-            runs[key] = train(config, tmp_path_factory.mktemp("undisturbed"))
-        return runs[key]
-
-    return of
-
-
-def in_child(config, folder, before=lambda: None):
-    """Train in a forked child; the child."""
-
-    def work():
-        before()
-        train(config, folder)
-        os._exit(0)
-
-    child = fork.Process(target=work)
-    child.start()
-    return child
-
-
-def rows_of(run):
-    """The rows of metrics.jsonl but for times, and for what tells of damage."""
-    rows = read_jsonl(run.folder / "metrics.jsonl")
-    for row in rows:
-        row["events"] = [event for event in row["events"] if event["event"] != "damage"]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def assert_same(ours, theirs):
-    """Two finished runs with the same weights, bit for bit, and the same records."""
-    weights, others = (load_file(run.folder / "model.safetensors") for run in (ours, theirs))
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-    assert [row["step"] for row in rows_of(ours)] == list(range(1, ours.config.total_steps + 1))
-    for row, other in zip(rows_of(ours), rows_of(theirs), strict=True):
-        assert row == other
-    spectra, other_spectra = (read_jsonl(r.folder / "spectra.jsonl") for r in (ours, theirs))
-    assert spectra == other_spectra
 
 
 def reported(run, event):
     return [e for row in read_jsonl(run.folder / "metrics.jsonl")
             for e in row["events"] if e["event"] == event]  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", KILLED)
-def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(
-    method, tmp_path, undisturbed, record_property
-):
-    chance = random.Random(f"{method} is killed")
-    config, run = config_of(method, steps=60), tmp_path / "run"
-    moments, steps = [], []
-    for last in (12, 24, 36, 48):  # each time it comes a little further
-        moments.append((chance.randint(last - 11, last), round(chance.uniform(0, 0.05), 4)))
-        child = in_child(config, run)
-        while child.is_alive() and len(read_jsonl(run / "metrics.jsonl")) < moments[-1][0]:
-            time.sleep(0.001)
-        time.sleep(moments[-1][1])
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        found = checkpoint.all_checkpoints(run / "checkpoints")
-        steps.append(int(found[-1].name[-8:]) if found else 0)
-    record_property("kills", f"at (rows, seconds) {moments}; checkpoints {steps}")
-    assert_same(train(config, run), undisturbed(config))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("write", range(8))
-def test_a_run_killed_inside_a_checkpoint_write_ends_as_if_undisturbed(
-    write, tmp_path, monkeypatch, undisturbed
-):
-    """Killed at each of the moments at which a checkpoint's files reach the disk."""
-    config, calls, fsync = config_of("low-rank"), [], checkpoint._fsync
-
-    def dies(path):
-        calls.append(path)
-        if len(calls) == 30 + write:
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(path)
-
-    child = in_child(config, tmp_path, lambda: monkeypatch.setattr(checkpoint, "_fsync", dies))
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "result.json").exists()
-    assert_same(train(config, tmp_path), undisturbed(config))
-    assert not list(tmp_path.rglob(".partial*"))
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, data):

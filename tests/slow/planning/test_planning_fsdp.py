@@ -1,0 +1,43 @@
+"""Two processes measure what is simulated."""
+
+import shutil
+import sys
+
+import pytest
+from processes import measure_all
+from short import QUICK
+
+from lowrank_lab.config import RunConfig
+from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.planning.simulate import simulate
+
+
+def fields_of(method):
+    found = {"model": "tiny", "method": method, "batch": 4, "sequence_length": 8, "steps": 10_000}
+    found["parallel"] = "fsdp2"
+    if METHODS[method].uses_rank and METHODS[method].rank is None:
+        found["rank"] = 5
+    if METHODS[method].layers:
+        found |= {"refactor_every": 200, "reset_every": 200}
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_measure_what_is_simulated_of_each(tmp_path):
+    names = [*QUICK, *(["adamw-8bit"] if shutil.which("g++") else [])]
+    jobs = {name: fields_of(name) for name in names}
+    measured = measure_all(jobs.items(), tmp_path)
+    lines, worst = [], 0.0
+    for (name, rank), real in sorted(measured.items()):
+        account = simulate(RunConfig(**jobs[name]), ranks=2, rank=rank)
+        assert account.at_rest.as_dict() == real["at_rest"]
+        ratios = {
+            kind: trace.peak.total / real["allocated"][kind]
+            for kind, trace in account.steps.items()
+        }
+        if name != "adamw-8bit":  # its own temporaries are left out
+            worst = max([worst, *(abs(ratio - 1) for ratio in ratios.values())])
+        lines += [f"{name:12} {rank}  " + ", ".join(f"{k} {r:.4f}" for k, r in ratios.items())]
+    title = "simulated / allocated at the peak, by process and kind of step; at rest equal"
+    sys.stdout.write("\n".join(["", title, *lines, ""]))
+    assert worst < 0.03

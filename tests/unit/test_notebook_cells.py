@@ -1,0 +1,72 @@
+"""Notebooks keep to their form: text before outputs, short cells, no logic, answered exercises."""
+
+import ast
+import itertools
+import json
+import re
+
+import pytest
+from paths import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+LOGIC = ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.While | ast.IfExp | ast.If
+
+
+def cells_of(path):
+    return [
+        (cell["cell_type"], "".join(cell["source"]))
+        for cell in json.loads(path.read_text())["cells"]
+    ]
+
+
+every_notebook = pytest.mark.parametrize(
+    "path", NOTEBOOKS + SOLUTIONS, ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+
+
+@every_notebook
+def test_there_are_about_two_cells_of_text_to_one_of_code(path):
+    kinds = [kind for kind, _ in cells_of(path)]
+    assert 1.5 <= kinds.count("markdown") / kinds.count("code") <= 2.75
+
+
+@every_notebook
+def test_no_cell_has_more_than_twelve_lines(path):
+    long = [source for _, source in cells_of(path) if len(source.splitlines()) > 12]
+    assert not long
+
+
+@every_notebook
+def test_what_a_cell_shows_has_been_announced(path):
+    """Text stands between two code cells, unless the first only prepares the second."""
+    cells = cells_of(path)
+    for (kind, source), (following, _) in itertools.pairwise(cells):
+        if kind == following == "code":
+            assert not shows(source), source
+
+
+@every_notebook
+def test_a_notebook_has_no_logic_of_its_own(path):
+    for kind, source in cells_of(path):
+        if kind == "code":
+            nodes = ast.walk(ast.parse(source))
+            assert not [n for n in nodes if isinstance(n, LOGIC)], source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_exercise_has_an_answer(path):
+    text = "\n".join(source for kind, source in cells_of(path) if kind == "markdown")
+    exercises = re.findall(r"^(\d+)\. ", text.partition("## Exercises")[2], re.M)
+    solution = path.parent / "solutions" / path.name
+    assert bool(exercises) == solution.exists()
+    if exercises:
+        answers = "\n".join(source for _, source in cells_of(solution))
+        assert re.findall(r"^## (\d+)\. ", answers, re.M) == exercises
+        assert f"`solutions/{path.name}`" in text
+
+
+def shows(source):
+    """Whether a cell of code ends in something that the notebook displays."""
+    last = ast.parse(source).body[-1]
+    return isinstance(last, ast.Expr)
