@@ -12,12 +12,15 @@ from lowrank_lab.techniques.momentum import reset_momentum_
 from lowrank_lab.techniques.refactorization import refactorize_
 from lowrank_lab.training.trainer import TrainingError, train
 
+__version__ = "0.1.0"  # read by pyproject.toml; CITATION.cff repeats it
+
 __all__ = [
     "METHODS",
     "InputError",
     "Run",
     "RunConfig",
     "TrainingError",
+    "__version__",
     "factorize",
     "fast_products",
     "load",

@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 import click
 import yaml
 
-from lowrank_lab import distributed
+from lowrank_lab import __version__, distributed
 from lowrank_lab.config import InputError, RunConfig
 
 STUDIES = Path(__file__).resolve().parent.parent / "notebooks" / "studies"  # of a checkout
@@ -95,7 +95,7 @@ def _config(flags: dict[str, Any]) -> RunConfig:
 
 
 @click.group(cls=_OneLine)
-@click.version_option(package_name="lowrank-lab")
+@click.version_option(__version__, prog_name="lowrank-lab")
 @click.option(
     "--methods-from",
     type=click.Path(path_type=Path),

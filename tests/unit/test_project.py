@@ -1,6 +1,7 @@
 """The files around the library agree with each other: pins, environments, notebooks, documents."""
 
 import ast
+import importlib.metadata
 import json
 import re
 import sys
@@ -8,9 +9,13 @@ import tomllib
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from paths import ROOT
+
+import lowrank_lab
+from lowrank_lab.cli import main
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -32,6 +37,22 @@ def test_every_requirement_is_pinned_to_a_version_it_allows(project, pins):
     for text in [*project["dependencies"], *(r for extra in extras.values() for r in extra)]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_the_version_stands_in_one_place_and_the_citation_repeats_it(project):
+    assert project["dynamic"] == ["version"]
+    assert "version" not in project
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == lowrank_lab.__version__
+
+
+def test_the_command_says_the_version_of_a_checkout_that_is_not_installed(monkeypatch):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    said = CliRunner().invoke(main, ["--version"])
+    assert said.stdout.split() == ["lowrank-lab,", "version", lowrank_lab.__version__]
 
 
 def test_conda_users_get_the_same_pins():
@@ -116,8 +137,6 @@ def test_commands_of_the_readme_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"(?:`|^    )make (\w+)", text, re.M))
     assert {"study", "test", "lab"} <= named <= targets
-    from lowrank_lab.cli import main
-
     assert {"train", "study"} <= set(re.findall(r"lowrank-lab (\w+)", text)) <= set(main.commands)
 
 
