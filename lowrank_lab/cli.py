@@ -326,7 +326,7 @@ def report(
     belongs to a study that is kept there is written to data/runs/kept, if --out isn't given.
     """
     from lowrank_lab import report as reporting
-    from lowrank_lab.config import data_folder
+    from lowrank_lab.paths import data_folder
 
     if publish is not None:
         _publish(publish, folders)
@@ -367,7 +367,7 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     from multiprocessing import get_context
 
     from lowrank_lab import report as reporting
-    from lowrank_lab.config import data_folder
+    from lowrank_lab.paths import data_folder
     from lowrank_lab.studies.local_executor import cores
 
     kept = sorted(path for path in (data_folder() / "study").glob("*/") if any(path.glob("*/")))

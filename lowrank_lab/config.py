@@ -11,10 +11,8 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,27 +40,6 @@ def nearest(name: object, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def data_folder() -> Path:
-    """Where corpora and runs live: $LOWRANK_LAB_DATA, else the checkout's data/, else ./data."""
-    given = os.environ.get("LOWRANK_LAB_DATA")
-    if given:
-        return Path(given)
-    checkout = Path(__file__).resolve().parent.parent
-    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "data"
-
-
-STARTED_IN = "LOWRANK_LAB_STARTED_IN"  # set by the runner of studies
-
-
-def located(path: str) -> Path:
-    """A file or folder that a configuration names: from here, or in the data folder.
-
-    Notebooks of a study work in folders of their own: here is then where the study was started.
-    """
-    found = Path(os.environ.get(STARTED_IN, "")) / Path(path).expanduser()
-    return found if found.exists() else data_folder() / Path(path).expanduser()
 
 
 class Size(NamedTuple):

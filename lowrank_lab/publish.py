@@ -18,8 +18,9 @@ from urllib.parse import quote
 
 from pygments.formatters import HtmlFormatter
 
-from lowrank_lab.config import InputError, data_folder
+from lowrank_lab.config import InputError
 from lowrank_lab.pages import NotebookPage, read_notebook
+from lowrank_lab.paths import data_folder
 from lowrank_lab.report import asked_in, write_report
 from lowrank_lab.studies.job import Job, parameter_names
 from lowrank_lab.studies.local_executor import execute

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.config import InputError, RunConfig, data_folder, located, nearest
+from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.data.sources import (
     FORMAT,
     PACKAGES,
@@ -66,6 +66,7 @@ from lowrank_lab.data.tokenizer import (
     train_bpe,
     vocabulary_of,
 )
+from lowrank_lab.paths import data_folder, located
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

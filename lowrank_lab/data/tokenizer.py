@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lowrank_lab.config import InputError, located
+from lowrank_lab.config import InputError
+from lowrank_lab.paths import located
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

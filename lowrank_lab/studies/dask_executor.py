@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from lowrank_lab.config import InputError, data_folder
+from lowrank_lab.config import InputError
 from lowrank_lab.methods.own import OWN_METHODS
+from lowrank_lab.paths import DATA, data_folder
 from lowrank_lab.studies.job import PARTIAL, Job, settle
 from lowrank_lab.studies.local_executor import THREADS, fail, perform
 
@@ -93,7 +94,7 @@ def execute_on(
     waiting = settle(todo, retry)
     if waiting and not _workers(client):
         log.warning("no worker is connected to %s yet; the study waits for one", _address(client))
-    environment = {"LOWRANK_LAB_DATA": str(data_folder().resolve())}
+    environment = {DATA: str(data_folder().resolve())}
     environment |= {name: os.environ[name] for name in (OWN_METHODS,) if name in os.environ}
     futures: dict[Any, Job] = {}
     try:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from lowrank_lab.config import STARTED_IN, data_folder
+from lowrank_lab.paths import DATA, STARTED_IN, data_folder
 from lowrank_lab.runs.run import write_json
 from lowrank_lab.studies.job import PARTIAL, Job, read_record, settle
 from lowrank_lab.training.provenance import training_source
@@ -171,7 +171,7 @@ def _papermill(
     ]  # fmt: skip
     variables = {
         **os.environ, "TOKENIZERS_PARALLELISM": "false",
-        "LOWRANK_LAB_DATA": str(data_folder().resolve()), STARTED_IN: str(Path.cwd()),
+        DATA: str(data_folder().resolve()), STARTED_IN: str(Path.cwd()),
         **environment,
     }  # fmt: skip
     end = time.monotonic() + (float("inf") if time_limit is None else time_limit)

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, data_folder, nearest
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.paths import data_folder
 from lowrank_lab.runs.run import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")

@@ -31,9 +31,10 @@ from typing import Any
 
 import yaml
 
-from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, data_folder, nearest
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.memory.formulas import GB
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.paths import data_folder
 from lowrank_lab.planning.resources import Need, device_memory, free_disk, machine_memory, needs_of
 from lowrank_lab.runs.collect import copy_run, finished_run
 from lowrank_lab.studies.dask_executor import connect, execute_on, worker_memory

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_lab import distributed
 from lowrank_lab.analysis.spectra import SpectraRecorder
-from lowrank_lab.config import NOT_IN_RUN_ID, InputError, ResolvedConfig, RunConfig, data_folder
+from lowrank_lab.config import NOT_IN_RUN_ID, InputError, ResolvedConfig, RunConfig
 from lowrank_lab.cpu.malloc import keep_freed_memory
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.data.corpus import Corpus, prepare
@@ -27,6 +27,7 @@ from lowrank_lab.memory.tracker import LAPACK, Tracker, untracked
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.paths import data_folder
 from lowrank_lab.runs.run import RUNNER_FILES, Run, append_jsonl, cut_jsonl, locked, write_json
 from lowrank_lab.training import checkpoint
 from lowrank_lab.training.fsdp import Shards, check_shards

@@ -7,10 +7,9 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import ROOT
 from pydantic import ValidationError
 
-from lowrank_lab.config import SIZES, InputError, RunConfig, data_folder, nearest
+from lowrank_lab.config import SIZES, InputError, RunConfig, nearest
 
 ONE_LINE = re.compile(r"[\w.]+: .+ is not allowed; .+")  # without DOTALL, `.` stops at a line end
 
@@ -242,13 +241,6 @@ def test_text_becomes_the_type_of_its_field():
 @pytest.mark.parametrize("value", [True, False])
 def test_true_and_false_are_no_numbers_and_no_names(field, value):
     assert refusal(**{field: value}).startswith(f"{field}: {value} ")
-
-
-def test_the_data_folder_is_the_one_in_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path))
-    assert data_folder() == tmp_path
-    monkeypatch.setenv("LOWRANK_LAB_DATA", "")
-    assert data_folder() == ROOT / "data"
 
 
 VALID = {

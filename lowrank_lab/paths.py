@@ -1,0 +1,60 @@
+"""Where files lie: corpora and runs, paths that a configuration names, and what the library ships.
+
+The library ships its notebooks, study files and kept studies. In a checkout they are the top-level
+folders `notebooks` and `data/study`; an installed library has both below `lowrank_lab/shipped`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DATA = "LOWRANK_LAB_DATA"  # environment variable: the data folder
+STARTED_IN = "LOWRANK_LAB_STARTED_IN"  # environment variable, set by the study runner
+PACKAGE = Path(__file__).resolve().parent
+
+
+def data_folder() -> Path:
+    """The folder of corpora and runs.
+
+    It is $LOWRANK_LAB_DATA if that is set; in a checkout its `data`; for an installed library the
+    nearest `data` with a folder `corpora` in it, at or above the working directory, else ./data.
+    """
+    given = os.environ.get(DATA)
+    if given:
+        return Path(given)
+    if (PACKAGE.parent / "pyproject.toml").exists():
+        return PACKAGE.parent / "data"
+    here = Path.cwd()
+    candidates = [folder / "data" for folder in (here, *here.parents)]
+    return next((path for path in candidates if (path / "corpora").is_dir()), candidates[0])
+
+
+def located(path: Path | str) -> Path:
+    """A file or folder that a configuration or a notebook names, where it exists first.
+
+    A relative path starts in the working directory, in the data folder, or in the data that the
+    library ships. Under the study runner, whose notebooks each work in a folder of their own, the
+    working directory is the one in which the study was started.
+    """
+    path = Path(path).expanduser()
+    places = [Path(os.environ.get(STARTED_IN, "")), data_folder(), shipped_folder() / "data"]
+    return next((place / path for place in places if (place / path).exists()), places[1] / path)
+
+
+def shipped_folder() -> Path:
+    """The folder with the library's own `notebooks` and `data/study`."""
+    installed = PACKAGE / "shipped"
+    return installed if installed.is_dir() else PACKAGE.parent
+
+
+def shipped_notebooks() -> Path:
+    """The folder of the library's own notebooks, their `solutions` and `studies`."""
+    return shipped_folder() / "notebooks"
+
+
+def kept_study(name: str) -> Path:
+    """The folder of a kept study: in the data folder, else among those that the library ships."""
+    own = data_folder() / "study" / name
+    shipped = shipped_folder() / "data" / "study" / name
+    return shipped if shipped.is_dir() and not own.is_dir() else own
