@@ -10,7 +10,7 @@ import pandas as pd
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS
 from lowrank_lab.memory.formulas import by_formula
-from lowrank_lab.memory.tracker import Trace
+from lowrank_lab.memory.trace import Trace
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import fit

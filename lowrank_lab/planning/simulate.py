@@ -26,7 +26,9 @@ from lowrank_lab import distributed
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.memory.formulas import optimizer_state_bytes
-from lowrank_lab.memory.tracker import GLOO, LAPACK, Trace, Tracker, resizing
+from lowrank_lab.memory.hidden import GLOO, LAPACK
+from lowrank_lab.memory.trace import Trace
+from lowrank_lab.memory.tracker import Tracker, resizing
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.attention import flash_kernels

@@ -23,7 +23,8 @@ from lowrank_lab.data.corpus import Corpus, prepare
 from lowrank_lab.data.sources import Split
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.memory.breakdown import Breakdown, persistent
-from lowrank_lab.memory.tracker import LAPACK, Tracker, untracked
+from lowrank_lab.memory.hidden import LAPACK
+from lowrank_lab.memory.tracker import Tracker, untracked
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama

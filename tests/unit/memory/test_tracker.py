@@ -1,4 +1,4 @@
-"""Every storage of a step, as it comes and goes: what is counted, as what, and whose."""
+"""The storages of a step: sizes, categories, owners, and the peaks of torch's own tracker."""
 
 from contextlib import nullcontext
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import record_function
 
 from lowrank_lab.config import RunConfig
@@ -13,6 +14,7 @@ from lowrank_lab.memory.breakdown import CATEGORIES, NAMES, PARTS, Breakdown
 from lowrank_lab.memory.tracker import Tracker
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.training.step import take_step_
 
 
 def traced(model, x, optimizer=None, steps=1, hidden=None):
@@ -169,3 +171,63 @@ def test_the_table_keeps_the_peak_however_few_points_it_has():
         table = trace.table(points)
         assert table[list(CATEGORIES)].sum(axis=1).max() == trace.peak.total
         assert set(table["phase"]) >= {"backward"}
+
+
+def peaks_in_training(method, follow, **fields):
+    """Peak bytes of the first two steps; `follow` (model, optimizer, batch) gives a tracker and a
+    function that reads its peak."""
+    config = resolve(RunConfig(**{
+        "model": "tiny", "method": method, "batch": 2, "sequence_length": 32, "steps": 9,
+        "compile": False, **fields,
+    }))  # fmt: skip
+    model, optimizer = build(config)
+    batch = [torch.randint(config.size.vocab_size, (2, 32)) for _ in range(2)]
+    tracker, peak = follow(model, optimizer, batch)
+    batches = list(zip(*(t.chunk(config.gradient_accumulation) for t in batch), strict=True))
+    found = []
+    for step in range(2):
+        with tracker:
+            take_step_(model, optimizer, batches, config, step)
+        found.append(peak())
+    return found
+
+
+def followed_by_ours(model, optimizer, batch):
+    tracker = Tracker(model, optimizer)
+    for t in batch:
+        tracker.record(t)
+    return tracker, lambda: tracker.trace().peak.total
+
+
+def followed_by_torch(model, optimizer, batch):
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, *batch)
+
+    def peak():
+        tracker.reset_mod_stats()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+    return tracker, peak
+
+
+@pytest.mark.parametrize("method", ["full-rank", "low-rank"])
+def test_peaks_equal_those_of_torch_s_own_tracker_to_the_byte(method):
+    assert peaks_in_training(method, followed_by_ours) == peaks_in_training(
+        method, followed_by_torch
+    )
+
+
+@pytest.mark.filterwarnings("ignore:global module forward hook")
+@pytest.mark.parametrize(
+    ("method", "fields", "error"),
+    [
+        ("lora", {}, RuntimeError),  # a hook on a frozen parameter
+        ("full-rank", {"gradient_accumulation": 2}, NotImplementedError),
+    ],
+)
+def test_torch_s_own_tracker_still_refuses_what_ours_follows(method, fields, error):
+    """If this fails, read the reasons in tracker.py again."""
+    first, second = peaks_in_training(method, followed_by_ours, **fields)
+    assert first < second
+    with pytest.raises(error):
+        peaks_in_training(method, followed_by_torch, **fields)
