@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from lowrank_lab.optim import ProjectedAdamW
-from lowrank_lab.optim.projection import lift_add_, project, refreshed
+from lowrank_lab.optim.projection import get_projections, project, project_back_add_
 
 
 class SignGaLore(ProjectedAdamW):
@@ -14,13 +14,13 @@ class SignGaLore(ProjectedAdamW):
     }  # fmt: skip
 
     def update_(self, W, G, state, group, step_size):
-        left, right = refreshed(self, state, G, group)
+        left, right = get_projections(self, state, G, group)
         R = project(G, left, right)
         beta1, beta2 = group["betas"]
         m = state.setdefault("exp_avg", R.new_zeros(R.shape))
         direction = m.lerp(R, 1 - beta1).sign_()
         m.lerp_(R, 1 - beta2)
-        lift_add_(W, direction, left, right, alpha=-group["lr"] * group["scale"])
+        project_back_add_(W, direction, left, right, alpha=-group["lr"] * group["scale"])
 
 
 def build(targets, rest, config):

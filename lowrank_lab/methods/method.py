@@ -27,7 +27,9 @@ class Method:
     layer_options: tuple[str, ...] = ()  # options that are the layers' and not the optimizer's
     # Which weights its optimizer needs whole to update them, and not entry by entry.
     whole: Literal["none", "targets", "all"] = "all"
-    in_parts: bool = False  # processes can update parts of those whose `cut` (optim.base) says so
+    in_parts: bool = (
+        False  # processes can update parts of those whose `shard_dim` (optim.base) says so
+    )
     per_layer: bool = True  # can each weight be updated by itself within the backward pass
     states: str = ""  # elements of optimizer state of an m×n target weight, in words
     spectral_lr: ByWidth | None = None  # the same for factors that start from an SVD

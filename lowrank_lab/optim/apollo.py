@@ -1,4 +1,4 @@
-"""APOLLO (2412.05270): the raw gradient, scaled by what Adam does to a random projection of it."""
+"""APOLLO (2412.05270): the gradient, rescaled as Adam rescales a random projection of it."""
 
 from __future__ import annotations
 
@@ -10,49 +10,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import (
-    ProjectedAdamW,
-    is_number,
-    is_whole,
-    place,
-    refuse,
-)
+from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW, param_index
+from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
 from lowrank_lab.optim.fira import EPS, growth_limiter
 from lowrank_lab.optim.projection import (
+    ONE_SIDED,
     channel_norms,
     check_projection,
-    projected,
-    refresh_parts_,
-    refreshed,
+    get_projections,
+    projected_gradient,
+    refresh_sharded_,
     sides,
-    unprojected,
+    unprojected_dim,
 )
+from lowrank_lab.optim.subspaces import Projections
 
 PROJECTIONS = ("random", "svd", "gram")
-SEED_STRIDE = 1_000_003  # keeps the parameters of two seeds apart
 
 
 class Apollo(ProjectedAdamW):
-    """APOLLO's AdamW, a drop-in for `apollo_torch.APOLLOAdamW`, its random matrices included.
+    """APOLLO's AdamW, a drop-in for `apollo_torch.APOLLOAdamW` with the same random matrices.
 
-    Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`,
-    whose root multiplies the update (1; APOLLO-Mini: 128 with rank 1 and scale_type tensor);
-    `proj`, random | svd | gram (an SVD's, see `gram_subspaces`); `proj_type`, std | reverse_std |
-    left | right; `scale_type`, channel | tensor; `scale_front`, whether the norms that the growth
-    limiter compares include the scale (False); `disable_nl`, True leaves the limiter out (False);
-    `store_projection`, False keeps a random projection's seed instead of its matrix and draws it
-    anew at every step (True); `seed` (0, the package's matrices).
+    Keys of a ranked group (default):
 
-    State of an m×n matrix of b bytes an element, for `std`: 2·r·max(m, n)·b for the moments, 4 for
-    the limiter's norm, and r·min(m, n)·b for the projection, nothing if it isn't stored.
+    * `rank`: r.
+    * `update_proj_gap` (200): steps between two projections.
+    * `scale` (1): the update is multiplied by √scale. APOLLO-Mini: 128, with rank 1 and
+      `scale_type` tensor.
+    * `proj` (random): random | svd | gram, an SVD by `gram_subspaces`.
+    * `proj_type` (std): std | reverse_std | left | right.
+    * `scale_type` (channel): channel | tensor.
+    * `scale_front` (False): include √scale in the norms that the growth limiter compares.
+    * `disable_nl` (False): omit the growth limiter.
+    * `store_projection` (True): store a random projection; False stores its seed and draws the
+      matrix again at every step.
+    * `seed` (0, the package's matrices): of the random projections.
 
-    A channel's norms run over the rank axis, whichever side is projected; the package takes the
-    longer side of G for that and crashes or scales by the wrong norms where it isn't. After a
-    gradient of zero, growth isn't limited for one step: the package then shrinks the update to
-    1e-8, for some 1800 steps. `full` is refused: it leaves no rank axis.
+    State of an m×n matrix with b bytes per entry, for `std`: 2·r·max(m, n)·b bytes of moments, 4 of
+    the limiter's norm, and r·min(m, n)·b of the projection if it is stored.
+
+    Two differences from the package. Channel norms are taken over the rank axis, for every
+    `proj_type`; the package takes the longer side of G, and crashes or scales by the wrong norms
+    where that isn't the rank axis. After a gradient of zero, growth isn't limited for one step; the
+    package then scales the update by 1e-8 and needs about 1800 steps to recover. `full` is refused:
+    it leaves no rank axis.
 
     Args:
-        scale_front, disable_nl: as in the package, for all groups that don't have these keys.
+        scale_front, disable_nl: as in the package, defaults for groups without these keys.
         precision: `state_precision` and `stochastic_rounding`, see ProjectedAdamW.
     """
 
@@ -81,41 +85,38 @@ class Apollo(ProjectedAdamW):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        one_sided = ("std", "reverse_std", "left", "right")
-        check_projection(group, allowed=one_sided)
-        for key, allowed in (("proj", PROJECTIONS), ("scale_type", ("channel", "tensor"))):
-            refuse(key, group[key], group[key] not in allowed, f"one of {', '.join(allowed)}")
+        check_projection(group, ONE_SIDED)
+        require_choice("proj", group["proj"], PROJECTIONS)
+        require_choice("scale_type", group["scale_type"], ("channel", "tensor"))
         for key in ("scale_front", "disable_nl", "store_projection"):
-            refuse(key, group[key], not isinstance(group[key], bool), "True or False")
-        unseeded = group["proj"] != "random" and not group["store_projection"]
-        refuse(
-            "store_projection", False, unseeded, "True: an SVD has no seed to draw it from again"
-        )
-        scale, seed = group["scale"], group["seed"]
-        refuse("scale", scale, not (is_number(scale) and 0 <= scale < math.inf), "at least 0")
-        refuse("seed", seed, not is_whole(seed), "a whole number from 0")
+            require_bool(key, group[key])
+        can_redraw = group["proj"] == "random" or group["store_projection"]
+        require("store_projection", False, can_redraw, "True: an SVD can't be drawn from a seed")
+        scale = group["scale"]
+        require("scale", scale, is_number(scale) and 0 <= scale < math.inf, "at least 0")
+        require_int("seed", group["seed"], 0)
 
-    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return None if group["proj"] == "svd" else unprojected(group, shape)
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return None if group["proj"] == "svd" else unprojected_dim(group, shape)
 
-    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if group["proj"] == "gram":
-            refresh_parts_(self, params, group)
+            refresh_sharded_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
         left, right = self._projections(G, state, group)
-        R = projected(G, left, right, group)
+        R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
         # φ = ‖N‖ / (‖R‖ + ε), per channel (over the rank axis) or once for the tensor
         axis = None if group["scale_type"] == "tensor" else 0 if right is None else 1
         norms = [channel_norms(X, axis) for X in (R, N, G)]
-        R_norm, N_norm, G_norm = (
-            norms if axis is not None else self.placement.global_norm(torch.stack(norms))
-        )
+        if axis is None:
+            norms = list(self.placement.global_norm(torch.stack(norms)))
+        R_norm, N_norm, G_norm = norms
         phi, root = N_norm / (R_norm + EPS), math.sqrt(group["scale"])
-        # S = φ∘G, whose norm follows from G's: ‖S‖² = Σ φ²‖G‖² over the channels
+        # S = φ∘G, so that ‖S‖² = Σ φ²‖G‖² over the channels
         if not group["disable_nl"]:
             S_norm = torch.linalg.vector_norm(phi * G_norm)
             S_norm = self.placement.global_norm(S_norm) if axis is not None else S_norm
@@ -125,15 +126,13 @@ class Apollo(ProjectedAdamW):
         # W ← W − lr · √scale · φ∘G
         W.addcmul_(G, (root * phi).to(G.dtype), value=-step_size)
 
-    def _projections(
-        self, G: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(L, None) or (None, R) for this step; `seed` in the state is the current one's."""
+    def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
+        """(L, None) or (None, R) of this step; the state's `seed` is that of the current one."""
         if group["proj"] != "random":
-            return refreshed(self, state, G, group | {"refresh": group["proj"]})
+            return get_projections(self, state, G, group | {"refresh": group["proj"]})
         due = state["step"] % group["update_proj_gap"] == 0
         if "seed" not in state:
-            state["seed"] = (group["seed"] * SEED_STRIDE + place(self, state)) % 2**63
+            state["seed"] = (group["seed"] * SEED_STRIDE + param_index(self, state)) % 2**63
         elif due:
             state["seed"] = next_seed(state["seed"])
         shape, rank = self.placement.global_shape(G), group["rank"]
@@ -152,10 +151,11 @@ class Apollo(ProjectedAdamW):
 
 
 def random_projection(like: Tensor, side: int, rank: int, left: bool, seed: int) -> Tensor:
-    """A side×r Gaussian/√r matrix for the left (m×r) or the right side (n×r) of a gradient.
+    """A Gaussian projection P (side×r) with variance 1/r, so that E[P Pᵀ] is the identity.
 
-    Drawn on the device of `like` in float32 as the package draws it, so that the numbers of a CPU
-    and those of a GPU differ. E[P Pᵀ] is the identity.
+    As in the package, it is drawn in float32 on the device of `like`: a CPU and a GPU draw
+    different numbers. `left`: for the left side of the gradient (side = m), otherwise for the right
+    (n).
     """
     generator = torch.Generator(like.device).manual_seed(seed)
     shape = (side, rank) if left else (rank, side)
@@ -164,10 +164,10 @@ def random_projection(like: Tensor, side: int, rank: int, left: bool, seed: int)
 
 
 def next_seed(seed: int) -> int:
-    """The seed of the projection after that of `seed`: the package's sequence.
+    """The seed of the projection that follows the one of `seed`, in the package's sequence.
 
-    It is the last of 15 draws below 2⁶³ − 1 from torch's CPU generator, a Mersenne Twister of which
-    numpy has one too. Without tensors it also works where these have no values (fake tensors).
+    It is the last of 15 draws below 2⁶³ − 1 from torch's CPU generator. numpy has the same Mersenne
+    Twister, and needs no tensors: under fake tensors they would have no values.
     """
     words = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=30, dtype=np.uint32)
     return (int(words[-2]) << 32 | int(words[-1])) % (2**63 - 1)

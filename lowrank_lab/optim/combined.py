@@ -1,4 +1,4 @@
-"""Several optimizers as one: for methods that train matrices one way and all else another."""
+"""Several optimizers as one, for methods that train matrices and other parameters differently."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 
 class Combined(torch.optim.Optimizer):
-    """Steps each of its optimizers; their groups and states are its own, so that schedules,
-    resets and checkpoints see one optimizer.
+    """One optimizer that steps several, sharing their groups and states.
+
+    Schedules, momentum resets and checkpoints then work on one optimizer.
 
     Args:
-        optimizers: each with parameters of its own.
+        optimizers: with disjoint parameters.
     """
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -32,7 +33,7 @@ class Combined(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the optimizers inside go on sharing groups and states."""
+        """As torch's; the inner optimizers still share the groups and states."""
         super().load_state_dict(state_dict)
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:

@@ -1,4 +1,4 @@
-"""Fira (2410.01623): GaLore plus the gradient outside the subspace, scaled and limited."""
+"""Fira (2410.01623): GaLore plus the scaled gradient outside the subspace, limited in growth."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.projection import (
+    ONE_SIDED,
     channel_norms,
     check_projection,
-    lift_add_,
-    projected,
-    refresh_parts_,
-    refreshed,
-    unprojected,
+    get_projections,
+    project_back_add_,
+    projected_gradient,
+    refresh_sharded_,
+    unprojected_dim,
 )
 
 NORM_GROWTH_LIMIT = 1.01  # γ
@@ -25,15 +26,20 @@ EPS = 1e-8
 class Fira(ProjectedAdamW):
     """Fira's AdamW, a drop-in for `fira.FiraAdamW`.
 
-    Keys of a ranked group: `rank`; `update_proj_gap` (200); `alpha`, which scales what comes back
-    from the subspace (1); `proj_type`, std | reverse_std | left | right; `refresh`, svd (exact,
-    equal to the package) | randomized | gram (exact, with other rounding; see `gram_subspaces`);
-    `spread_refresh`, whether each matrix is refreshed at another step of the gap (False, as in the
-    package).
+    Keys of a ranked group (default):
+
+    * `rank`: r.
+    * `update_proj_gap` (200): steps between two projections.
+    * `alpha` (1): factor of the back-projection.
+    * `proj_type` (std): std | reverse_std | left | right.
+    * `refresh` (svd): svd, exact and equal to the package | randomized | gram, exact with other
+      rounding (`gram_subspaces`).
+    * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
+      gap.
 
     As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G −
-    alpha·P R. `full` is refused: with both sides projected a channel has no rank axis to take its
-    norm over.
+    alpha·P R. `full` is refused: with both sides projected, a channel has no rank axis along which
+    to take its norm.
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
@@ -43,44 +49,47 @@ class Fira(ProjectedAdamW):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        check_projection(group, allowed=("std", "reverse_std", "left", "right"))
+        check_projection(group, ONE_SIDED)
 
-    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected(group, shape) if group["refresh"] == "gram" else None
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return unprojected_dim(group, shape) if group["refresh"] == "gram" else None
 
-    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        refresh_parts_(self, params, group)
+    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        refresh_sharded_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        left, right = refreshed(self, state, G, group)
-        R = projected(G, left, right, group)
+        left, right = get_projections(self, state, G, group)
+        R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
         alpha, rank_axis = group["alpha"], 0 if right is None else 1
         # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
         R_norm, N_norm, G_norm = (channel_norms(X, rank_axis) for X in (R, N, G))
         phi = N_norm / (R_norm + EPS)
-        # P has orthonormal columns, so per channel ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖²; what is left
-        # at rounding level is a gradient that lies inside the subspace, not a residual.
+        # P has orthonormal columns: ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖² per channel. A difference at
+        # rounding level means that the gradient lies inside the subspace: the residual is zero.
         residual_sq = G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()
         rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
         residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
         S_norm = self.placement.global_norm((residual_sq * phi.square()).sum().sqrt())
         phi = phi / growth_limiter(state, S_norm)
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
-        lift_add_(
-            W, N.addcmul_(R, phi.to(N.dtype), value=-1), left, right, alpha=-step_size * alpha
-        )
+        N.addcmul_(R, phi.to(N.dtype), value=-1)
+        project_back_add_(W, N, left, right, alpha=-step_size * alpha)
         W.addcmul_(G, phi.to(G.dtype), value=-step_size)
 
 
 def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = False) -> Tensor:
-    """max(‖S‖ / (‖S_prev‖ + ε), γ) / γ, ‖S_prev‖ the limited norm; 1 on the first step.
+    """Fira's norm-growth limiter, max(‖S‖ / (‖S_prev‖ + ε), γ) / γ; 1 at the first step.
+
+    ‖S_prev‖ is the limited norm of the previous step, `residual_norm` in the state.
 
     Args:
-        forgive_zero: don't limit after a norm of zero, from which by the published rule nothing
-            grows again for some 1800 steps.
+        state: of the parameter; its `residual_norm` is replaced.
+        norm: ‖S‖ (0-dimensional).
+        forgive_zero: no limit after a norm of zero. By the published rule, updates that have been
+            zero once stay near zero for about 1800 steps.
     """
     if "residual_norm" not in state:
         state["residual_norm"] = norm

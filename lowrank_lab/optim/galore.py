@@ -1,4 +1,4 @@
-"""GaLore (2403.03507): Adam in a low-rank subspace of the gradient that is renewed now and then."""
+"""GaLore (2403.03507): Adam in a low-rank subspace of the gradient, recomputed periodically."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from torch import Tensor
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.projection import (
     check_projection,
-    lift_add_,
-    projected,
-    refresh_parts_,
-    refreshed,
-    unprojected,
+    get_projections,
+    project_back_add_,
+    projected_gradient,
+    refresh_sharded_,
+    unprojected_dim,
 )
 
 
 class GaLore(ProjectedAdamW):
     """GaLore's AdamW, a drop-in for `galore_torch.GaLoreAdamW`.
 
-    Keys of a ranked group: `rank`; `update_proj_gap`, steps between two projections (200); `scale`,
-    the paper's α (0.25); `proj_type`, std | reverse_std | left | right | full; `refresh`, svd
-    (exact, equal to the package) | randomized | gram (exact, with other rounding; see
-    `gram_subspaces`); `spread_refresh`, whether each matrix is refreshed at another step of the gap
-    (False, as in the package).
+    Keys of a ranked group (default):
+
+    * `rank`: r.
+    * `update_proj_gap` (200): steps between two projections.
+    * `scale` (0.25): the paper's α.
+    * `proj_type` (std): std | reverse_std | left | right | full.
+    * `refresh` (svd): svd, exact and equal to the package | randomized | gram, exact with other
+      rounding (`gram_subspaces`).
+    * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
+      gap.
+
+    Source: 2403.03507, algorithm 2.
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
@@ -37,17 +44,17 @@ class GaLore(ProjectedAdamW):
         super().check_group(group)
         check_projection(group)
 
-    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected(group, shape) if group["refresh"] == "gram" else None
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return unprojected_dim(group, shape) if group["refresh"] == "gram" else None
 
-    def prepare_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        refresh_parts_(self, params, group)
+    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        refresh_sharded_(self, params, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
         # P = leading singular vectors of G;  R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
-        left, right = refreshed(self, state, G, group)
-        R = projected(G, left, right, group)
+        left, right = get_projections(self, state, G, group)
+        R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
-        lift_add_(W, N, left, right, alpha=-step_size * group["scale"])
+        project_back_add_(W, N, left, right, alpha=-step_size * group["scale"])

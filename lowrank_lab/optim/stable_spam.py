@@ -1,4 +1,4 @@
-"""Stable-SPAM (2502.17055): Adam on gradients whose spikes and norms are tamed, with resets."""
+"""Stable-SPAM (2502.17055): Adam on clipped and normalized gradients, with momentum resets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.distributed import REPLICATED, Placement
-from lowrank_lab.optim.base import _check, adam_update_, averages
-from lowrank_lab.optim.spam import UniformAdam
+from lowrank_lab.optim.adam import adam_moments, adam_update_, restart_adam_
+from lowrank_lab.optim.checks import require
+from lowrank_lab.optim.uniform import UniformAdam
 
-# Running averages of one number a parameter: max|g|, ‖g‖ and ‖g‖² (0-dimensional, float32 or wider)
+# Moving averages of max|g|, ‖g‖ and ‖g‖² per parameter (0-dimensional, float32 or wider)
 AVERAGES = ("max_average", "norm_average", "norm_sq_average")
 
 
@@ -21,18 +22,18 @@ class StableSpam(UniformAdam):
     """Stable-SPAM, equal to `pytorch_optimizer.StableSPAM` without its `t_max`.
 
     ε is added to √v̂ after the bias correction and weight decay is applied before the update, as in
-    torch's AdamW. Each parameter counts its own steps T = 1, 2, …; Adam is restarted, averages and
-    bias correction, where T is a multiple of update_proj_gap; the averages of AdaClip and AdaGN and
-    their counter go on, then as after `techniques.reset_momentum_`.
+    torch's AdamW. Each parameter counts its own steps T = 1, 2, …; Adam restarts, with its bias
+    correction, at every multiple of update_proj_gap. Resets, also those of
+    `techniques.reset_momentum_`, do not change the averages of AdaClip and AdaGN or the step count.
 
-    A gradient of zeros is a gradient like any other: it enters all averages, and the parameter
-    moves on with its momentum. (pytorch_optimizer skips the parameter in such a step but counts
-    the step in its bias corrections.)
+    A zero gradient is treated like any other: it enters all averages, and the momentum still moves
+    the parameter. (pytorch_optimizer skips the parameter in such a step, but counts the step in its
+    bias corrections.)
 
     Args:
         params: tensors or groups; every option below is also a key of a group.
         lr: learning rate, absolute.
-        betas: decay rates of Adam's two averages.
+        betas: decay rates of the first and second moment.
         eps: added to √v̂ and to √ŝ, both after bias correction.
         weight_decay: decoupled, lr · weight_decay.
         gamma1: γ₁, decay rate of the average of ‖g‖.
@@ -66,24 +67,23 @@ class StableSpam(UniformAdam):
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         for key in ("gamma1", "gamma2", "theta"):
-            _check(key, group[key], 0 <= group[key] < 1, "in [0, 1)")
+            require(key, group[key], 0 <= group[key] < 1, "in [0, 1)")
 
-    def cut(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return 0
 
-    def _advanced(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]
         if "exp_avg" in state and (state["step"] + 1) % group["update_proj_gap"] == 0:
-            for name in ("exp_avg", "exp_avg_sq"):  # in place: these are the ones updated next
-                state[name].zero_()
-                state[f"{name}_weight"] = 0.0
-        return super()._advanced(p, group)
+            restart_adam_(state)
+        return super()._advanced_state(p, group)
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        g = tamed(G, self._scalars(state, W), state["step"] + 1, group, self.placement)
-        m, v = averages(state, W)
+        scalars = self._scalars(state, W)
+        g = clip_and_normalize(G, scalars, state["step"] + 1, group, self.placement)
+        m, v = adam_moments(state, W)
         if group["weight_decay"] > 0:
             W.mul_(1.0 - group["lr"] * group["weight_decay"])
         # W ← W − lr · m̂ / (√v̂ + ε) = W − lr · √w₂/w₁ · m / (√v + ε·√w₂)
@@ -92,7 +92,7 @@ class StableSpam(UniformAdam):
 
     @staticmethod
     def _scalars(state: dict[str, Any], W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The averages of max|g|, ‖g‖ and ‖g‖², created as zeros if they aren't there."""
+        """The averages of max|g|, ‖g‖ and ‖g‖²; zeros are created at first use."""
         if AVERAGES[0] not in state:
             wide = torch.promote_types(W.dtype, torch.float32)
             for name in AVERAGES:
@@ -101,21 +101,21 @@ class StableSpam(UniformAdam):
         return peak, norm, norm_sq
 
 
-def tamed(
+def clip_and_normalize(
     G: Tensor,
     scalars: tuple[Tensor, Tensor, Tensor],
     T: int,
     group: dict[str, Any],
     placement: Placement = REPLICATED,
 ) -> Tensor:
-    """The gradient after AdaClip and AdaGN, shaped like G; the averages move on in place.
+    """AdaClip and AdaGN of a gradient, shaped like G; their moving averages are updated in place.
 
     Args:
         G: the gradient, of any shape, not changed.
-        scalars: the running averages m, n, s of max|g|, ‖g‖ and ‖g‖².
+        scalars: the moving averages m, n, s of max|g|, ‖g‖ and ‖g‖².
         T: the number of this step, from 1, for their bias corrections.
         group: has gamma1, gamma2, theta and eps.
-        placement: of a gradient of which this is a part.
+        placement: of the gradient, if G is a local shard.
     """
     m, n, s = scalars
     gamma1, gamma2, theta = group["gamma1"], group["gamma2"], group["theta"]

@@ -147,7 +147,7 @@ def _cuts(config: ResolvedConfig, ranks: int) -> dict[tuple[tuple[int, ...], boo
         one = [torch.empty(shape, device="meta", requires_grad=True)]
         optimizer = method.optimizer(*((one, []) if target else ([], one)), config)
         group = next(group for group in optimizer.param_groups if group["params"])
-        dim = cast("ProjectedAdamW", optimizer).cut(group, torch.Size(shape))
+        dim = cast("ProjectedAdamW", optimizer).shard_dim(group, torch.Size(shape))
         if dim is not None:
             found[shape, target] = dim
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_lab.layers import Balance, generator_of
 from lowrank_lab.layers.base import value_of
-from lowrank_lab.optim.base import is_quantized
+from lowrank_lab.optim.adam import is_quantized
 
 PRUNINGS = ("magnitude", "random")
 PRUNED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.config import InputError
-from lowrank_lab.optim.base import is_quantized
+from lowrank_lab.optim.adam import is_quantized
 
 SUMS = "SHA256SUMS"
 BEST = "best.json"  # beside the checkpoints: which of them is the best

@@ -7,9 +7,9 @@ model, whose weights are ordinary tensors:
 * this process's shard, for updates that treat every entry by itself (AdamW, SPAM): its states are
   shards as well, and nothing travels, or a few numbers for all (Stable-SPAM's norms);
 * this process's shard, cut along the side that isn't projected, for projections that need no whole
-  gradient (`refresh: gram`, random ones; `ProjectedAdamW.cut`). Moments and projections are shards
-  too. What travels a layer: the projection (r columns) in every step, if it isn't drawn from a
-  seed, the p×p Gram matrix of the projected side where it is renewed, and a number for a norm of
+  gradient (`refresh: gram`, random ones; `ProjectedAdamW.shard_dim`). Moments and projections are
+  shards too. What travels a layer: the projection (r columns) in every step, if it isn't drawn from
+  a seed, the p×p Gram matrix of the projected side where it is renewed, and a number for a norm of
   the whole. Each process finds the eigenvectors of other layers' Gram matrices;
 * nothing, for updates that need whole weights (SVDs, orthogonalisation, pairs of factors, 8-bit
   blocks; matrices that can't be cut evenly). Each layer then has one process that owns it: it alone
@@ -402,7 +402,7 @@ def _parts(
     names: dict[Tensor, str] = {p: name for name, p in weights.items()}
     for group in optimizer.param_groups:
         for p in group["params"] if "rank" in group or method.whole == "all" else ():
-            dim = optimizer.cut(group, p.shape)
+            dim = optimizer.shard_dim(group, p.shape)
             if dim is not None and not any(n % distributed.world_size() for n in p.shape):
                 found[names[p]] = Sharded(dim)
     return found

@@ -168,7 +168,7 @@ def test_the_library_prints_nothing(path):
         ("import lowrank_lab.training.trainer as t", {"training.trainer"}),
         ("from lowrank_lab import distributed, config", {"distributed", "config"}),
         ("from lowrank_lab.training import step", {"training.step"}),
-        ("from lowrank_lab.optim.base import averages", {"optim.base"}),
+        ("from lowrank_lab.optim.adam import adam_moments", {"optim.adam"}),
         ("from lowrank_lab.optim import GaLore", {"optim"}),
         ("from .projection import sides", {"optim.projection"}),
         ("from ..data.corpus import prepare", {"data.corpus"}),

@@ -31,14 +31,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from lowrank_lab.optim import Fira, GaLore
-from lowrank_lab.optim.projection import (
-    gram_subspaces,
-    leading_subspaces,
-    lift_add_,
-    project,
-    randomized_subspaces,
-    sides,
-)
+from lowrank_lab.optim.projection import project, project_back_add_, sides
+from lowrank_lab.optim.subspaces import gram_subspaces, leading_subspaces, randomized_subspaces
 
 PACKAGE = {GaLore: GaLoreAdamW, Fira: FiraAdamW}
 STRENGTH = {GaLore: "scale", Fira: "alpha"}  # what multiplies the step inside the subspace
@@ -445,7 +439,7 @@ def test_at_full_rank_projecting_and_lifting_gives_the_gradient_back(shape, proj
     G = gradients(shape, 1, dtype)[0]
     left, right = leading_subspaces(G, min(shape), sides(proj_type, shape))
     left, right = (None if P is None else P.to(dtype) for P in (left, right))
-    back = lift_add_(torch.zeros_like(G), project(G, left, right), left, right, alpha=1.0)
+    back = project_back_add_(torch.zeros_like(G), project(G, left, right), left, right, alpha=1.0)
     assert relative(back.double(), G.double()) <= (1e-6 if dtype == torch.float32 else 2**-6)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from lowrank_lab.optim.spam import Spam, clip_spikes, random_mask, warmup_factor
-from lowrank_lab.optim.stable_spam import StableSpam, tamed
+from lowrank_lab.optim.stable_spam import StableSpam, clip_and_normalize
 from lowrank_lab.techniques.momentum import reset_momentum_
 
 PACKAGE = {Spam: pytorch_optimizer.SPAM, StableSpam: pytorch_optimizer.StableSPAM}
@@ -257,7 +257,7 @@ def test_adagn_makes_the_norm_of_the_gradient_its_running_mean():
     scalars, group = [torch.zeros(()) for _ in range(3)], StableSpam([torch.zeros(1)]).defaults
     for T in range(1, 50):
         G = torch.randn(50, generator=chance) * (1 + T % 5)
-        g = tamed(G, scalars, T, group)
+        g = clip_and_normalize(G, scalars, T, group)
         n = scalars[1] / (1 - 0.7**T)
         s = scalars[2] / (1 - 0.9**T)
         assert g.norm().item() == pytest.approx((n / s.sqrt()).item(), rel=1e-5)

@@ -1,0 +1,114 @@
+"""Adam's moments and update as functions of a state, shared by all optimizers of this package.
+
+Besides the moments, a state has the sum of the weights in each moving average: w₁ ← β₁w₁ + 1 − β₁,
+and w₂ likewise. Starting from zero, they equal the usual 1 − βᵗ. A momentum reset of any strength
+scales them together with the moments, so that bias correction stays exact
+(`techniques.reset_momentum_`); a step count could not express that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+PRECISIONS = ("same", "fp32")  # of the moments: that of the weights, or float32
+# A step count at which 1 − βᵗ is 1 for every β: torch's fused kernel then corrects no bias.
+_LONG_AGO = 1e12
+
+
+def adam_update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step_size: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − step_size · m / (√v + ε), fused, in place.
+
+    `step_size` includes the bias correction. All tensors of one call share a dtype and a device:
+    the kernel is called without torch's grouping by both, which takes about 50 µs per call on a
+    CPU.
+    """
+    long_ago = torch.full((), _LONG_AGO, dtype=torch.float32, device=params[0].device)
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, [], [long_ago] * len(params),
+        lr=step_size, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+def adam_direction(
+    g: Tensor,
+    state: dict[str, Any],
+    betas: tuple[float, float],
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Update the moments with g; return N = m / (√v + ε), shaped like g, bias not corrected."""
+    N = torch.zeros_like(g) if out is None else out.zero_()
+    m, v = adam_moments(state, g)
+    adam_update_([N], [g], [m], [v], step_size=-1.0, betas=betas, eps=eps)
+    return N
+
+
+def adam_moments(state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's moments m and v from a state; zeros shaped like `like` are created at first use."""
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def advance_weights_(state: dict[str, Any], betas: tuple[float, float]) -> None:
+    """One step of the weights of both moments: w ← βw + 1 − β, from zero."""
+    if "step" not in state:
+        state.update(step=0, exp_avg_weight=0.0, exp_avg_sq_weight=0.0)
+    beta1, beta2 = betas
+    state["exp_avg_weight"] = beta1 * state["exp_avg_weight"] + 1 - beta1
+    state["exp_avg_sq_weight"] = beta2 * state["exp_avg_sq_weight"] + 1 - beta2
+
+
+def restart_adam_(state: dict[str, Any]) -> None:
+    """Set both moments and their weights to zero, in place."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name].zero_()
+        state[f"{name}_weight"] = 0.0
+
+
+def bias_corrected_lr(state: dict[str, Any], group: dict[str, Any]) -> float:
+    """lr · √w₂ / w₁: the learning rate times both bias corrections."""
+    lr = float(group["lr"])
+    if not group["correct_bias"]:
+        return lr
+    return lr * math.sqrt(state["exp_avg_sq_weight"]) / float(state["exp_avg_weight"])
+
+
+def to_state_precision(g: Tensor, group: dict[str, Any]) -> Tensor:
+    """A gradient in the dtype of the group's moments."""
+    wide = group.get("state_precision") == "fp32"
+    return g.to(torch.promote_types(g.dtype, torch.float32)) if wide else g
+
+
+def rounds_stochastically(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether updates of p are rounded at random: bfloat16 weights of a group that asks for it."""
+    return bool(group.get("stochastic_rounding")) and p.dtype == torch.bfloat16
+
+
+def stochastic_round(W: Tensor, seed: int) -> Tensor:
+    """Round W (float32) up or down to bfloat16, at random and unbiased."""
+    # bfloat16 is the upper half of float32: a random lower half carries into it or not.
+    generator = torch.Generator(W.device).manual_seed(seed)
+    noise = torch.randint(1 << 16, W.shape, generator=generator, dtype=torch.int32, device=W.device)
+    return (W.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
+
+
+def is_quantized(t: Any) -> bool:
+    """Whether a state is a wrapper around several tensors, such as torchao's 8-bit moments."""
+    return bool(is_traceable_wrapper_subclass(t))

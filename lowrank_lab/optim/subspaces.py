@@ -1,0 +1,97 @@
+"""Leading subspaces of a gradient: exact by SVD, exact by its Gram matrix, or randomized.
+
+Shapes in this file: G is m×n; L is m×r and R is n×r, both with orthonormal columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.layers.base import gram
+
+OVERSAMPLING = 16  # random columns beyond the rank, in the randomized refresh
+
+Sides = tuple[bool, bool]  # (left, right)
+Projections = tuple[Tensor | None, Tensor | None]  # L (m×r), R (n×r)
+
+
+def leading_subspaces(G: Tensor, rank: int, which: Sides) -> Projections:
+    """Leading singular vectors of G (m×n): L (m×r) and R (n×r), by an exact SVD in float32."""
+    U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
+    # Copies: a view would keep all of U or V alive.
+    left = U[:, :rank].clone(memory_format=torch.contiguous_format) if which[0] else None
+    return left, Vh[:rank].T.clone(memory_format=torch.contiguous_format) if which[1] else None
+
+
+def randomized_subspaces(
+    G: Tensor,
+    rank: int,
+    which: Sides,
+    *,
+    seed: int = 0,
+    old: Projections = (None, None),
+) -> Projections:
+    """Approximate leading singular vectors of G by a randomized range finder (0909.4061, alg. 4.4).
+
+    One power iteration from the old projections, or two from random columns. The result is rotated
+    to ordered singular vectors with the signs of the old ones, because Adam's moments depend on the
+    basis. Deterministic in `seed`.
+    """
+    G = G.float()
+    left = _range_finder(G, rank, seed, old[0]) if which[0] else None
+    return left, _range_finder(G.T, rank, seed, old[1]) if which[1] else None
+
+
+def _range_finder(G: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor:
+    """Leading left singular vectors (m×rank) of G (m×n)."""
+    columns = min(rank + OVERSAMPLING, *G.shape) - (0 if old is None else rank)
+    generator = torch.Generator(G.device).manual_seed(seed)
+    noise = torch.randn(G.shape[1], columns, generator=generator, device=G.device)
+    Y = G @ noise
+    if old is not None:
+        Y = torch.cat([old.float(), Y], 1)
+    for _ in range(2 if old is None else 1):
+        Z = G.T @ Y  # n×columns
+        # Old singular vectors stay nearly orthogonal, so normalizing them is enough. Random
+        # columns have to be orthonormalized.
+        Z = torch.linalg.qr(Z)[0] if old is None else F.normalize(Z, dim=0)
+        Y = G @ Z  # m×columns
+    Q = torch.linalg.qr(Y)[0]
+    core = Q.T @ G
+    _, rotation = torch.linalg.eigh(core @ core.T)  # ascending
+    P: Tensor = Q @ rotation.flip(1)[:, :rank]
+    return align_signs(P, old).contiguous()
+
+
+def gram_subspaces(
+    G: Tensor,
+    rank: int,
+    which: Sides,
+    *,
+    old: Projections = (None, None),
+) -> Projections:
+    """Leading singular vectors of G (m×n) as eigenvectors of G Gᵀ (L) and GᵀG (R), in float64.
+
+    As exact as an SVD in float32, with other rounding, and faster where m and n differ much. Signs
+    follow the old ones. `refresh_sharded_` computes the same for sharded G.
+    """
+    G = G.double()
+    left = align_signs(leading_eigenvectors(gram(G.T), rank), old[0]) if which[0] else None
+    return left, align_signs(leading_eigenvectors(gram(G), rank), old[1]) if which[1] else None
+
+
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors (p×rank) of a Gram matrix (p×p), rounded to float32."""
+    V: Tensor = torch.linalg.eigh(gram)[1]  # ascending
+    return V[:, -rank:].flip(1).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def align_signs(P: Tensor, old: Tensor | None, placement: Placement = REPLICATED) -> Tensor:
+    """P with the column signs of the old one: Adam's moments depend on the basis."""
+    if old is None:
+        return P
+    agreement = placement.all_reduce_sum_((P * old).sum(0))
+    return P * torch.where(agreement < 0, -1.0, 1.0)
