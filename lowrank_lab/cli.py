@@ -237,7 +237,10 @@ def study(
     """Run a study file by papermill; what is done already is not done again."""
     from lowrank_lab.report import asked_in
     from lowrank_lab.studies import progress
-    from lowrank_lab.studies.study import plan_study, run_study, seconds_of
+    from lowrank_lab.studies.plan import plan_study
+    from lowrank_lab.studies.shipped import find_study
+    from lowrank_lab.studies.study import run_study
+    from lowrank_lab.studies.study_file import seconds_of
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds is not None else None
@@ -264,7 +267,7 @@ def study(
             click.echo(line, err=True)
     if page is None:
         sys.exit(1)
-    _show_table(page.parent, as_json, asked_in(file)[1])
+    _show_table(page.parent, as_json, asked_in(find_study(file))[1])
     if not as_json:
         click.echo(f"\nreport   {page}\nfigures  {page.parent / 'figures'}")
 

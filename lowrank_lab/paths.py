@@ -23,11 +23,16 @@ def data_folder() -> Path:
     given = os.environ.get(DATA)
     if given:
         return Path(given)
-    if (PACKAGE.parent / "pyproject.toml").exists():
+    if in_checkout():
         return PACKAGE.parent / "data"
     here = Path.cwd()
     candidates = [folder / "data" for folder in (here, *here.parents)]
     return next((path for path in candidates if (path / "corpora").is_dir()), candidates[0])
+
+
+def in_checkout() -> bool:
+    """Whether the library is imported from a checkout, not from an installed package."""
+    return (PACKAGE.parent / "pyproject.toml").exists()
 
 
 def located(path: Path | str) -> Path:

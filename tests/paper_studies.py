@@ -5,8 +5,8 @@ import shlex
 
 from paths import NOTEBOOKS
 
+from lowrank_lab.studies.plan import plan_study
 from lowrank_lab.studies.progress import plan_facts
-from lowrank_lab.studies.study import plan_study
 
 # rank and tokens of each size, as published
 PUBLISHED = {"60m": (128, 1.1e9), "130m": (256, 2.2e9), "350m": (256, 6.4e9), "1b": (512, 13.1e9)}

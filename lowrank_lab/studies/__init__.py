@@ -1,1 +1,1 @@
-"""Batches of notebooks: study files, jobs, selection, and execution by papermill."""
+"""Batches of notebooks: study files, the jobs planned from them, and execution by papermill."""

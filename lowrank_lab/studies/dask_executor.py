@@ -1,9 +1,9 @@
 """Jobs executed on an existing Dask cluster, whose machines share the file system with this one.
 
-A job is one task: a worker executes the notebook as a local runner would, in the same folder and
-with the same records. When a worker dies its jobs are given to others, and training goes on from
-its last checkpoint. When the task is no longer wanted (the study was interrupted, its runner or the
-scheduler is gone), the worker ends the notebook.
+Each job is one task: a worker executes the notebook as the local executor would, in the same folder
+and with the same records. If a worker dies, its jobs go to others, and training continues from the
+last checkpoint. If the task is cancelled (the study was interrupted, or its runner or scheduler is
+gone), the worker stops the notebook.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from uuid import uuid4
 from lowrank_lab.config import InputError
 from lowrank_lab.methods.own import OWN_METHODS
 from lowrank_lab.paths import DATA, data_folder
-from lowrank_lab.studies.job import PARTIAL, Job, settle
-from lowrank_lab.studies.local_executor import THREADS, fail, perform
+from lowrank_lab.studies.job import PARTIAL, Job, plan_states
+from lowrank_lab.studies.local_executor import THREADS, fail, run_job
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -36,7 +36,7 @@ def connect(address: str) -> Client:
     """A client of a running Dask scheduler.
 
     Raises:
-        InputError: Dask isn't installed, or nobody answers at the address.
+        InputError: Dask isn't installed, or no scheduler answers at the address.
     """
     try:
         from distributed import Client
@@ -45,26 +45,26 @@ def connect(address: str) -> Client:
         raise InputError("dask", address, allowed) from None
 
     class Quiet(Client):
-        """A client that doesn't try to say goodbye to something that never was a scheduler."""
+        """A client that sends nothing when it is collected: the address may be no scheduler's."""
 
         def __del__(self) -> None:
             pass
 
-    # What it would say of lost connections, the study says in one line.
+    # The study reports a lost connection in one line of its own.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
         _knock(address)
         return Quiet(  # type: ignore[no-untyped-call]
             address, timeout=CONNECT_SECONDS, set_as_default=False
         )
-    except Exception as error:  # anything, if something else than a scheduler answers
+    except Exception as error:  # of any kind, if another server answers
         why = f"{error or type(error).__name__}".splitlines()[0]
         allowed = f"no Dask scheduler answers there, as one would at tcp://host:8786 ({why})"
         raise InputError("dask", address, allowed) from None
 
 
 def _knock(address: str) -> None:
-    """Raise OSError or ValueError, at once where that can be, if nobody listens at an address."""
+    """Raise OSError or ValueError, without a timeout where possible, if nothing listens there."""
     parts = urlsplit(address)
     if parts.scheme not in ("tcp", "tls", "ws", "wss") or not parts.hostname or not parts.port:
         raise ValueError("it isn't of the form tcp://host:port")
@@ -72,7 +72,7 @@ def _knock(address: str) -> None:
 
 
 def worker_memory(client: Client) -> int | None:
-    """Bytes of the worker that has most; None if there is no worker or none says."""
+    """Bytes of the worker with the most memory; None if no worker reports a limit."""
     return max((w["memory_limit"] for w in _workers(client).values()), default=0) or None
 
 
@@ -83,15 +83,15 @@ def execute_on(
     report: Callable[[list[Job]], None],
     time_limit: float | None = None,
 ) -> None:
-    """Run all jobs that are neither done nor, without `retry`, known to fail, as tasks of Dask.
+    """Run all jobs as Dask tasks, except those done and, without `retry`, those that failed before.
 
     Args:
-        time_limit: seconds after which a job is ended and counts as failed.
+        time_limit: seconds after which a job is stopped and has failed.
 
     Raises:
         RuntimeError: the scheduler is lost.
     """
-    waiting = settle(todo, retry)
+    waiting = plan_states(todo, retry)
     if waiting and not _workers(client):
         log.warning("no worker is connected to %s yet; the study waits for one", _address(client))
     environment = {DATA: str(data_folder().resolve())}
@@ -99,7 +99,9 @@ def execute_on(
     futures: dict[Any, Job] = {}
     try:
         for job in waiting:
-            (job.folder / PARTIAL).unlink(missing_ok=True)  # its sign that a worker has begun
+            (job.folder / PARTIAL).unlink(
+                missing_ok=True
+            )  # its presence shows that a worker has begun
             task = f"{job.folder.name}-{uuid4().hex[:8]}"
             arguments = (replace(job), job.key, environment, time_limit)
             futures[client.submit(on_worker, *arguments, key=task, pure=False)] = job
@@ -110,11 +112,11 @@ def execute_on(
             report(todo)
             if client.status != "running":
                 raise RuntimeError(
-                    f"the Dask scheduler at {_address(client)} was lost; started again, the study "
-                    "goes on"
+                    f"the connection to the Dask scheduler at {_address(client)} was lost; started "
+                    "again, the study continues"
                 )
             time.sleep(0.5 if futures else 0.0)
-    except BaseException:  # workers see it, and end what runs
+    except BaseException:  # workers notice, and stop their notebooks
         if client.status == "running":
             client.cancel(list(futures), force=True)  # type: ignore[no-untyped-call]
         raise
@@ -122,7 +124,7 @@ def execute_on(
 
 
 def _settled(future: Any, job: Job) -> bool:
-    """Whether a task has come to its end; its job then has the state and the words for it."""
+    """Whether a task has ended; if so, its job gets the state and the error."""
     if future.status == "finished":
         done: Job = future.result()
         job.state, job.error, job.seconds = done.state, done.error, done.seconds
@@ -137,7 +139,7 @@ def _settled(future: Any, job: Job) -> bool:
 
 
 def on_worker(job: Job, key: str, environment: dict[str, str], time_limit: float | None) -> Job:
-    """What a worker does: the job, as long as its task is wanted."""
+    """Run a job on a worker, for as long as its task isn't cancelled."""
     from distributed import get_worker
 
     worker = get_worker()
@@ -146,11 +148,11 @@ def on_worker(job: Job, key: str, environment: dict[str, str], time_limit: float
     task = worker.get_current_task()
     threads = {name: os.environ.get(name, "1") for name in THREADS}
 
-    def wanted() -> bool:
+    def should_continue() -> bool:
         state = worker.state.tasks.get(task)
         return worker.status.name == "running" and state is not None and state.state == "executing"
 
-    perform(job, threads | environment, time_limit, wanted)
+    run_job(job, threads | environment, time_limit, should_continue)
     return job
 
 

@@ -1,7 +1,7 @@
-"""Notebooks as jobs: what is to be executed, what it is made from, and how far it is.
+"""Notebooks as jobs: what to execute, with which parameters, and the state it is in.
 
-`done.json` in a job's folder, written last, says what its notebook was made from; `failed.json`
-says that it failed, and why.
+`done.json` in a job's folder, written last, has the hash of what its notebook was made from;
+`failed.json` has that hash and the error.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ State = Literal["queued", "running", "done", "failed"]
 
 @dataclass
 class Job:
-    """One notebook to execute, and how far it is."""
+    """One notebook to execute, and its state."""
 
     name: str
     folder: Path
     notebook: Path
     parameters: dict[str, Any]
     works_in: Path | None = None  # the notebook's working directory, if it isn't `folder`
-    memory: int = 0  # bytes that it is thought to take at most
-    any_version: bool = False  # a run in the folder that other training code finished will do
-    source: Path | None = None  # a finished run of another study, to take over
+    memory: int = 0  # estimated peak, in bytes
+    any_version: bool = False  # accept a finished run of another version of the training code
+    source: Path | None = None  # a finished run of another study, to copy
     state: State = "queued"
     error: str = ""
     seconds: float = 0.0
 
     @property
     def key(self) -> str:
-        """Hash of everything that decides the executed notebook; where it lies is no part of it."""
+        """Hash of everything that decides the executed notebook; its folder is no part of it."""
         place = str(self.folder)
         values = {name: value for name, value in self.parameters.items() if value != place}
         source = [self.notebook.read_text(), source_hash(), values]
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def trained(self) -> bool:
-        """Whether only the notebook around a finished run is left to execute, for all one knows."""
+        """Whether the training is finished, so that only the notebook is left to execute."""
         there = self.any_version and (self.folder / "result.json").exists()
         return there or self.source is not None
 
@@ -61,7 +61,7 @@ class Job:
 
 
 def parameter_names(notebook: Path) -> set[str]:
-    """Names that the notebook's cell tagged `parameters` assigns.
+    """The names assigned in the notebook's cell tagged `parameters`.
 
     Raises:
         InputError: the notebook has no such cell.
@@ -82,7 +82,7 @@ def parameter_names(notebook: Path) -> set[str]:
 
 
 def known_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, if the notebook knows every one of them; papermill would only warn."""
+    """The parameters, unless the notebook lacks one of them; papermill would only warn."""
     names = parameter_names(notebook)
     for name, value in parameters.items():
         if name not in names:
@@ -92,14 +92,14 @@ def known_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, An
     return parameters
 
 
-def settle(todo: list[Job], retry: bool) -> list[Job]:
-    """Give each job the state that it was left in; those that are to be executed now.
+def plan_states(todo: list[Job], retry: bool) -> list[Job]:
+    """Set each job's state from its records, and return the jobs to execute.
 
     Args:
         retry: execute again what failed before.
 
     Raises:
-        InputError: a parameter that a notebook doesn't know.
+        InputError: a parameter that a notebook lacks.
     """
     for job in todo:
         known_parameters(job.notebook, job.parameters)
@@ -120,7 +120,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def progress_of(job: Job) -> str:
-    """What a running job is at, in a few words."""
+    """The progress of a running job or the error of a failed one, in a few words."""
     if job.state != "running":
         return job.error if job.state == "failed" else ""
     progress = read_record(job.folder / "progress.json")

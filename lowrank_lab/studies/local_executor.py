@@ -1,8 +1,8 @@
 """Jobs executed by papermill on this machine, several at a time.
 
 Each notebook runs in a process and session of its own, with its own number of threads. It is
-written under another name and renamed when it is whole. Exit statuses are believed, papermill's
-metadata is not.
+written under another name and renamed when it is complete. Success is the exit status;
+papermill's metadata also says success after a cell timeout, a dead kernel or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 
 from lowrank_lab.paths import DATA, STARTED_IN, data_folder
 from lowrank_lab.runs.run import write_json
-from lowrank_lab.studies.job import PARTIAL, Job, read_record, settle
+from lowrank_lab.studies.job import PARTIAL, Job, plan_states, read_record
 from lowrank_lab.training.provenance import training_source
 
 # Linux: the child dies with the runner, even when the runner is killed with SIGKILL.
@@ -35,8 +35,8 @@ DIE_WITH_PARENT = (
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-LOOK_SECONDS = 0.2  # between two looks at whether a job is still wanted
-PATIENCE = 5.0  # seconds that a process has to end by itself
+POLL_SECONDS = 0.2  # between two calls of should_continue
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 
 
 def execute(
@@ -47,15 +47,14 @@ def execute(
     time_limit: float | None = None,
     memory: int | None = None,
 ) -> None:
-    """Run all jobs that are neither done nor, without `retry`, known to fail.
+    """Run all jobs, except those done and, without `retry`, those that failed before.
 
     Args:
-        jobs: how many at a time; by default one a core or CUDA device.
-        time_limit: seconds after which a job is ended and counts as failed.
-        memory: bytes that the jobs which run at the same time may take in sum; a job that takes
-            more by itself runs alone.
+        jobs: how many at a time; by default one per core or CUDA device.
+        time_limit: seconds after which a job is stopped and has failed.
+        memory: bytes that all running jobs may take together; a job that needs more runs alone.
     """
-    waiting, places, stop = settle(todo, retry), _places(jobs), threading.Event()
+    waiting, places, stop = plan_states(todo, retry), _places(jobs), threading.Event()
     running: dict[Future[None], tuple[Job, dict[str, str]]] = {}
     over: list[Future[None]] = []
     with ThreadPoolExecutor(len(places)) as pool:
@@ -65,14 +64,14 @@ def execute(
                 job = _next(waiting, used, memory) if places else None
                 if job is not None:
                     place = places.pop()
-                    future = pool.submit(perform, job, place, time_limit, lambda: not stop.is_set())
+                    future = pool.submit(run_job, job, place, time_limit, lambda: not stop.is_set())
                     running[future] = job, place
                     continue
                 report(todo)
                 for future in wait(running, 0.5, FIRST_COMPLETED).done:
                     places.append(running.pop(future)[1])
                     over.append(future)
-        except BaseException:  # Ctrl-C above all: nothing is left running
+        except BaseException:  # above all Ctrl-C: no process stays behind
             stop.set()
             raise
     for future in over:
@@ -81,7 +80,7 @@ def execute(
 
 
 def _next(waiting: list[Job], used: int, memory: int | None) -> Job | None:
-    """Take the first job that fits beside those which run; the first of all if none runs."""
+    """Take the first job that fits beside the running ones, or the first of all if none runs."""
     for job in waiting:
         if memory is None or not used or used + job.memory <= memory:
             waiting.remove(job)
@@ -95,7 +94,7 @@ def cores() -> int:
 
 
 def _places(jobs: int | None) -> list[dict[str, str]]:
-    """Environments in which jobs can run at the same time: one a core, or one a CUDA device."""
+    """The environments of jobs that run at the same time: one per core, or per CUDA device."""
     import torch
 
     devices = torch.cuda.device_count()
@@ -107,19 +106,19 @@ def _places(jobs: int | None) -> list[dict[str, str]]:
     return places[::-1]  # taken from the end
 
 
-def perform(
+def run_job(
     job: Job,
     environment: Mapping[str, str],
     time_limit: float | None,
-    wanted: Callable[[], bool],
+    should_continue: Callable[[], bool],
 ) -> None:
     """Execute one job: its notebook, and the record that it is done or failed.
 
     Args:
-        environment: variables for the notebook, beside this process's.
-        wanted: asked several times a second; once it says no, what runs is ended.
+        environment: variables for the notebook, added to those of this process.
+        should_continue: called several times per second; on False, the notebook is stopped.
     """
-    if not wanted():
+    if not should_continue():
         return
     job.state, started = "running", time.monotonic()
     _set_aside_if_outdated(job)
@@ -127,9 +126,9 @@ def perform(
     for name in ("done.json", "failed.json", PARTIAL):
         (job.folder / name).unlink(missing_ok=True)
     partial = job.folder / PARTIAL
-    code = _papermill(job, partial, environment, time_limit, wanted)
+    code = _papermill(job, partial, environment, time_limit, should_continue)
     job.seconds = time.monotonic() - started
-    if not wanted():
+    if not should_continue():
         return
     if partial.exists():
         partial.replace(job.folder / "notebook.ipynb")
@@ -149,8 +148,8 @@ def fail(job: Job, error: str) -> None:
 
 def too_long(time_limit: float | None) -> str:
     return (
-        f"it took longer than the time limit of {time_limit:g} s and was ended; "
-        "with --retry and a longer limit it goes on from its last checkpoint"
+        f"it took longer than the time limit of {time_limit:g} s and was stopped; "
+        "with --retry and a longer limit it continues from its last checkpoint"
     )
 
 
@@ -159,9 +158,9 @@ def _papermill(
     partial: Path,
     environment: Mapping[str, str],
     time_limit: float | None,
-    wanted: Callable[[], bool],
+    should_continue: Callable[[], bool],
 ) -> int | None:
-    """Papermill in a process and session of its own: its exit status; None if it was ended."""
+    """The exit status of papermill, run in a session of its own; None if it was stopped here."""
     parameters = base64.b64encode(yaml.safe_dump(job.parameters).encode()).decode()
     command = [
         sys.executable, "-c", DIE_WITH_PARENT,
@@ -180,21 +179,21 @@ def _papermill(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=variables, start_new_session=True,
         )  # fmt: skip
-        while wanted() and time.monotonic() < end:
+        while should_continue() and time.monotonic() < end:
             with suppress(subprocess.TimeoutExpired):
-                return process.wait(LOOK_SECONDS)
+                return process.wait(POLL_SECONDS)
         _end(process)
         return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End papermill, its kernel and what that started: politely, then not."""
+    """Stop papermill, its kernel and their children: SIGTERM, then SIGKILL."""
     sessions = [process.pid, *_children(process.pid)]  # a kernel leads a session of its own
     for sign in (signal.SIGTERM, signal.SIGKILL):
         for session in sessions:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(session, sign)
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < end:
             if process.poll() is not None and not any(map(_alive, sessions[1:])):
                 return
@@ -202,7 +201,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    """Processes that a process started (on Linux; elsewhere a kernel notices that it is alone)."""
+    """The child processes of a process (on Linux; elsewhere a kernel stops without its parent)."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         return [int(child) for t in tasks for child in (t / "children").read_text().split()]
@@ -218,7 +217,7 @@ def _alive(pid: int) -> bool:
 
 
 def _set_aside_if_outdated(job: Job) -> None:
-    """Move a run that other training code made out of the way: its numbers are no longer ours."""
+    """Move a run aside that another version of the training code has made."""
     folder = job.folder
     facts = read_record(folder / "config.json")
     if not facts or facts["ran_on"]["training_source"] == training_source():
@@ -231,7 +230,7 @@ def _set_aside_if_outdated(job: Job) -> None:
 
 
 def _error_of(folder: Path, code: int) -> str:
-    """The last line that says what went wrong."""
+    """The last line of papermill's log that names an error."""
     lines = (folder / "papermill.log").read_text("utf-8", "replace").splitlines()
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in lines]
     errors = [line for line in plain if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]

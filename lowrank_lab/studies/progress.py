@@ -1,4 +1,4 @@
-"""What the terminal shows of a running study: redrawn in place, or one line a change in a log."""
+"""A running study in the terminal: redrawn in place, or in a log, one line per change."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from lowrank_lab.memory.formulas import GB, MIB
 from lowrank_lab.planning.resources import free_disk, machine_memory
 from lowrank_lab.studies.job import Job, progress_of
-from lowrank_lab.studies.study import Plan
+from lowrank_lab.studies.plan import Plan
 
 LOG_SECONDS = 15.0
 MARKS = {"queued": "·", "running": "▶", "done": "✓", "failed": "✗"}
 
 
 class View:
-    """Call `show` with all jobs as often as you like, `close` at the end."""
+    """The states of all jobs: call `show` at any rate, and `close` at the end."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -55,7 +55,9 @@ class View:
     @staticmethod
     def _line(job: Job) -> str:
         line = f"{MARKS[job.state]} {job.state:8}{job.name:40} {progress_of(job)}".rstrip()
-        return "".join(c if c.isprintable() else " " for c in line)  # an error may hold anything
+        return "".join(
+            c if c.isprintable() else " " for c in line
+        )  # an error may have control characters
 
     @staticmethod
     def _write(text: str) -> None:
@@ -69,10 +71,10 @@ def _counts(jobs: list[Job]) -> str:
 
 
 def plan_facts(plan: Plan, rate: float | None = None) -> dict[str, Any]:
-    """What a study would do and need, in bytes and FLOPs, and what the machine has.
+    """The runs of a study with their memory, disk and FLOPs, and the memory and disk available.
 
     Args:
-        rate: FLOP/s, which FLOPs are turned into hours by.
+        rate: FLOP/s, to turn FLOPs into hours.
     """
     runs = [
         {
@@ -116,14 +118,14 @@ def plan_text(facts: dict[str, Any]) -> str:
 
 
 def card_text(facts: dict[str, Any]) -> str:
-    """`plan_facts` as a table of what runs take on a CUDA card of that rate."""
+    """`plan_facts` as a table of memory and hours on a CUDA card of that rate."""
     runs = facts["runs"]
     width = max(len(run["label"]) for run in runs)
     lines = [f"{'run':{width}}  weights + states  peak memory    EFLOP    hours      disk"]
     for run in runs:
-        held, peak = run["weights_and_states_bytes"] / GB, run["device_memory_bytes"] / GB
+        states, peak = run["weights_and_states_bytes"] / GB, run["device_memory_bytes"] / GB
         lines.append(
-            f"{run['label']:{width}}  {held:13.3f} GB  {peak:8.2f} GB  {run['flops'] / 1e18:7.3f}"
+            f"{run['label']:{width}}  {states:13.3f} GB  {peak:8.2f} GB  {run['flops'] / 1e18:7.3f}"
             f"  {run['hours']:7.2f}  {run['disk_bytes'] / GB:5.2f} GB"
         )
     hours, disk = (sum(run[name] for run in runs) for name in ("hours", "disk_bytes"))

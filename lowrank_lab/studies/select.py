@@ -1,16 +1,16 @@
-"""What a study takes over from an earlier one: each variant's best learning rate, and the like.
+"""`select` in a study file: each variant's best learning rate and options, from an earlier study.
 
 In a study file:
 
     select: {from: tune, by: [method, init], best: [lr, method_options.scale]}
 
-Every variant then gets those values of the `best` fields with which, in the runs of the study
-`tune` that have the same values of the `by` fields, the validation loss was lowest (its mean, where
-there are several seeds). An option whose best value follows from others, as alpha does from the
-rank, is left to the variant. More keys of it: `around: {lr: [0.5, 1, 2]}` makes a grid of multiples
-of what was chosen; `edges: allow` takes a best value that is the first or last of three or more
-tried. A variant's own key `select: {init: kaiming}` looks as if it had these values of the `by`
-fields.
+Each variant is compared with the runs of the study `tune` that have the same values of the `by`
+fields, and gets the values of the `best` fields with the lowest validation loss (the mean over
+seeds). An option that follows from other fields, as alpha does from the rank, stays the variant's.
+
+around: {lr: [0.5, 1, 2]}   a grid of multiples of the chosen value
+edges: allow                accept a best value that is the first or last of three or more tried
+select: {init: kaiming}     in a variant: these values of `by` fields replace the variant's own
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from typing import Any
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.paths import data_folder
+from lowrank_lab.paths import data_folder, kept_study
 from lowrank_lab.runs.run import find_runs
 
 KEYS = ("from", "by", "best", "around", "edges")
-# What was trained, on which text and for how long.
+# Model, text and length of a run.
 SETTING = ("size", "corpus", "sequence_length", "batch", "total_steps")
 Values = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The `select` of a study file, checked, with the runs that it chooses from."""
+    """The `select` of a study file, checked, and the runs to choose from."""
 
-    place: str  # what messages call it
+    place: str  # in the study file, for messages
     source: str
     by: tuple[str, ...]
     best: tuple[str, ...]
     around: dict[str, list[float]] = field(default_factory=dict)
-    edges: bool = False  # may the best value be the first or last of those tried
-    tried: Sequence[tuple[ResolvedConfig, float]] = ()  # and the validation losses of these runs
+    edges: bool = False  # whether the best value may be the first or last of those tried
+    tried: Sequence[tuple[ResolvedConfig, float]] = ()  # with the validation losses
 
     def choose(
         self, label: str, fields: dict[str, Any], like: dict[str, Any]
     ) -> dict[str, list[Any]]:
-        """The best value of each `best` field that a variant has, or its multiples by `around`.
+        """The best value of each `best` field of a variant, or its multiples by `around`.
 
         Args:
             fields: of the variant, at one point of its grid.
-            like: values of `by` fields to look for, instead of the variant's own.
+            like: values of `by` fields that replace the variant's own.
 
         Raises:
-            InputError: nothing like it was tried, or the best value lies at the edge of its grid.
+            InputError: no run has these values, or the best value lies at the edge of its grid.
         """
         place = f"{self.place}: {label}"
         for name in like:
@@ -66,18 +66,18 @@ class Selection:
             config = resolve(RunConfig(**fields))
         except InputError as error:
             raise InputError(f"{place}: {error.field}", error.value, error.allowed) from None
-        wanted = tuple(like[name] if name in like else value_of(config, name) for name in self.by)
+        own = tuple(like[name] if name in like else value_of(config, name) for name in self.by)
         losses: dict[Values, list[float]] = defaultdict(list)
         first: dict[Values, ResolvedConfig] = {}
         for run, loss in self.tried:
-            if _values(run, self.by) == wanted:
+            if _values(run, self.by) == own:
                 values = _values(run, self.best)
                 losses[values].append(loss)
                 first.setdefault(values, run)
         if not losses:
-            looked_for = ", ".join(f"{n} {v}" for n, v in zip(self.by, wanted, strict=True))
-            nowhere = f"no such run in {self.source}{_left_out(self.source)}"
-            raise InputError(place, looked_for, nowhere)
+            words = ", ".join(f"{n} {v}" for n, v in zip(self.by, own, strict=True))
+            nowhere = f"no such run in {self.source}{_why_ignored(self.source)}"
+            raise InputError(place, words, nowhere)
         means = {values: math.fsum(found) / len(found) for values, found in losses.items()}
         best = min(means, key=means.__getitem__)
         if not self.edges:
@@ -92,25 +92,25 @@ class Selection:
         }
 
     def _check_inside(self, place: str, best: Values, tried: list[Values]) -> None:
-        """Refuse a number that is the least or most of three or more, the others being equal."""
+        """Refuse the smallest or largest of three or more numbers tried with all else equal."""
         for i, name in enumerate(self.best):
             others = {v[i] for v in tried if v[:i] + v[i + 1 :] == best[:i] + best[i + 1 :]}
             numbers = sorted(v for v in others if isinstance(v, int | float))
             if len(numbers) >= 3 and best[i] in (numbers[0], numbers[-1]):
-                allowed = f"it lies at the edge of what {self.source} tried, {numbers[0]:g} to "
-                allowed += f"{numbers[-1]:g}: try beyond, or say edges: allow"
+                allowed = f"it lies at the edge of the values in {self.source}, {numbers[0]:g} to "
+                allowed += f"{numbers[-1]:g}: try values beyond, or set edges: allow"
                 raise InputError(f"{place}: {name}", best[i], allowed)
 
 
 def value_of(config: ResolvedConfig, name: str) -> Any:
-    """A value of a configuration, or its `method_options.NAME`; None if it hasn't that."""
+    """The value of a field or of `method_options.NAME`; None if the method has no such option."""
     outer, _, inner = name.partition(".")
-    held = getattr(config, outer)
-    return held.get(inner) if inner else held
+    value = getattr(config, outer)
+    return value.get(inner) if inner else value
 
 
 def _follows(config: ResolvedConfig, name: str) -> bool:
-    """Whether a resolved value is what the method makes of other fields where none is given."""
+    """Whether an option's value is the default that follows from the other fields."""
     option = name.partition(".")[2]
     if not option or METHODS[config.method].options[option].default is not None:
         return False
@@ -123,7 +123,7 @@ def read_selection(content: Any, place: str) -> Selection:
     """Check the `select` of a study file, and read the results of the study that it names.
 
     Raises:
-        InputError: what is wrong with it, or that study has no finished runs here.
+        InputError: an error in it, or no finished study of that name.
     """
     if not isinstance(content, dict) or not isinstance(content.get("from"), str):
         raise InputError(place, content, "a mapping with from (a study's name), by and best")
@@ -165,15 +165,15 @@ def _fields(names: Any, place: str) -> tuple[str, ...]:
 
 
 def _results(name: str, place: str, by: tuple[str, ...]) -> list[tuple[ResolvedConfig, float]]:
-    """Configurations and validation losses of a study: of this machine's runs, then of the kept.
+    """Configurations and validation losses of a study: of the runs here, then of the kept study.
 
-    Kept ones count where this machine has none that agree with them in `by`, and only beside runs
-    of the same model, text and length.
+    A kept run is used if no run here has its values of the `by` fields; if there are runs here, it
+    must share its model, text and length with one of them.
     """
     if Path(name).name != name:
         raise InputError(place, name, "the name of a study, without folders")
     found: list[tuple[ResolvedConfig, float]] = []
-    for folder in (data_folder() / "runs" / name, data_folder() / "study" / name):
+    for folder in (data_folder() / "runs" / name, kept_study(name)):
         runs = find_runs(folder) if folder.is_dir() else []
         if not all(run.finished for run in runs):
             continue
@@ -186,17 +186,17 @@ def _results(name: str, place: str, by: tuple[str, ...]) -> list[tuple[ResolvedC
             or (_values(run.config, SETTING) in settings and _values(run.config, by) not in tried)
         ]
     if not found:
-        allowed = f"no finished study of this name in {data_folder() / 'runs'} or "
-        raise InputError(place, name, f"{allowed}{data_folder() / 'study'}{_left_out(name)}")
+        allowed = f"no finished study of this name in {data_folder() / 'runs'} or among the kept "
+        raise InputError(place, name, f"{allowed}studies{_why_ignored(name)}")
     return found
 
 
-def _left_out(name: str) -> str:
-    """Why this machine's runs of a study don't count, if they don't."""
+def _why_ignored(name: str) -> str:
+    """Why the runs of a study in the data folder are ignored, if they are."""
     folder = data_folder() / "runs" / name
     runs = find_runs(folder) if folder.is_dir() else []
     left = [run.folder.name for run in runs if not run.finished]
-    return f"; what is in {folder} doesn't count while {left[0]} is unfinished" if left else ""
+    return f"; {folder} is ignored until {left[0]} has finished" if left else ""
 
 
 def _values(config: ResolvedConfig, names: tuple[str, ...]) -> Values:

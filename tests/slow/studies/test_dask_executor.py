@@ -12,7 +12,8 @@ import pytest
 from studies import TRAIN, processes_in, runner_of, wait_for
 
 from lowrank_lab.runs.run import Run, read_jsonl
-from lowrank_lab.studies.study import load_study, run_study
+from lowrank_lab.studies.study import run_study
+from lowrank_lab.studies.study_file import load_study
 from lowrank_lab.training.trainer import train
 
 pytest.importorskip("distributed")

@@ -16,7 +16,7 @@ from paper_studies import (
 )
 
 from lowrank_lab.planning import resources
-from lowrank_lab.studies.study import load_study
+from lowrank_lab.studies.study_file import load_study
 from lowrank_lab.training.trainer import train
 
 

@@ -13,7 +13,9 @@ from studies import TRAIN, mark_done, processes_in, runner_of, wait_for
 from lowrank_lab.cli import main
 from lowrank_lab.runs.run import Run
 from lowrank_lab.studies import local_executor as running_jobs
-from lowrank_lab.studies.study import load_study, plan_study, run_study
+from lowrank_lab.studies.plan import plan_study
+from lowrank_lab.studies.study import run_study
+from lowrank_lab.studies.study_file import load_study
 from lowrank_lab.training.trainer import train
 
 

@@ -20,7 +20,7 @@ from lowrank_lab.methods.options import ByWidth
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.studies.study import load_study
+from lowrank_lab.studies.study_file import load_study
 from lowrank_lab.training.step import gradients, update_
 
 DENSE = [name for name in QUICK if METHODS[name].layers is None]

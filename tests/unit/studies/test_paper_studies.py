@@ -22,8 +22,9 @@ from lowrank_lab.cli import _config, _given, main
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import resources
+from lowrank_lab.studies.plan import plan_study
 from lowrank_lab.studies.progress import plan_facts
-from lowrank_lab.studies.study import load_study, plan_study
+from lowrank_lab.studies.study_file import load_study
 
 METHODS = "full-rank spam stable-spam galore fira apollo low-rank lora relora sltrain loro".split()
 CARD = 80e9

@@ -6,7 +6,7 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import write_json
-from lowrank_lab.studies.study import load_study
+from lowrank_lab.studies.study_file import load_study
 
 BY = ["method", "refactor_every"]
 
@@ -165,7 +165,7 @@ def test_kept_runs_of_another_model_or_length_do_not_count_beside_own_ones(
 
 def test_an_unfinished_study_chooses_nothing(study_file, tried):
     name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), None))
-    with pytest.raises(InputError, match=r"no finished study of this name.*while 1 is unfinished"):
+    with pytest.raises(InputError, match=r"no finished study of this name.*ignored until 1 has finished"):
         load_study(study_file(select={"from": name}, variants={"a": {"method": "low-rank"}}))
 
 
@@ -173,7 +173,7 @@ def test_it_is_said_that_an_unfinished_study_left_its_runs_to_the_kept_ones(stud
     name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), None))
     tried(({"method": "galore", "lr": 4e-3}, 1.0), place="study")
     path = study_file(select={"from": name}, variants={"a": {"method": "low-rank"}})
-    with pytest.raises(InputError, match=f"no such run in {name}; .*while 1 is unfinished"):
+    with pytest.raises(InputError, match=f"no such run in {name}; .*ignored until 1 has finished"):
         load_study(path)
 
 

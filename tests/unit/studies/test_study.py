@@ -14,10 +14,11 @@ from lowrank_lab.config import InputError
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import find_runs
 from lowrank_lab.studies import local_executor as running_jobs
-from lowrank_lab.studies import study
+from lowrank_lab.studies import plan, study, study_file
 from lowrank_lab.studies.job import Job, parameter_names
+from lowrank_lab.studies.plan import plan_study
 from lowrank_lab.studies.progress import View
-from lowrank_lab.studies.study import load_study, plan_study, seconds_of
+from lowrank_lab.studies.study_file import load_study, seconds_of
 
 
 def test_runs_are_variants_times_grid_times_seeds(study_file):
@@ -97,7 +98,9 @@ def test_points_that_train_the_same_are_run_once(study_file):
 
 
 def test_the_quick_study_is_valid_and_what_the_kept_records_were_made_from(monkeypatch):
-    monkeypatch.setattr(study, "check", lambda config: (resolve(config), None))  # corpus unread
+    monkeypatch.setattr(
+        study_file, "check", lambda config: (resolve(config), None)
+    )  # corpus unread
     quick = load_study(NOTEBOOKS / "studies" / "quick.yaml", seeds=[0, 1, 2])
     methods = {config.method for _, config in quick.runs.values()}
     assert methods == {"full-rank", "low-rank", "galore", "fira"}
@@ -161,7 +164,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_starts(
     study_file, tmp_path, monkeypatch, what
 ):
     name, has = ("machine_memory", 10**8) if what == "memory" else ("free_disk", 10**5)
-    monkeypatch.setattr(study, name, lambda *arguments: has)
+    monkeypatch.setattr(study if what == "memory" else plan, name, lambda *arguments: has)
     result = CliRunner().invoke(
         main, ["study", str(study_file("1")), "--out", str(tmp_path / "out")]
     )
@@ -178,7 +181,7 @@ def test_a_study_whose_results_do_not_all_fit_on_the_disk_is_refused(
     path, out = study_file("1", seeds=[0, 1, 2]), tmp_path / "out"
     need = plan_study(path, out=out).needs[0]
     assert need.kept < need.disk
-    monkeypatch.setattr(study, "free_disk", lambda folder: need.disk + 2 * need.kept - 1)
+    monkeypatch.setattr(plan, "free_disk", lambda folder: need.disk + 2 * need.kept - 1)
     result = CliRunner().invoke(main, ["study", str(path), "--out", str(out)])
     assert result.exit_code == 2, result.output
     assert "mine: all runs" in result.stderr
@@ -189,7 +192,7 @@ def test_a_study_whose_results_do_not_all_fit_on_the_disk_is_refused(
 def test_jobs_run_at_a_time_only_as_far_as_memory_reaches(study_file, tmp_path, monkeypatch):
     running, most, order = [], [], []
 
-    def perform(job, *arguments):
+    def run_job(job, *arguments):
         running.append(job.memory)
         order.append(job.name)
         most.append(sum(running))
@@ -197,7 +200,7 @@ def test_jobs_run_at_a_time_only_as_far_as_memory_reaches(study_file, tmp_path, 
         running.remove(job.memory)
         job.state = "done"
 
-    monkeypatch.setattr(running_jobs, "perform", perform)
+    monkeypatch.setattr(running_jobs, "run_job", run_job)
     notebook = study_file("1").parent.parent / "short.ipynb"
     sizes = (6, 6, 3, 20, 3, 1)
     todo = [Job(f"{i}", tmp_path / f"{i}", notebook, {}, memory=m) for i, m in enumerate(sizes)]

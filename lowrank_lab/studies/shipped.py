@@ -1,0 +1,93 @@
+"""Studies and notebooks that come with the library: found by name, and copied for one's own use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowrank_lab.config import InputError, nearest
+from lowrank_lab.paths import DATA, data_folder, in_checkout, shipped_notebooks
+
+COPIED = ("*.ipynb", "*.py", "solutions/*.ipynb", "studies/*.yaml")
+
+
+def shipped_studies() -> dict[str, Path]:
+    """The study files of the library by name."""
+    return {path.stem: path for path in sorted((shipped_notebooks() / "studies").glob("*.yaml"))}
+
+
+def find_study(study: Path | str) -> Path:
+    """The study file at a path, else the library's own study of that name.
+
+    Raises:
+        InputError: there is neither; the line lists the names.
+    """
+    path, shipped = Path(study), shipped_studies()
+    if path.is_file():
+        return path
+    if str(study) in shipped:
+        return shipped[str(study)]
+    allowed = f"there is no such file; studies of the library: {', '.join(shipped)}"
+    raise InputError("study", str(study), allowed)
+
+
+def find_notebook(study: Path, key: str, name: str) -> Path:
+    """The notebook that a study file names, without its suffix.
+
+    It is looked for beside the file, in the folder above, and among the library's own.
+
+    Raises:
+        InputError: there is none, or the name leads out of these folders.
+    """
+    folders = [study.resolve().parent, study.resolve().parent.parent, shipped_notebooks().resolve()]
+    for folder in folders:
+        path = (folder / f"{name.replace(chr(0), '')}.ipynb").resolve()
+        if path.is_file() and path.is_relative_to(folder):
+            return path
+    known = {path.stem for folder in folders for path in folder.glob("*.ipynb")}
+    raise InputError(f"{study.name}: {key}", name, f"no such notebook; {nearest(name, known)}")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What `copy_notebooks` wrote, and where the notebooks will keep corpora and runs."""
+
+    files: list[Path]
+    data: Path
+
+
+def copy_notebooks(folder: Path) -> Copied:
+    """Copy the library's notebooks, their solutions, own_method.py and the study files.
+
+    Outside a checkout the data folder is created as well, so that the notebooks and the command
+    line share it.
+
+    Raises:
+        InputError: one of the files is there already; nothing is copied then.
+    """
+    source = shipped_notebooks()
+    names = [p.relative_to(source) for pattern in COPIED for p in sorted(source.glob(pattern))]
+    for name in names:
+        if (folder / name).exists():
+            raise InputError("folder", str(folder), f"it has a file {name} already; name a new one")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    data = data_folder()
+    if not in_checkout() and not os.environ.get(DATA):
+        if not folder.resolve().is_relative_to(data.resolve().parent):
+            data = folder / "data"
+        (data / "corpora").mkdir(parents=True, exist_ok=True)
+    return Copied([folder / name for name in names], data)
+
+
+def titles() -> dict[str, str]:
+    """The heading of each of the library's notebooks, by name."""
+    found = {}
+    for path in sorted(shipped_notebooks().glob("*.ipynb")):
+        first = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
+        found[path.stem] = first.splitlines()[0].lstrip("# ")
+    return found
