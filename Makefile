@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 .DELETE_ON_ERROR:
 
 study: .venv/installed
-	$(BIN)/lowrank-lab study notebooks/studies/quick.yaml
+	$(BIN)/lowrank-lab study quick
 
 # The folder is the tier: unit is what a contributor runs; minutes of each are in CONTRIBUTING.md.
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -192,14 +192,12 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", metavar="NAME|FILE", required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="folder of the study's runs")
-@click.option("--jobs", type=click.IntRange(1), help="notebooks at a time; default: one a core")
+@click.option("--jobs", type=click.IntRange(1), help="notebooks at a time; default: one per core")
 @click.option("--retry", is_flag=True, help="execute again what failed before")
 @click.option("--seeds", help="instead of those in the file, as 0,1,2")
-@click.option(
-    "--only", metavar="VARIANT", multiple=True, help="this variant alone; can be repeated"
-)
+@click.option("--only", metavar="VARIANT", multiple=True, help="only this variant; can be repeated")
 @click.option(
     "--reuse",
     is_flag=True,
@@ -207,22 +205,22 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
     "records, whatever version of the library made them",
 )
 @click.option(
-    "--time-limit", metavar="TIME", help="end a run that takes longer than this, like 90s, 30m, 2h"
+    "--time-limit", metavar="TIME", help="stop a run after this time, like 90s, 30m or 2h"
 )
 @click.option(
-    "--dask", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786); it shares files"
+    "--dask", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786) with shared files"
 )
-@click.option("--dry-run", is_flag=True, help="say what would run and what it needs; run nothing")
+@click.option("--dry-run", is_flag=True, help="list the runs and what they need; run nothing")
 @click.option(
     "--flops",
     type=float,
     metavar="RATE",
-    help="with --dry-run: memory and hours on a CUDA card that computes so many FLOP/s, like "
-    "400e12; neither card nor corpus need be here",
+    help="with --dry-run: memory and hours on a CUDA card with RATE FLOP/s, like 400e12; neither "
+    "the card nor the corpus has to be here",
 )
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
 def study(
-    file: Path,
+    file: str | None,
     out: Path | None,
     retry: bool,
     seeds: str | None,
@@ -234,14 +232,20 @@ def study(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a study file by papermill; what is done already is not done again."""
+    """Run a study by papermill: one of the library's own by its NAME, or a FILE.
+
+    A finished run is not repeated; started again, a study continues where it was.
+    """
     from lowrank_lab.report import asked_in
     from lowrank_lab.studies import progress
     from lowrank_lab.studies.plan import plan_study
-    from lowrank_lab.studies.shipped import find_study
+    from lowrank_lab.studies.shipped import find_study, shipped_studies
     from lowrank_lab.studies.study import run_study
     from lowrank_lab.studies.study_file import seconds_of
 
+    if file is None:
+        raise click.UsageError(f"study: give a file or a name: {', '.join(shipped_studies())}")
+    path = find_study(file)
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds is not None else None
     except ValueError:
@@ -253,13 +257,13 @@ def study(
     chosen["reuse"] = reuse
     if dry_run:
         elsewhere = flops is not None
-        plan = plan_study(file, elsewhere=elsewhere, **chosen)
+        plan = plan_study(path, elsewhere=elsewhere, **chosen)
         facts = progress.plan_facts(plan, flops)
         text = progress.card_text if elsewhere else progress.plan_text
         click.echo(json.dumps(facts, indent=1) if as_json else text(facts))
         return
     view = progress.View()
-    todo, page = run_study(file, report=view.show, time_limit=limit, **chosen, **options)
+    todo, page = run_study(path, report=view.show, time_limit=limit, **chosen, **options)
     view.close()
     for job in todo:
         if job.state == "failed":
@@ -267,9 +271,41 @@ def study(
             click.echo(line, err=True)
     if page is None:
         sys.exit(1)
-    _show_table(page.parent, as_json, asked_in(find_study(file))[1])
+    _show_table(page.parent, as_json, asked_in(path)[1])
     if not as_json:
         click.echo(f"\nreport   {page}\nfigures  {page.parent / 'figures'}")
+
+
+@main.group()
+def notebooks() -> None:
+    """The notebooks that come with the library."""
+
+
+@notebooks.command("list")
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+def list_notebooks(as_json: bool) -> None:
+    """List the notebooks with their titles."""
+    from lowrank_lab.studies.shipped import titles
+
+    rows = [{"name": p.stem, "title": title, "path": str(p)} for p, title in titles().items()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        click.echo(f"{row['name']:20} {row['title']}")
+
+
+@notebooks.command("copy")
+@click.argument("folder", type=click.Path(path_type=Path))
+def copy_notebooks(folder: Path) -> None:
+    """Copy the notebooks, their solutions and the study files into FOLDER.
+
+    No file is overwritten.
+    """
+    from lowrank_lab.studies import shipped
+
+    copied = shipped.copy_notebooks(folder)
+    click.echo(f"{len(copied.files)} files in {folder}; corpora and runs go to {copied.data}")
 
 
 @main.command()

@@ -70,9 +70,11 @@ def copy_notebooks(folder: Path) -> Copied:
     """
     source = shipped_notebooks()
     names = [p.relative_to(source) for pattern in COPIED for p in sorted(source.glob(pattern))]
+    if folder.exists() and not folder.is_dir():
+        raise InputError("folder", str(folder), "it is not a folder")
     for name in names:
         if (folder / name).exists():
-            raise InputError("folder", str(folder), f"it has a file {name} already; name a new one")
+            raise InputError("folder", str(folder), f"it has {name} already; name a new folder")
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
@@ -84,10 +86,10 @@ def copy_notebooks(folder: Path) -> Copied:
     return Copied([folder / name for name in names], data)
 
 
-def titles() -> dict[str, str]:
-    """The heading of each of the library's notebooks, by name."""
+def titles() -> dict[Path, str]:
+    """The library's notebooks with their first headings."""
     found = {}
     for path in sorted(shipped_notebooks().glob("*.ipynb")):
         first = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
-        found[path.stem] = first.splitlines()[0].lstrip("# ")
+        found[path] = first.splitlines()[0].lstrip("# ")
     return found

@@ -165,7 +165,7 @@ def test_kept_runs_of_another_model_or_length_do_not_count_beside_own_ones(
 
 def test_an_unfinished_study_chooses_nothing(study_file, tried):
     name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), None))
-    with pytest.raises(InputError, match=r"no finished study of this name.*ignored until 1 has finished"):
+    with pytest.raises(InputError, match=r"no finished study.*ignored until 1 has finished"):
         load_study(study_file(select={"from": name}, variants={"a": {"method": "low-rank"}}))
 
 
