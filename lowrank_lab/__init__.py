@@ -8,8 +8,7 @@ from lowrank_lab.methods.own import load_own_methods, register_method
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.simulate import simulate as simulate_memory
 from lowrank_lab.runs.run import Run, load, load_runs
-from lowrank_lab.techniques.momentum import reset_momentum_
-from lowrank_lab.techniques.refactorization import refactorize_
+from lowrank_lab.techniques import refactorize_, reset_momentum_
 from lowrank_lab.training.trainer import TrainingError, train
 
 __version__ = "0.1.0"  # read by pyproject.toml; CITATION.cff repeats it

@@ -143,7 +143,7 @@ class RunConfig(BaseModel):
         "keep", "what a refactorization does to the factors' moments"
     )
     refactor_basis: Literal["singular", "nearest"] = help_field(
-        "singular", "factors in their singular vectors, or balanced with the least turning"
+        "singular", "balanced factors: diagonal (singular), or of minimal rotation (nearest)"
     )
     refactor_above: float = help_field(
         0.0, "leave a layer alone while the imbalance of its factors is not above this", ge=0, lt=1

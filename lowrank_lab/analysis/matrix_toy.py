@@ -22,8 +22,7 @@ from lowrank_lab.analysis.spectra import effective_rank, singular_values
 from lowrank_lab.config import InputError
 from lowrank_lab.layers import FactorizedLinear, LowRankLinear
 from lowrank_lab.optim import Fira, GaLore, ProjectedAdamW
-from lowrank_lab.techniques.momentum import reset_momentum_
-from lowrank_lab.techniques.refactorization import refactorize_
+from lowrank_lab.techniques import refactorize_, reset_momentum_
 
 ROWS, COLUMNS = 32, 48
 METHODS = ("full-rank", "low-rank", "galore", "fira")

@@ -1,4 +1,7 @@
-"""Factorised layers, one kind a file, and `factorize`, which puts them into any model."""
+"""Linear layers with a factorised weight, W = scale · B A (+ W₀ or S), for any model.
+
+`factorize` replaces the nn.Linear layers of a model; each kind of layer is one file.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lowrank_lab.config import TARGETS, nearest
-from lowrank_lab.layers.base import (
-    Balance,
-    FactorizedLinear,
-    balance,
-    imbalance,
-    product_singular_values,
-)
+from lowrank_lab.layers.balance import Balance, balance, imbalance, product_singular_values
+from lowrank_lab.layers.base import FactorizedLinear
 from lowrank_lab.layers.lora import LoRALinear, generator_of, lora_layers, merge_, train_dense_
 from lowrank_lab.layers.low_rank import LowRankLinear
 from lowrank_lab.layers.sltrain import SLTrainLinear
@@ -50,7 +48,7 @@ KINDS: dict[str, type[Any]] = {
 def target_layers(
     model: nn.Module, target: str = TARGETS
 ) -> Iterator[tuple[str, nn.Linear | FactorizedLinear]]:
-    """The linear or factorised layers whose full name matches `target`, with their names."""
+    """Names and modules of the linear or factorised layers that match `target`."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | FactorizedLinear) and re.search(target, name):
             yield name, module
@@ -59,21 +57,21 @@ def target_layers(
 def factorize(
     model: Model, kind: str = "low-rank", *, rank: int, target: str = TARGETS, **options: Any
 ) -> Model:
-    """Replace each nn.Linear whose name matches `target` by a factorised layer, in place.
+    """Replace each nn.Linear that matches `target` by a factorised layer, in place.
 
     Args:
-        model: any module; layers that are not nn.Linear are left alone.
-        kind: one of `KINDS`.
+        model: any module; layers that are not nn.Linear stay as they are.
+        kind: one of `KINDS`: low-rank | lora | sltrain.
         rank: r, at most min(m, n) of every layer that matches.
-        target: regular expression, searched in the layer's full name.
-        options: passed on to the layer (`alpha`, `init`, …).
+        target: regular expression, searched in the full name of each layer.
+        options: further arguments of the layer (`alpha`, `init`, …).
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown kind, a pattern that matches nothing, a rank too large, a layer whose
-            weight is shared with another module. Nothing is replaced then.
+        ValueError: an unknown kind, a pattern that matches nothing, a rank too large, a layer that
+            shares its weight with another module. The model is then unchanged.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is not allowed; {nearest(kind, KINDS)}")
@@ -92,7 +90,7 @@ def factorize(
 
 
 def _unshared(model: nn.Module, name: str, linear: nn.Linear) -> nn.Linear:
-    """The layer, if its weight is its own: a factorised layer can't stay tied to another module."""
+    """The layer; refused if it shares its weight: factors can't stay tied to another module."""
     for other_name, other in model.named_modules(remove_duplicate=False):
         shared = any(p is linear.weight for p in other.parameters(recurse=False))
         if shared and other_name != name:

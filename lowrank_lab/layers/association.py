@@ -1,13 +1,13 @@
-"""x Wᵀ with W = W₀ + scale · B A, by the cheapest order of products: through B and A, or through W.
+"""x Wᵀ with W = W₀ + scale · B A, in the cheapest order of products: through B and A, or through W.
 
-FLOPs of t tokens, forward and backward, of an m×n layer of rank r:
+FLOPs for t tokens, forward and backward, in an m×n layer of rank r:
 
     thin      2·t·r·(m+n)      (x Aᵀ) Bᵀ; or dB = dYᵀ (x Aᵀ) and dA = (dY B)ᵀ x from both brackets
     weight    2·m·n·(r+t)      W = W₀ + scale · B A, then x Wᵀ or dX = dY W
     gradient  2·m·n·(t+2r)     G = dYᵀ x, then dB = scale · G Aᵀ and dA = scale · Bᵀ G
 
-Y and dX cost the same: `thin` (and 2·t·m·n for x W₀ᵀ) or `weight`. dB and dA cost `thin` where x Aᵀ
-and dY B are there already, else 2 · `thin`, or `gradient`.
+Y and dX each cost `thin` (plus 2·t·m·n for x W₀ᵀ) or `weight`. dB and dA together cost `thin` where
+x Aᵀ and dY B exist already, otherwise 2 · `thin` or `gradient`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def association_flops(
 
     Args:
         tokens: rows of x.
-        base: is there a dense W₀ besides B A.
-        trains: are dB and dA needed; Y and dX always count.
+        m, n, rank: shape of the weight, and r.
+        base: whether W has a dense W₀ beside B A.
+        trains: whether dB and dA are computed; Y and dX always are.
     """
     thin = 2 * tokens * rank * (m + n)
     weight = 2 * m * n * (rank + tokens)
@@ -45,7 +46,7 @@ def association_flops(
 def cheapest(
     tokens: int, m: int, n: int, rank: int, *, base: bool = False, trains: bool = True
 ) -> Association:
-    """The association of fewest FLOPs; of equals, the one that forms less."""
+    """The association with the fewest FLOPs; of equal ones, the one that forms less."""
     flops = association_flops(tokens, m, n, rank, base=base, trains=trains)
     best: Association = "factors"
     if flops["weight"] < flops[best]:
@@ -64,9 +65,9 @@ def linear_through_weight(
     scale: float,
     association: Association,
 ) -> Tensor:
-    """x (..., n) → x (base + scale · B A)ᵀ + bias (..., m), of which autograd keeps x alone.
+    """x (..., n) → x (base + scale · B A)ᵀ + bias (..., m); autograd saves x but not W.
 
-    Needs m·n entries for W (or G) while it computes, in each pass.
+    Each pass needs m·n entries for W (or G) while it computes.
     """
     out: Tensor = _ThroughWeight.apply(  # type: ignore[no-untyped-call]
         x, B, A, base, bias, scale, autocast_dtype(x), association
@@ -75,7 +76,7 @@ def linear_through_weight(
 
 
 class _ThroughWeight(torch.autograd.Function):
-    """Made of differentiable operations on what was kept, so that second derivatives exist."""
+    """Its backward is made of differentiable operations, so that second derivatives exist."""
 
     @staticmethod
     def forward(
@@ -116,9 +117,9 @@ def _weight(B: Tensor, A: Tensor, base: Tensor | None, scale: float) -> Tensor:
 
 
 def weight_gradient(dY: Tensor, X: Tensor) -> Tensor:
-    """G = dYᵀ X (m×n) of dY (t×m) and X (t×n); a transposed view where that is faster.
+    """G = dYᵀ X (m×n) from dY (t×m) and X (t×n); a transposed view where that is faster.
 
-    In bfloat16 oneDNN takes a sixth longer to write a wide matrix than a tall one.
+    In bfloat16, oneDNN takes a sixth longer for a wide matrix than for a tall one.
     """
     if X.dtype == torch.bfloat16 and X.shape[1] > dY.shape[1]:
         return (X.T @ dY).T
@@ -131,7 +132,7 @@ def scaled_mm(scale: float, left: Tensor, right: Tensor) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes a product with x in; None where it is x's own."""
+    """The dtype in which autocast computes products with x; None where it is that of x."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -139,5 +140,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast(t: Any, dtype: torch.dtype | None) -> Any:
-    """The tensor (or None) in the dtype; as it is where that is None."""
+    """The tensor, or None, in a dtype; unchanged where the dtype is None."""
     return t if t is None or dtype is None else t.to(dtype)

@@ -23,13 +23,13 @@ from lowrank_lab.layers.base import FactorizedLinear
 class LoRALinear(FactorizedLinear):
     """y = W₀ x + (α/r) · B (A x) + bias, with W₀ (m×n, the parameter `weight`) frozen.
 
-    B starts at zero, so the layer starts as the dense layer that it replaces.
+    B starts at zero: at first the layer computes what the dense layer did.
 
     Args:
-        linear: the dense layer to replace; its weight becomes W₀ and its bias stays the bias.
+        linear: the dense layer to replace; the layer takes over its weight as W₀, and its bias.
         rank: r, from 1 to min(m, n).
         alpha: α; default 32.
-        init: `kaiming` draws A Kaiming-uniform(a=√5), that is within ±1/√n, as LoRA and peft do.
+        init: `kaiming` draws A Kaiming-uniform(a=√5), i.e. within ±1/√n, as LoRA and peft do.
     """
 
     has_other_weights: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class LoRALinear(FactorizedLinear):
         alpha = 32.0 if alpha is None else alpha
         super().__init__(linear.in_features, linear.out_features, rank, alpha / max(rank, 1))
         if init != "kaiming":
-            raise ValueError(f"init: {init!r} is not allowed; kaiming, as W₀ holds the dense init")
+            raise ValueError(f"init: {init!r} is not allowed; kaiming, as W₀ has the dense init")
         W = linear.weight.detach()
         self.weight = nn.Parameter(W, requires_grad=False)
         self.B = nn.Parameter(W.new_zeros(self.out_features, rank))
@@ -62,7 +62,7 @@ class LoRALinear(FactorizedLinear):
         """x (..., n) → (..., m), by the cheapest association; the scale acts on r channels.
 
         W₀ + (α/r) · B A is formed in float32 or wider only: rounding the sum to half precision
-        would lose every entry of B A below 2⁻⁹ of that of W₀, again in each step.
+        would lose, at every step, all entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀.
         """
         association = self.association(x, base=True)
         dtype = autocast_dtype(x) or self.weight.dtype
@@ -78,13 +78,13 @@ class LoRALinear(FactorizedLinear):
     def merge_(
         self, generator: torch.Generator | None = None, placement: Placement = REPLICATED
     ) -> None:
-        """Put B A into W₀ and start new factors, on the same tensors; the function stays the same.
+        """Add (α/r) · B A to W₀, draw A again and set B to zero, in place; W stays the same.
 
         The sum is computed in float32 or wider and rounded once, to the dtype of W₀: in bfloat16,
-        entries of (α/r)·B A below 2⁻⁹ of those of W₀ are lost.
+        entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀ are lost.
 
         Args:
-            generator: a CPU generator that A is drawn from, so that A is the same on any device.
+            generator: CPU generator of the new A, so that A is the same on any device.
             placement: `Sharded` for shards that are rows of W₀ and B and columns of A.
         """
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -98,17 +98,19 @@ class LoRALinear(FactorizedLinear):
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The LoRA layers of a model, with their names."""
+    """Names and modules of the LoRA layers of a model."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             yield name, module
 
 
 def merge_(model: nn.Module, seed: int) -> list[str]:
-    """ReLoRA's merge of every LoRA layer of the model, in place (`LoRALinear.merge_`).
+    """ReLoRA's merge of every LoRA layer of a model, in place (`LoRALinear.merge_`).
 
-    The new A of the i-th layer depends on `seed` and i alone: give each merge another seed, for
-    instance the run's plus the step. Moments are the caller's: reset or prune them as well.
+    The new A of the i-th layer depends only on `seed` and i: use another seed for each merge, e.g.
+    the run's seed plus the step. Moments are not changed: reset or prune them as well.
+
+    Source: 2307.05695.
 
     Returns:
         The names of the merged layers.
@@ -121,9 +123,9 @@ def merge_(model: nn.Module, seed: int) -> list[str]:
 
 
 def train_dense_(model: nn.Module, on: bool) -> list[str]:
-    """Switch the full-rank warm start on (W₀ trains, B and A don't) or off (the reverse), in place.
+    """Switch a full-rank warm start on (W₀ trains, B and A don't) or off (the reverse), in place.
 
-    What no longer trains loses its gradient, so that optimizers skip it from the next step on.
+    Gradients of frozen parameters are removed, so that optimizers skip these from the next step on.
 
     Returns:
         The names of the layers.
@@ -139,5 +141,5 @@ def train_dense_(model: nn.Module, on: bool) -> list[str]:
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:
-    """A CPU generator of its own for each pair: (1, 2) and (2, 1) are unrelated."""
+    """A CPU generator for each pair of seed and index; different pairs give unrelated streams."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {index}").getrandbits(63))

@@ -14,14 +14,14 @@ from lowrank_lab.layers.base import FactorizedLinear
 
 
 class LowRankLinear(FactorizedLinear):
-    """y = (α/r) · B (A x) + bias, with no full weight anywhere.
+    """y = (α/r) · B (A x) + bias, without a dense weight.
 
     Args:
-        linear: the dense layer to replace; its weight (m×n) is read by `init="spectral"` only.
+        linear: the dense layer to replace; only `init="spectral"` uses its weight (m×n).
         rank: r, from 1 to min(m, n).
         alpha: α; default 32 for `kaiming` as in the paper's code, r (a scale of 1) for `spectral`.
         init: `kaiming` draws both factors Kaiming-uniform(a=√5), as the paper's code does;
-            `spectral` is the truncated SVD of the dense initial weight, split evenly.
+            `spectral` splits the truncated SVD of the dense initial weight evenly.
     """
 
     def __init__(

@@ -15,20 +15,20 @@ from lowrank_lab.layers.base import FactorizedLinear
 
 
 class SLTrainLinear(FactorizedLinear):
-    """y = ((α/r) · B A + S) x + bias; S is zero but for a fixed random support of ⌊δmn⌋ entries.
+    """y = ((α/r) · B A + S) x + bias, with ⌊δmn⌋ trained entries of S at fixed random positions.
 
-    For the backward pass the layer keeps its input alone: the weight is formed again.
+    The backward pass forms the weight again: only the input is saved for it.
 
     Args:
-        linear: the dense layer to replace; its dtype, device and bias are taken, its weight is not.
+        linear: the dense layer to replace, whose dtype, device and bias are used.
         rank: r, from 1 to min(m, n).
         alpha: α; default 32.
-        sparsity: δ, the share of entries that S has; 0.03 in the paper, 0 leaves B A alone.
+        sparsity: δ, the share of trained entries of S; 0.03 in the paper, 0 for B A alone.
         init: `kaiming` draws A Kaiming-uniform(a=√5) and S uniform, both within ±1/√n; B is zero.
-        keep_weight: keep the weight for the backward pass instead of forming it twice: faster, for
-            m·n more entries of activation memory a layer.
-        generator: a CPU generator that the support is drawn from; torch's default one if None. The
-            support is the same on any device.
+        keep_weight: save the weight for the backward pass instead of forming it twice: faster, but
+            m·n more entries of activation memory per layer.
+        generator: CPU generator of the support, which is then the same on any device; torch's
+            default generator if None.
 
     Raises:
         ValueError: a rank, sparsity or init that is not allowed; a layer of 2³¹ entries or more.
@@ -90,11 +90,11 @@ class SLTrainLinear(FactorizedLinear):
 
 
 def random_support(size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` distinct numbers below `size`, ascending, int32, each set equally likely.
+    """`count` distinct integers in [0, size), ascending, int32; every set is equally likely.
 
-    Draws what is missing, with replacement, until nothing is: which numbers are met first does not
-    depend on their names, so every set is equally likely. Memory is a few times `count`. The rarer
-    half is drawn: above half of `size`, the numbers left out.
+    Draws the missing ones with replacement until none is missing. This is symmetric in the
+    integers, so that every set is equally likely; memory is a few times `count`. For more than half
+    of `size`, the excluded integers are drawn instead.
     """
     if 2 * count > size:
         inside = torch.ones(size, dtype=torch.bool, device="cpu")
@@ -110,9 +110,9 @@ def random_support(size: int, count: int, generator: torch.Generator | None = No
 
 
 class _SparsePlusLowRank(torch.autograd.Function):
-    """Y = X Wᵀ + bias with W = scale · B A + S, keeping X for the backward pass, and not W.
+    """Y = X Wᵀ + bias with W = scale · B A + S, saving X but not W for the backward pass.
 
-    X (..., n) is kept as it comes, before autocast: layers that read the same X share one tensor.
+    X (..., n) is saved before autocast casts it: layers with the same input share one tensor.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Optimizers: ordinary `torch.optim.Optimizer`s, usable on any model."""
+"""The optimizers of the methods, one per file: ordinary torch.optim.Optimizers for any model."""
 
 from lowrank_lab.optim.apollo import Apollo
 from lowrank_lab.optim.base import ProjectedAdamW

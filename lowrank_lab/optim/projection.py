@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowrank_lab import distributed
 from lowrank_lab.distributed import Placement
-from lowrank_lab.layers.base import gram
+from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int

@@ -1,1 +1,17 @@
-"""The paper's two techniques: weight refactorization and momentum reset."""
+"""The paper's techniques (2505.22922): weight refactorization, momentum reset, lr recovery.
+
+They change factors, moments and the learning rate of a running training, with any optimizer.
+"""
+
+from lowrank_lab.techniques.momentum import prune_moments_, reset_momentum_, transport_moments_
+from lowrank_lab.techniques.recovery import recovery_factor
+from lowrank_lab.techniques.refactorization import Refactorization, refactorize_
+
+__all__ = [
+    "Refactorization",
+    "prune_moments_",
+    "recovery_factor",
+    "refactorize_",
+    "reset_momentum_",
+    "transport_moments_",
+]

@@ -1,6 +1,6 @@
-"""What becomes of an optimizer's moments: momentum reset (2505.22922), pruning, and transport.
+"""Momentum reset (2505.22922), pruning and transport of an optimizer's moments.
 
-All are functions of optimizer states and work on any model.
+All three are functions of optimizer states and work with any model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.layers import Balance, generator_of
-from lowrank_lab.layers.base import value_of
+from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import is_quantized
 
 PRUNINGS = ("magnitude", "random")
@@ -21,11 +21,15 @@ PRUNED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def transport_moments_(state_B: dict[str, Any], state_A: dict[str, Any], found: Balance) -> None:
-    """Carry Adam's moments of B and A into the balanced factors B T and T⁻¹A, in place.
+    """Transform Adam's moments of B and A to those of the balanced factors B T and T⁻¹A, in place.
 
-    Gradients go with the factors: G_B ← G_B T⁻ᵀ and G_A ← Tᵀ G_A. First moments, being averages of
-    gradients, follow exactly; second moments approximately, by the squares of T's entries:
+    Gradients transform with the factors: G_B ← G_B T⁻ᵀ and G_A ← Tᵀ G_A. First moments are averages
+    of gradients and follow exactly; second moments follow approximately, by T's squared entries:
         m_B ← m_B T⁻ᵀ,  m_A ← Tᵀ m_A,  v_B ← v_B (T⁻ᵀ)∘²,  v_A ← (Tᵀ)∘² v_A
+
+    Args:
+        state_B, state_A: optimizer states; without moments they don't change.
+        found: the balance of B and A.
 
     Raises:
         ValueError: the moments are not shaped like the factors (the optimizer projects).
@@ -53,21 +57,22 @@ def reset_momentum_(
     moments: Sequence[str] = ("exp_avg", "exp_avg_sq"),
     params: Iterable[Tensor] | None = None,
 ) -> int:
-    """Shrink Adam's moments, with their bias corrections, by the factor 1 − strength, in place.
+    """Scale Adam's moments and their bias corrections by 1 − strength, in place.
 
-    Strength 1 is exactly a restart of Adam, 0 changes nothing; between them the past keeps a weight
-    of 1 − strength. Projections and schedules are left alone. A full restart also restarts Fira's
-    growth limiter, which compares with norms from before.
+    Strength 1 is exactly a restart of Adam, and 0 changes nothing; in between, past gradients keep
+    a weight of 1 − strength. Projections and schedules don't change. A full reset also restarts the
+    growth limiter of Fira and APOLLO, which compares with earlier norms.
 
-    This project's optimizers keep a weight for each average, and those are scaled with the
-    averages. torch's Adam and AdamW have one step count t for both. There t′ is chosen so that 1 −
-    β₂^t′ is (1 − strength)(1 − β₂ᵗ), exact for the second moment, and the first moment is scaled so
-    that its corrected value stays the same: only how fast it then forgets differs.
+    The optimizers of this package store the weights of their moments, which are scaled as well.
+    torch's Adam and AdamW have one step count t for both moments. It becomes t′ with 1 − β₂^t′ =
+    (1 − strength)(1 − β₂ᵗ), which is exact for the second moment. The first moment is scaled so
+    that its bias-corrected value stays the same; only its decay afterwards differs.
 
     Args:
+        optimizer: any with Adam's moments, or with a `momentum_buffer` (SGD, Muon).
         strength: s in [0, 1].
-        moments: which of the averages. torch's optimizers can't reset one alone and refuse it.
-        params: the parameters whose moments are reset; all by default.
+        moments: one or both of the moments. torch's optimizers can only reset both.
+        params: the parameters to reset; None: all.
 
     Returns:
         The number of parameters whose moments were reset.
@@ -91,16 +96,16 @@ def reset_momentum_(
 def _reset_state_(
     state: dict[str, Any], group: dict[str, Any], keep: float, moments: Sequence[str]
 ) -> None:
-    if "momentum_buffer" in state:  # SGD and Muon: nothing is bias-corrected
+    if "momentum_buffer" in state:  # SGD and Muon have no bias correction
         if isinstance(state["momentum_buffer"], Tensor):
             _scale_(state["momentum_buffer"], keep)
         return
     if "exp_avg_weight" in state:
         for name in moments:
-            if name in state:  # a method of one's own may keep one average only
+            if name in state:  # a custom method may have only one of the moments
                 _scale_(state[name], keep)
             state[f"{name}_weight"] *= keep
-        if not keep and len(set(moments)) == 2:  # Adam starts anew, and so does Fira's limiter
+        if not keep and len(set(moments)) == 2:  # a full reset restarts the growth limiter too
             state.pop("residual_norm", None)
         return
     if set(moments) != {"exp_avg", "exp_avg_sq"}:
@@ -132,19 +137,20 @@ def prune_moments_(
     seed: int = 0,
     moments: Sequence[str] = PRUNED,
 ) -> int:
-    """Zero most entries of Adam's moments, in place: ReLoRA's softer form of a momentum reset.
+    """Set most entries of Adam's moments to zero, in place, as ReLoRA (2307.05695) does at merges.
 
-    In each tensor round(keep · entries) entries survive, the same ones in all its moments;
-    bias corrections stay as they are. Works with any optimizer whose states are `exp_avg` and
-    `exp_avg_sq`, torchao's 8-bit ones included.
+    round(keep · entries) entries of each parameter survive, the same ones in all its moments. Bias
+    corrections don't change. Works with every optimizer whose states are `exp_avg` and
+    `exp_avg_sq`, including torchao's 8-bit ones.
 
     Args:
-        params: the parameters whose moments are pruned; those without moments are skipped.
-        keep: the share of entries that survive, in [0, 1]; ReLoRA keeps 0.1 or less.
-        how: `magnitude` keeps the entries with the largest |exp_avg|, the first of equal ones;
-            `random` keeps a random choice.
-        seed: of the random choice, which is the same on any device.
-        moments: which of the moments lose their entries.
+        optimizer: of the parameters.
+        params: the parameters to prune; those without moments are skipped.
+        keep: share of the entries that survive, in [0, 1]; at most 0.1 in ReLoRA.
+        how: `magnitude` keeps the entries with the largest |exp_avg| (the first of equal ones),
+            `random` a random subset.
+        seed: of the random subset, which is the same on any device.
+        moments: the states that are pruned.
 
     Returns:
         The number of parameters whose moments were pruned.
@@ -170,7 +176,7 @@ def prune_moments_(
 
 
 def _dropped(moment: Tensor, keep: float, how: str, generator: torch.Generator) -> Tensor:
-    """Where the moment is pruned (bool, its shape)."""
+    """Mask (bool, shaped like the moment) of the entries that are pruned."""
     if how == "magnitude":
         order = moment.abs().flatten().argsort(descending=True, stable=True)
     else:
@@ -181,14 +187,14 @@ def _dropped(moment: Tensor, keep: float, how: str, generator: torch.Generator) 
 
 
 def _plain(moment: Tensor) -> Tensor:
-    """A copy as an ordinary tensor: quantized moments know `copy_` and little else."""
+    """A copy as an ordinary tensor: quantized moments support little more than `copy_`."""
     return torch.empty(moment.shape, dtype=moment.dtype, device=moment.device).copy_(moment)
 
 
 def _with_moments(
     optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | None
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Group and state of each of the parameters (all by default) that has Adam's moments."""
+    """Group and state of each parameter (None: of all) that has moments."""
     chosen = None if params is None else {id(p) for p in params}
     return [
         (group, optimizer.state[p])
@@ -200,8 +206,8 @@ def _with_moments(
 
 
 def _scale_(moment: Tensor, factor: float) -> None:
-    """moment · factor; a factor of 0 clears it, inf and NaN included."""
-    if is_quantized(moment):  # quantized: it knows copy_ and little else
+    """Multiply a moment by a factor, in place; 0 also clears inf and NaN."""
+    if is_quantized(moment):  # supports little more than copy_
         moment.copy_(_plain(moment) * factor if factor else torch.zeros(moment.shape))
     elif factor:
         moment.mul_(factor)

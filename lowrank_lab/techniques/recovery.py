@@ -1,13 +1,16 @@
-"""Recovery of the learning rate after a momentum reset (2505.22922)."""
+"""Learning-rate recovery after a momentum reset (2505.22922)."""
 
 from __future__ import annotations
 
 
 def recovery_factor(k: int, recovery_steps: int) -> float:
-    """The share of its target that the learning rate has k steps after a reset: 0.001 to 1.
+    """Factor of the learning rate k steps after a reset, rising linearly from 0.001 to 1.
 
-    The first step after a reset has k = 0, the last of the recovery k = recovery_steps − 1; the
-    target is what the ordinary schedule has recovery_steps after the reset:
-        lr = target · (0.001 + 0.999 · k / (recovery_steps − 1))
+    lr = target · (0.001 + 0.999 · k / (recovery_steps − 1)), where target is the scheduled learning
+    rate recovery_steps after the reset.
+
+    Args:
+        k: 0 at the first step after the reset, recovery_steps − 1 at the last of the recovery.
+        recovery_steps: length of the recovery, at least 2; 10 in the paper's code.
     """
     return 0.001 + 0.999 * k / (recovery_steps - 1)

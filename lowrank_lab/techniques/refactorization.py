@@ -1,7 +1,4 @@
-"""Weight refactorization (2505.22922): factors of the same product, balanced.
-
-It works on factors and optimizer states of any model.
-"""
+"""Weight refactorization (2505.22922): replace B and A by balanced factors of the same product."""
 
 from __future__ import annotations
 
@@ -12,16 +9,16 @@ from torch import Tensor, nn
 
 from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.layers import Balance, FactorizedLinear, balance, imbalance
-from lowrank_lab.layers.base import RANK_TOLERANCE, value_of
+from lowrank_lab.layers.balance import RANK_TOLERANCE, value_of
 from lowrank_lab.techniques.momentum import reset_momentum_, transport_moments_
 
 
 class Refactorization(NamedTuple):
-    """What `refactorize_` did: the names of the layers it changed and of those it left alone."""
+    """The names of the layers that `refactorize_` changed, and of those it skipped."""
 
     changed: list[str]
-    rank_deficient: list[str]
-    balanced: list[str]
+    rank_deficient: list[str]  # skipped: the product is rank-deficient
+    balanced: list[str]  # skipped: the imbalance was at most `above`
 
 
 @torch.no_grad()
@@ -35,28 +32,35 @@ def refactorize_(
 ) -> Refactorization:
     """Balance the factors of every factorised layer: B ← U√Σ, A ← √ΣVᵀ with B A = U Σ Vᵀ, in place.
 
-    The product stays the same to rounding, and BᵀB = AAᵀ = Σ, diagonal and descending. A scale in
-    front of the product and a sparse part beside it are left alone. Layers whose product is
-    rank-deficient (B = 0 at the start of LoRA; see RANK_TOLERANCE) are left alone and named in the
+    Afterwards BᵀB = AAᵀ = Σ, diagonal and descending; the product is the same up to rounding. A
+    scale in front of the product and a sparse part beside it don't change. Layers with a
+    rank-deficient product (B = 0 at the start of LoRA; RANK_TOLERANCE) are skipped and named in the
     result.
 
     Args:
-        module: a factorised layer or any model that holds some.
-        optimizer: what trains the factors; needed to `reset` or `transport` their moments.
-        on_refactor: what becomes of the factors' moments: `keep` leaves them, `reset` restarts
-            them, `transport` carries them into the new factors (`transport_moments_`).
-        basis: `singular`: BᵀB is diagonal and descending, as published; `nearest`: balanced with
-            the least turning of the factors (`Balance.nearest`), so that kept moments stay about
-            what they were collected for.
-        above: a layer whose `imbalance` (0 to 1) is not above this is left alone.
+        module: a factorised layer, or any model that contains some.
+        optimizer: of the factors; needed to `reset` or `transport` their moments.
+        on_refactor: `keep` leaves the factors' moments unchanged, `reset` restarts Adam on them,
+            `transport` transforms them with the factors (`transport_moments_`).
+        basis: `singular`: BᵀB is diagonal and descending, as published. `nearest`: the balanced
+            factors of minimal rotation (`Balance.minimal_rotation`), so that kept moments still
+            belong to nearly the same entries.
+        above: layers with an `imbalance` (0 to 1) of at most this are skipped.
         placement: `Sharded` for shards that are rows of B and columns of A.
 
-    Source: 2505.22922, weight refactorization, through the r×r core instead of the m×n product.
+    Returns:
+        The names of the changed and of the skipped layers.
+
+    Raises:
+        ValueError: `on_refactor` or `basis` is not allowed, the optimizer is missing, or moments
+            that should be transported are projected.
+
+    Source: 2505.22922, weight refactorization, by r×r matrices instead of the m×n product.
     """
     if on_refactor not in ("keep", "reset", "transport"):
         raise ValueError(f"on_refactor: {on_refactor!r} is not allowed; keep, reset or transport")
     if on_refactor != "keep" and optimizer is None:
-        raise ValueError(f"optimizer: None is not allowed; {on_refactor} acts on its moments")
+        raise ValueError(f"optimizer: None is not allowed; {on_refactor} changes its moments")
     if on_refactor == "transport":
         assert optimizer is not None
         _refuse_projected(module, optimizer)
@@ -75,7 +79,7 @@ def refactorize_(
             done.rank_deficient.append(name)
             continue
         if basis == "nearest":
-            found = Balance(*map(placement.broadcast, found.nearest()))
+            found = Balance(*map(placement.broadcast, found.minimal_rotation()))
         _balance_(B, A, found, placement)
         done.changed.append(name)
         if on_refactor == "reset":
@@ -89,21 +93,21 @@ def refactorize_(
 
 def _balance_(B: Tensor, A: Tensor, found: Balance, placement: Placement) -> None:
     """B ← B T and A ← T⁻¹ A, rounded once: in float64, or in float32 where nothing cancels."""
-    # The norms of both results are √ΣS; how far those of their factors exceed it is what float32
-    # would lose.
+    # Both results have the norm √ΣS. Cancellation is bounded by how much the norms of the operands
+    # exceed it.
     result = (found.S.sum() * len(found.S)).sqrt()
     norm_B, norm_A = placement.global_norm(torch.stack([B.norm(), A.norm()]))
     growth = torch.maximum(norm_B * found.T.norm(), found.T_inverse.norm() * norm_A) / result
     wide = torch.promote_types(
         B.dtype, torch.float32 if value_of(growth < 4, usually=True) else torch.float64
     )
-    # copy_, not assignment: sharded and compiled models keep hold of the tensors.
+    # copy_, not assignment: sharded and compiled models refer to these tensors.
     B.copy_(B.to(wide) @ found.T.to(wide))
     A.copy_(found.T_inverse.to(wide) @ A.to(wide))
 
 
 def _refuse_projected(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Moments that live in a subspace of the factors can't be carried along with them."""
+    """Refuse moments in a subspace of the factors: they can't be transported."""
     for layer in module.modules():
         for factor in layer.factors() if isinstance(layer, FactorizedLinear) else ():
             state = optimizer.state.get(factor, {})

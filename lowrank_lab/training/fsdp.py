@@ -46,7 +46,7 @@ from lowrank_lab.methods.optimizers import ADAMS
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
-from lowrank_lab.techniques.refactorization import Refactorization, refactorize_
+from lowrank_lab.techniques import Refactorization, refactorize_
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Shard

@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 from lowrank_lab.config import ResolvedConfig
-from lowrank_lab.techniques.recovery import recovery_factor
+from lowrank_lab.techniques import recovery_factor
 
 Event = Literal["warm-start-ends", "merge", "refactor", "reset"]
 

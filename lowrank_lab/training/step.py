@@ -17,8 +17,7 @@ from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.techniques.momentum import prune_moments_, reset_momentum_
-from lowrank_lab.techniques.refactorization import refactorize_
+from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
 from lowrank_lab.training.fsdp import Shards
 from lowrank_lab.training.schedule import Event, events, learning_rate, merge_period
 

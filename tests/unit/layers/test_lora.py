@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from lowrank_lab import refactorize_
 from lowrank_lab.layers.lora import LoRALinear, merge_, train_dense_
-from lowrank_lab.techniques.momentum import prune_moments_
+from lowrank_lab.techniques import prune_moments_
 
 SHAPES = [(7, 5, 1), (7, 5, 3), (5, 7, 5), (6, 6, 6), (1, 4, 1)]  # out, in, rank
 shapes = pytest.mark.parametrize(("m", "n", "rank"), SHAPES)

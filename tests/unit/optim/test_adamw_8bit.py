@@ -10,7 +10,7 @@ from lowrank_lab.memory.breakdown import persistent, tensor_bytes
 from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.techniques.momentum import reset_momentum_
+from lowrank_lab.techniques import reset_momentum_
 from lowrank_lab.training.checkpoint import load, save
 from lowrank_lab.training.step import gradients, update_
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from lowrank_lab import factorize, optim, refactorize_, reset_momentum_
 from lowrank_lab.layers import FactorizedLinear, LowRankLinear
-from lowrank_lab.techniques.momentum import prune_moments_
+from lowrank_lab.techniques import prune_moments_
 from lowrank_lab.training.step import PerLayerUpdates
 
 KINDS = ("low-rank", "lora", "sltrain")

@@ -32,7 +32,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_lab.optim.apollo import Apollo, next_seed, random_projection
-from lowrank_lab.techniques.momentum import reset_momentum_
+from lowrank_lab.techniques import reset_momentum_
 
 KEYS = {
     "update_proj_gap": GAP, "scale": 1.0, "proj": "random", "proj_type": "std",

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_lab.optim.loro import Loro, retraction
-from lowrank_lab.techniques.momentum import reset_momentum_
+from lowrank_lab.techniques import reset_momentum_
 
 LR, K, STEPS = 0.01, 10, 34  # three exact steps
 # (m, n, r): square, tall, wide, rank 1, rank = min(m, n), 2r > min(m, n)

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from lowrank_lab.optim.spam import Spam, clip_spikes, random_mask, warmup_factor
 from lowrank_lab.optim.stable_spam import StableSpam, clip_and_normalize
-from lowrank_lab.techniques.momentum import reset_momentum_
+from lowrank_lab.techniques import reset_momentum_
 
 PACKAGE = {Spam: pytorch_optimizer.SPAM, StableSpam: pytorch_optimizer.StableSPAM}
 LR, GAP, STEPS = 0.01, 25, 80  # three resets

@@ -1,4 +1,4 @@
-"""Refactorization with the least turning, and only where factors have become unbalanced."""
+"""Refactorization of minimal rotation, and only where factors have become unbalanced."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from lowrank_lab import RunConfig, factorize, refactorize_, train
 from lowrank_lab.layers import balance, imbalance
-from lowrank_lab.layers.base import value_of
+from lowrank_lab.layers.balance import value_of
 
 SHAPES = [(1, 1, 1), (9, 5, 1), (7, 7, 7), (12, 5, 5), (5, 12, 5), (40, 24, 6)]
 
@@ -95,7 +95,7 @@ def test_moments_are_carried_into_the_nearest_balance_as_well(on_refactor):
     layer(torch.randn(5, 9, dtype=torch.float64)).square().sum().backward()
     optimizer.step()
     moment = optimizer.state[layer.B]["exp_avg"].clone()
-    T_inverse = balance(*layer.factors()).nearest().T_inverse
+    T_inverse = balance(*layer.factors()).minimal_rotation().T_inverse
     refactorize_(layer, optimizer, on_refactor, basis="nearest")
     expected = moment @ T_inverse.T if on_refactor == "transport" else moment
     torch.testing.assert_close(optimizer.state[layer.B]["exp_avg"], expected)

@@ -10,7 +10,7 @@ from torch import nn
 from lowrank_lab import factorize, refactorize_
 from lowrank_lab.layers import FactorizedLinear, LoRALinear, LowRankLinear, balance
 from lowrank_lab.optim import Fira, GaLore
-from lowrank_lab.techniques.momentum import transport_moments_
+from lowrank_lab.techniques import transport_moments_
 
 SHAPES = [(1, 1, 1), (9, 5, 1), (5, 9, 1), (7, 7, 7), (12, 5, 5), (5, 12, 5), (40, 24, 6)]
 MOMENTS = ("exp_avg", "exp_avg_sq")
