@@ -15,12 +15,12 @@ from lowrank_lab.figures.comparison import (
     rates,
 )
 from lowrank_lab.figures.drawing import (
-    COLOURS,
     PALETTE,
     STYLE,
     Drawing,
     alt_text,
     canvas,
+    colour_of,
     data_uri,
     empty_figure,
     image,
@@ -68,7 +68,6 @@ from lowrank_lab.figures.training import (
 
 __all__ = [
     "CATEGORIES",
-    "COLOURS",
     "FACTS",
     "MAX_MAPS",
     "PALETTE",
@@ -79,6 +78,7 @@ __all__ = [
     "canvas",
     "claim_table",
     "claims",
+    "colour_of",
     "compared_memory",
     "compared_spectra",
     "curve_table",

@@ -19,15 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox, offset_copy
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart and which survive print; then,
-# for the methods that are seen less, those that Tol calls muted.
-COLOURS = {
-    "full-rank": "#000000", "low-rank": "#0072B2", "galore": "#D55E00", "fira": "#009E73",
-    "lora": "#CC79A7", "muon": "#E69F00", "relora": "#56B4E9", "sltrain": "#7F7F7F",
-    "loro": "#332288", "apollo": "#882255", "apollo-mini": "#AA4499", "golore": "#CC6677",
-    "spam": "#44AA99", "stable-spam": "#117733", "adamw-8bit": "#999933",
-}  # fmt: skip
-PALETTE = (  # of what is no method
+from lowrank_lab.methods.registry import METHODS
+
+PALETTE = (  # Okabe and Ito's, for what is no method
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000",
 )  # fmt: skip
 OTHER_COLOURS = ("#DDCC77", "#88CCEE", "#AA7744", "#B0B0B0")  # of methods of one's own
@@ -130,15 +124,17 @@ def style_of(label: str, labels: Sequence[str]) -> tuple[str, str, str]:
     """Colour (by method), line style and marker (by variant) of a label."""
     method = _method_of(label)
     methods = list(dict.fromkeys(_method_of(other) for other in labels))
-    unknown = [m for m in methods if m not in COLOURS]
-    if method in COLOURS:
-        colour = COLOURS[method]
-    else:
-        colour = OTHER_COLOURS[unknown.index(method) % len(OTHER_COLOURS)]
+    unknown = [m for m in methods if colour_of(m) is None]
+    colour = colour_of(method) or OTHER_COLOURS[unknown.index(method) % len(OTHER_COLOURS)]
     variants = [other for other in labels if _method_of(other) == method]
     variants.sort(key=lambda other: other != method)  # the plain method has the plain line
     index = variants.index(label) % 4
     return colour, ("-", "--", ":", "-.")[index], "os^D"[index]
+
+
+def colour_of(method: str) -> str | None:
+    """The colour in the row of a method; None if there is none."""
+    return METHODS[method].colour if method in METHODS else None
 
 
 def _method_of(label: str) -> str:

@@ -21,10 +21,10 @@ from torch import Tensor
 from lowrank_lab.analysis import matrix_toy
 from lowrank_lab.analysis.matrix_toy import Fit
 from lowrank_lab.analysis.spectra import singular_values
-from lowrank_lab.figures.drawing import COLOURS, STYLE, Drawing, label_ends, style_of
+from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing, label_ends, style_of
 
 LOWEST = 1e-4  # lower end of the error axes
-KEPT, CUT, FLOOR = COLOURS["low-rank"], "0.75", "0.45"
+KEPT, CUT, FLOOR = PALETTE[0], "0.75", "0.45"
 
 
 def approximation(W: Tensor, rank: int, onto: Figure | None = None) -> Figure:

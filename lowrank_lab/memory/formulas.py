@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import partial
 
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.layers.association import association_flops
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.methods.registry import METHODS
-from lowrank_lab.optim.projection import sides
+from lowrank_lab.optim.state_bytes import StateRule, Weight
 
 MIB, GB = 2**20, 10**9  # bytes
 
 
-class Weight(NamedTuple):
-    """A weight of the model: its shape, whether the method acts on it, and whether it trains."""
-
-    shape: tuple[int, ...]
-    target: bool = False
-    trains: bool = True
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
 def by_formula(config: ResolvedConfig) -> Breakdown:
-    """Weights, gradients and states of a run, and the activations where `activation_bytes` can.
+    """Bytes of weights, gradients and states of a run; activations where there is a rule for them.
 
-    Gradients are all of them, or with `per_layer` the largest, and states those of a run that is
-    under way, after a warm start.
+    Gradients are those of all weights, or of the largest one with `per_layer`. States are those
+    after a warm start.
 
     Raises:
-        InputError: a method of one's own or an optimizer by import path: states aren't known.
+        InputError: the row of the method has no `state_bytes`, or the optimizer is another one.
     """
-    b = element_bytes(config)
     found = list(weights(config))
     sparse = [sparse_entries(config, m, n) for m, n, target in matrices(config) if target]
-    gradients = [b * w.numel() for w in found if w.trains]
+    gradients = [w.nbytes for w in found if w.trains]
     indices = 4 * sum(sparse)
     return Breakdown(
-        weights=b * sum(w.numel() for w in found) + indices,
-        frozen=b * sum(w.numel() for w in found if not w.trains),
+        weights=sum(w.nbytes for w in found) + indices,
+        frozen=sum(w.nbytes for w in found if not w.trains),
         indices=indices,
         gradients=max(gradients) if config.per_layer else sum(gradients),
         optimizer_states=optimizer_state_bytes(config),
@@ -57,12 +41,12 @@ def by_formula(config: ResolvedConfig) -> Breakdown:
 
 
 def element_bytes(config: ResolvedConfig) -> int:
-    """Bytes of an entry of the weights."""
+    """Bytes per entry of the weights."""
     return 2 if config.precision == "bf16" else 4
 
 
 def matrices(config: ResolvedConfig) -> Iterator[tuple[int, int, bool]]:
-    """The linear layers of the blocks and the head: out features, in features, is it a target."""
+    """Out features, in features and whether it is a target, for each linear layer and the head."""
     d, i = config.size.hidden_size, config.size.intermediate_size
     shapes = {f"self_attn.{name}_proj": (d, d) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (i, d), "mlp.up_proj": (i, d), "mlp.down_proj": (d, i)}
@@ -73,7 +57,7 @@ def matrices(config: ResolvedConfig) -> Iterator[tuple[int, int, bool]]:
 
 
 def weights(config: ResolvedConfig) -> Iterator[Weight]:
-    """The weights of a configuration's model, sparse positions left out."""
+    """The weights of the model, without the positions of sparse entries."""
     for layer in layers(config):
         yield from layer
 
@@ -81,18 +65,19 @@ def weights(config: ResolvedConfig) -> Iterator[Weight]:
 def layers(config: ResolvedConfig) -> Iterator[list[Weight]]:
     """The weights layer by layer: embeddings, norms, linear layers in the model's order."""
     size, kind, r = config.size, METHODS[config.method].layers, config.rank or 0
-    yield [Weight((size.vocab_size, size.hidden_size))]
+    weight = partial(Weight, itemsize=element_bytes(config))
+    yield [weight((size.vocab_size, size.hidden_size))]
     for _ in range(2 * size.num_layers + 1):
-        yield [Weight((size.hidden_size,))]
+        yield [weight((size.hidden_size,))]
     for m, n, target in matrices(config):
         if kind is None or not target:
-            yield [Weight((m, n), target)]
+            yield [weight((m, n), target=target)]
             continue
-        layer = [Weight((m, r), True), Weight((r, n), True)]
+        layer = [weight((m, r), target=True), weight((r, n), target=True)]
         if kind == "lora":
-            layer.append(Weight((m, n), True, trains=False))
+            layer.append(weight((m, n), target=True, trains=False))
         elif kind == "sltrain":
-            layer.append(Weight((sparse_entries(config, m, n),), True))
+            layer.append(weight((sparse_entries(config, m, n),), target=True))
         yield layer
 
 
@@ -103,10 +88,7 @@ def sparse_entries(config: ResolvedConfig, m: int, n: int) -> int:
 
 
 def activation_bytes(config: ResolvedConfig) -> int | None:
-    """Bytes that wait for the backward pass at the end of a forward pass; None if there is no rule.
-
-    There is one for methods with dense weights.
-    """
+    """Bytes kept for the backward pass at the end of a forward pass; None for factorised layers."""
     dense = METHODS[config.method].layers is None
     return dense_activation_bytes(config) if dense else None
 
@@ -114,11 +96,10 @@ def activation_bytes(config: ResolvedConfig) -> int | None:
 def dense_activation_bytes(config: ResolvedConfig) -> int:
     """`activation_bytes` of the configuration's model with dense weights, whatever its method.
 
-    With d the hidden size, i that of the MLP, h heads and L layers, each
-    block keeps its input, two normalised inputs, q, k, v, their mixture and what the MLP is added
-    to (8 d a token), and 4 i of the MLP; its two norms keep a scalar each, flash attention h sums
-    in float32. Checkpointing keeps the inputs of blocks alone. Mixed precision also keeps copies of
-    the blocks' weights.
+    With d the hidden size, i that of the MLP and h heads, a block keeps per token its input, two
+    normalised inputs, q, k, v, their mixture and the input of the MLP (8 d entries), and 4 i of the
+    MLP. Each of its two norms keeps a scalar, flash attention h float32 sums. With checkpointing a
+    block keeps its input alone. Mixed precision also keeps copies of the blocks' weights.
     """
     size, length = config.size, config.sequence_length
     d, i, heads, layers = (
@@ -139,7 +120,7 @@ def dense_activation_bytes(config: ResolvedConfig) -> int:
 
 
 def flops_per_token(config: ResolvedConfig) -> float:
-    """FLOPs of a forward and backward pass a token: of matrix products and causal attention.
+    """FLOPs per token of a forward and backward pass: matrix products and causal attention.
 
     6 for each entry of a dense matrix (the embedding is a lookup, the head a matrix); for factors
     those of the order of products that their layers take, which the tokens of a piece decide.
@@ -169,116 +150,42 @@ def optimizer_state_bytes(config: ResolvedConfig) -> int:
     """Bytes of a run's optimizer states: the sum over its weights.
 
     Raises:
-        InputError: a method of one's own or an optimizer by import path: states aren't known.
+        InputError: as `by_formula`.
     """
     return sum(state_bytes(w, config) for w in weights(config) if w.trains)
 
 
 def state_bytes(w: Weight, config: ResolvedConfig) -> int:
-    """Bytes of the states of one weight that trains.
+    """Bytes of the optimizer states of one weight that trains.
 
     Raises:
-        InputError: as `optimizer_state_bytes`.
+        InputError: as `by_formula`.
     """
-    if config.method not in STATE_BYTES or config.optimizer is not None:
-        name = "method" if config.optimizer is None else "optimizer"
-        raise InputError(name, getattr(config, name), "there is no formula for its states")
-    return STATE_BYTES[config.method](w, w.target, element_bytes(config), config)
+    return _rule(config)(w, config)
+
+
+def projection_bytes(w: Weight, config: ResolvedConfig) -> int:
+    """Bytes of stored projections among `state_bytes`."""
+    rule = METHODS[config.method].projection_bytes
+    return 0 if rule is None else rule(w, config)
 
 
 def embedding_bytes(config: ResolvedConfig) -> int:
     """Bytes of the embedding, the head and their optimizer states.
 
     Raises:
-        InputError: as `optimizer_state_bytes`.
+        InputError: as `by_formula`.
     """
-    if config.method not in STATE_BYTES:
-        raise InputError("method", config.method, "there is no formula for its states")
+    rule = _rule(config)
     first, *_, last = layers(config)
-    b = element_bytes(config)
-    return sum(b * w.numel() + state_bytes(w, config) * w.trains for w in (*first, *last))
+    return sum(w.nbytes + rule(w, config) * w.trains for w in (*first, *last))
 
 
-def projection_bytes(w: Weight, config: ResolvedConfig) -> int:
-    """Bytes of them that are stored projections."""
-    if not w.target or config.method not in PROJECTING:
-        return 0
-    return _projections(w, config) * element_bytes(config)
-
-
-# (weight, whether it is a target, bytes of its entries, resolved configuration) → bytes of states
-StateRule = Callable[[Weight, bool, int, ResolvedConfig], int]
-SCALAR = 4  # a step count or a norm, float32
-
-
-def _adamw(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """torch's AdamW: m, v and a step count."""
-    return 2 * p.numel() * b + SCALAR
-
-
-def _projected(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """m and v of the projected gradient, and the projections; plain Adam for the other weights."""
-    of_states = 4 if config.state_precision == "fp32" else b
-    if not target:
-        return 2 * p.numel() * of_states
-    m, n = p.shape
-    left, right = sides(config.method_options["proj_type"], (m, n))
-    rows, columns = (config.method_rank if left else m), (config.method_rank if right else n)
-    return 2 * rows * columns * of_states + _projections(p, config) * b
-
-
-def _projections(p: Weight, config: ResolvedConfig) -> int:
-    """Entries of the stored projections of a target."""
-    m, n = p.shape
-    left, right = sides(config.method_options["proj_type"], (m, n))
-    stored: bool = config.method_options.get("store_projection", True)
-    return config.method_rank * (m * left + n * right) * stored
-
-
-def _limited(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """A projected method with the norm that its growth limiter compares with."""
-    return _projected(p, target, b, config) + SCALAR * target
-
-
-def _plain(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """m and v; counts are Python numbers."""
-    return 2 * p.numel() * b
-
-
-def _spam(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """m and v of the entries in the mask, and the mask, a byte an entry."""
-    density = config.method_options["density"]
-    if density == 1 or p.ndim != 2:
-        return 2 * p.numel() * b
-    return 2 * int(density * p.numel()) * b + p.numel()
-
-
-def _stable_spam(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """m, v and the running maximum, norm and squared norm."""
-    return 2 * p.numel() * b + 3 * SCALAR
-
-
-def _muon(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """One momentum for the matrices, AdamW for the rest."""
-    return p.numel() * b if target else _adamw(p, target, b, config)
-
-
-def _adamw_8bit(p: Weight, target: bool, b: int, config: ResolvedConfig) -> int:
-    """A byte an entry, a float32 scale a block of 256 and a table of 256, where blocks fit."""
-    n = p.numel()
-    if n < 4096 or n % 256:
-        return 2 * n * b + SCALAR
-    return 2 * (n + 4 * (n // 256) + 4 * 256) + SCALAR
-
-
-PROJECTING = ("galore", "golore", "fira", "apollo", "apollo-mini")
-STATE_BYTES: dict[str, StateRule] = {
-    **dict.fromkeys(("full-rank", "low-rank", "lora", "relora", "sltrain"), _adamw),
-    **dict.fromkeys(("galore", "golore"), _projected),
-    **dict.fromkeys(("fira", "apollo", "apollo-mini"), _limited),
-    "loro": _plain,
-    "spam": _spam,
-    "stable-spam": _stable_spam,
-    "muon": _muon,
-    "adamw-8bit": _adamw_8bit,
-}
+def _rule(config: ResolvedConfig) -> StateRule:
+    """The rule for the states, from the row of the method."""
+    row = METHODS.get(config.method)  # records are read where their method isn't registered, too
+    if config.optimizer is not None:
+        raise InputError("optimizer", config.optimizer, "there is no formula for its states")
+    if row is None or row.state_bytes is None:
+        raise InputError("method", config.method, "there is no formula for its states")
+    return row.state_bytes

@@ -2,42 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lowrank_lab.methods.optimizers import OptimizerBuilder
 from lowrank_lab.methods.options import ByWidth, Option
+from lowrank_lab.optim.state_bytes import StateRule
+
+FullWeights = Literal["none", "targets", "all"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS."""
+    """A row of METHODS: what a method trains, with which optimizer and defaults, at which cost.
+
+    Attributes:
+        source: arXiv id, or where else it was published.
+        lr: default peak learning rate.
+        spectral_lr: the same for factors that start from an SVD.
+        halve_lr_at_high_rank: halve the default learning rate when rank ≥ width / 2 (of factors:
+            `spectral_lr` only).
+        layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
+        rank: default rank; None is a quarter of the hidden size.
+        init: default initialisation of the factors.
+        layer_options: names of the options that the layers take, and not the optimizer.
+        per_layer: whether each weight can be updated by itself within the backward pass.
+        needs_full: which weights the optimizer needs in full for an update; all others it updates
+            entry by entry. A function of the method's options where these decide.
+        shardable: whether processes can update shards of those that `shard_dim` of the optimizer
+            names a dimension for.
+        states: elements of optimizer state of an m×n target weight, in words.
+        state_bytes: bytes of a weight's optimizer states; None: not known.
+        projection_bytes: the share of them that is stored projections; None: there are none.
+        fake_steps: whether the optimizer's step runs on fake tensors; otherwise a simulation takes
+            its states from `state_bytes`.
+        colour: of its curves, as #RRGGBB; None: one of those for unknown methods.
+    """
 
     name: str
     summary: str
     source: str
     optimizer: OptimizerBuilder
-    lr: ByWidth  # peak learning rate
-    layers: str | None = None  # kind of factorised layer, None for dense weights
+    lr: ByWidth
+    spectral_lr: ByWidth | None = None
+    halve_lr_at_high_rank: bool = False
+    layers: str | None = None
     uses_rank: bool = False
-    rank: int | None = None  # default rank; None is a quarter of the hidden size
-    init: str | None = None  # default initialisation of the factors
+    rank: int | None = None
+    init: str | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
-    layer_options: tuple[str, ...] = ()  # options that are the layers' and not the optimizer's
-    # Which weights its optimizer needs whole to update them, and not entry by entry.
-    whole: Literal["none", "targets", "all"] = "all"
-    in_parts: bool = (
-        False  # processes can update parts of those whose `shard_dim` (optim.base) says so
-    )
-    per_layer: bool = True  # can each weight be updated by itself within the backward pass
-    states: str = ""  # elements of optimizer state of an m×n target weight, in words
-    spectral_lr: ByWidth | None = None  # the same for factors that start from an SVD
-    halved: bool = False  # whether it is half of that from a rank of half the width on
+    layer_options: tuple[str, ...] = ()
+    per_layer: bool = True
+    needs_full: FullWeights | Callable[[Mapping[str, Any]], FullWeights] = "all"
+    shardable: bool = False
+    states: str = ""
+    state_bytes: StateRule | None = None
+    projection_bytes: StateRule | None = None
+    fake_steps: bool = True
+    colour: str | None = None
 
     def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
         """The default peak learning rate for a model of this hidden size."""
         lr = (init == "spectral" and self.spectral_lr) or self.lr
-        found = self.halved and (self.layers is None or lr is self.spectral_lr)
-        high = found and rank is not None and 2 * rank >= width
+        halved = self.halve_lr_at_high_rank and (self.layers is None or lr is self.spectral_lr)
+        high = halved and rank is not None and 2 * rank >= width
         return lr.at(width) * (0.5 if high else 1.0)
+
+    def full_weights(self, options: Mapping[str, Any]) -> FullWeights:
+        """Which weights the optimizer needs in full, with these options of the method."""
+        return self.needs_full(options) if callable(self.needs_full) else self.needs_full

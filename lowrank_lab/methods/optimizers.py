@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.optim import Combined, Loro
+from lowrank_lab.optim.state_bytes import SCALAR, Weight, adamw_states
 
 ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
 # (parameters of the target layers, all other parameters, configuration) → optimizer
@@ -97,6 +98,11 @@ def muon(
     return Combined(matrices, torch.optim.AdamW(rest, fused=True, **_adam(config)))
 
 
+def muon_states(w: Weight, config: ResolvedConfig) -> int:
+    """Bytes of one momentum for the matrices, and AdamW's states for the rest."""
+    return w.nbytes if w.target else adamw_states(w, config)
+
+
 def adamw_8bit(
     targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
 ) -> torch.optim.Optimizer:
@@ -109,6 +115,17 @@ def adamw_8bit(
         raise InputError("method", config.method, allowed) from None
     optimizer: torch.optim.Optimizer = AdamW8bit(_groups(targets, rest), **_adam(config))
     return optimizer
+
+
+def adamw_8bit_states(w: Weight, config: ResolvedConfig) -> int:
+    """A byte per entry, and a float32 scale per block of 256 and a table of 256, twice.
+
+    Weights that blocks of 256 don't fit have m and v in their own dtype.
+    """
+    n = w.numel()
+    if n < 4096 or n % 256:
+        return 2 * w.nbytes + SCALAR
+    return 2 * (n + 4 * (n // 256) + 4 * 256) + SCALAR
 
 
 @contextmanager
@@ -146,10 +163,7 @@ def _groups(
 
 
 def _adam(config: ResolvedConfig) -> dict[str, Any]:
-    options = config.method_options
-    return {
-        "lr": config.lr,
-        "betas": (options["beta1"], options["beta2"]),
-        "eps": options["eps"],
-        "weight_decay": config.weight_decay,
-    }
+    options, shared = config.method_options, {"lr": config.lr, "weight_decay": config.weight_decay}
+    if "beta1" not in options:  # its averages are not Adam's
+        return shared
+    return shared | {"betas": (options["beta1"], options["beta2"]), "eps": options["eps"]}

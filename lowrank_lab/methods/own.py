@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from lowrank_lab.methods.method import Method
 from lowrank_lab.methods.optimizers import OptimizerBuilder, adamw
 from lowrank_lab.methods.options import ByWidth, Option, adam_options
 from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.optim.state_bytes import StateRule, adamw_states
 
 OWN_METHODS = "LOWRANK_LAB_METHODS"
 
@@ -27,24 +29,31 @@ def register_method(
     defaults: Mapping[str, Any] | None = None,
     summary: str = "a method of one's own",
     source: str = "your own",
+    state_bytes: StateRule | None = None,
+    colour: str | None = None,
 ) -> Method:
-    """Add a method of one's own: studies, tables, figures and the command line then know it.
+    """Add a method of one's own, which studies, tables, figures and the command line then know.
 
     Args:
-        name: what to call it; a name that is there is replaced.
-        optimizer: (target parameters, other parameters, resolved configuration) → optimizer; AdamW
-            by default. Its options are in `config.method_options`, the rank in `config.rank`.
+        name: letters, digits, - and _; replaces a method of that name.
+        optimizer: (target parameters, other parameters, configuration) → optimizer; AdamW by
+            default. Its options are in `config.method_options`, the rank in `config.rank`.
         layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
         lr: default peak learning rate.
-        defaults: the method's options with their defaults; numbers stay numbers.
+        defaults: the method's options with their defaults, which decide what values are allowed.
+        state_bytes: (weight, configuration) → bytes of its optimizer states
+            (`optim.state_bytes.Weight`), for memory by formula; without it, by simulation only.
+        colour: of its curves, as #RRGGBB.
 
     Raises:
-        ValueError: an unknown kind of layer, or a name that couldn't be typed on a command line.
+        ValueError: an unknown kind of layer, or a name or colour that isn't one.
     """
     if layers is not None and layers not in KINDS:
         raise ValueError(f"layers: {layers!r} is not allowed; {nearest(layers, KINDS)}")
     if not name or not all(c.isalnum() or c in "-_" for c in name):
         raise ValueError(f"name: {name!r} is not allowed; letters, digits, - and _")
+    if colour is not None and not re.fullmatch("#[0-9A-Fa-f]{6}", colour):
+        raise ValueError(f"colour: {colour!r} is not allowed; #RRGGBB")
     options = {
         **adam_options(eps=1e-8),
         **({"alpha": Option.number(None, 1e-6, 1e6)} if layers else {}),
@@ -61,20 +70,22 @@ def register_method(
         init="kaiming" if layers else None,
         options=options,
         layer_options=("alpha",) if layers else (),
+        state_bytes=state_bytes if optimizer else state_bytes or adamw_states,
+        colour=colour,
     )
     return METHODS[name]
 
 
 def load_own_methods(files: str | None = None) -> None:
-    """Run Python files that register methods of one's own: those in $LOWRANK_LAB_METHODS.
+    """Run the Python files in $LOWRANK_LAB_METHODS, which register methods of one's own.
 
-    So the command line and the notebooks of a study know them too.
+    The command line and the notebooks of a study then know them.
 
     Args:
-        files: paths with os.pathsep between, instead of the variable, which is then set to them.
+        files: paths separated by os.pathsep; the variable is set to them.
 
     Raises:
-        InputError: there is no such file.
+        InputError: a file does not exist.
     """
     named = files if files is not None else os.environ.get(OWN_METHODS, "")
     for path in filter(None, named.split(os.pathsep)):

@@ -1,11 +1,14 @@
-"""The built-in methods: one row each, with all defaults. Adding a method adds a row here.
+"""METHODS: one row per method, the only home of its facts and defaults.
 
-Learning rates and scales at width 64 are those that the study found best at rank 16 and 20 tokens a
-weight (data/study/README.md: stage 2 of tuning), and at width 96 what it found for its larger model
-(GoLore has GaLore's). From width 512 on they are those of notebooks/studies/paper_*.yaml, which say
-whose script or guess each is; what these don't have falls as full rank's.
-Over ranks (data/study/ranks and ranks_rates) the best rate stayed up to a quarter of the width; at
-half the width it was half of it.
+Learning rates and scales at width 64 are the best of the study at rank 16 and 20 tokens per
+parameter (data/study/README.md: stage 2 of tuning); those at width 96 the best of its larger model
+(GoLore has GaLore's). From width 512 on they are those of notebooks/studies/paper_*.yaml, which
+name the script or guess behind each; other methods scale their learning rate with width as full
+rank does. Over ranks (data/study/ranks and ranks_rates) the best rate is the same up to a quarter
+of the width, and half of it at half the width.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
+those that Tol calls muted.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from lowrank_lab.methods.method import Method
 from lowrank_lab.methods.optimizers import (
     adamw,
     adamw_8bit,
+    adamw_8bit_states,
     loro,
     muon,
+    muon_states,
     projected,
     whole_model,
 )
@@ -23,9 +28,17 @@ from lowrank_lab.methods.options import ByWidth, Option, adam_options, projectio
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
+from lowrank_lab.optim.spam import spam_needs_full, spam_states
+from lowrank_lab.optim.stable_spam import stable_spam_states
+from lowrank_lab.optim.state_bytes import (
+    adamw_states,
+    limited_states,
+    projected_states,
+    stored_projections,
+    two_moments,
+)
 
 ONE_SIDED = ("std", "reverse_std", "left", "right")
-
 
 _APOLLO = {
     **adam_options(eps=1e-6),
@@ -51,8 +64,10 @@ ROWS = (
         optimizer=adamw,
         lr=_DENSE_LR,
         options=adam_options(eps=1e-8),
-        whole="none",
+        needs_full="none",
         states="2mn",
+        state_bytes=adamw_states,
+        colour="#000000",
     ),
     Method(
         name="low-rank",
@@ -62,13 +77,15 @@ ROWS = (
         lr=ByWidth({64: 2.5e-3, 512: 1.5e-3, 768: 1.5e-3, 1024: 1e-3}),
         spectral_lr=_SPECTRAL_LR,
         layers="low-rank",
-        halved=True,
+        halve_lr_at_high_rank=True,
         uses_rank=True,
         init="kaiming",
         options={**adam_options(eps=1e-8), "alpha": Option.number(None, 1e-6, 1e6)},
         layer_options=("alpha",),
-        whole="none",
+        needs_full="none",
         states="2r(m+n)",
+        state_bytes=adamw_states,
+        colour="#0072B2",
     ),
     Method(
         name="lora",
@@ -81,8 +98,10 @@ ROWS = (
         init="kaiming",
         options=_LORA,
         layer_options=("alpha",),
-        whole="none",
+        needs_full="none",
         states="2r(m+n)",
+        state_bytes=adamw_states,
+        colour="#CC79A7",
     ),
     Method(
         name="relora",
@@ -102,8 +121,10 @@ ROWS = (
             "warm_start": Option.whole(0, 0),
         },
         layer_options=("alpha",),
-        whole="none",
+        needs_full="none",
         states="2r(m+n)",
+        state_bytes=adamw_states,
+        colour="#56B4E9",
     ),
     Method(
         name="sltrain",
@@ -123,8 +144,10 @@ ROWS = (
             "keep_weight": Option.flag(False),
         },
         layer_options=("alpha", "sparsity", "keep_weight"),
-        whole="none",
+        needs_full="none",
         states="2(r(m+n) + ⌊δmn⌋)",
+        state_bytes=adamw_states,
+        colour="#7F7F7F",
     ),
     Method(
         name="loro",
@@ -142,8 +165,10 @@ ROWS = (
         },
         layer_options=("alpha",),
         per_layer=False,
-        whole="targets",
+        needs_full="targets",
         states="2r(m+n)",
+        state_bytes=two_moments,
+        colour="#332288",
     ),
     Method(
         name="galore",
@@ -153,16 +178,19 @@ ROWS = (
             GaLore, "update_proj_gap", "scale", "proj_type", "refresh", "spread_refresh"
         ),
         lr=_GALORE_LR,
-        halved=True,
+        halve_lr_at_high_rank=True,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
             **projection_options(PROJ_TYPES, REFRESHES, spread=True),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
         },
-        whole="targets",
-        in_parts=True,
+        needs_full="targets",
+        shardable=True,
         states="2r·max(m,n) + r·min(m,n)",
+        state_bytes=projected_states,
+        projection_bytes=stored_projections,
+        colour="#D55E00",
     ),
     Method(
         name="fira",
@@ -180,9 +208,12 @@ ROWS = (
                 ByWidth({64: 0.5, 96: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
             ),
         },
-        whole="targets",
-        in_parts=True,
+        needs_full="targets",
+        shardable=True,
         states="2r·max(m,n) + r·min(m,n) + 1",
+        state_bytes=limited_states,
+        projection_bytes=stored_projections,
+        colour="#009E73",
     ),
     Method(
         name="apollo",
@@ -192,9 +223,12 @@ ROWS = (
         lr=ByWidth({64: 4e-2, 512: 1e-2}),
         uses_rank=True,
         options=_APOLLO,
-        whole="targets",
-        in_parts=True,
+        needs_full="targets",
+        shardable=True,
         states="2r·max(m,n) + r·min(m,n) + 1; without store_projection r·min(m,n) less",
+        state_bytes=limited_states,
+        projection_bytes=stored_projections,
+        colour="#882255",
     ),
     Method(
         name="apollo-mini",
@@ -209,9 +243,12 @@ ROWS = (
             "scale": Option.number(ByWidth({64: 32.0, 512: 128.0}), 0, 1e6),
             "scale_type": Option.choice("tensor", ("channel", "tensor")),
         },
-        whole="targets",
-        in_parts=True,
+        needs_full="targets",
+        shardable=True,
         states="2·max(m,n) + min(m,n) + 1; without store_projection min(m,n) less",
+        state_bytes=limited_states,
+        projection_bytes=stored_projections,
+        colour="#AA4499",
     ),
     Method(
         name="golore",
@@ -228,9 +265,12 @@ ROWS = (
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
             "switch": Option.whole(0, 0),
         },
-        whole="targets",
-        in_parts=True,
+        needs_full="targets",
+        shardable=True,
         states="2r·max(m,n) + r·min(m,n)",
+        state_bytes=projected_states,
+        projection_bytes=stored_projections,
+        colour="#CC6677",
     ),
     Method(
         name="spam",
@@ -248,8 +288,10 @@ ROWS = (
             "grad_accu_steps": Option.whole(20, 0),
             "density": Option.number(1.0, 1e-6, 1),
         },
-        whole="none",
+        needs_full=spam_needs_full,
         states="2mn; with density d < 1 about 2dmn and a mask",
+        state_bytes=spam_states,
+        colour="#44AA99",
     ),
     Method(
         name="stable-spam",
@@ -264,8 +306,10 @@ ROWS = (
             "theta": Option.number(0.999, 0, 0.999999),
             "update_proj_gap": Option.whole(1000, 1),
         },
-        in_parts=True,
+        shardable=True,
         states="2mn + 3",
+        state_bytes=stable_spam_states,
+        colour="#117733",
     ),
     Method(
         name="adamw-8bit",
@@ -275,6 +319,9 @@ ROWS = (
         lr=_DENSE_LR,
         options=adam_options(eps=1e-8),
         states="2mn of one byte, and a scale a block",
+        state_bytes=adamw_8bit_states,
+        fake_steps=False,
+        colour="#999933",
     ),
     Method(
         name="muon",
@@ -286,8 +333,10 @@ ROWS = (
             **adam_options(eps=1e-8),
             "momentum": Option.number(0.95, 0, 0.999999),
         },
-        whole="targets",
+        needs_full="targets",
         states="mn",
+        state_bytes=muon_states,
+        colour="#E69F00",
     ),
 )
 

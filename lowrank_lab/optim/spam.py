@@ -7,15 +7,17 @@ matrix are trained; their weights, gradients and moments are vectors of length k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.optim.adam import adam_moments, adam_update_
 from lowrank_lab.optim.base import SEED_STRIDE
 from lowrank_lab.optim.checks import require, require_int
+from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.optim.uniform import UniformAdam
 
 Entries = tuple[Tensor, ...]  # rows (k) and columns (k) of the trained entries of a matrix
@@ -169,3 +171,16 @@ def _move_(moment: Tensor, old: Tensor, new: Tensor) -> None:
     dense = torch.zeros(old.shape, dtype=moment.dtype, device=moment.device)
     dense[torch.nonzero_static(old, size=size).unbind(1)] = moment
     moment.copy_(dense[torch.nonzero_static(new, size=size).unbind(1)])
+
+
+def spam_states(w: Weight, config: ResolvedConfig) -> int:
+    """Bytes of m and v of the entries in the mask, and of the mask, a byte per entry."""
+    density = config.method_options["density"]
+    if density == 1 or w.ndim != 2:
+        return 2 * w.nbytes
+    return 2 * int(density * w.numel()) * w.itemsize + w.numel()
+
+
+def spam_needs_full(options: Mapping[str, Any]) -> Literal["none", "all"]:
+    """A mask is drawn over a whole weight; without one, every entry is updated by itself."""
+    return "all" if options["density"] < 1 else "none"

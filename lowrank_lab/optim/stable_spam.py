@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.optim.adam import adam_moments, adam_update_, restart_adam_
 from lowrank_lab.optim.checks import require
+from lowrank_lab.optim.state_bytes import SCALAR, Weight
 from lowrank_lab.optim.uniform import UniformAdam
 
 # Moving averages of max|g|, ‖g‖ and ‖g‖² per parameter (0-dimensional, float32 or wider)
@@ -130,3 +132,8 @@ def clip_and_normalize(
     n_hat = n.lerp_(norm, 1 - gamma1) / (1 - gamma1**T)
     s_hat = s.lerp_(norm.square(), 1 - gamma2) / (1 - gamma2**T)
     return g.mul_(n_hat / (s_hat.sqrt_() + group["eps"]) / norm.clamp(min=tiny))
+
+
+def stable_spam_states(w: Weight, config: ResolvedConfig) -> int:
+    """Bytes of m, v, the running maximum, the norm and the squared norm."""
+    return 2 * w.nbytes + 3 * SCALAR

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.memory.formulas import (
-    Weight,
     element_bytes,
     layers,
     matrices,
@@ -27,6 +26,7 @@ from lowrank_lab.memory.formulas import (
 )
 from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.training.fsdp import check_shards
 
 if TYPE_CHECKING:
@@ -139,10 +139,11 @@ def _cuts(config: ResolvedConfig, ranks: int) -> dict[tuple[tuple[int, ...], boo
     """The dimension along which weights are held that are updated in parts, by shape and target."""
     method = METHODS[config.method]
     found: dict[tuple[tuple[int, ...], bool], int] = {}
-    if not method.in_parts:
+    if not method.shardable:
         return found
+    all_in_full = method.full_weights(config.method_options) == "all"
     for shape, target in {(w.shape, w.target) for w in weights(config)}:
-        if any(n % ranks for n in shape) or not (target or method.whole == "all"):
+        if any(n % ranks for n in shape) or not (target or all_in_full):
             continue
         one = [torch.empty(shape, device="meta", requires_grad=True)]
         optimizer = method.optimizer(*((one, []) if target else ([], one)), config)
@@ -208,7 +209,5 @@ def _add_part_(account: Breakdown, w: Weight, config: ResolvedConfig, ranks: int
 
 def _needed_whole(w: Weight, config: ResolvedConfig) -> bool:
     """Whether an update of the weight needs more of it than single entries."""
-    which = METHODS[config.method].whole
-    if config.method_options.get("density", 1) < 1:
-        which = "all"
+    which = METHODS[config.method].full_weights(config.method_options)
     return which == "all" or (which == "targets" and w.target)

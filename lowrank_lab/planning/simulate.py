@@ -30,6 +30,7 @@ from lowrank_lab.memory.hidden import GLOO, LAPACK
 from lowrank_lab.memory.trace import Trace
 from lowrank_lab.memory.tracker import Tracker, resizing
 from lowrank_lab.methods.build import build
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
@@ -131,8 +132,8 @@ def _simulate(device: str, account: Account) -> Account:
         stack.enter_context(FakeTensorMode())
         granularity = CUDA_BLOCK if device == "cuda" else 1
         stepping = _Stepping(config, torch.device("cpu"), granularity, account.ranks > 0)
-        if config.method == "adamw-8bit":
-            account.left_out.append("temporaries of the 8-bit step (its states are by formula)")
+        if not METHODS[config.method].fake_steps:
+            account.left_out.append("temporaries of the optimizer (its states are by formula)")
             stepping.assume_states(
                 of_ranks(config, account.ranks)[account.rank].optimizer_states
                 if account.ranks

@@ -397,11 +397,12 @@ def _parts(
     """The weights that each process updates its part of, cut evenly on all sides, by name."""
     found: dict[str, Sharded] = {}
     method = METHODS[config.method]
-    if not method.in_parts or not isinstance(optimizer, ProjectedAdamW):
+    if not method.shardable or not isinstance(optimizer, ProjectedAdamW):
         return found
     names: dict[Tensor, str] = {p: name for name, p in weights.items()}
+    all_in_full = method.full_weights(config.method_options) == "all"
     for group in optimizer.param_groups:
-        for p in group["params"] if "rank" in group or method.whole == "all" else ():
+        for p in group["params"] if "rank" in group or all_in_full else ():
             dim = optimizer.shard_dim(group, p.shape)
             if dim is not None and not any(n % distributed.world_size() for n in p.shape):
                 found[names[p]] = Sharded(dim)
@@ -411,9 +412,8 @@ def _parts(
 def _needing_whole(model: nn.Module, config: ResolvedConfig) -> set[str]:
     """Names of the weights that the run's optimizer can't update entry by entry."""
     method = METHODS[config.method]
-    which = method.whole
-    if config.optimizer not in (None, *ADAMS) or config.method_options.get("density", 1) < 1:
-        which = "all"
+    foreign = config.optimizer not in (None, *ADAMS)
+    which = "all" if foreign else method.full_weights(config.method_options)
     targets, rest = partition(model, config.target)
     chosen = {id(p) for p in {"none": [], "targets": targets, "all": targets + rest}[which]}
     return {name for name, p in model.named_parameters() if id(p) in chosen}

@@ -11,6 +11,7 @@ from lowrank_lab import figures, train
 from lowrank_lab.analysis.spectra import middle_layers
 from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.config import InputError
+from lowrank_lab.methods.registry import METHODS
 
 LABELS = ("full-rank", "low-rank", "low-rank + both", "mine")
 
@@ -122,11 +123,11 @@ def test_one_label_alone_can_be_drawn():
 def test_a_method_keeps_its_colour_and_its_variants_differ_by_line():
     labels = ["low-rank + both", *LABELS]
     colour, line, marker = figures.style_of("low-rank", labels)
-    assert (colour, line, marker) == (figures.COLOURS["low-rank"], "-", "o")
+    assert (colour, line, marker) == (figures.colour_of("low-rank"), "-", "o")
     assert figures.style_of("low-rank + both", labels) == (colour, "--", "s")
     assert figures.style_of("low-rank", ["galore", "low-rank"])[0] == colour
     assert figures.style_of("low-rank, wider start", ["low-rank, wider start"])[0] == colour
-    assert figures.style_of("mine", LABELS)[0] not in figures.COLOURS.values()
+    assert figures.style_of("mine", LABELS)[0] not in [method.colour for method in METHODS.values()]
 
 
 def test_memory_bars_count_projections_once():
