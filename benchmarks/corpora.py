@@ -1,7 +1,7 @@
 """Building corpora of up to 500 MB of text: peak memory and time, each in a fresh process.
 
-The text is synthetic: words of random letters, as often as Zipf has it. What is compared is a
-corpus with one a tenth its size, and the floor is what a process takes that imports the library.
+The text is synthetic: words of random letters, drawn by Zipf's law. A corpus is compared with one a
+tenth of its size; the floor is the memory of a process that only imports the library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.harness import Row
 
-LIMIT = 1.25  # peak memory of a corpus to that of a tenth of it
+LIMIT = 1.25  # peak memory of a corpus over that of a tenth of it
 # kind, vocabulary, MB of text (a BPE takes minutes for hundreds of MB)
 CASES = (("text", "byte", 500), ("c4", "byte", 500), ("c4", "1024", 500))
 WORDS, DOCUMENT = 20_000, 400  # different words; words of a document
@@ -41,7 +41,7 @@ print(json.dumps([before, peak(), seconds, sum(corpus.facts["tokens"].values())]
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """A row a kind of corpus and tokenizer: MiB at the peak."""
+    """One row per kind of corpus and tokenizer: peak memory in MiB."""
     return [row(kind, vocab, 2 if quick else megabytes) for kind, vocab, megabytes in CASES]
 
 
@@ -60,7 +60,7 @@ def row(kind: str, vocab: str, megabytes: int) -> Row:
 
 
 def build(place: Path, kind: str, megabytes: int, vocab: str) -> tuple[float, float, float, float]:
-    """MiB before, MiB at the peak, seconds, tokens."""
+    """MiB before, peak MiB, seconds, tokens."""
     arguments = [f"{kind}:{source(place, kind, megabytes)}", vocab, str(place / "corpora")]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
@@ -74,7 +74,7 @@ def source(place: Path, kind: str, megabytes: int) -> Path:
 
 
 def write_text(place: Path, kind: str, megabytes: int) -> None:
-    """A text file, or a folder of .json.gz shards, of so many 10⁶ bytes of text."""
+    """A text file, or a folder of .json.gz shards, with `megabytes` · 10⁶ bytes of text."""
     path = source(place, kind, megabytes)
     if kind == "text":
         with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""How step time and memory grow: with model size, rank and tokens."""
+"""Growth of step time and memory with model size, rank and tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ METHODS = ("full-rank", "galore", "fira", "low-rank")
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """A row a point, without targets; `ratio` is measured time over that of its FLOPs alone.
+    """One row per point, without targets; `ratio` is measured time over that of its FLOPs.
 
-    Names read `growth MODEL METHOD rRANK tTOKENS`; peak memory is in the note, in MiB.
+    Names are `growth MODEL METHOD rRANK tTOKENS`; the note has the peak memory in MiB.
     """
     sizes = ("tiny",) if quick else ("9m", "20m", "35m", "60m", "130m")
     with fast_process():
@@ -49,7 +49,7 @@ def step(size: str, method: str, rank: int | None, tokens: int, rate: float) -> 
         update_(model, optimizer, config, count)
         count += 1
 
-    whole()  # the first one makes the states and projections
+    whole()  # the first step creates states and projections
     seconds = median(take_turns({"ours": whole}, 3)["ours"])
     peak = peak_bytes(whole)
     parameters = sum(p.numel() for p in model.parameters())

@@ -1,9 +1,9 @@
 """Paired timings: contestants take turns, and ratios are taken round by round.
 
-Absolute times drift with the machine's other tenants by half; a ratio of two things that ran one
-right after the other does not. What ran before in a process decides how much freed memory malloc
-keeps there, and with it up to half of a step's time: suites, and comparisons in which that
-matters, have fresh processes.
+Absolute times vary by half with the machine's load; a ratio of two measurements, one right after
+the other, does not. Earlier work in a process decides how much freed memory malloc keeps, which
+changes the time of a step by up to half: suites, and comparisons in which that matters, run in
+fresh processes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lowrank_lab.training.provenance import cpu_name
 
 @dataclass
 class Row:
-    """One comparison. `ratio` is what the target is about; the target's sign says what is better.
+    """One comparison: `ratio` is compared with the target, whose sign says which way is better.
 
-    ours, peer and floor are in `unit`; the floor is what the arithmetic or the bytes alone take.
+    ours, peer and floor are in `unit`; the floor is the cost of the arithmetic or bytes alone.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Row:
     floor: float | None
     unit: str
     ratio: float
-    target: str  # "≥ 2.2" or "≤ 0.6"; "" where the row only reports
+    target: str  # "≥ 2.2" or "≤ 0.6"; "" for a row without a target
     peer_name: str = ""
     note: str = ""
 
@@ -67,11 +67,11 @@ def take_turns(
     before: Callable[[], Any] = lambda: None,
     warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every round of each contestant; the order turns round from round to round.
+    """Seconds of every round of each contestant; the order is reversed from round to round.
 
     Args:
-        before: called before each timing, untimed: puts fresh inputs in place.
-        warm_up: rounds that are not counted.
+        before: called before each timing, untimed, to provide fresh inputs.
+        warm_up: rounds before those that count.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -98,7 +98,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def contestant_apart(build: Callable[..., Callable[..., Any]], *args: Any) -> Iterator[Contestant]:
-    """build(*args), a contestant, made and called in a process of its own."""
+    """The contestant build(*args), created and called in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
@@ -137,7 +137,7 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch's number of threads in this block."""
+    """Set torch's number of threads in this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -147,7 +147,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def check(name: str, error: float, limit: float) -> None:
-    """Refuse to time two things that don't compute the same."""
+    """Refuse to time two computations with different results."""
     if not error <= limit:
         raise RuntimeError(f"{name}: ours and the peer differ by {error:.2e}; allowed is {limit:g}")
 
@@ -159,7 +159,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def peak_bytes(run: Contestant) -> int:
-    """Most bytes that were allocated at one time during the run, above those before it."""
+    """Peak of allocated bytes during the run, relative to those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -170,18 +170,18 @@ def peak_bytes(run: Contestant) -> int:
     return peak
 
 
-# How the names of operations begin that are matrix products.
+# Prefixes of operations that are matrix products.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "onednn::")
 
 
 def where_time_goes(run: Contestant, parts: Mapping[str, tuple[str, ...]]) -> str:
-    """The parts of a run, by the share of time in their operations themselves.
+    """The parts of a run, by their share of self time.
 
     Args:
-        parts: how the names of their operations begin, or of what these are called in; the first
-            part that fits is taken, and what is in none is called pointwise.
+        parts: name → prefixes of its operations, or of operations that call them; the first match
+            counts, and the rest is called pointwise.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it writes to stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it writes to stderr
     with profile(activities=[ProfilerActivity.CPU]) as record:
         run()
     spent: Counter[str] = Counter()
@@ -197,7 +197,7 @@ def where_time_goes(run: Contestant, parts: Mapping[str, tuple[str, ...]]) -> st
 
 
 def machine(quick: bool = False) -> dict[str, Any]:
-    """What the timings were taken on."""
+    """The machine and the packages of the timings."""
     packages = (
         "torch",
         "galore-torch",
@@ -224,8 +224,8 @@ def machine(quick: bool = False) -> dict[str, Any]:
 
 
 def gemm_rate(dtype: torch.dtype, quick: bool = False) -> float:
-    """Measured peak of a square matrix product, floating point operations a second."""
-    size = 256 if quick else 2048  # large products in bfloat16 take minutes where they are emulated
+    """Measured peak rate of a square matrix product, in FLOP/s."""
+    size = 256 if quick else 2048  # large emulated products in bfloat16 take minutes
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     best = min(sum(take_turns({"mm": lambda: torch.mm(a, b, out=out)}, 1)["mm"]) for _ in range(8))

@@ -1,6 +1,6 @@
-"""`import lowrank_lab` beyond `import torch`, in alternating fresh processes.
+"""Time of `import lowrank_lab` after `import torch`, in alternating fresh processes.
 
-The floor is what the library can't do without: pydantic, which checks configurations, and numpy.
+The floor is the import of what the library needs: pydantic, which checks configurations, and numpy.
 """
 
 from __future__ import annotations

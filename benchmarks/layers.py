@@ -121,11 +121,11 @@ def sltrain_rows(
 
 
 def association_row(kind: type[LowRankLinear | LoRALinear], dtype: torch.dtype, quick: bool) -> Row:
-    """How much slower than the best association the chosen one is, at worst over a grid.
+    """Time of the chosen association over that of the best one: the maximum over a grid.
 
-    ours and peer are milliseconds of the whole grid, by the choice and always through the factors;
-    the floor is the best of every cell. Times are the fastest round's: with a worst case over many
-    cells, medians would show the machine's other tenants.
+    ours and peer are milliseconds of the whole grid, with the chosen association and always through
+    the factors; the floor is the best of every cell. Times are those of the fastest round: in a
+    maximum over many cells, medians would show the machine's load.
     """
     shapes = [(32, 32)] if quick else [(512, 512), (512, 1376)]
     worst, where, total = 0.0, "", {"chosen": 0.0, "factors": 0.0, "best": 0.0}
@@ -157,7 +157,7 @@ def time_associations(
     dtype: torch.dtype,
     quick: bool,
 ) -> tuple[str, dict[str, list[float]]]:
-    """The chosen association, and the seconds of forward and backward by each."""
+    """The chosen association, and the seconds of forward and backward pass with each."""
     torch.manual_seed(0)
     layer = kind(nn.Linear(n, m, bias=False, dtype=dtype), rank)
     nn.init.normal_(layer.B, std=rank**-0.5)
@@ -170,7 +170,7 @@ def time_associations(
     contestants: dict[str, Pass] = {
         name: forward_backward(forced(layer, x, name), inputs, dY)
         for name in flops
-        if flops[name] <= 1.6 * min(flops.values())  # the others are far from best
+        if flops[name] <= 1.6 * min(flops.values())  # the others are far slower
         or name == "factors"
     }
     results = {name: contestant() for name, contestant in contestants.items()}
@@ -182,7 +182,7 @@ def time_associations(
 
 
 def forced(layer: FactorizedLinear, x: Tensor, association: Association) -> Callable[[], Tensor]:
-    """The layer's forward pass, by the given association."""
+    """The layer's forward pass with the given association."""
 
     def forward() -> Tensor:
         layer.association = lambda *_, **__: association  # type: ignore[method-assign]

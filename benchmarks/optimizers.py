@@ -121,7 +121,7 @@ def rows(quick: bool = False) -> list[Row]:
 def compare(
     name: str, peer_name: str, size: str, rank: int, dtype: torch.dtype, rounds: int
 ) -> list[Row]:
-    """A step of ours against one of its peers; of GaLore also its projected part."""
+    """A step of ours against a peer's; for GaLore also its projected part."""
     warnings.filterwarnings("ignore")
     ours, keys, peers = packages()[name]
     peer = peers[peer_name](rank)
@@ -133,7 +133,7 @@ def compare(
 
     a, b = Contestant(mine, size, dtype), Contestant(peer, size, dtype)
     floor, projected = floor_of(a, rank, name), projected_part(a)
-    # The same float32 products for both: Adam blows up what other sums differ by near 0.
+    # The same float32 products for both: near 0, Adam amplifies differences in rounding.
     with torch.backends.mkldnn.flags(enabled=dtype != torch.float32):
         for _ in range(2):
             fresh_gradients((a, b))
@@ -185,7 +185,7 @@ def projected_part(contestant: Contestant) -> Callable[[], None]:
 
 
 def gemms_of(contestant: Contestant, rank: int, products: int = 2) -> Callable[[], None]:
-    """Down to the rank and back up, one after the other for every matrix, as GaLore must."""
+    """Projection and back-projection, one matrix after the other, as GaLore requires."""
     work = []
     for p in contestant.targets:
         side, other = min(p.shape), max(p.shape)
@@ -205,9 +205,9 @@ def gemms_of(contestant: Contestant, rank: int, products: int = 2) -> Callable[[
 
 
 def floor_of(contestant: Contestant, rank: int, name: str) -> Callable[[], None]:
-    """What a method can't do without: its GEMMs, and torch's fused AdamW of everything else.
+    """The minimum work of a method: its GEMMs, and torch's fused AdamW for the other parameters.
 
-    Fira and APOLLO also add G itself, scaled by channel: one pass over W and G.
+    Fira and APOLLO also add G, scaled per channel: one pass over W and G.
     """
     gemms = gemms_of(contestant, rank, products=1 if name == "APOLLO" else 2)
     scales = [torch.ones(1, p.shape[1]).to(p) for p in contestant.targets]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from lowrank_lab.config import SIZES
-from lowrank_lab.figures import STYLE, look
+from lowrank_lab.figures import STYLE, style_of
 
 GROWTH = re.compile(r"growth (\S+) (\S+) r(\d+) t(\d+)")
 REPORT = re.compile(r"study of (\d+) runs")
@@ -21,7 +21,7 @@ NOTE = re.compile(r"peak (\d+) MiB; (\d+) parameters")
 
 
 def ratios(rows: list[dict[str, Any]]) -> Figure | None:
-    """How far each row is beyond its target (1 is the target itself)."""
+    """Each row's ratio divided by its target: 1 is the target itself."""
     import matplotlib as mpl
 
     shown = [r for r in rows if r["target"]]
@@ -55,7 +55,7 @@ def ratios(rows: list[dict[str, Any]]) -> Figure | None:
 
 
 def growth_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """model, method, rank, tokens, seconds, floor, mib, parameters: a row a measured point."""
+    """Model, method, rank, tokens, seconds, floor, mib, parameters: one row per measured point."""
     found = []
     for row in rows:
         match, facts = GROWTH.fullmatch(row["name"]), NOTE.match(row["note"])
@@ -89,9 +89,9 @@ def growth(rows: list[dict[str, Any]]) -> Figure | None:
             (("parameters", by_size), ("rank", by_rank), ("tokens", by_tokens))
         ):
             for method, line in part.groupby("method", sort=False):
-                points = line.groupby(x)[["seconds", "mib"]].mean()  # one may be measured twice
+                points = line.groupby(x)[["seconds", "mib"]].mean()  # a point may be measured twice
                 for ax, y in zip(axes[:, column], ("seconds", "mib"), strict=True):
-                    colour = look(str(method), methods)[0]
+                    colour = style_of(str(method), methods)[0]
                     ax.plot(points.index, points[y], "o-", ms=3, lw=1.3, c=colour, label=method)
             for ax in axes[:, column]:
                 ax.set_xscale("log")
@@ -106,7 +106,7 @@ def growth(rows: list[dict[str, Any]]) -> Figure | None:
                 ax.set_xlabel(f"{x} ({base.index[0]})")
         sizes = beyond(by_size)
         axes[0, 0].plot(sizes.index, sizes, "k:", lw=1, label="FLOPs alone")
-        axes[0, 0].set_ylabel("seconds a step")
+        axes[0, 0].set_ylabel("seconds per step")
         axes[1, 0].set_ylabel("peak above the state (MiB)")
         axes[0, 0].legend(fontsize=7, frameon=False)
         _draw_reports(axes[0, 3], rows)
@@ -115,15 +115,15 @@ def growth(rows: list[dict[str, Any]]) -> Figure | None:
 
 
 def beyond(by_size: pd.DataFrame) -> pd.Series[float]:
-    """Seconds that the FLOPs of a step take, by parameters: of what was measured, up to 13b."""
+    """Seconds that the FLOPs of a step take, by parameters: measured sizes, extrapolated to 13b."""
     from lowrank_lab.models.llama import Llama
 
     measured = by_size.groupby("parameters")["floor"].max()
-    a_parameter = (measured / measured.index).median()
+    per_parameter = (measured / measured.index).median()
     with torch.device("meta"):
         models = [Llama(SIZES[name]) for name in ("350m", "1b", "3b", "7b", "13b")]
     larger = [sum(p.numel() for p in model.parameters()) for model in models]
-    return pd.concat([measured, pd.Series({n: a_parameter * n for n in larger})])
+    return pd.concat([measured, pd.Series({n: per_parameter * n for n in larger})])
 
 
 def _draw_reports(ax: Axes, rows: list[dict[str, Any]]) -> None:

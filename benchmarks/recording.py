@@ -1,4 +1,4 @@
-"""What recording spectra costs: its share of training time at the default cadence."""
+"""Cost of recording spectra: its share of training time at the default interval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.step import Batch, take_step_
 
 METHODS = ("full-rank", "low-rank", "galore", "sltrain")
-STEPS = 2000  # of the run whose share it is; a fifth of them apart, spectra are recorded
+STEPS = 2000  # of the run; spectra are recorded at every fifth of it
 
 
 def rows(quick: bool = False) -> list[Row]:
@@ -20,7 +20,7 @@ def rows(quick: bool = False) -> list[Row]:
 
 
 def share(method: str, rounds: int) -> Row:
-    """Time of the records of a run over the time of its steps, at the quick study's model."""
+    """Time of a run's records over the time of its steps, with the quick study's model."""
     config = resolve(
         RunConfig(model="micro", num_layers=3, vocab_size=512, batch=8, method=method, steps=STEPS)
     )

@@ -1,4 +1,4 @@
-"""All comparisons, one after the other: rows as they come, then results.json, table and picture."""
+"""Run all comparisons in turn; write results.json, the table and the figures."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SUITES = (
 
 
 def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
-    """The rows of the named suites (all by default), with the machine's facts.
+    """The rows of the named suites (all by default), with facts about the machine.
 
-    A run in earnest is kept in results.json, the README's table and the pictures; rows of suites
-    that it left out stay, if they were taken on the same machine with the same packages.
+    Unless `quick`, they are written to results.json, the table and the figures. Rows of other
+    suites stay if they come from the same machine and packages.
     """
     for peer in PEERS:
         if find_spec(peer) is None:
@@ -54,7 +54,7 @@ def _rows(name: str, quick: bool) -> list[Row]:
 
 
 def _kept_before(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows in results.json, if the machine is the same but for the speed of its products."""
+    """The rows in results.json, if machine and packages are the same (except for GEMM rates)."""
     if not RESULTS.exists():
         return []
     old = json.loads(RESULTS.read_text())
@@ -98,7 +98,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
 
 
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
-    """For each row that misses its target: what its floor would allow, and where its time goes."""
+    """For each row that misses its target: the ratio at its floor, and where its time goes."""
     missed = [row for row in rows if row["met"] is False]
     lines = [f"* {row['name']}, against {row['peer_name']}: {_why(row)}." for row in missed]
     return ["", "What is not met, and where the time goes:", "", *lines] if lines else []

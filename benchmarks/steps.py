@@ -1,7 +1,7 @@
-"""Seconds a step of every method of the study, in turns on one thread, beside those of full rank.
+"""Seconds per step of every method of the study, in turns with full rank on one thread.
 
-What happens in some steps only (a refresh, a merge, a reset) is timed apart, and counts as often as
-it comes in a run of the study.
+Special steps (with a refresh, a merge, a reset) are timed separately, and weighted by their number
+in a run of the study.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOGETHER = 5  # methods that take turns with full rank
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """One row a method; `ratio` is its time over that of full rank in the same rounds."""
+    """One row per method; `ratio` is its time over that of full rank in the same rounds."""
     variants = configurations()
     names = [name for name in variants if name != "full-rank"][: 2 if quick else None]
     found = []
@@ -47,7 +47,7 @@ def rows(quick: bool = False) -> list[Row]:
 
 
 def configurations() -> dict[str, RunConfig]:
-    """The runs of the study, at a rate of their methods' own."""
+    """The runs of the study, at the default learning rates of their methods."""
     content = yaml.safe_load(STUDY.read_text("utf-8"))
     fields = {
         name: {**content["base"], **{k: v for k, v in changes.items() if k != "seeds"}}
@@ -57,14 +57,14 @@ def configurations() -> dict[str, RunConfig]:
 
 
 def mean_seconds(configs: dict[str, RunConfig], rounds: int) -> dict[str, float]:
-    """Mean seconds of a step over the whole run of each."""
+    """Mean seconds per step over the whole run of each configuration."""
     kinds = {
         name: Counter(kind_of(c, step) for step in range(c.steps)) for name, c in configs.items()
     }
     contestants: dict[str, Callable[[], None]] = {}
     for name, config in configs.items():
         step = stepper(config)
-        step(0)  # makes the states and projections
+        step(0)  # creates states and projections
         first = {kind_of(config, at): at for at in reversed(range(1, config.steps))}
         contestants |= {f"{name}/{kind}": partial(step, at) for kind, at in first.items()}
     seconds = {n: median(taken) for n, taken in take_turns(contestants, rounds).items()}
@@ -76,7 +76,7 @@ def mean_seconds(configs: dict[str, RunConfig], rounds: int) -> dict[str, float]
 
 
 def stepper(config: RunConfig) -> Callable[[int], None]:
-    """Takes a step of a run as if it were at this one."""
+    """A function that takes a step of the given number, without those before it."""
     torch.manual_seed(0)
     model, optimizer = build(config)
     shape = config.batch, config.sequence_length

@@ -36,7 +36,7 @@ LAYERS = [
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Seconds of load_runs + final_table + write_report, a row a number of runs."""
+    """Seconds of load_runs + final_table + write_report, one row per number of runs."""
     found = []
     for count in (5,) if quick else COUNTS:
         seconds = growth(count, rounds=1 if quick or count >= 1000 else 3)

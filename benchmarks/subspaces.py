@@ -1,4 +1,4 @@
-"""Refreshing projections and refactorizing: against the full SVDs of the published code."""
+"""Refreshes of projections, and refactorization, against the full SVDs of the published code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refresh(quick: bool) -> Row:
     torch.manual_seed(0)
     model = Llama(SIZES[size])
     first = [g.clone() for g in gradients(model, 0)]
-    # The projections that a warm refresh starts from are those of another batch.
+    # A warm refresh starts from the projections of another batch.
     old = [randomized_subspaces(g, rank, sides("std", g.shape)) for g in first]
     now = [g.clone() for g in gradients(model, 1)]
 
@@ -76,7 +76,7 @@ def captured(G: Tensor, pair: tuple[Tensor | None, Tensor | None]) -> float:
 
 
 def energies(quick: bool) -> list[Row]:
-    """Least captured energy of warm refreshes against exact ones: early, late, and flat spectra."""
+    """Lowest captured energy of warm over exact refreshes: early, late, and for flat spectra."""
     model = "tiny" if quick else "micro"
     steps, gap = (6, 3) if quick else (300, 20)
     config = RunConfig(

@@ -1,9 +1,9 @@
-"""Full-rank training in bf16 against transformers' LLaMA: tokens a second, peak memory, MFU.
+"""Full-rank training in bf16 against transformers' LLaMA: tokens per second, peak memory, MFU.
 
 Both keep float32 weights and compute under torch.autocast in bfloat16; ours is `amp-bf16` with
 `compile`. Both clip gradients, take a fused AdamW step and fetch loss and norm every step. Each
-trains in a process of its own, as it would for people: ours keeps freed memory there, as `train`
-does. How fast the peer is if it does so, too, is told beside.
+trains in a process of its own, as in practice: ours keeps freed memory, as `train` does. The note
+has the ratio to a peer that keeps freed memory, too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODELS = {"1M": SIZES["mini"], "5M": Size(256, 688, 4, 4, 4096), "60m": SIZES["6
 ROUNDS = {"1M": 20, "5M": 15, "60m": 5}
 PEER = "transformers + AdamW(fused)"
 BATCH, LENGTH = 16, 256  # 4096 tokens
-UNTIL_THE_END = ExitStack()  # of the process: what is entered here is left with it
+UNTIL_THE_END = ExitStack()  # contexts that end with the process
 LR = 1e-4
 
 Shape = tuple[int, int]  # sequences in a batch, tokens in a sequence
@@ -67,7 +67,7 @@ def rows(quick: bool = False) -> list[Row]:
 def speed_row(
     name: str, ours: Llama, theirs: nn.Module, shape: Shape, peak: float, rounds: int
 ) -> Row:
-    """Tokens a second; the floor is the model's FLOPs at the measured matmul peak (FLOP/s)."""
+    """Tokens per second; the floor is the model's FLOPs at the measured matmul peak (FLOP/s)."""
     inputs: list[Tensor] = []
 
     def fresh() -> None:
@@ -94,14 +94,14 @@ def speed_row(
         ratio=ratio(seconds["peer"], seconds["ours"]),
         target="≥ 1.3" if name == "60m" else "≥ 1.6",
         peer_name=PEER,
-        note=f"{tokens} tokens a step; amp-bf16 with compile; floor: FLOPs at the matmul peak; "
+        note=f"{tokens} tokens per step; amp-bf16 with compile; floor: FLOPs at the matmul peak; "
         f"against a peer that keeps freed memory, too: {kept:.2f}; "
         f"our time: {where_time_goes(lambda: step(*inputs), PARTS)}",
     )
 
 
 def training_apart(size: Size, shape: Shape, who: str, keep: bool) -> Step:
-    """The step of one of the two, in a process that perhaps keeps what it frees."""
+    """The step of one of the two, in a process that keeps freed memory if asked."""
     if keep:
         UNTIL_THE_END.enter_context(fast_process())
     ours, theirs = pair(size)
@@ -121,7 +121,7 @@ PARTS = {
 
 
 def utilisation_row(name: str, speed: Row, size: Size, length: int, peak: float) -> Row:
-    """Model FLOPs a second as a share of the measured matmul peak."""
+    """Model FLOP/s as a share of the measured matmul peak."""
     flops = model_flops(size, length)
     assert speed.peer is not None
     return Row(
@@ -133,7 +133,7 @@ def utilisation_row(name: str, speed: Row, size: Size, length: int, peak: float)
         ratio=speed.ours * flops / peak,
         target="≥ 0.4",
         peer_name=PEER,
-        note="6 FLOPs a token and matrix weight (embeddings not counted), causal attention",
+        note="6 FLOPs per token and matrix entry (without embeddings), causal attention",
     )
 
 
@@ -147,7 +147,7 @@ def peak_row(name: str, ours: Llama, theirs: nn.Module, shape: Shape) -> Row:
     for step in steps:
         step()  # compiles, and creates the optimizer's states
     weights = sum(p.numel() * p.element_size() for p in ours.parameters())
-    # What was there before the step: the weights, and AdamW's two averages of their size.
+    # Allocated before the step: the weights, and AdamW's two averages of their size.
     mine, others = ((3 * weights + peak_bytes(step)) / 2**20 for step in steps)
     return Row(
         name=f"training peak memory, {name}, {shape[0] * shape[1]} tokens, bf16",
@@ -214,7 +214,7 @@ def check_same(ours: Llama, theirs: nn.Module, shape: Shape) -> None:
 
 
 def their_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """transformers' own loss; it is given targets that are shifted already."""
+    """transformers' own loss, with targets that are already shifted."""
     loss: Tensor = model(tokens, labels=targets, shift_labels=targets).loss
     return loss
 
@@ -235,7 +235,7 @@ def our_step(model: Llama, shape: Shape) -> Step:
 
 
 def their_step(model: nn.Module) -> Step:
-    """The loop that people write around transformers."""
+    """The usual training loop around transformers."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step(tokens: Tensor, targets: Tensor) -> float:
@@ -252,5 +252,5 @@ def their_step(model: nn.Module) -> Step:
 
 
 def model_flops(size: Size, length: int) -> float:
-    """FLOPs of a forward and backward pass a token, full rank."""
+    """FLOPs of a forward and backward pass per token, full rank."""
     return flops_per_token(resolve(RunConfig(**size._asdict(), sequence_length=length)))
