@@ -22,7 +22,7 @@ TRAINING_SOURCES = (
 
 
 def source_hash(places: tuple[str, ...] = (".",)) -> str:
-    """SHA-256 of the library's own source, or of some of its rooms."""
+    """SHA-256 of the library's own source, or of some of its places."""
     digest = hashlib.sha256()
     for place in places:
         path = PACKAGE / place
