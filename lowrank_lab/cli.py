@@ -23,8 +23,6 @@ import yaml
 from lowrank_lab import __version__, distributed
 from lowrank_lab.config import InputError, RunConfig
 
-STUDIES = Path(__file__).resolve().parent.parent / "notebooks" / "studies"  # of a checkout
-
 
 class _OneLine(click.Group):
     """A group whose every failure is one line and the right exit status."""
@@ -392,9 +390,10 @@ def report(
 
 def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
     """What the study file of these kept records says it is about, and asks."""
+    from lowrank_lab.paths import shipped_notebooks
     from lowrank_lab.report import asked_in
 
-    return asked_in(STUDIES / f"{kept.resolve().name}.yaml")
+    return asked_in(shipped_notebooks() / "studies" / f"{kept.resolve().name}.yaml")
 
 
 def _report_kept(out: Path | None, figures: Path | None) -> None:

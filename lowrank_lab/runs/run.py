@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import embedding_bytes
+from lowrank_lab.paths import located
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -335,7 +336,7 @@ def describe(config: ResolvedConfig) -> str:
 
 def find_runs(folder: Path | str) -> list[Run]:
     """All run folders at or below `folder`, hidden ones left out, in the order of their names."""
-    folder = Path(folder)
+    folder = located(folder)
     if not folder.is_dir():
         raise InputError("folder", str(folder), "there is no such folder")
     found = sorted(folder.rglob("config.json"))
@@ -376,6 +377,8 @@ def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
     `final_*`: validation and test loss and perplexity, parameters and bytes.
 
     Args:
+        folder: a path; a relative one is looked for in the working directory, in the data folder
+            and in the data that the library ships, as `study/quick` is.
         strict: raise on runs that have not finished; False takes what there is, for live views.
 
     Raises:
@@ -421,7 +424,7 @@ def finals_of(runs: Sequence[Run], folder: Path | str) -> pd.DataFrame:
 
 def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
     """What is the same in all rows of a run."""
-    inside = run.folder.relative_to(folder).as_posix()
+    inside = run.folder.relative_to(located(folder)).as_posix()
     config = run.config
     facts = {"run": run.folder.name if inside == "." else inside, "label": run.label}
     facts |= {name: getattr(config, name) for name in DESCRIBES}

@@ -22,11 +22,16 @@ TRAINING_SOURCES = (
 
 
 def source_hash(places: tuple[str, ...] = (".",)) -> str:
-    """SHA-256 of the library's own source, or of some of its places."""
+    """SHA-256 of the library's own source, or of some of its files and packages.
+
+    The notebooks that an installed library ships are no part of it.
+    """
     digest = hashlib.sha256()
     for place in places:
         path = PACKAGE / place
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            if file.is_relative_to(PACKAGE / "shipped"):
+                continue
             digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, memory_bars
 from lowrank_lab.figures.single_runs import X_AXES, layer_spectrum, metric_curves
+from lowrank_lab.paths import located
 from lowrank_lab.runs.run import DESCRIBES, Run, complete_runs, table_of
 
 FIRST_RUNS = 6  # runs shown before any is chosen
@@ -100,7 +101,7 @@ def _first(runs: dict[str, Run]) -> list[str]:
 
 
 def _name(run: Run, folder: str) -> str:
-    inside = run.folder.relative_to(folder).as_posix()
+    inside = run.folder.relative_to(located(folder)).as_posix()
     return run.folder.resolve().name if inside == "." else inside
 
 

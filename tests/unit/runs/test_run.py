@@ -380,3 +380,10 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path, value):
     with pytest.raises((ValueError, TypeError)):
         write_json(tmp_path / "a.json", {"new": value})
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+
+
+def test_runs_are_found_by_a_relative_path_in_the_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    write_run(tmp_path / "data" / "study" / "mine" / "a", "a", steps=400)
+    assert load_runs("study/mine")["run"].unique().tolist() == ["a"]
+    assert load_runs("study")["run"].unique().tolist() == ["mine/a"]
