@@ -23,11 +23,10 @@ BUILT_FROM = ("lowrank_lab", "notebooks", "data/study", "pyproject.toml", "setup
 def wheel(tmp_path_factory):
     """A wheel built from a copy of what it is built from, by way of a source distribution."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    hidden = shutil.ignore_patterns(".*", "__pycache__")
     for name in BUILT_FROM:
         if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, source / name, ignore=shutil.ignore_patterns(".*", "__py*")
-            )
+            shutil.copytree(ROOT / name, source / name, ignore=hidden)
         else:
             shutil.copyfile(ROOT / name, source / name)
     program = f"from setuptools import build_meta; print(build_meta.build_sdist({str(out)!r}))"
@@ -105,16 +104,8 @@ def test_a_study_of_ones_own_runs_to_the_report_where_there_is_no_checkout(
 
 
 def test_a_study_of_the_library_can_be_planned_by_its_name(installed, mine):
-    command = [
-        installed / "lowrank-lab",
-        "study",
-        "quick",
-        "--dry-run",
-        "--flops",
-        "1e12",
-        "--json",
-    ]
-    plan = json.loads(succeeds(command, mine))
+    options = ["--dry-run", "--flops", "1e12", "--json"]
+    plan = json.loads(succeeds([installed / "lowrank-lab", "study", "quick", *options], mine))
     assert len(plan["runs"]) == 6
     assert plan["folder"] == str(mine / "data" / "runs" / "quick")
 

@@ -6,6 +6,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from written_runs import write_run
 
 from lowrank_lab import InputError, RunConfig, train
 from lowrank_lab.cpu.onednn_matmul import fast_products
