@@ -18,8 +18,8 @@ from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.training.loop import fast_process
 from lowrank_lab.training.step import Batch, kind_of, set_clock_, take_step_
-from lowrank_lab.training.trainer import fast_process
 
 STUDY = Path(__file__).parent.parent / "notebooks" / "studies" / "main.yaml"
 TOGETHER = 5  # methods that take turns with full rank

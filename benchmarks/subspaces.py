@@ -17,8 +17,8 @@ from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim.projection import sides
 from lowrank_lab.optim.subspaces import leading_subspaces, randomized_subspaces
 from lowrank_lab.techniques import refactorize_
+from lowrank_lab.training.preflight import check as checked
 from lowrank_lab.training.trainer import Trainer
-from lowrank_lab.training.trainer import check as checked
 
 
 def rows(quick: bool = False) -> list[Row]:

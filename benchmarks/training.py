@@ -33,8 +33,8 @@ from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.memory.formulas import flops_per_token
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import NORM_EPS, ROPE_BASE, Llama
+from lowrank_lab.training.loop import fast_process
 from lowrank_lab.training.step import gradients, update_
-from lowrank_lab.training.trainer import fast_process
 
 MODELS = {"1M": SIZES["mini"], "5M": Size(256, 688, 4, 4, 4096), "60m": SIZES["60m"]}
 ROUNDS = {"1M": 20, "5M": 15, "60m": 5}

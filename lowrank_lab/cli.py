@@ -169,7 +169,7 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
     """Train one run, or go on with it."""
     from tqdm import tqdm
 
-    from lowrank_lab.training.trainer import train as train_run
+    from lowrank_lab.training.loop import train as train_run
 
     config = _config(flags)
     hidden = None if distributed.is_rank_zero() else True  # None: where there is no terminal

@@ -1,1 +1,1 @@
-"""What makes training on CPUs fast, for the whole process: the trainer alone enters it."""
+"""What makes training on CPUs fast, for the whole process: the training loop alone enters it."""

@@ -23,7 +23,7 @@ from lowrank_lab.memory.formulas import (
 )
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.simulate import simulate
-from lowrank_lab.training.trainer import device_of
+from lowrank_lab.training.preflight import device_of
 
 # A kernel with torch and matplotlib loaded, and papermill beside it: resident bytes, as measured.
 PROCESS_BYTES = 700 * MIB

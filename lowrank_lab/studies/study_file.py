@@ -33,7 +33,7 @@ from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.studies.shipped import find_notebook, find_study
 from lowrank_lab.studies.variants import combinations
-from lowrank_lab.training.trainer import check
+from lowrank_lab.training.preflight import check
 
 KEYS = {
     "description", "notebook", "compare", "base", "variants", "grid", "select", "seeds",

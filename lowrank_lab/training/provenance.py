@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
     "config.py", "distributed.py", "cpu/onednn_matmul.py", "data", "models", "layers", "optim",
-    "techniques", "methods", "training/fsdp.py", "training/schedule.py", "training/step.py",
+    "techniques", "methods", "training/batches.py", "training/evaluate.py", "training/fsdp.py",
+    "training/loop.py", "training/preflight.py", "training/schedule.py", "training/step.py",
     "training/trainer.py",
 )  # fmt: skip
 

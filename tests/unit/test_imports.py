@@ -20,7 +20,7 @@ HEAVY = (
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
     "cpu/malloc.py", "memory", "paths.py", "analysis/spectra.py", "runs", "training/checkpoint.py",
-    "training/monitor.py", "training/provenance.py",
+    "training/monitor.py", "training/peaks.py", "training/provenance.py", "training/records.py",
 }  # fmt: skip
 
 
@@ -129,16 +129,16 @@ def test_every_package_says_what_it_is():
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_the_trainer_alone_changes_the_process():
+def test_the_training_loop_alone_changes_the_process():
     users = {
         m for m, found in graph_of_modules().items() if any(package_of(o) == "cpu" for o in found)
     }
-    assert {m for m in users if package_of(m) != "cpu"} == {"training.trainer"}
+    assert {m for m in users if package_of(m) != "cpu"} == {"training.loop"}
 
 
 def test_the_sources_that_decide_a_run_are_those_that_training_uses():
     modules = graph_of_modules()
-    reached, todo = set(), {"training.trainer"}
+    reached, todo = set(), {"training.loop"}
     while todo:
         module = todo.pop()
         reached.add(module)

@@ -14,7 +14,7 @@ from studies import TRAIN, processes_in, runner_of, wait_for
 from lowrank_lab.runs.run import Run, read_jsonl
 from lowrank_lab.studies.study import run_study
 from lowrank_lab.studies.study_file import load_study
-from lowrank_lab.training.trainer import train
+from lowrank_lab.training.loop import train
 
 pytest.importorskip("distributed")
 

@@ -17,7 +17,7 @@ from paper_studies import (
 
 from lowrank_lab.planning import resources
 from lowrank_lab.studies.study_file import load_study
-from lowrank_lab.training.trainer import train
+from lowrank_lab.training.loop import train
 
 
 def test_a_head_says_what_steps_on_fake_tensors_take():

@@ -16,7 +16,7 @@ from lowrank_lab.studies import local_executor as running_jobs
 from lowrank_lab.studies.plan import plan_study
 from lowrank_lab.studies.study import run_study
 from lowrank_lab.studies.study_file import load_study
-from lowrank_lab.training.trainer import train
+from lowrank_lab.training.loop import train
 
 
 def executed(path, out, **options):

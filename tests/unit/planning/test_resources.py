@@ -7,7 +7,7 @@ from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import resources
 from lowrank_lab.planning.simulate import simulate
-from lowrank_lab.training.trainer import train
+from lowrank_lab.training.loop import train
 
 SMALL = {"model": "tiny", "sequence_length": 16, "batch": 2, "vocab_size": 300, "steps": 40}
 

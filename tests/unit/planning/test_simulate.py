@@ -163,7 +163,7 @@ def test_a_device_that_is_not_known_is_refused():
 
 @pytest.mark.parametrize("method", QUICK)
 def test_the_memory_of_a_run_is_that_of_its_simulation(method, tmp_path):
-    from lowrank_lab.training.trainer import train
+    from lowrank_lab.training.loop import train
 
     config = configured(
         method, steps=6, refactor_every=0, reset_every=4 if METHODS[method].layers else 0,

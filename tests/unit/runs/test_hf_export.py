@@ -17,7 +17,8 @@ from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.hf_export import export
 from lowrank_lab.runs.run import Run, find_runs, write_json
-from lowrank_lab.training.trainer import Trainer, check
+from lowrank_lab.training.preflight import check
+from lowrank_lab.training.trainer import Trainer
 
 TEXTS = ["", " ", "the model of rank 3.\n\n  low", "naïve café 漢字 \u2028\t\0", "a<|endoftext|>b"]
 

@@ -26,7 +26,8 @@ from lowrank_lab.runs.run import (
     read_jsonl,
     write_json,
 )
-from lowrank_lab.training.trainer import Trainer, check
+from lowrank_lab.training.preflight import check
+from lowrank_lab.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.runs.generate import sample
 from lowrank_lab.runs.run import Run, read_jsonl
-from lowrank_lab.training import checkpoint, trainer
+from lowrank_lab.training import checkpoint, preflight, records, trainer
 from lowrank_lab.training import step as stepping
+from lowrank_lab.training.evaluate import evaluate
+from lowrank_lab.training.loop import train
 from lowrank_lab.training.schedule import learning_rate
-from lowrank_lab.training.trainer import evaluate, train
 
 STEPS = 12
 TIMES = ("seconds", "tokens_per_second")
@@ -371,7 +372,7 @@ def test_a_torn_last_line_is_written_again(config, trained, tmp_path):
 @pytest.mark.parametrize("file", ["model.safetensors", "result.json"])
 def test_a_run_interrupted_while_it_ends_ends_again(config, trained, tmp_path, monkeypatch, file):
     whole = trained(config())
-    folder, write = tmp_path / "interrupted", trainer.write_json
+    folder, write = tmp_path / "interrupted", records.write_json
 
     def stops(path, value):
         if path.name == "result.json":
@@ -380,7 +381,7 @@ def test_a_run_interrupted_while_it_ends_ends_again(config, trained, tmp_path, m
             raise Interrupted
         write(path, value)
 
-    monkeypatch.setattr(trainer, "write_json", stops)
+    monkeypatch.setattr(records, "write_json", stops)
     with pytest.raises(Interrupted):
         train(config(), folder)
     monkeypatch.undo()
@@ -485,9 +486,9 @@ def test_a_device_that_is_not_there_is_refused(config, tmp_path):
 def test_a_corpus_is_seen_once_to_its_last_window_unless_repeated(config, tmp_path):
     windows = prepare(config()).num_windows("train", 1024)
     long = {"sequence_length": 1024, "batch": 1, "reset_every": 0}
-    trainer.check(config(steps=windows, **long))
+    preflight.check(config(steps=windows, **long))
     assert str(windows * 1024) in refusal(config(steps=windows + 1, **long), tmp_path / "run")
-    trainer.check(config(steps=windows + 1, repeat=True, **long))
+    preflight.check(config(steps=windows + 1, repeat=True, **long))
 
 
 # Failures of what is computed

@@ -1,0 +1,42 @@
+"""The loss on a fixed block of held-out text."""
+
+from __future__ import annotations
+
+import torch
+
+from lowrank_lab import distributed
+from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.data.corpus import Corpus
+from lowrank_lab.data.sources import Split
+from lowrank_lab.models.llama import Llama
+from lowrank_lab.training.step import autocast
+
+
+@torch.no_grad()
+def evaluate(
+    model: Llama, corpus: Corpus, split: Split, tokens: int, config: ResolvedConfig
+) -> float:
+    """Mean loss in nats per token over a fixed block: the first windows of a split, about `tokens`
+    long.
+
+    Weighted by tokens, so that a ragged last batch counts for what it holds.
+    """
+    length = config.sequence_length
+    count = min(corpus.num_windows(split, length), max(1, tokens // length))
+    device = next(model.parameters()).device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # of losses and tokens
+    training = model.training
+    model.eval()
+    rank, processes = distributed.rank(), distributed.world_size()
+    for start in range(0, count, config.batch):
+        own = torch.arange(start + rank, min(start + config.batch, count), processes)
+        # Every process computes in every turn, as sharded models do so together.
+        indices = own.numpy() if len(own) else torch.tensor([start]).numpy()
+        inputs, targets = (t.to(device) for t in corpus.windows(split, indices, length))
+        with autocast(config, device):
+            loss = model.loss(inputs, targets).double()
+        tokens_here = len(own) * length
+        totals += torch.stack([loss * tokens_here, torch.full_like(loss, tokens_here)])
+    model.train(training)
+    total, seen = distributed.all_reduce_sum_(totals).tolist()
+    return float(total / seen)

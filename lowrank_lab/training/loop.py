@@ -1,0 +1,90 @@
+"""The training loop: a configuration in, a run folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lowrank_lab import distributed
+from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.cpu.malloc import keep_freed_memory
+from lowrank_lab.cpu.onednn_matmul import fast_products
+from lowrank_lab.paths import data_folder
+from lowrank_lab.runs.run import Run, locked
+from lowrank_lab.training.monitor import asked_to_stop
+from lowrank_lab.training.preflight import check, device_of, is_finished
+from lowrank_lab.training.trainer import Terminated, Trainer, TrainingError
+
+OnStep = Callable[[dict[str, Any]], None]  # gets each row of metrics.jsonl
+
+
+def train(
+    config: RunConfig,
+    folder: Path | str | None = None,
+    *,
+    label: str | None = None,
+    on_step: OnStep | None = None,
+) -> Run:
+    """Train a configuration, or resume its interrupted run; its folder as a Run.
+
+    Args:
+        folder: the run folder; by default data/runs/<run id>. A finished run is returned as it is.
+        label: what figures call the run.
+        on_step: called after every step with its row of metrics.jsonl.
+
+    Raises:
+        InputError: before anything is written; also a folder that another process trains in, that
+            can't be written to, or whose checkpoints are all damaged.
+        TrainingError: the loss or a gradient is not finite, or a record can't be written; the last
+            good state is in the folder.
+        Terminated: SIGTERM came; the step was finished and its state saved.
+    """
+    with distributed.process_group(device_of(config)), fast_process():
+        return _train(config, folder, label, on_step)
+
+
+@contextmanager
+def fast_process() -> Iterator[None]:
+    """Settings of the whole process that `train` makes, and unmakes at the end."""
+    with keep_freed_memory(), fast_products():
+        yield
+
+
+def _train(
+    config: RunConfig, folder: Path | str | None, label: str | None, on_step: OnStep | None
+) -> Run:
+    config, corpus = check(config)
+    target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
+    finished = is_finished(target, config)
+    distributed.barrier()  # before the first of us writes there
+    if finished:
+        return Run(target)
+    begun = (target / "config.json").exists()
+    if begun and Run(target).ran_on.get("corpus_sha256") not in (None, corpus.facts["sha256"]):
+        raise InputError("corpus", config.corpus, "it has changed since the run in out began")
+    lock = locked(target) if distributed.is_rank_zero() else nullcontext()
+    with lock, asked_to_stop() as stop:
+        distributed.barrier()
+        if not is_finished(target, config):  # the process that had the lock may have finished it
+            _loop(Trainer(config, corpus, target, label), on_step, stop)
+        distributed.barrier()
+    return Run(target)
+
+
+def _loop(trainer: Trainer, on_step: OnStep | None, stop: Callable[[], bool]) -> None:
+    try:
+        trainer.resume()
+        while trainer.updates < trainer.config.total_steps:
+            row = trainer.advance()
+            if on_step is not None:
+                on_step(row)
+            if distributed.any_rank(stop(), trainer.device):
+                trainer.save_checkpoint()
+                line = f"stopped after step {trainer.updates}; started again, it goes on from there"
+                raise Terminated(line)
+        trainer.finish()
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename or trainer.folder}"
+        raise TrainingError(f"{what}; {trainer.kept_state()}; started again, it goes on") from error
