@@ -28,7 +28,7 @@ PROGRAM = """
 import json, resource, sys, time
 from pathlib import Path
 import lowrank_lab
-from lowrank_lab.data.corpus import prepare
+from lowrank_lab.data.prepare import prepare
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before, started = peak(), time.perf_counter()

@@ -152,7 +152,7 @@ def methods(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def data(as_json: bool, **fields: Any) -> None:
     """Prepare a corpus (once) and say what is in it."""
-    from lowrank_lab.data.corpus import prepare
+    from lowrank_lab.data.prepare import prepare
 
     corpus = prepare(RunConfig(**{k: v for k, v in fields.items() if v is not None}))
     if as_json:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lowrank_lab.config import InputError
-from lowrank_lab.data.sources import SPLITS, Split
+from lowrank_lab.data.splits import SPLITS, Split
 
 SHARD_TOKENS = 1 << 27  # 256 MiB
 SAVE_EVERY = 1 << 24  # tokens between two records of how far it is

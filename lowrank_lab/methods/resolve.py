@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, Size, nearest
-from lowrank_lab.data.corpus import vocabulary
+from lowrank_lab.data.prepare import vocabulary
 from lowrank_lab.layers import target_layers
 from lowrank_lab.methods.method import Method
 from lowrank_lab.methods.optimizers import (

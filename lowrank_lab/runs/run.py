@@ -298,7 +298,7 @@ class Run:
         """What the run's text was made into tokens with: the run's own copy, else the corpus's."""
         from tokenizers import Tokenizer
 
-        from lowrank_lab.data.corpus import prepare
+        from lowrank_lab.data.prepare import prepare
 
         path = self.folder / "tokenizer.json"
         if path.exists():

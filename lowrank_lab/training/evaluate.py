@@ -7,7 +7,7 @@ import torch
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
-from lowrank_lab.data.sources import Split
+from lowrank_lab.data.splits import Split
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.training.step import autocast
 

@@ -8,7 +8,8 @@ import torch
 
 from lowrank_lab import distributed
 from lowrank_lab.config import NOT_IN_RUN_ID, InputError, ResolvedConfig, RunConfig
-from lowrank_lab.data.corpus import Corpus, prepare
+from lowrank_lab.data.corpus import Corpus
+from lowrank_lab.data.prepare import prepare
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import RUNNER_FILES, Run
 from lowrank_lab.training.fsdp import check_shards

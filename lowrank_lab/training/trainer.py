@@ -15,7 +15,7 @@ from lowrank_lab import distributed
 from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
-from lowrank_lab.data.sources import Split
+from lowrank_lab.data.splits import Split
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.memory.breakdown import Breakdown, persistent
 from lowrank_lab.memory.tracker import untracked

@@ -19,7 +19,7 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 from lowrank_lab.config import RunConfig
-from lowrank_lab.data.corpus import prepare
+from lowrank_lab.data.prepare import prepare
 corpus = prepare(RunConfig(corpus=sys.argv[1], vocab_size="byte"), Path(sys.argv[2]))
 corpus.batch("train", 0, batch=16, sequence_length=256)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

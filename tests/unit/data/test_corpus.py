@@ -18,10 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.data import corpus as corpora
-from lowrank_lab.data import sources, token_files
-from lowrank_lab.data.corpus import Corpus, permute, prepare
-from lowrank_lab.data.sources import SPLITS, markov_source, split_of, text_documents
+from lowrank_lab.data import markov as markov_corpus
+from lowrank_lab.data import prepare as preparing
+from lowrank_lab.data import sources, streams, token_files
+from lowrank_lab.data.corpus import Corpus, permute
+from lowrank_lab.data.markov import markov_source
+from lowrank_lab.data.prepare import prepare
+from lowrank_lab.data.sources import text_documents
+from lowrank_lab.data.splits import SPLITS, split_of
 from lowrank_lab.data.tokenizer import END_OF_TEXT, byte_tokenizer, encode, train_bpe
 from lowrank_lab.methods.resolve import resolve
 
@@ -313,7 +317,7 @@ def test_markov_refuses_alphabets_it_has_not(tmp_path, vocab):
 
 @pytest.mark.parametrize("vocab", [7, 8, 64])
 def test_markov_has_every_alphabet_it_says_it_has(tmp_path, monkeypatch, vocab):
-    monkeypatch.setattr(corpora, "MARKOV_TOKENS", dict.fromkeys(SPLITS, 1000))
+    monkeypatch.setattr(markov_corpus, "TOKENS", dict.fromkeys(SPLITS, 1000))
     corpus = prepare(RunConfig(model="tiny", corpus="markov", vocab_size=vocab), tmp_path)
     assert corpus.vocab_size == vocab
     assert corpus.facts["unigram_entropy"] >= 1.5 * corpus.entropy
@@ -326,7 +330,7 @@ def test_a_failure_while_building_leaves_nothing(text_folder, tmp_path, monkeypa
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(corpora, "pack", fails)
+    monkeypatch.setattr(preparing, "pack", fails)
     with pytest.raises(OSError, match="disk full"):
         prepare(byte_config(text_folder), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -363,14 +367,14 @@ def test_two_processes_that_build_at_once_both_get_it(texts, tmp_path):
 
 
 def test_who_loses_the_race_opens_what_the_winner_built(texts, tmp_path, monkeypatch):
-    pack = corpora.pack
+    pack = preparing.pack
 
     def slower(*arguments):
-        monkeypatch.setattr(corpora, "pack", pack)
+        monkeypatch.setattr(preparing, "pack", pack)
         prepare(byte_config(texts), tmp_path / "corpora")
         return pack(*arguments)
 
-    monkeypatch.setattr(corpora, "pack", slower)
+    monkeypatch.setattr(preparing, "pack", slower)
     corpus = prepare(byte_config(texts), tmp_path / "corpora")
     assert [corpus.folder] == list((tmp_path / "corpora").iterdir())
 
@@ -760,7 +764,7 @@ def test_datasets_that_is_not_installed_is_asked_for(dataset, tmp_path, monkeypa
 
 
 def test_names_of_datasets_may_have_a_configuration_and_a_split(tmp_path):
-    parse = sources.Hub.parse
+    parse = streams.Hub.parse
     assert parse("allenai/c4,en@validation") == ("allenai/c4", "en", "validation")
     assert parse("allenai/c4") == ("allenai/c4", None, "train")
     (tmp_path / "a@b,c").mkdir()
@@ -925,7 +929,7 @@ def _prepare_until_killed(config, root, groups):
 
         return pack(folder, texts, then, on_progress)
 
-    corpora.pack = killed
+    preparing.pack = killed
     prepare(config, root)
 
 
@@ -941,7 +945,7 @@ def encoded_documents(monkeypatch):
     """Counts the documents that are encoded from now on."""
     counted = []
     monkeypatch.setattr(
-        corpora,
+        preparing,
         "encode",
         lambda texts, tokenizer: counted.extend(texts) or encode(texts, tokenizer),
     )
@@ -997,7 +1001,7 @@ def test_a_full_disk_keeps_what_was_recorded(c4, tmp_path, monkeypatch):
             raise OSError("disk full")
         return encode(texts, tokenizer)
 
-    monkeypatch.setattr(corpora, "encode", fails)
+    monkeypatch.setattr(preparing, "encode", fails)
     with pytest.raises(OSError, match="disk full"):
         prepare(c4_config(c4), tmp_path / "corpora")
     assert len(list((tmp_path / "corpora").iterdir())) == 1

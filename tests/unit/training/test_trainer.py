@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from short import QUICK, short_options, usual_rate
 
 from lowrank_lab import METHODS, InputError, RunConfig, TrainingError
-from lowrank_lab.data.corpus import prepare
+from lowrank_lab.data.prepare import prepare
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama

@@ -1,0 +1,227 @@
+"""Text → documents → packed token files.
+
+`prepare` builds a corpus once, atomically, under `data/corpora/<name>-<hash>/`:
+
+    train.bin validation.bin test.bin   uint16 tokens, documents separated by an end-of-text token;
+                                        large splits go on in train.1.bin … (token_files.py)
+    tokenizer.json                      byte-level BPE of the training part, or the one given
+    corpus.json README.md               counts, SHA-256 of the token files, entropy (markov)
+
+A document's split follows from the hash of its name, or of its text where it has none, so that
+nothing moves between splits when another document changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowrank_lab.config import InputError, RunConfig, nearest
+from lowrank_lab.data import markov
+from lowrank_lab.data.corpus import Corpus
+from lowrank_lab.data.sources import (
+    PACKAGES,
+    by_text,
+    distinct,
+    python_documents,
+    spilled,
+    text_documents,
+)
+from lowrank_lab.data.splits import FORMAT, SPLITS, Split
+from lowrank_lab.data.store import open_or_build, short_hash
+from lowrank_lab.data.streams import Hub, c4_documents, c4_identity, hub_documents
+from lowrank_lab.data.token_files import (
+    new_counts,
+    pack,
+    progress_of,
+    save_progress,
+)
+from lowrank_lab.data.tokenizer import (
+    byte_tokenizer,
+    encode,
+    read_tokenizer,
+    train_bpe,
+    vocabulary_of,
+)
+from lowrank_lab.paths import data_folder, located
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+LOG = logging.getLogger(__name__)
+
+SMALLEST_PART = 512  # bytes of text
+Texts = Callable[[], Iterator[tuple[Split, str]]]  # the same ones in each call
+
+
+def vocabulary(config: RunConfig) -> int | Literal["byte"]:
+    """The vocabulary asked for: the configuration's, else the tokenizer's, the corpus's, or the
+    model size's."""
+    if config.vocab_size is not None:
+        return config.vocab_size
+    if config.tokenizer is not None:
+        return vocabulary_of(read_tokenizer(config.tokenizer))
+    return markov.ALPHABET if config.corpus == "markov" else config.size.vocab_size
+
+
+def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
+    """The corpus a configuration asks for, built if it isn't there yet.
+
+    A build that was killed is gone on with. Memory does not depend on the size of the text, but
+    for some 300 bytes a document of `text:` and `python`, whose identical documents are dropped.
+
+    Args:
+        root: the folder of all corpora; by default data/corpora.
+
+    Raises:
+        InputError: an unknown corpus, or text that is empty, damaged, not UTF-8 or too short.
+    """
+    kind, _, path = config.corpus.partition(":")
+    root = root if root is not None else data_folder() / "corpora"
+    if config.corpus == "markov":
+        return _prepare_markov(config, root)
+    if config.corpus == "python":
+        return _prepare_text("python", python_documents, config, root)
+    if kind in ("text", "c4"):
+        source = located(path)
+        if not path or not source.exists():
+            what = {"text": "text files", "c4": ".json.gz shards of C4"}[kind]
+            allowed = (
+                f"there is no such file or folder, here or in {data_folder()}; put {what} there"
+            )
+            raise InputError("corpus", config.corpus, allowed)
+        name = f"{kind}-{source.resolve().name}"
+        if kind == "text":
+            return _prepare_text(name, lambda: text_documents(source), config, root)
+        return _prepare_stream(
+            name, lambda: by_text(c4_documents(source)), c4_identity(source), config, root
+        )
+    if kind == "hub" and path:
+        hub = Hub.parse(path)
+        name = f"hub-{hub.name.rstrip('/').rpartition('/')[2]}"
+        return _prepare_stream(
+            name, lambda: by_text(hub_documents(hub)), hub.identity(), config, root
+        )
+    known = ("python", "markov", "text:PATH", "c4:PATH", "hub:NAME")
+    raise InputError("corpus", config.corpus, nearest(kind, known))
+
+
+def _prepare_text(
+    name: str, documents: Callable[[], Iterable[tuple[str, str]]], config: RunConfig, root: Path
+) -> Corpus:
+    """A corpus of named documents, each once, in the order of the hash of their names."""
+    vocab = _checked_vocabulary(config)
+    # `python` is decided by its pins, so its hash needs no look at 100 MB of text.
+    pins = [sys.version_info[:3], [(p, importlib.metadata.version(p)) for p in PACKAGES]]
+    known = name == "python"
+    content = pins if known else [entry.digest.hex() for entry in distinct(documents())]
+    folder = root / f"{name}-{_text_hash(name, vocab, content, config)}"
+
+    def build(target: Path) -> dict[str, Any]:
+        if known:
+            LOG.info("building the %s corpus, once; it takes half a minute", name)
+        with tempfile.TemporaryFile(dir=target) as spill:
+            entries = distinct(documents(), spill)
+            if not known and content != [entry.digest.hex() for entry in entries]:
+                raise RuntimeError(f"{config.corpus} changed while it was read")
+            sizes = dict.fromkeys(SPLITS, 0)
+            for entry in entries:
+                sizes[entry.split] += entry.size
+            _check_sizes(config, sizes)
+            return _build_text(target, config, vocab, lambda: spilled(spill, entries))
+
+    return open_or_build(folder, name, build)
+
+
+def _prepare_stream(
+    name: str, texts: Texts, identity: object, config: RunConfig, root: Path
+) -> Corpus:
+    """A corpus of texts in the order in which they come."""
+    vocab = _checked_vocabulary(config)
+    folder = root / f"{name}-{_text_hash(name, vocab, identity, config)}"
+    return open_or_build(
+        folder, name, partial(_build_text, config=config, vocab=vocab, texts=texts)
+    )
+
+
+def _checked_vocabulary(config: RunConfig) -> int | Literal["byte"]:
+    vocab = vocabulary(config)
+    if config.tokenizer is not None:
+        own = vocabulary_of(read_tokenizer(config.tokenizer))
+        if vocab != own:
+            raise InputError("vocab_size", vocab, f"the tokenizer has {own} entries")
+    elif isinstance(vocab, int) and vocab < 257:
+        raise InputError(
+            "vocab_size", vocab, "a BPE has at least 257 entries (256 bytes and an end)"
+        )
+    return vocab
+
+
+def _text_hash(name: str, vocab: object, content: object, config: RunConfig) -> str:
+    given = []
+    if config.tokenizer is not None:
+        given = [hashlib.sha256(located(config.tokenizer).read_bytes()).hexdigest()]
+    return short_hash([FORMAT, name, vocab, content, *given])
+
+
+def _check_sizes(config: RunConfig, sizes: dict[Split, int]) -> None:
+    """Refuse text that is nothing, or whose parts (in bytes) are next to nothing."""
+    if not any(sizes.values()):
+        raise InputError("corpus", config.corpus, "it holds no text")
+    for split in SPLITS:
+        if sizes[split] < SMALLEST_PART:
+            raise InputError("corpus", config.corpus, f"too short: its {split} part is empty")
+
+
+def _build_text(
+    target: Path, config: RunConfig, vocab: int | Literal["byte"], texts: Texts
+) -> dict[str, Any]:
+    """Tokenizer and token files in `target`, from the first text or from where it was killed."""
+    file = target / "tokenizer.json"
+    if progress_of(target) is None:
+        _tokenizer_for(config, vocab, texts).save(str(file))
+        save_progress(target, new_counts())
+    tokenizer = read_tokenizer(str(file))
+    counts = pack(
+        target,
+        texts(),
+        partial(encode, tokenizer="byte" if vocab == "byte" else tokenizer),
+        lambda so_far: LOG.info(
+            "%s: %s documents, %s tokens so far", config.corpus,
+            *(f"{sum(so_far[kind].values()):,}" for kind in ("documents", "tokens")),
+        ),
+    )  # fmt: skip
+    _check_sizes(config, counts["bytes"])
+    return {"vocab_size": vocabulary_of(tokenizer), **counts}
+
+
+def _tokenizer_for(config: RunConfig, vocab: int | Literal["byte"], texts: Texts) -> Tokenizer:
+    if config.tokenizer is not None:
+        return read_tokenizer(config.tokenizer)
+    if vocab == "byte":
+        return byte_tokenizer()
+    training = (text for split, text in texts() if split == "train")
+    first = next(training, None)
+    if first is None:
+        raise InputError("corpus", config.corpus, "it holds no text")
+    tokenizer = train_bpe(chain([first], training), vocab)
+    if tokenizer.get_vocab_size() < vocab:
+        reached = f"the text is too short: it gives {tokenizer.get_vocab_size()} entries"
+        raise InputError("vocab_size", vocab, reached)
+    return tokenizer
+
+
+def _prepare_markov(config: RunConfig, root: Path) -> Corpus:
+    alphabet = vocabulary(config)
+    if not isinstance(alphabet, int) or not 7 <= alphabet <= 64:
+        raise InputError("vocab_size", alphabet, "markov has an alphabet of 7 to 64 symbols")
+    folder = root / f"markov-{short_hash([FORMAT, alphabet])}"
+    return open_or_build(folder, "markov", lambda target: markov.build(target, alphabet))
