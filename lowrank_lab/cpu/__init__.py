@@ -1,1 +1,1 @@
-"""What makes training on CPUs fast, for the whole process: the training loop alone enters it."""
+"""Faster training on CPUs by settings of the whole process, which the training loop makes."""

@@ -1,4 +1,4 @@
-"""What becomes of memory that this process frees."""
+"""Keeping memory that a training step frees for the next step."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-LARGEST = 2**31 - 1  # bytes: what mallopt takes at most
-USUAL = 1 << 25  # bytes: where glibc's own rule for its thresholds ends
+LARGEST = 2**31 - 1  # bytes: the most that mallopt accepts
+USUAL = 1 << 25  # bytes: the largest threshold that glibc sets by itself
 SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Keep what is freed in this block for what is allocated next, and give it back at the end.
+    """Keep memory that is freed in this block for later allocations; return it at the end.
 
-    Each training step allocates and frees the same tensors. Left to itself, glibc returns large
-    ones to the system, which has to find and clear their pages again in the next step: up to a
-    quarter of its time on a CPU. Holds for the whole process. Nothing is done with another C
-    library, or where the environment says what malloc shall do (see `SETTINGS`).
+    Each training step allocates and frees the same tensors. By default glibc returns large ones to
+    the system, which has to find and clear their pages again in the next step: up to a quarter of
+    its time on a CPU. Applies to the whole process. Does nothing with another C library, or where
+    the environment configures malloc (`SETTINGS`).
     """
     malloc = _glibc()
     if malloc is None or any(name in os.environ for name in SETTINGS):
@@ -35,8 +35,8 @@ def keep_freed_memory() -> Iterator[None]:
 
 
 def _set(malloc: ctypes.CDLL, mmap: int, trim: int) -> None:
-    """Blocks from `mmap` bytes on are the system's; of free memory at the end `trim` bytes stay."""
-    if not malloc.mallopt(MMAP_THRESHOLD, mmap):  # an older glibc takes no more than it uses itself
+    """Map blocks of `mmap` bytes or more one by one; keep up to `trim` free bytes of the heap."""
+    if not malloc.mallopt(MMAP_THRESHOLD, mmap):  # an older glibc accepts no more than USUAL
         malloc.mallopt(MMAP_THRESHOLD, USUAL)
     malloc.mallopt(TRIM_THRESHOLD, trim)
 

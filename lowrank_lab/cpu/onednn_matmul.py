@@ -1,4 +1,4 @@
-"""Matrix products in float32 on processors for which torch's own are slow."""
+"""Float32 matrix products by oneDNN, on CPUs where torch's own are slow."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST = 2**18  # multiplications: in less the detour through Python takes longer than it saves
-PIECE = 2**20  # entries of a copy, of which the next one takes the place
+SMALLEST = 2**18  # multiplications; in smaller products Python's call costs more than it saves
+PIECE = 2**20  # entries per copied piece; the next piece reuses its memory
 
 _lock = threading.Lock()
-_blocks = 0  # how many are open
+_blocks = 0  # of `fast_products` that are running
 _library: torch.library.Library | None = None
 
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Let oneDNN make the float32 products of this block, where the CPU's own way is slow.
+    """Compute float32 matrix products in this block by oneDNN, where torch's own are slow.
 
-    On a CPU torch leaves them to MKL, which on AMD's processors doesn't use AVX-512: it reaches
-    half of what oneDNN does. Holds for `mm` and `addmm` of the whole process, and so for all that
-    is made of them, forward and backward; blocks may overlap. Sums have other roundings, as between
-    two machines. Nothing is done on other processors, with torch.backends.mkldnn switched off, or
-    in what torch compiles.
+    On a CPU torch calls MKL, which uses no AVX-512 on AMD processors and reaches half of oneDNN's
+    speed there. Replaces `mm` and `addmm` for the whole process, and so in everything built on
+    them, forward and backward; blocks may overlap. Sums are rounded differently, as they are
+    between two machines. Does nothing on other processors, with torch.backends.mkldnn switched off,
+    or in compiled code.
     """
     if torch.compiler.is_compiling() or not mkl_is_slow():
         yield
@@ -42,7 +42,7 @@ def fast_products() -> Iterator[None]:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether this CPU has AVX-512 that MKL, which is there, makes no use of, and oneDNN does."""
+    """Whether this CPU has AVX-512 that oneDNN uses and MKL, which torch calls, does not."""
     libraries = torch.backends.mkl, torch.backends.mkldnn
     if not all(library.is_available() for library in libraries):
         return False
@@ -60,10 +60,10 @@ def _enter() -> None:
         _blocks += 1
         if _library is None:
             for name in KERNELS:
-                _usual(name)  # before there is another one
+                _usual(name)  # before another kernel replaces it
             _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="(?s).*verrid")  # it is meant to
+                warnings.filterwarnings("ignore", message="(?s).*verrid")  # on purpose
                 for name, kernel in KERNELS.items():
                     _library.impl(  # type: ignore[no-untyped-call]
                         name, kernel, "CPU", with_keyset=True, allow_override=True
@@ -75,14 +75,14 @@ def _leave() -> None:
     with _lock:
         _blocks -= 1
         if not _blocks:
-            _library = None  # torch's own kernels are back
+            _library = None  # restores torch's own kernels
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (m×k) · b (k×n), float32 on a CPU, by oneDNN; contiguous. b is dense."""
     if a.is_contiguous():
         return _onednn(a, b.T)
-    # Its left operand has to be contiguous: a is copied, or b and the product's transpose.
+    # oneDNN's left operand has to be contiguous: copy a, or b and the product's transpose.
     (m, k), n, x = a.shape, b.shape[1], b.T
     if not _dense(a) or m * k <= m * n + (0 if x.is_contiguous() else n * k):
         rows = max(64, PIECE // k)
@@ -102,18 +102,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, W: Tensor) -> Tensor:
-    """x Wᵀ, as inference with torch.compile has it. It is a thousand times slower if W has gaps."""
+    """x Wᵀ by torch.compile's kernel for inference; a thousand times slower if W has gaps."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, W, None, "none", [], "")
     return out
 
 
 def _dense(a: Tensor) -> bool:
-    """Whether a matrix or its transpose lies in memory row by row, without gaps."""
+    """Whether a matrix or its transpose is contiguous."""
     return a.is_contiguous() or a.T.is_contiguous()
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:
-    """Whether a · b is one of those for which oneDNN is faster."""
+    """Whether oneDNN is the faster way to a · b."""
     return (
         a.dtype is torch.float32 is b.dtype
         and a.dim() == 2 == b.dim()
@@ -126,7 +126,7 @@ def _pays(a: Tensor, b: Tensor) -> bool:
 
 
 def _takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether `out` can take a · b piece by piece while a and b are read."""
+    """Whether a · b can be written into `out` piece by piece, as it shares no memory with them."""
     read = (a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr())
     return (
         out.shape == (a.shape[0], b.shape[-1])
@@ -178,5 +178,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
 
 @cache
 def _usual(name: str) -> Any:
-    """The kernel that torch has for an operator on a CPU."""
+    """torch's own CPU kernel of an operator."""
     return torch.library.get_kernel(f"aten::{name}", "CPU")

@@ -1,1 +1,1 @@
-"""Corpora: sources of text, tokenizers, packed token files, and the windows of training."""
+"""Corpora: text → documents → token files → batches that are functions of seed and step."""

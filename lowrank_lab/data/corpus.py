@@ -33,7 +33,7 @@ class Corpus:
 
     @property
     def entropy(self) -> float | None:
-        """Exact entropy rate in nats per token, where it is known: the floor of every loss."""
+        """Exact entropy rate in nats per token, where known: the lower bound of every loss."""
         return self.facts.get("entropy")
 
     def length(self, split: Split) -> int:
@@ -69,21 +69,23 @@ class Corpus:
 
     def batch(
         self, split: Split, step: int, *, batch: int, sequence_length: int, seed: int = 0,
-        rank: int = 0, ranks: int = 1,
+        rank: int = 0, world_size: int = 1,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Inputs and targets of one step, each (batch, sequence_length), int64.
 
-        Windows are visited in a keyed permutation, another one for every pass, so that nothing
-        repeats before everything was seen and a resumed run needs no replay.
+        Windows are visited in a keyed permutation, a new one for every pass: none repeats before
+        all were visited, and a resumed run needs no replay.
 
         Args:
-            rank: of `ranks` equal parts of the batch, the one to read: the others' shards are not
-                touched, and all parts together are the batch of one reader.
+            rank, world_size: read part `rank` of `world_size` equal parts of the batch; the parts
+                of all ranks make up the batch of world size 1.
         """
         count = self.num_windows(split, sequence_length)
         if count == 0:
             raise InputError("sequence_length", sequence_length, f"too long for the {split} part")
-        rows = np.arange(batch * rank // ranks, batch * (rank + 1) // ranks, dtype=np.int64)
+        rows = np.arange(
+            batch * rank // world_size, batch * (rank + 1) // world_size, dtype=np.int64
+        )
         position = step * batch + rows
         windows = np.concatenate(
             [
@@ -105,8 +107,8 @@ class Corpus:
 def permute(indices: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
     """Where a keyed pseudo-random permutation of range(size) sends `indices`; O(1) memory.
 
-    A four-round Feistel network on the smallest even number of bits that holds `size`, walked
-    along its cycles until the value is below `size` again.
+    A four-round Feistel network on the smallest even number of bits that can represent `size`,
+    repeated until the value is less than `size` again.
     """
     half_bits = max(1, math.ceil((size - 1).bit_length() / 2))
     mask = np.uint64((1 << half_bits) - 1)

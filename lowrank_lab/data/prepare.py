@@ -3,7 +3,7 @@
 `prepare` builds a corpus once, atomically, under `data/corpora/<name>-<hash>/`:
 
     train.bin validation.bin test.bin   uint16 tokens, documents separated by an end-of-text token;
-                                        large splits go on in train.1.bin … (token_files.py)
+                                        large splits continue in train.1.bin … (token_files.py)
     tokenizer.json                      byte-level BPE of the training part, or the one given
     corpus.json README.md               counts, SHA-256 of the token files, entropy (markov)
 
@@ -59,12 +59,13 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 SMALLEST_PART = 512  # bytes of text
-Texts = Callable[[], Iterator[tuple[Split, str]]]  # the same ones in each call
+Texts = Callable[[], Iterator[tuple[Split, str]]]  # yields the same texts in each call
 
 
 def vocabulary(config: RunConfig) -> int | Literal["byte"]:
-    """The vocabulary asked for: the configuration's, else the tokenizer's, the corpus's, or the
-    model size's."""
+    """The vocabulary size: the configuration's, else the tokenizer's, the corpus's or the model
+    size's.
+    """
     if config.vocab_size is not None:
         return config.vocab_size
     if config.tokenizer is not None:
@@ -73,10 +74,10 @@ def vocabulary(config: RunConfig) -> int | Literal["byte"]:
 
 
 def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
-    """The corpus a configuration asks for, built if it isn't there yet.
+    """The corpus of a configuration, built if it doesn't exist yet.
 
-    A build that was killed is gone on with. Memory does not depend on the size of the text, but
-    for some 300 bytes a document of `text:` and `python`, whose identical documents are dropped.
+    A killed build is resumed. Memory doesn't grow with the text, except by some 300 bytes per
+    document of `text:` and `python`, where duplicates are dropped.
 
     Args:
         root: the folder of all corpora; by default data/corpora.
@@ -117,9 +118,9 @@ def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
 def _prepare_text(
     name: str, documents: Callable[[], Iterable[tuple[str, str]]], config: RunConfig, root: Path
 ) -> Corpus:
-    """A corpus of named documents, each once, in the order of the hash of their names."""
+    """A corpus of named documents without duplicates, in the order of the hash of their names."""
     vocab = _checked_vocabulary(config)
-    # `python` is decided by its pins, so its hash needs no look at 100 MB of text.
+    # Pinned versions decide `python`, so its hash doesn't need its 100 MB of text.
     pins = [sys.version_info[:3], [(p, importlib.metadata.version(p)) for p in PACKAGES]]
     known = name == "python"
     content = pins if known else [entry.digest.hex() for entry in distinct(documents())]
@@ -144,7 +145,7 @@ def _prepare_text(
 def _prepare_stream(
     name: str, texts: Texts, identity: object, config: RunConfig, root: Path
 ) -> Corpus:
-    """A corpus of texts in the order in which they come."""
+    """A corpus of texts in the order of their stream."""
     vocab = _checked_vocabulary(config)
     folder = root / f"{name}-{_text_hash(name, vocab, identity, config)}"
     return open_or_build(
@@ -173,7 +174,7 @@ def _text_hash(name: str, vocab: object, content: object, config: RunConfig) -> 
 
 
 def _check_sizes(config: RunConfig, sizes: dict[Split, int]) -> None:
-    """Refuse text that is nothing, or whose parts (in bytes) are next to nothing."""
+    """Refuse text that is empty, or of which a split has less than SMALLEST_PART bytes."""
     if not any(sizes.values()):
         raise InputError("corpus", config.corpus, "it holds no text")
     for split in SPLITS:
@@ -184,7 +185,7 @@ def _check_sizes(config: RunConfig, sizes: dict[Split, int]) -> None:
 def _build_text(
     target: Path, config: RunConfig, vocab: int | Literal["byte"], texts: Texts
 ) -> dict[str, Any]:
-    """Tokenizer and token files in `target`, from the first text or from where it was killed."""
+    """Tokenizer and token files in `target`; a killed build is resumed."""
     file = target / "tokenizer.json"
     if progress_of(target) is None:
         _tokenizer_for(config, vocab, texts).save(str(file))

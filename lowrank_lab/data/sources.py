@@ -1,7 +1,7 @@
 """Documents with names: the `python` corpus and text files; each distinct document once.
 
-A document is a pair (name, text). Its name decides its split, so it has to be the same everywhere.
-Documents of streams have no name: their text decides.
+A document is a pair (name, text). Its name decides its split, so names have to be the same on every
+machine. Documents of streams have no name: their text decides.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import BinaryIO, NamedTuple
 from lowrank_lab.config import InputError
 from lowrank_lab.data.splits import Split, split_of
 
-# Packages whose sources make up the `python` corpus beside the standard library. Their wheels hold
-# the same .py files on every platform, but for the generated ones in GENERATED.
+# Packages whose sources make up the `python` corpus beside the standard library. Their wheels
+# have the same .py files on every platform, except the generated ones in GENERATED.
 PACKAGES = ("torch", "sympy", "networkx", "numpy", "pandas", "matplotlib", "seaborn")
 GENERATED = ("version.py", "_version.py", "_version_meson.py", "__config__.py")
 # Parts of the standard library that some systems ship separately, or that are tests.
@@ -28,7 +28,7 @@ NOT_EVERYWHERE = frozenset(
     "site-packages dist-packages __pycache__ sitecustomize usercustomize antigravity".split()
 )
 TEXT_SUFFIXES = frozenset(".txt .md .rst .py .tex .csv .json .jsonl .html .xml .c .h .js".split())
-CHUNKS = 400  # a single file is cut into about as many documents, at line ends where it has them
+CHUNKS = 400  # a single file is cut into about so many documents, at line ends if it has any
 CHUNK_CHARACTERS = (256, 8192)  # their smallest and largest size
 
 
@@ -54,7 +54,7 @@ def python_documents() -> Iterator[tuple[str, str]]:
 
 
 def text_documents(source: Path) -> Iterator[tuple[str, str]]:
-    """Every text file of a folder as one document, or one file cut at line ends."""
+    """Each text file of a folder as a document, or one file cut at line ends."""
     if not source.is_dir():
         size = sum(map(len, _decoded(source)))
         chunks = _chunks(_decoded(source), size)
@@ -74,7 +74,7 @@ def _decoded(file: Path) -> Iterator[str]:
         position, piece = 0, b"\0"
         while piece:
             piece = raw.read(1 << 20)
-            begins = position - len(decoder.getstate()[0])  # bytes of a character not yet whole
+            begins = position - len(decoder.getstate()[0])  # bytes of an incomplete character
             try:
                 yield decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
@@ -84,7 +84,7 @@ def _decoded(file: Path) -> Iterator[str]:
 
 
 def _chunks(pieces: Iterable[str], characters: int) -> Iterator[str]:
-    """The text that the pieces make up, cut into about CHUNKS documents."""
+    """The concatenated pieces, cut into about CHUNKS documents."""
     low, high = CHUNK_CHARACTERS
     size = min(max(characters // CHUNKS, low), high)
     rest = ""
@@ -103,15 +103,15 @@ def _chunks(pieces: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def _chunk_end(text: str, start: int, size: int) -> int:
-    """After the first line end beyond `size` characters, if it comes within twice as many."""
+    """The end of the line that reaches `size` characters, if before 2 · `size`; else `size`."""
     end = text.find("\n", start + size, start + 2 * size) + 1
     return end or start + size
 
 
 class Entry(NamedTuple):
-    """A distinct document: where its bytes are in a spill file, and what is known about them."""
+    """A distinct document: its hashes, its split, and the place of its bytes in a spill file."""
 
-    key: bytes  # SHA-256 of its name: their order
+    key: bytes  # SHA-256 of its name: documents are sorted by it
     digest: bytes  # SHA-256 of its text
     split: Split
     start: int
@@ -122,7 +122,7 @@ def distinct(documents: Iterable[tuple[str, str]], spill: BinaryIO | None = None
     """Non-empty documents, the first of each set of identical ones, in the order of their hash.
 
     Args:
-        spill: a file that their texts are written to, so that none stays in memory.
+        spill: a file to write their texts to, so that none stays in memory.
     """
     seen: dict[bytes, Entry] = {}
     written = 0
@@ -147,8 +147,8 @@ def spilled(spill: BinaryIO, entries: Iterable[Entry]) -> Iterator[tuple[Split, 
 
 
 def by_text(texts: Iterable[str]) -> Iterator[tuple[Split, str]]:
-    """Non-empty texts with their split, which their own hash decides: equal texts stay together."""
+    """Non-empty texts, each with the split of its own hash, so equal texts share a split."""
     for text in texts:
         if text.strip():
-            whole = text.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
+            whole = text.encode("utf-8", "replace").decode()  # JSON can have unpaired surrogates
             yield split_of(whole), whole

@@ -19,7 +19,7 @@ def short_hash(value: object) -> str:
 
 
 def open_or_build(folder: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Corpus:
-    """Open a corpus, or build it beside its place and move it there in one step."""
+    """Open a corpus, or build it beside its place and rename it into it."""
     if not (folder / "corpus.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with workplace(folder) as target:
@@ -34,14 +34,14 @@ def open_or_build(folder: Path, name: str, build: Callable[[Path], dict[str, Any
             target.chmod(0o755)
             try:
                 target.rename(folder)
-            except OSError:  # another process was faster; its corpus is the same
+            except OSError:  # another process was faster, with the same corpus
                 if not (folder / "corpus.json").exists():
                     raise
     return Corpus(folder, json.loads((folder / "corpus.json").read_text()))
 
 
 def _sha256(files: Iterable[Path]) -> str:
-    """SHA-256 of files one after the other."""
+    """SHA-256 of the contents of all files, in order."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -51,7 +51,7 @@ def _sha256(files: Iterable[Path]) -> str:
 
 
 def _readme(facts: dict[str, Any]) -> str:
-    lines = [f"# Corpus {facts['name']}", "", "Packed uint16 tokens, one file a split.", ""]
+    lines = [f"# Corpus {facts['name']}", "", "Packed uint16 tokens, one file per split.", ""]
     kinds = [kind for kind in ("documents", "bytes", "tokens") if kind in facts]
     lines += ["| split | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     lines += [f"| {s} | " + " | ".join(f"{facts[k][s]:,}" for k in kinds) + " |" for s in SPLITS]

@@ -21,7 +21,7 @@ def c4_shards(source: Path) -> list[Path]:
 
 
 def c4_identity(source: Path) -> list[tuple[str, int, str]]:
-    """Name, size and the CRC that gzip ends with of each shard: tells whether one has changed."""
+    """Name, size and gzip's final CRC of each shard: they differ if a shard has changed."""
     found = []
     for file in c4_shards(source):
         with file.open("rb") as raw:
@@ -32,7 +32,7 @@ def c4_identity(source: Path) -> list[tuple[str, int, str]]:
 
 
 def c4_documents(source: Path) -> Iterator[str]:
-    """The texts of .json.gz shards: one JSON object with "text" a line."""
+    """The texts of .json.gz shards: one JSON object with "text" per line."""
     for file in c4_shards(source):
         number = 0
         try:
@@ -66,7 +66,7 @@ def _text_of(line: bytes) -> str:
 
 
 class Hub(NamedTuple):
-    """What `hub:NAME[,CONFIG][@SPLIT]` names: a dataset of the hub, or a local folder."""
+    """The dataset of `hub:NAME[,CONFIG][@SPLIT]`: one of the hub, or a local folder."""
 
     name: str
     config: str | None
@@ -83,7 +83,7 @@ class Hub(NamedTuple):
         return cls(name, config or None, split if at else "train")
 
     def identity(self) -> list[Any]:
-        """What tells this dataset from others: of local files their names, sizes and times."""
+        """Name, configuration and split, and names, sizes and times of local files."""
         files = sorted(p for p in Path(self.name).rglob("*") if p.is_file())
         facts = [(p.relative_to(self.name).as_posix(), p.stat()) for p in files]
         return [*self, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]]
@@ -113,7 +113,7 @@ def hub_documents(hub: Hub) -> Iterator[str]:
             yield text
     except InputError:
         raise
-    except StopIteration:  # its way to say that a file is empty
+    except StopIteration:  # raised by `datasets` for an empty file
         raise InputError("corpus", shown, "it holds no text") from None
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise InputError("corpus", shown, f"{type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""Token files of bounded size: written as a stream that goes on where it was killed, read mapped.
+"""Token files of bounded size: written as a stream, resumed after a kill, read memory-mapped.
 
 A split is `train.bin`, then `train.1.bin`, `train.2.bin` …: uint16, all but the last full.
 """
@@ -23,8 +23,8 @@ from lowrank_lab.config import InputError
 from lowrank_lab.data.splits import SPLITS, Split
 
 SHARD_TOKENS = 1 << 27  # 256 MiB
-SAVE_EVERY = 1 << 24  # tokens between two records of how far it is
-GROUP = (256, 1 << 20)  # documents and characters that are encoded at once, at most
+SAVE_EVERY = 1 << 24  # tokens between two records of progress
+GROUP = (256, 1 << 20)  # at most so many documents and characters are encoded at once
 PROGRESS = "progress.json"
 
 
@@ -33,7 +33,7 @@ def shard_path(folder: Path, split: Split, index: int) -> Path:
 
 
 def shard_paths(folder: Path, split: Split) -> list[Path]:
-    """The files of a split that are there, in order."""
+    """The existing files of a split, in order."""
     found: list[Path] = []
     while (path := shard_path(folder, split, len(found))).exists():
         found.append(path)
@@ -51,7 +51,7 @@ class TokenShards:
         return int(self.starts[-1])
 
     def take(self, offsets: np.ndarray) -> np.ndarray:
-        """The tokens at these places; only their shards are touched."""
+        """The tokens at these offsets; only their shards are read."""
         out = np.empty(offsets.shape, np.uint16)
         shard = np.searchsorted(self.starts, offsets, side="right") - 1
         for index in np.unique(shard):
@@ -61,7 +61,7 @@ class TokenShards:
 
 
 class ShardWriter:
-    """Appends to the files of a split, after its first `written` tokens; what follows is cut."""
+    """Appends to the files of a split after its first `written` tokens; later ones are cut off."""
 
     def __init__(self, folder: Path, split: Split, written: int) -> None:
         self.folder, self.split, self.written = folder, split, written
@@ -105,12 +105,12 @@ def pack(
     encode: Callable[[list[str]], np.ndarray],
     on_progress: Callable[[dict[str, Any]], None] = lambda counts: None,
 ) -> dict[str, Any]:
-    """Write texts as token files, in order. Goes on from `folder`/progress.json if it's there.
+    """Write texts as token files, in order; resumes from `folder`/progress.json.
 
-    Memory does not depend on how many there are.
+    Memory doesn't grow with their number.
 
     Args:
-        texts: the same in each call, from the first; what was packed already is skipped.
+        texts: the same in each call, from the first; those packed before are skipped.
 
     Returns:
         Counts: `documents`, `bytes` and `tokens` of each split.
@@ -157,7 +157,7 @@ def new_counts() -> dict[str, Any]:
 
 
 def progress_of(folder: Path) -> dict[str, Any] | None:
-    """How far a build has come that was killed; None if it had recorded nothing."""
+    """The counts that a killed build recorded; None if it recorded none."""
     path = folder / PROGRESS
     counts: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return counts
@@ -173,7 +173,7 @@ def save_progress(folder: Path, counts: dict[str, Any]) -> None:
 
 
 def forget_progress(folder: Path) -> None:
-    """Remove the record, and one that was being written."""
+    """Remove the record of progress, and an unfinished one."""
     for name in (PROGRESS, f".{PROGRESS}"):
         (folder / name).unlink(missing_ok=True)
 
@@ -182,8 +182,8 @@ def forget_progress(folder: Path) -> None:
 def workplace(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder` to build it in: one that a killed process left, or a new one.
 
-    It is this process's as long as it lives. Afterwards it is gone, unless the work was stopped by
-    something other than wrong input and had recorded how far it was.
+    It is locked while this process lives. Afterwards it is removed, unless anything but wrong input
+    interrupted the build after it had recorded progress.
     """
     place, lock = _claim(folder)
     keep = False
@@ -200,7 +200,7 @@ def workplace(folder: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> tuple[Path, int]:
-    """A place to build `folder` in, and the lock on it."""
+    """A folder to build `folder` in, and its lock."""
     abandoned = folder.parent.glob(f".{glob.escape(folder.name)}-*")
     new = (tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent) for _ in repeat(None))
     for place in chain(abandoned, map(Path, new)):
@@ -211,7 +211,7 @@ def _claim(folder: Path) -> tuple[Path, int]:
 
 
 def _lock(place: Path) -> int | None:
-    """A lock on a folder that ends with this process, or None: another has it, or it is gone."""
+    """A lock on a folder for the life of this process; None if another has it, or it is gone."""
     try:
         lock = os.open(place, os.O_RDONLY)
     except OSError:

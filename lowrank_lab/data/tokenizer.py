@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # what other tokenizers call it
+END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # its names in other tokenizers
 BPE_SAMPLE_BYTES = 20_000_000
 LARGEST_VOCABULARY = 1 << 16  # tokens are uint16
 
@@ -68,7 +68,7 @@ def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, which neither cuts nor pads.
+    """The tokenizer of a tokenizer.json, without truncation and padding.
 
     Raises:
         InputError: no such file, not a tokenizer, no end-of-text token, too many entries.
@@ -80,7 +80,7 @@ def read_tokenizer(path: str) -> Tokenizer:
         raise InputError("tokenizer", path, "there is no such file")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # it has no narrower one
+    except Exception as error:  # tokenizers raises no narrower one
         raise InputError("tokenizer", path, f"not a tokenizer.json: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -95,7 +95,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding of its tokens needs: ids may have gaps."""
+    """The number of embedding rows that its tokens need: ids may have gaps."""
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
@@ -108,9 +108,9 @@ def end_of_text(tokenizer: Tokenizer) -> str:
 
 
 def encode(texts: list[str], tokenizer: Tokenizer | Literal["byte"]) -> np.ndarray:
-    """All texts as one uint16 array, each with the end-of-text token after it.
+    """All texts as one uint16 array, each followed by the end-of-text token.
 
-    That token written out in a text does not become the token.
+    Where a text spells that token out, it is encoded as ordinary text.
     """
     end = END_OF_TEXT if tokenizer == "byte" else end_of_text(tokenizer)
     harmless = "<|end of text|>" if end == END_OF_TEXT else f"{end[0]} {end[1:]}"

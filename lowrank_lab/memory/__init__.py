@@ -1,1 +1,1 @@
-"""Bytes of training: by formula, and by tracking the storages of a step."""
+"""Bytes of training by category: by formula, and from the storages of a step."""

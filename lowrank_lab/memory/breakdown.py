@@ -1,4 +1,4 @@
-"""Bytes by category, and the bytes that training holds between steps."""
+"""Bytes by category, and the bytes that stay allocated between training steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# What adds up to all bytes, in the order in which it is shown.
+# Categories that add up to all bytes, in the order of tables and figures.
 CATEGORIES = (
     "weights", "gradients", "optimizer_states", "activations", "logits", "temporaries",
 )  # fmt: skip
-# What is a part of a category: part → category.
+# Parts of categories: part → category.
 PARTS = {
     "frozen": "weights", "indices": "weights", "projections": "optimizer_states",
     "gathered": "temporaries",
@@ -25,16 +25,16 @@ class Breakdown:
     """Bytes by category. Indented ones are parts of the category above them.
 
     weights           parameters and buffers
-      frozen          … of them parameters that don't train (LoRA's W₀)
-      indices         … of them the positions of sparse entries (SLTrain)
+      frozen          parameters that aren't trained (LoRA's W₀)
+      indices         positions of sparse entries (SLTrain)
     gradients         of parameters
     optimizer_states  all tensors that an optimizer keeps from step to step
-      projections     … of them stored projections (GaLore's P)
-    activations       what the backward pass waits for
-    logits            logits, loss and the gradients that the loss forms at once
-    temporaries       everything else: gradients of activations, what an operation is just making
-      gathered        … of them whole weights of the block or layer at work, and what travels
-                      between processes (with shards)
+      projections     stored projections (GaLore's P)
+    activations       tensors kept for the backward pass
+    logits            logits, loss and the gradients that the loss computes in its forward pass
+    temporaries       everything else: gradients of activations, outputs of running operations
+      gathered        with sharding: gathered weights of the current block or layer, and buffers
+                      of collectives
     """
 
     weights: int = 0
@@ -66,29 +66,27 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def storages(t: Tensor) -> list[tuple[int, int]]:
-    """(key, bytes) of the storages behind a tensor: several of a quantized one, of a DTensor its
-    shard's.
-    """
+    """(key, bytes) of a tensor's storages: several if quantized, its shard's of a DTensor."""
     return [(s._cdata, s.nbytes()) for s in storages_of(t)]
 
 
 def storages_of(t: Tensor) -> list[torch.UntypedStorage]:
     """The storages themselves; see `storages`."""
-    quantized: bool = is_traceable_wrapper_subclass(t)  # whatever mypy thinks it narrows to
+    quantized: bool = is_traceable_wrapper_subclass(t)  # mypy would narrow t to Never
     if not quantized:
         return [t.untyped_storage()]
     names: list[str] = t.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-    parts = [getattr(t, name) for name in names]  # of a DTensor its mesh is one
+    parts = [getattr(t, name) for name in names]  # one part of a DTensor is its mesh
     return [s for part in parts if isinstance(part, Tensor) for s in storages_of(part)]
 
 
 def persistent(
     model: nn.Module, optimizer: torch.optim.Optimizer, per_layer: bool = False
 ) -> Breakdown:
-    """Bytes of the weights, of the gradients that training holds, and of the states.
+    """Bytes of weights, gradients and optimizer states.
 
     Args:
-        per_layer: gradients exist one at a time, so that it is the largest that counts.
+        per_layer: gradients exist one at a time, so only the largest is counted.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]

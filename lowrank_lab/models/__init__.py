@@ -1,1 +1,1 @@
-"""The LLaMA model and its attention."""
+"""The LLaMA model: its blocks, its causal attention and its cross-entropy."""

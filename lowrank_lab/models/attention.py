@@ -2,9 +2,9 @@
 
 There torch's flash kernels stay far below the speed of matrix products. Ours take a few heads and
 a block of query rows at a time, so that their scores stay in a core's cache, and never touch keys
-after the block. Scores and their softmax are float32; the backward pass forms them again.
-Shapes in this file: B = batch, h = heads, T = sequence, D = head size; g heads and R rows in a
-block, which see C keys.
+after the block. Scores and their softmax are float32; the backward pass recomputes them.
+Shapes in this file: B = batch, h = heads, T = sequence, D = head size; a block has g heads and
+R query rows, which attend to C keys.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-QUERY_ROWS = 128  # in a block; of the square on the diagonal half is computed for nothing
+QUERY_ROWS = 128  # per block; half of each block on the diagonal is computed and masked
 SCORES_IN_FLIGHT = 1 << 19  # elements of scores in a block, so that they stay in cache
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D + causal mask) v for q, k, v (B, h, T, D) → (B, h, T, D)."""
     if _own_kernels and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.numel():
-        # here, where a compiler can write them so in the first place, and only once
+        # contiguous here and only once, so that a compiler can write them contiguous at once
         out: Tensor = _attention(q.contiguous(), k.contiguous(), v.contiguous())
         return out
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -37,7 +37,7 @@ _own_kernels = True
 
 @contextmanager
 def flash_kernels() -> Iterator[None]:
-    """Take torch's flash kernels everywhere, whose memory is that of CUDA's, in this block."""
+    """Use torch's flash kernels in this block: they take as much memory as CUDA's."""
     global _own_kernels
     _own_kernels = False
     try:
@@ -47,7 +47,7 @@ def flash_kernels() -> Iterator[None]:
 
 
 def unfolded(operation: Any) -> Callable[..., Any] | None:
-    """What one of our operations is made of, for those who want to see every tensor in it."""
+    """The Python body of one of our operations, None for others; a tracker runs it instead."""
     return _BODIES.get(operation.name())
 
 
@@ -90,16 +90,16 @@ def _heads(t: Tensor) -> Tensor:
 
 
 def _groups(Q: Tensor) -> Iterator[slice]:
-    """As many heads at a time as fit into the cache; Q is (B·h, T, D)."""
+    """Groups of as many heads as fit into the cache; Q is (B·h, T, D)."""
     count, length, _ = Q.shape
     size = max(1, SCORES_IN_FLIGHT // (min(QUERY_ROWS, length) * length))
-    if isinstance(Q, FakeTensor):  # a third group takes no other memory than the second
+    if isinstance(Q, FakeTensor):  # a third group takes as much memory as the second
         count = min(count, 2 * size)
     return (slice(first, first + size) for first in range(0, count, size))
 
 
 def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of query rows, and the keys that these see."""
+    """Blocks of query rows, each with the keys that it attends to."""
     for start in range(0, length, QUERY_ROWS):
         stop = min(start + QUERY_ROWS, length)
         yield slice(start, stop), slice(0, stop)
@@ -116,8 +116,8 @@ def _mask(Q: Tensor) -> Tensor:
 def _probabilities(Q: Tensor, K: Tensor, mask: Tensor) -> Tensor:
     """Softmax of scale · Q Kᵀ + mask, (g, R, C).
 
-    Q (g, R, D) are the queries of the last R of the positions of K (g, C, D), which is wide: their
-    mask is the lower right corner of that of the last rows of all.
+    Q (g, R, D) are the queries at the last R positions of K (g, C, D), which is in float32; their
+    mask is the lower right corner of `mask`.
     """
     scale = 1 / math.sqrt(Q.shape[2])
     corner = mask[-Q.shape[1] :, -K.shape[1] :]
@@ -125,7 +125,7 @@ def _probabilities(Q: Tensor, K: Tensor, mask: Tensor) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    """In float32, or float64 if it is that."""
+    """t in float32; float64 stays."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 

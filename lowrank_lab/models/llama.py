@@ -11,18 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import Size
 from lowrank_lab.models.attention import causal_attention
+from lowrank_lab.models.cross_entropy import linear_cross_entropy
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
-LOGITS_IN_CHUNK = 1 << 26  # bytes; more, smaller chunks have more gradients to add up
-SMALLEST_CHUNK = 256  # tokens; below that the matrix products lose more than the memory gains
-LOGITS_IN_FLIGHT = 1 << 18  # elements in float32 at a time: what a core's cache holds
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Three passes forward and five back, where autograd through the formula takes twice that."""
+    """Three passes over x forward and five backward: half as many as autograd would take."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +77,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation keeps nothing for its backward pass but the angles: it is undone by −sin."""
+    """Saves nothing but the angles: the backward pass rotates by −sin."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -183,7 +180,7 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=initializer_range)
 
     def compile_blocks(self) -> None:
-        """Compile each block from its next call on; parameters and their names stay as they are."""
+        """Compile each block at its next call; parameters and their names do not change."""
         for block in self.model.layers:
             block.compile()
 
@@ -207,7 +204,7 @@ class Llama(nn.Module):
         return out
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, float32; full logits never exist."""
+        """Mean cross-entropy in nats per token, float32; full logits are never formed."""
         hidden = self.hidden_states(tokens).flatten(0, 1)
         with record_function("loss"):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten())
@@ -216,87 +213,6 @@ class Llama(nn.Module):
         tables = self._tables
         if tables is None or tables[0].shape[0] < length or tables[0].device != device:
             head_size = self.size.hidden_size // self.size.num_heads
-            with torch.inference_mode(False):  # they are kept, and training may follow
+            with torch.inference_mode(False):  # the tables are cached, and training may follow
                 tables = self._tables = rotary_tables(length, head_size, device)
         return tables[0][:length], tables[1][:length]
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of softmax(hidden @ weightᵀ) against targets, chunked over tokens.
-
-    hidden (N, d), weight (V, d), targets (N,) → a float32 scalar. Logits are computed in the
-    compute dtype, their softmax in float32; gradients are formed chunk by chunk in the forward
-    pass.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    apply: Any = _LinearCrossEntropy.apply
-    loss: Tensor = apply(hidden, weight, targets)
-    return loss
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        count, vocabulary = hidden.shape[0], weight.shape[0]
-        fitting = LOGITS_IN_CHUNK // (vocabulary * hidden.element_size())
-        chunk = min(count, max(SMALLEST_CHUNK, fitting))
-        wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = None
-        losses = hidden.new_empty((count, 1), dtype=torch.float32)
-        buffer = hidden.new_empty((chunk, vocabulary))
-        for start in range(0, count, chunk):
-            h, y = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
-            _losses_(logits, y, losses[start : start + chunk], wants_hidden or wants_weight)
-            if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
-            if wants_weight:
-                product = logits.T @ h
-                if chunk == count:
-                    grad_weight = product
-                elif grad_weight is None:
-                    grad_weight = product.float()
-                else:
-                    grad_weight += product
-        ctx.count = count
-        ctx.save_for_backward(
-            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-        )
-        return losses.mean()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad = grad_outputs[0] / ctx.count
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
-            None,
-        )
-
-
-def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
-    """Fill `losses` (n, 1); with `slopes`, turn logits (n, V) into softmax − one_hot(target).
-
-    Goes over a few rows at a time, whose float32 copies stay in a core's cache.
-    """
-    rows = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
-    if isinstance(logits, FakeTensor):  # a third piece takes no other memory than the second
-        logits, targets, losses = logits[: 2 * rows], targets[: 2 * rows], losses[: 2 * rows]
-    pieces = (torch.split(t, rows) for t in (logits, targets, losses))
-    for piece, y, loss in zip(*pieces, strict=True):
-        wide = piece.float()
-        own = wide.gather(1, y)
-        if not slopes:
-            torch.sub(wide.logsumexp(1, keepdim=True), own, out=loss)
-            continue
-        top = wide.amax(1, keepdim=True)
-        p = wide.softmax(1)
-        # log Σ exp(l) = top + log Σ exp(l − top), and the largest p is 1 / Σ exp(l − top)
-        torch.sub(top, p.amax(1, keepdim=True).log_(), out=loss).sub_(own)
-        p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
-        piece.copy_(p)

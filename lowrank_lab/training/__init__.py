@@ -1,1 +1,1 @@
-"""The training loop: step, schedule, checkpoints and shards."""
+"""Training: the loop, one step, its schedule, checkpoints and records; in one process or many."""

@@ -1,8 +1,8 @@
 """Checkpoints: tensors by torch.distributed.checkpoint, the rest as JSON, renamed into place.
 
 A checkpoint is a folder `step-00000040` of safetensors, JSON and SHA256SUMS (`sha256sum -c` reads
-it): nothing in it is ever unpickled. It is written under another name, fsynced and renamed, so that
-a folder with that name was whole once; what happened to it later, its sums tell.
+it); nothing in it is ever unpickled. It is written under another name, fsynced and renamed, so that
+a folder with that name was complete once; its checksums show later damage.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def save(
     """Write the checkpoint of `step` updates into `folder`; drop all but the last and the best.
 
     Args:
-        kept: how many of the last ones stay.
+        kept: how many of the latest checkpoints stay.
         loss: on held-out text; the checkpoint with the lowest is marked in best.json and stays.
-        extra: anything JSON can hold, given back by `load`.
+        extra: anything that JSON can represent; `load` returns it.
 
     Raises:
-        OSError: it can't be written; those before are untouched.
+        OSError: it can't be written; earlier checkpoints are untouched.
     """
     target = folder / f"step-{step:08d}"
     for left in folder.glob(".partial-*"):  # by a process that was killed
@@ -71,7 +71,7 @@ def _mark_best(folder: Path, newest: Path, loss: float | None) -> Path | None:
     """The checkpoint with the lowest loss, which may be the newest; noted in best.json."""
     place = folder / BEST
     best: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # not there yet, or damaged: there will be another
+    with suppress(OSError, ValueError):  # missing or damaged: written again below
         best = json.loads(place.read_text())
     if loss is not None and loss <= best.get("validation_loss", loss):
         best = {"checkpoint": newest.name, "validation_loss": loss}
@@ -114,12 +114,12 @@ def _write(
                 tensors |= {f"optimizer/{name}/{key}{place}": v for place, v in listed.items()}
             else:
                 scalars[f"{name}/{key}"] = value
-    with warnings.catch_warnings():  # that there is one process only is known here
+    with warnings.catch_warnings():  # one process alone writes
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             dcp_save(packed, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
-        except CheckpointException as error:  # no Exception, and it hides what happened
+        except CheckpointException as error:  # it is no Exception, and hides its cause
             raise next(iter(error.failures.values()))[0] from None
     groups = [
         {k: v for k, v in group.items() if isinstance(v, int | float | str | None)}
@@ -134,7 +134,7 @@ def _write(
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -156,10 +156,10 @@ def fault(checkpoint: Path) -> str:
 
 
 def newest(folder: Path, report: Callable[[str], None] = warnings.warn) -> Path | None:
-    """The newest checkpoint whose files are as they were written; None if there are none at all.
+    """The newest undamaged checkpoint; None if there is no checkpoint.
 
     Args:
-        report: called with a line for each damaged one that is passed over.
+        report: called with one line for each damaged checkpoint that is skipped.
 
     Raises:
         InputError: there are checkpoints, and all are damaged.
@@ -182,7 +182,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     report: Callable[[str], None] = warnings.warn,
 ) -> tuple[int, dict[str, Any]]:
-    """Put the newest good checkpoint's tensors into model and optimizer, on their devices.
+    """Load the newest undamaged checkpoint into model and optimizer, on their devices.
 
     Args:
         report: of `newest`.

@@ -16,10 +16,10 @@ from lowrank_lab.training.step import autocast
 def evaluate(
     model: Llama, corpus: Corpus, split: Split, tokens: int, config: ResolvedConfig
 ) -> float:
-    """Mean loss in nats per token over a fixed block: the first windows of a split, about `tokens`
+    """Mean loss in nats per token on a fixed block: the first windows of a split, about `tokens`
     long.
 
-    Weighted by tokens, so that a ragged last batch counts for what it holds.
+    Weighted by tokens, so that a smaller last batch counts for less.
     """
     length = config.sequence_length
     count = min(corpus.num_windows(split, length), max(1, tokens // length))
@@ -30,7 +30,7 @@ def evaluate(
     rank, processes = distributed.rank(), distributed.world_size()
     for start in range(0, count, config.batch):
         own = torch.arange(start + rank, min(start + config.batch, count), processes)
-        # Every process computes in every turn, as sharded models do so together.
+        # Every process computes in every turn: a sharded model needs all of them.
         indices = own.numpy() if len(own) else torch.tensor([start]).numpy()
         inputs, targets = (t.to(device) for t in corpus.windows(split, indices, length))
         with autocast(config, device):

@@ -1,4 +1,4 @@
-"""What a run looks out for: losses that stand out, and the wish that it stop."""
+"""What a run watches for while it trains: loss spikes, and SIGTERM."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-WINDOW = 64  # losses that the next one is compared with
-ENOUGH = 16  # of them, before anything stands out
-FACTOR = 8.0  # robust standard deviations above the median: a spike
+WINDOW = 64  # losses that the next loss is compared with
+ENOUGH = 16  # losses, before the next can be a spike
+FACTOR = 8.0  # robust standard deviations that a spike exceeds the median by
 
 
 class LossWatch:
-    """Reports a loss far above the last ones as an event.
+    """Finds loss spikes, as events.
 
-    Far is FACTOR times 1.4826 median absolute deviations (the standard deviation, if losses were
-    normal), and at least a twentieth of the median, above it.
+    A spike exceeds the median of the last losses by FACTOR times 1.4826 median absolute deviations
+    (the standard deviation of normal losses), and by a twentieth of the median.
     """
 
     def __init__(self, recent: Iterable[float] = ()) -> None:
         self.recent = deque(recent, maxlen=WINDOW)
 
     def observe(self, loss: float) -> list[dict[str, Any]]:
-        """The event of this loss, if it is one."""
+        """Add a loss; a `loss-spike` event if it is one."""
         spikes: list[dict[str, Any]] = []
         if len(self.recent) >= ENOUGH:
             median = statistics.median(self.recent)
@@ -40,9 +40,9 @@ class LossWatch:
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM has come since this block began.
+    """A function that returns whether SIGTERM has arrived since this block began.
 
-    Only the main thread can listen; elsewhere the signal does what it always does.
+    Only the main thread can handle it; in other threads SIGTERM keeps its effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -40,7 +40,7 @@ class PeakMemory:
 
         Args:
             kind: its name, of `step.kind_of`.
-            first: whether it is the first step of the run or since it was resumed at step 0.
+            first: whether it is the first step of the run.
         """
         cuda = self._device.type == "cuda"
         if cuda:

@@ -16,8 +16,7 @@ from lowrank_lab.training.fsdp import check_shards
 
 
 def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
-    """The resolved configuration and its corpus, after every check that can be made before
-    training.
+    """The resolved configuration and its prepared corpus, after all checks before training.
 
     Raises:
         InputError: see `resolve` and `prepare`; also a run longer than its corpus without

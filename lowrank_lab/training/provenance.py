@@ -1,4 +1,4 @@
-"""What a run was made from: the library's own source, the corpus, the versions, the machine."""
+"""The source, the corpus, the versions and the machine that are recorded with each run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
     "config.py", "distributed.py", "cpu/onednn_matmul.py", "data", "models", "layers", "optim",
-    "techniques", "methods", "training/batches.py", "training/evaluate.py", "training/fsdp.py",
-    "training/loop.py", "training/preflight.py", "training/schedule.py", "training/step.py",
-    "training/trainer.py",
+    "techniques", "methods", "training/batches.py", "training/evaluate.py", "training/events.py",
+    "training/fsdp.py", "training/loop.py", "training/preflight.py", "training/schedule.py",
+    "training/step.py", "training/trainer.py",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def training_source() -> str:
 
 
 def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
-    """What config.json keeps beside the configuration."""
+    """The facts that config.json keeps beside the configuration."""
     cuda = device.type == "cuda"
     return {
         "training_source": training_source(),
@@ -57,12 +57,12 @@ def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU and the instructions that torch uses of it, like `AMD EPYC (AVX512)`."""
+    """The CPU's name and the instruction set that torch uses, such as `AMD EPYC (AVX512)`."""
     return f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def cpu_name() -> str:
-    """The name of the CPU: Linux keeps it where `platform` doesn't look."""
+    """The CPU's name, which Linux has in /proc/cpuinfo, where `platform` doesn't look."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """The learning rate and the events of a run, as pure functions of the step.
 
-Steps count from 0. After step t has been applied, s = t + 1 updates are done, and events are asked
-for by that s. A checkpoint therefore stores one integer.
+Steps count from 0. After step t, s = t + 1 updates are done, and events are functions of s. A
+checkpoint therefore stores one integer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Event = Literal["warm-start-ends", "merge", "refactor", "reset"]
 def learning_rate(step: int, config: ResolvedConfig) -> float:
     """The learning rate of update `step`, recovery after resets included (2505.22922).
 
-    Within `recovery_steps` after a reset at s, it is a share of schedule(s + recovery_steps).
+    Within `recovery_steps` after a reset at s, the rate is a share of schedule(s + recovery_steps).
     """
     resets = [step - step % period for period in restarting_periods(config) if step >= period]
     resets = [reset for reset in resets if reset > warm_start(config)]
@@ -31,7 +31,7 @@ def learning_rate(step: int, config: ResolvedConfig) -> float:
 
 
 def restarting_periods(config: ResolvedConfig) -> list[int]:
-    """Periods of all that restarts moments: resets, merges, and refactorizations that reset."""
+    """Periods of the events that reset moments: resets, merges, and resetting refactorizations."""
     periods = [config.reset_every, merge_period(config)]
     periods += [config.refactor_every] if config.on_refactor == "reset" else []
     return [period for period in periods if period]
@@ -62,7 +62,7 @@ def scheduled_rate(step: int, config: ResolvedConfig) -> float:
 
 
 def events(updates_done: int, config: ResolvedConfig) -> tuple[Event, ...]:
-    """What happens after `updates_done` updates, in order. Nothing happens at the very end."""
+    """The events after `updates_done` updates, in order; there are none after the last update."""
     periods: dict[Event, int] = {
         "merge": merge_period(config),
         "refactor": config.refactor_every,

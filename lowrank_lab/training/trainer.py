@@ -33,17 +33,17 @@ from lowrank_lab.training.records import Records, metrics_row, parameter_counts,
 from lowrank_lab.training.schedule import warm_start
 from lowrank_lab.training.step import PerLayerUpdates, kind_of, take_step_
 
-MOST_SKIPPED = 20  # updates in a row: then nothing good is to be expected any more
+MOST_SKIPPED = 20  # updates in a row; one more stops the run
 
 
 class TrainingError(RuntimeError):
-    """Training stopped because of what it computed or couldn't write, not because of its input."""
+    """Training stopped by what it computed or couldn't write, not by wrong input."""
 
 
 class Terminated(TrainingError):
-    """Training was asked to stop, and has saved its state."""
+    """SIGTERM stopped training; its state is saved."""
 
-    exit_status = 143  # what a shell shows for a process that SIGTERM ended
+    exit_status = 143  # a shell's status of a process that SIGTERM ended
 
 
 class Trainer:
@@ -52,7 +52,7 @@ class Trainer:
     def __init__(
         self, config: ResolvedConfig, corpus: Corpus, folder: Path, label: str | None = None
     ) -> None:
-        """Makes model and optimizer; writes config.json."""
+        """Build model and optimizer; write config.json."""
         self.config, self.corpus, self.folder = config, corpus, folder
         self.device = device_of(config)
         self._shards = Shards(config, self.device) if config.parallel == "fsdp2" else None
@@ -80,7 +80,7 @@ class Trainer:
         self._best: dict[str, float] = {}  # the lowest validation loss, and after which step
 
     def resume(self) -> None:
-        """Go back to the newest checkpoint, and cut the records back to its step."""
+        """Load the newest checkpoint, if any, and cut the records back to its step."""
         whole = self._plain() if self._shards is None else self._shards.blank()
         self.updates, extra = checkpoint.load(
             self.folder / "checkpoints", *whole, self._report_damage
@@ -104,18 +104,18 @@ class Trainer:
             self._record_spectra()
 
     def _persistent(self) -> Breakdown:
-        """Bytes of weights, gradients and states that this process holds."""
+        """Bytes of weights, gradients and optimizer states in this process."""
         if self._shards is not None:
             return self._shards.persistent()
         return persistent(self.model, self.optimizer, self.config.per_layer)
 
     def _plain(self) -> tuple[Llama, torch.optim.Optimizer]:
-        """Model and optimizer in ordinary tensors; of shards the first process's copy."""
+        """Model and optimizer in plain tensors; if sharded, the first process's full copy."""
         plain = None if self._shards is None else self._shards.plain
         return plain or (self.model, self.optimizer)
 
     def _gather(self, gradients: bool = False) -> None:
-        """Bring the copy of what is in shards up to date; all processes call it."""
+        """Update the full copy of a sharded model; all processes call it."""
         if self._shards is not None:
             self._shards.gather_(gradients)
 
@@ -200,7 +200,7 @@ class Trainer:
         return loss
 
     def save_checkpoint(self, loss: float | None = None) -> None:
-        """Keep the present state, unless weights in it are no longer finite.
+        """Save the current state, unless its weights are no longer finite.
 
         Args:
             loss: on the validation block, if it was just measured.
@@ -216,7 +216,7 @@ class Trainer:
             )  # fmt: skip
 
     def kept_state(self) -> str:
-        """Where the last good state is, in words."""
+        """The place of the last good state, in words."""
         kept = checkpoint.all_checkpoints(self.folder / "checkpoints")
         return f"the last good state is kept in {kept[-1]}" if kept else "no good state was kept"
 
@@ -233,12 +233,13 @@ class Trainer:
         raise TrainingError(f"{reason}; {self.kept_state()}; a lower lr may help")
 
     def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float] | None:
-        """Loss and gradient norm as numbers, fetched at once.
+        """Loss and gradient norm as numbers; None if one isn't finite and the update is skipped.
 
-        If one isn't finite, the run stops, or with `on_nonfinite="skip"` its update is skipped.
+        Called between the backward pass and the update, so that spectra can read the gradients.
+        Reading the numbers waits for the device, so the next batch is fetched before.
 
-        Called while the gradients are there: those of a recorded step are noted. The numbers are
-        waited for, so what can be done meanwhile is done before.
+        Raises:
+            TrainingError: one isn't finite, unless `on_nonfinite` is "skip".
         """
         with untracked():
             self._batches.fetch(self.updates + 1)
@@ -253,14 +254,14 @@ class Trainer:
                 return None
         self._skipped = 0
         if self._due(self.config.spectra_every, self.updates + 1):
-            with untracked():  # it is no part of training
+            with untracked():  # no part of training
                 self._gather(gradients=True)
                 if self._records.writes:
                     self._spectra.see_gradients()
         return values[0], values[1]
 
     def _due(self, every: int, updates: int | None = None) -> bool:
-        """Whether what happens every so many updates happens after these (by default so far)."""
+        """Whether something with period `every` is due after so many updates (default: so far)."""
         updates = self.updates if updates is None else updates
         return updates % every == 0 or updates == self.config.total_steps
 

@@ -893,7 +893,8 @@ def test_a_split_that_fills_its_files_exactly_has_no_empty_one(tmp_path, in_shar
 def test_parts_of_all_ranks_are_the_batch(byte_corpus, ranks):
     arguments = {"batch": 7, "sequence_length": 16, "seed": 2}
     parts = [
-        byte_corpus.batch("train", 5, **arguments, rank=rank, ranks=ranks) for rank in range(ranks)
+        byte_corpus.batch("train", 5, **arguments, rank=rank, world_size=ranks)
+        for rank in range(ranks)
     ]
     for whole, pieces in zip(
         byte_corpus.batch("train", 5, **arguments), zip(*parts, strict=True), strict=True

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_lab.config import SIZES, Size
-from lowrank_lab.models import llama
-from lowrank_lab.models.llama import Llama, RMSNorm, linear_cross_entropy, rotary_tables, rotate
+from lowrank_lab.models import cross_entropy, llama
+from lowrank_lab.models.cross_entropy import linear_cross_entropy
+from lowrank_lab.models.llama import Llama, RMSNorm, rotary_tables, rotate
 
 TINY = SIZES["tiny"]
 SHAPES = [TINY, SIZES["micro"], Size(48, 65, 3, 1, 97), Size(16, 8, 8, 3, 11)]
@@ -128,8 +129,8 @@ def loss_inputs(dtype=torch.float32, count=50, size=12, vocabulary=31):
 @pytest.fixture(params=[1, 7, 50, 1000])
 def chunk(request, monkeypatch):
     """Tokens in a chunk: one at a time, unevenly, all at once, more than there are."""
-    monkeypatch.setattr(llama, "LOGITS_IN_CHUNK", 4 * request.param * 31)
-    monkeypatch.setattr(llama, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(cross_entropy, "LOGITS_IN_CHUNK", 4 * request.param * 31)
+    monkeypatch.setattr(cross_entropy, "SMALLEST_CHUNK", 1)
     return request.param
 
 

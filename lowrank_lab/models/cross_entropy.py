@@ -1,0 +1,97 @@
+"""Cross-entropy of a linear head, without ever forming the logits of a whole batch.
+
+Shapes in this file: N = tokens, d = hidden, V = vocabulary, n = tokens in a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+LOGITS_IN_CHUNK = 1 << 26  # bytes; smaller chunks have more partial gradients to add up
+SMALLEST_CHUNK = 256  # tokens; smaller matrix products cost more time than they save memory
+LOGITS_IN_FLIGHT = 1 << 18  # elements in float32 at a time: the size of a core's cache
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of softmax(hidden @ weightᵀ) against targets, chunked over tokens.
+
+    hidden (N, d), weight (V, d), targets (N,) → a float32 scalar. Logits are computed in the
+    compute dtype, their softmax in float32; gradients are formed chunk by chunk in the forward
+    pass.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    apply: Any = _LinearCrossEntropy.apply
+    loss: Tensor = apply(hidden, weight, targets)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        count, vocabulary = hidden.shape[0], weight.shape[0]
+        fitting = LOGITS_IN_CHUNK // (vocabulary * hidden.element_size())
+        chunk = min(count, max(SMALLEST_CHUNK, fitting))
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = None
+        losses = hidden.new_empty((count, 1), dtype=torch.float32)
+        buffer = hidden.new_empty((chunk, vocabulary))
+        for start in range(0, count, chunk):
+            h, y = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
+            _losses_(logits, y, losses[start : start + chunk], wants_hidden or wants_weight)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
+            if wants_weight:
+                product = logits.T @ h
+                if chunk == count:
+                    grad_weight = product
+                elif grad_weight is None:
+                    grad_weight = product.float()
+                else:
+                    grad_weight += product
+        ctx.count = count
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        )
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad = grad_outputs[0] / ctx.count
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
+            None,
+        )
+
+
+def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
+    """Fill `losses` (n, 1); with `slopes`, turn logits (n, V) into softmax − one_hot(target).
+
+    Works on a few rows at a time, so that their float32 copies stay in a core's cache.
+    """
+    rows = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
+    if isinstance(logits, FakeTensor):  # a third piece takes as much memory as the second
+        logits, targets, losses = logits[: 2 * rows], targets[: 2 * rows], losses[: 2 * rows]
+    pieces = (torch.split(t, rows) for t in (logits, targets, losses))
+    for piece, y, loss in zip(*pieces, strict=True):
+        wide = piece.float()
+        own = wide.gather(1, y)
+        if not slopes:
+            torch.sub(wide.logsumexp(1, keepdim=True), own, out=loss)
+            continue
+        top = wide.amax(1, keepdim=True)
+        p = wide.softmax(1)
+        # log Σ exp(l) = top + log Σ exp(l − top), and the largest p is 1 / Σ exp(l − top)
+        torch.sub(top, p.amax(1, keepdim=True).log_(), out=loss).sub_(own)
+        p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
+        piece.copy_(p)

@@ -1,0 +1,88 @@
+"""Events: what is done to weights and optimizer states after an update (`schedule` says when)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+from lowrank_lab.config import InputError, ResolvedConfig
+from lowrank_lab.layers import lora_layers, merge_, train_dense_
+from lowrank_lab.methods.build import partition
+from lowrank_lab.models.llama import Llama
+from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
+from lowrank_lab.training.fsdp import Shards
+from lowrank_lab.training.schedule import Event
+
+
+def apply_(
+    event: Event,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    updates: int,
+    shards: Shards | None = None,
+) -> dict[str, Any]:
+    """Apply one event after `updates` updates; what it did, as a record."""
+    with record_function(event):
+        return _applied(event, model, optimizer, config, updates, shards)
+
+
+def _applied(
+    event: Event,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    updates: int,
+    shards: Shards | None,
+) -> dict[str, Any]:
+    if event == "refactor":
+        how = config.on_refactor, config.refactor_basis, config.refactor_above
+        done = refactorize_(model, optimizer, *how) if shards is None else shards.refactorize_()
+        result = {"event": event, "layers": len(done.changed)}
+        return result | {"rank_deficient": done.rank_deficient, "balanced": len(done.balanced)}
+    if event == "warm-start-ends":
+        names = train_dense_(model, on=False)
+        for _, layer in lora_layers(model):
+            optimizer.state.pop(layer.weight, None)  # W₀ is frozen from now on
+        return {"event": event, "layers": len(names)}
+    if event == "merge":
+        options = config.method_options
+        seed = config.seed * 1_000_003 + updates
+        names = merge_(model, seed) if shards is None else shards.merge_(seed)
+        how, share = options["merge_moments"], options["merge_share"]
+        factors = config.override(reset_moments="both", reset_params="targets")
+        count = _reset_or_prune_(model, optimizer, factors, how, share, updates, shards)
+        return {"event": event, "layers": len(names), "moments": how, "parameters": count}
+    prune, strength = config.reset_how, config.reset_strength
+    count = _reset_or_prune_(model, optimizer, config, prune, strength, updates, shards)
+    if strength and not count:
+        raise InputError("reset_every", config.reset_every, "this optimizer keeps no moments; 0")
+    return {"event": event, "how": prune, "strength": strength, "parameters": count}
+
+
+def _reset_or_prune_(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    how: Literal["scale", "magnitude", "random"],
+    strength: float,
+    updates: int,
+    shards: Shards | None,
+) -> int:
+    """Scale or prune the configured moments; the number of parameters that it changed."""
+    both = ("exp_avg", "exp_avg_sq")
+    moments = both if config.reset_moments == "both" else (config.reset_moments,)
+    chosen: nn.Module = model if shards is None else shards.mirror
+    params = None if config.reset_params == "all" else partition(chosen, config.target)[0]
+    if how == "magnitude" or how == "random":
+        if params is None:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+        seed = config.seed * 1_000_003 + updates
+        each = params if shards is None else shards.each_whole(params)
+        count = prune_moments_(optimizer, each, 1 - strength, how, seed, moments)
+    else:
+        count = reset_momentum_(optimizer, strength, moments, params)
+    return count if shards is None else shards.count(params)
