@@ -31,7 +31,7 @@ lab: .venv/installed
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(AS_ROOT) \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
-# A copy with headless = False, at a place from which its relative paths lead to the same folders.
+# A copy with headless = False.
 EXPLORER ?= 07_explorer
 explore: .venv/installed-explore
 	mkdir -p build

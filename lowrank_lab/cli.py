@@ -363,7 +363,7 @@ def report(
     belongs to a study that is kept there is written to data/runs/kept, if --out isn't given.
     """
     from lowrank_lab import report as reporting
-    from lowrank_lab.paths import data_folder
+    from lowrank_lab.paths import data_folder, kept_folders, located
 
     if publish is not None:
         _publish(publish, folders)
@@ -375,11 +375,13 @@ def report(
         raise InputError("folder", [str(f) for f in folders], "one folder, except with --publish")
     (folder,) = folders
     what, pairs = "", list[tuple[str, str]]()
-    place, kept = folder.resolve(), (data_folder() / "study").resolve()
-    if place.parent == kept:
-        what, pairs = _questions(folder)
-    if place.is_relative_to(kept):
-        out = out or data_folder() / "runs" / "kept" / place.relative_to(kept)
+    folder = located(folder)
+    place = folder.resolve()
+    for kept in map(Path.resolve, kept_folders()):
+        if place.parent == kept:
+            what, pairs = _questions(folder)
+        if place.is_relative_to(kept):
+            out = out or data_folder() / "runs" / "kept" / place.relative_to(kept)
     page = reporting.write_report(folder, title, what, out, figures, pairs)
     if keep is not None:
         reporting.keep(folder, keep, keep_rows)

@@ -58,8 +58,12 @@ def shipped_notebooks() -> Path:
     return shipped_folder() / "notebooks"
 
 
+def kept_folders() -> tuple[Path, Path]:
+    """The folders of kept studies: the one in the data folder, and the one that is shipped."""
+    return data_folder() / "study", shipped_folder() / "data" / "study"
+
+
 def kept_study(name: str) -> Path:
-    """The folder of a kept study: in the data folder, else among those that the library ships."""
-    own = data_folder() / "study" / name
-    shipped = shipped_folder() / "data" / "study" / name
+    """The folder of a kept study: in the data folder, else among those that are shipped."""
+    own, shipped = (folder / name for folder in kept_folders())
     return shipped if shipped.is_dir() and not own.is_dir() else own

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import GB
-from lowrank_lab.paths import data_folder, shipped_folder
+from lowrank_lab.paths import data_folder, kept_folders
 from lowrank_lab.planning.resources import Need, free_disk, needs_of
 from lowrank_lab.runs.collect import finished_run
 from lowrank_lab.studies.job import Job, known_parameters, parameter_names, plan_states, read_record
@@ -53,8 +53,7 @@ def plan_study(
     folder = (out if out is not None else data_folder() / "runs" / read.name).resolve()
     configs = (config for _, config in read.runs.values())
     needs = list(needs_of(configs, cuda=True if elsewhere else None))
-    shipped = shipped_folder() / "data" / "study"
-    places = data_folder() / "runs", data_folder() / "study", shipped
+    places = data_folder() / "runs", *kept_folders()
     todo = []
     for (run_id, (label, config)), need in zip(read.runs.items(), needs, strict=True):
         place = folder / run_id

@@ -1,9 +1,12 @@
 """The data folder, relative paths, and what the library ships."""
 
 import pytest
+from click.testing import CliRunner
 from paths import ROOT
+from written_runs import write_run
 
 from lowrank_lab import paths
+from lowrank_lab.cli import main
 from lowrank_lab.paths import data_folder, kept_study, located, shipped_notebooks
 
 
@@ -62,3 +65,13 @@ def test_a_kept_study_of_ones_own_goes_before_the_one_that_is_shipped(installed,
 
 def test_a_checkout_ships_its_own_folders():
     assert shipped_notebooks() == ROOT / "notebooks"
+
+
+def test_a_report_on_a_shipped_study_is_written_to_the_data_folder(installed, tmp_path):
+    kept = installed / "shipped" / "data" / "study" / "quick"
+    write_run(kept / "a", "a", steps=400)
+    before = sorted(installed.rglob("*"))
+    result = CliRunner().invoke(main, ["report", "study/quick"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "mine" / "data" / "runs" / "kept" / "quick" / "report.html").exists()
+    assert sorted(installed.rglob("*")) == before
