@@ -322,9 +322,9 @@ def _heading(title: str, description: str, finals: pd.DataFrame) -> str:
         f"{len(finals)} runs",
         f"model {', '.join(sorted(finals['model'].unique()))}",
         f"corpus {', '.join(sorted(finals['corpus'].unique()))}",
-        f"{finals['tokens_seen'].min():,}–{finals['tokens_seen'].max():,} tokens a run"
+        f"{finals['tokens_seen'].min():,}–{finals['tokens_seen'].max():,} tokens per run"
         if finals["tokens_seen"].nunique() > 1
-        else f"{finals['tokens_seen'].iloc[0]:,} tokens a run",
+        else f"{finals['tokens_seen'].iloc[0]:,} tokens per run",
     ]
     lines = [f"<p>{html.escape(part)}</p>" for part in description.split("\n\n") if part.strip()]
     lines.append(f"<p>{html.escape('; '.join(facts))}.</p>")
