@@ -176,7 +176,7 @@ def _text_hash(name: str, vocab: object, content: object, config: RunConfig) -> 
 def _check_sizes(config: RunConfig, sizes: dict[Split, int]) -> None:
     """Refuse text that is empty, or of which a split has less than SMALLEST_PART bytes."""
     if not any(sizes.values()):
-        raise InputError("corpus", config.corpus, "it holds no text")
+        raise InputError("corpus", config.corpus, "it has no text")
     for split in SPLITS:
         if sizes[split] < SMALLEST_PART:
             raise InputError("corpus", config.corpus, f"too short: its {split} part is empty")
@@ -212,7 +212,7 @@ def _tokenizer_for(config: RunConfig, vocab: int | Literal["byte"], texts: Texts
     training = (text for split, text in texts() if split == "train")
     first = next(training, None)
     if first is None:
-        raise InputError("corpus", config.corpus, "it holds no text")
+        raise InputError("corpus", config.corpus, "it has no text")
     tokenizer = train_bpe(chain([first], training), vocab)
     if tokenizer.get_vocab_size() < vocab:
         reached = f"the text is too short: it gives {tokenizer.get_vocab_size()} entries"

@@ -114,6 +114,6 @@ def hub_documents(hub: Hub) -> Iterator[str]:
     except InputError:
         raise
     except StopIteration:  # raised by `datasets` for an empty file
-        raise InputError("corpus", shown, "it holds no text") from None
+        raise InputError("corpus", shown, "it has no text") from None
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise InputError("corpus", shown, f"{type(error).__name__}: {error}") from None

@@ -53,7 +53,7 @@ def memory_timeline(table: pd.DataFrame, title: str = "") -> Figure:
     """Bytes during one step, stacked by category, with its phases and its peak.
 
     Args:
-        table: `tracker.Trace.table`.
+        table: `memory.trace.Trace.table`.
     """
     table = table.copy()
     table["optimizer_states"] = table["optimizer_states"] - table["projections"]

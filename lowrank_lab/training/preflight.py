@@ -85,6 +85,6 @@ def is_finished(folder: Path, config: ResolvedConfig) -> bool:
     if run.config.run_id != config.run_id:
         ours, theirs = config.model_dump(), run.config.model_dump()
         differing = [n for n in ours if ours[n] != theirs[n] and n not in NOT_IN_RUN_ID]
-        allowed = f"it holds another run, which differs in {', '.join(differing)}"
+        allowed = f"it has another run, which differs in {', '.join(differing)}"
         raise InputError("out", str(folder), allowed)
     return run.finished

@@ -128,10 +128,10 @@ def take_step_(
         per_layer: updates the parameters within the backward pass.
         check: reads loss and gradient norm before the update; if it raises, the weights are
             unchanged; if it returns None, the update is skipped, but not its events.
-        shards: what the model is with `fsdp2`.
+        shards: the sharded model, with `parallel` "fsdp2".
 
     Returns:
-        What `check` returned, and what the events did.
+        The result of `check`, and a record of each event.
     """
     if per_layer is not None:
         set_learning_rate(optimizer, config, step)
@@ -191,7 +191,7 @@ def update_(
         skipped: apply no update, only the events.
 
     Returns:
-        What the events did, as they go into metrics.jsonl.
+        A record of each event, for metrics.jsonl.
     """
     if not config.per_layer and not skipped:
         set_learning_rate(optimizer, config, step)

@@ -44,7 +44,7 @@ def refusal(config, root):
 
 
 def numbers(tmp_path, count):
-    """A corpus whose training tokens are 0, 1, 2, …, so that a token tells its place."""
+    """A corpus whose training tokens are 0, 1, 2, …, so that each token is its offset."""
     for split in SPLITS:
         np.arange(count, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     return Corpus(tmp_path, {"vocab_size": 65536})

@@ -235,7 +235,7 @@ def test_other_damaged_records_do_not_stop_a_run(name, damage, tmp_path, undistu
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES])
-def test_lost_rows_of_metrics_are_told(damage, tmp_path):
+def test_lost_rows_of_metrics_are_reported(damage, tmp_path):
     config = config_of("low-rank")
     interrupted(config, tmp_path)
     metrics = tmp_path / "metrics.jsonl"
