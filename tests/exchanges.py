@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_lab.training.fsdp import Shards
+from lowrank_lab.training.fsdp import ShardedModel
 
 
 class Exchanges(TorchDispatchMode):
@@ -36,11 +36,11 @@ def listed(found):
 
         return run
 
-    kept = {name: getattr(Shards, name) for name in ("step_", "refactorize_", "merge_")}
+    kept = {name: getattr(ShardedModel, name) for name in ("step_", "refactorize_", "merge_")}
     try:
         for name, method in kept.items():
-            setattr(Shards, name, within(method))
+            setattr(ShardedModel, name, within(method))
         yield
     finally:
         for name, method in kept.items():
-            setattr(Shards, name, method)
+            setattr(ShardedModel, name, method)

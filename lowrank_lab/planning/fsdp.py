@@ -27,7 +27,7 @@ from lowrank_lab.memory.formulas import (
 from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.optim.state_bytes import Weight
-from lowrank_lab.training.fsdp import check_shards
+from lowrank_lab.training.fsdp_layout import check_fsdp
 
 if TYPE_CHECKING:
     from lowrank_lab.optim.base import ProjectedAdamW
@@ -49,7 +49,7 @@ def check_ranks(config: ResolvedConfig, ranks: int) -> ResolvedConfig:
         allowed = f"batch {config.batch} must be a multiple of ranks × gradient_accumulation"
         raise InputError("ranks", ranks, f"{allowed} {pieces}")
     config = config.override(parallel="fsdp2")
-    check_shards(config)
+    check_fsdp(config)
     return config
 
 
@@ -120,7 +120,7 @@ class Place(NamedTuple):
 
 
 def _placed(config: ResolvedConfig, ranks: int) -> Iterator[tuple[Weight, Place]]:
-    """All weights of a configuration, placed as `sharded.Shards` places them."""
+    """All weights of a configuration, placed as `training.fsdp` places them."""
     method, cuts = METHODS[config.method], _cuts(config, ranks)
     for number, layer in enumerate(layers(config)):
         for index, w in enumerate(layer):
@@ -182,7 +182,7 @@ def _owned(
 ) -> Iterator[tuple[int, list[Weight]]]:
     """What trains in layers that are updated whole, with its owner.
 
-    The largest come first, each to the process that has fewest entries (`sharded.Shards`).
+    The largest come first, each to the process that has fewest entries (`training.fsdp_layout`).
     """
     units: dict[int, list[Weight]] = {}
     for w, place in placed:

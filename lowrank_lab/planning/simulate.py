@@ -34,7 +34,7 @@ from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
-from lowrank_lab.training.fsdp import Shards
+from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import warm_start
 from lowrank_lab.training.step import (
     Batch,
@@ -114,7 +114,7 @@ def simulate(
     with one_of(ranks, rank):
         try:
             return _simulate(device, account)
-        except InputError as error:  # of Shards: more processes than layers
+        except InputError as error:  # of ShardedModel: more processes than layers
             name = "ranks" if error.field == "nproc-per-node" else error.field
             raise InputError(name, error.value, error.allowed) from None
 
@@ -214,7 +214,7 @@ class _Stepping:
         in_shards: bool = False,
     ) -> None:
         self.config, self.device = config, device
-        self._shards = Shards(config, device) if in_shards else None
+        self._shards = ShardedModel(config, device) if in_shards else None
         if self._shards is not None:
             self.model, self.optimizer = self._shards.model, self._shards.optimizer
         else:

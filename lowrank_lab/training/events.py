@@ -13,7 +13,7 @@ from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
-from lowrank_lab.training.fsdp import Shards
+from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import Event
 
 
@@ -23,7 +23,7 @@ def apply_(
     optimizer: torch.optim.Optimizer,
     config: ResolvedConfig,
     updates: int,
-    shards: Shards | None = None,
+    shards: ShardedModel | None = None,
 ) -> dict[str, Any]:
     """Apply one event after `updates` updates; what it did, as a record."""
     with record_function(event):
@@ -36,7 +36,7 @@ def _applied(
     optimizer: torch.optim.Optimizer,
     config: ResolvedConfig,
     updates: int,
-    shards: Shards | None,
+    shards: ShardedModel | None,
 ) -> dict[str, Any]:
     if event == "refactor":
         how = config.on_refactor, config.refactor_basis, config.refactor_above
@@ -70,7 +70,7 @@ def _reset_or_prune_(
     how: Literal["scale", "magnitude", "random"],
     strength: float,
     updates: int,
-    shards: Shards | None,
+    shards: ShardedModel | None,
 ) -> int:
     """Scale or prune the configured moments; the number of parameters that it changed."""
     both = ("exp_avg", "exp_avg_sq")
@@ -81,7 +81,7 @@ def _reset_or_prune_(
         if params is None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
         seed = config.seed * 1_000_003 + updates
-        each = params if shards is None else shards.each_whole(params)
+        each = params if shards is None else shards.each_full(params)
         count = prune_moments_(optimizer, each, 1 - strength, how, seed, moments)
     else:
         count = reset_momentum_(optimizer, strength, moments, params)

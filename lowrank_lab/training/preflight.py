@@ -12,7 +12,7 @@ from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.prepare import prepare
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import RUNNER_FILES, Run
-from lowrank_lab.training.fsdp import check_shards
+from lowrank_lab.training.fsdp_layout import check_fsdp
 
 
 def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
@@ -26,7 +26,7 @@ def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
     device_of(config)
     _check_processes(config)
     if config.parallel == "fsdp2":
-        check_shards(config)
+        check_fsdp(config)
     with distributed.local_rank_zero_first():
         corpus = prepare(config)
     for split in ("validation", "test"):

@@ -16,7 +16,7 @@ from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.training.events import apply_
-from lowrank_lab.training.fsdp import Shards
+from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import events, learning_rate, merge_period
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def take_step_(
     *,
     per_layer: PerLayerUpdates | None = None,
     check: Callable[[Tensor, Tensor], Values | None] | None = None,
-    shards: Shards | None = None,
+    shards: ShardedModel | None = None,
 ) -> tuple[Values | None, list[dict[str, Any]]]:
     """Take update `step` (from 0) on the pieces of one batch, then the events that follow it.
 
@@ -146,7 +146,7 @@ def gradients(
     batches: Sequence[Batch],
     config: ResolvedConfig,
     per_layer: PerLayerUpdates | None = None,
-    shards: Shards | None = None,
+    shards: ShardedModel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute clipped gradients from equal pieces of one batch; with `per_layer`, apply them.
 
@@ -183,7 +183,7 @@ def update_(
     config: ResolvedConfig,
     step: int,
     skipped: bool = False,
-    shards: Shards | None = None,
+    shards: ShardedModel | None = None,
 ) -> list[dict[str, Any]]:
     """Apply update `step` (from 0), then the events that follow it; gradients are freed.
 

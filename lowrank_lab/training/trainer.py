@@ -24,7 +24,7 @@ from lowrank_lab.models.llama import Llama
 from lowrank_lab.training import checkpoint
 from lowrank_lab.training.batches import Batches
 from lowrank_lab.training.evaluate import evaluate
-from lowrank_lab.training.fsdp import Shards
+from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.monitor import LossWatch
 from lowrank_lab.training.peaks import PeakMemory
 from lowrank_lab.training.preflight import device_of
@@ -55,7 +55,7 @@ class Trainer:
         """Build model and optimizer; write config.json."""
         self.config, self.corpus, self.folder = config, corpus, folder
         self.device = device_of(config)
-        self._shards = Shards(config, self.device) if config.parallel == "fsdp2" else None
+        self._shards = ShardedModel(config, self.device) if config.parallel == "fsdp2" else None
         if self._shards is None:
             self.model, self.optimizer = build(config)
         else:
@@ -81,12 +81,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Load the newest checkpoint, if any, and cut the records back to its step."""
-        whole = self._plain() if self._shards is None else self._shards.blank()
+        whole = self._plain() if self._shards is None else self._shards.new_full()
         self.updates, extra = checkpoint.load(
             self.folder / "checkpoints", *whole, self._report_damage
         )
         if self._shards is not None and self.updates:
-            self._shards.take_(*whole)
+            self._shards.load_full_(*whole)
         if not distributed.equal_on_all_ranks(self.updates):
             where = self.folder / "checkpoints"
             raise TrainingError(f"not every process sees the same checkpoints in {where}")
@@ -111,13 +111,13 @@ class Trainer:
 
     def _plain(self) -> tuple[Llama, torch.optim.Optimizer]:
         """Model and optimizer in plain tensors; if sharded, the first process's full copy."""
-        plain = None if self._shards is None else self._shards.plain
+        plain = None if self._shards is None else self._shards.full_copy
         return plain or (self.model, self.optimizer)
 
     def _gather(self, gradients: bool = False) -> None:
         """Update the full copy of a sharded model; all processes call it."""
         if self._shards is not None:
-            self._shards.gather_(gradients)
+            self._shards.gather_full_(gradients)
 
     def advance(self) -> dict[str, Any]:
         """One step, and what is due after it: evaluation, spectra, checkpoint. Its metrics row."""

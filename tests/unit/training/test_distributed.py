@@ -10,7 +10,7 @@ import pytest
 from lowrank_lab import InputError, RunConfig, train
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import read_jsonl
-from lowrank_lab.training.fsdp import check_shards
+from lowrank_lab.training.fsdp_layout import check_fsdp
 
 SMALL = {"model": "tiny", "corpus": "markov", "batch": 8, "sequence_length": 32, "device": "cpu"}
 SMALL |= {"eval_tokens": 1000, "test_tokens": 2000}
@@ -30,7 +30,7 @@ SMALL |= {"eval_tokens": 1000, "test_tokens": 2000}
 def test_what_is_not_sound_in_shards_is_refused(fields, refusal):
     config = resolve(RunConfig(**SMALL, parallel="fsdp2", **fields))
     with pytest.raises(InputError, match=f"{refusal} is not allowed"):
-        check_shards(config)
+        check_fsdp(config)
 
 
 def test_the_command_line_trains_under_torchrun(tmp_path):
