@@ -94,20 +94,16 @@ def execute_on(
     waiting = plan_states(todo, retry)
     if waiting and not _workers(client):
         log.warning("no worker is connected to %s yet; the study waits for one", _address(client))
-    environment = {DATA: str(data_folder().resolve())}
-    environment |= {name: os.environ[name] for name in (OWN_METHODS,) if name in os.environ}
     futures: dict[Any, Job] = {}
     try:
         for job in waiting:
             (job.folder / PARTIAL).unlink(
                 missing_ok=True
             )  # its presence shows that a worker has begun
-            task = f"{job.folder.name}-{uuid4().hex[:8]}"
-            arguments = (replace(job), job.key, environment, time_limit)
-            futures[client.submit(on_worker, *arguments, key=task, pure=False)] = job
+            futures[_submit(client, job, time_limit)] = job
         while futures:
             for future, job in list(futures.items()):
-                if _settled(future, job):
+                if _has_ended(future, job):
                     del futures[future]
             report(todo)
             if client.status != "running":
@@ -123,7 +119,16 @@ def execute_on(
     report(todo)
 
 
-def _settled(future: Any, job: Job) -> bool:
+def _submit(client: Client, job: Job, time_limit: float | None) -> Any:
+    """The future of a job as a task of its own."""
+    environment = {DATA: str(data_folder().resolve())}
+    environment |= {name: os.environ[name] for name in (OWN_METHODS,) if name in os.environ}
+    task = f"{job.folder.name}-{uuid4().hex[:8]}"
+    arguments = (replace(job), job.key, environment, time_limit)
+    return client.submit(on_worker, *arguments, key=task, pure=False)
+
+
+def _has_ended(future: Any, job: Job) -> bool:
     """Whether a task has ended; if so, its job gets the state and the error."""
     if future.status == "finished":
         done: Job = future.result()

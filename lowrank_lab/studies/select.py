@@ -67,18 +67,7 @@ class Selection:
         except InputError as error:
             raise InputError(f"{place}: {error.field}", error.value, error.allowed) from None
         own = tuple(like[name] if name in like else value_of(config, name) for name in self.by)
-        losses: dict[Values, list[float]] = defaultdict(list)
-        first: dict[Values, ResolvedConfig] = {}
-        for run, loss in self.tried:
-            if _values(run, self.by) == own:
-                values = _values(run, self.best)
-                losses[values].append(loss)
-                first.setdefault(values, run)
-        if not losses:
-            words = ", ".join(f"{n} {v}" for n, v in zip(self.by, own, strict=True))
-            nowhere = f"no such run in {self.source}{_why_ignored(self.source)}"
-            raise InputError(place, words, nowhere)
-        means = {values: math.fsum(found) / len(found) for values, found in losses.items()}
+        means, first = self._losses(own, place)
         best = min(means, key=means.__getitem__)
         if not self.edges:
             self._check_inside(place, best, list(means))
@@ -90,6 +79,27 @@ class Selection:
             for name, value in found.items()
             if not _follows(first[best], name)
         }
+
+    def _losses(
+        self, own: Values, place: str
+    ) -> tuple[dict[Values, float], dict[Values, ResolvedConfig]]:
+        """Mean loss and first run for each tried combination of `best` values.
+
+        Args:
+            own: values of the `by` fields that the runs must have.
+        """
+        losses: dict[Values, list[float]] = defaultdict(list)
+        first: dict[Values, ResolvedConfig] = {}
+        for run, loss in self.tried:
+            if _values(run, self.by) == own:
+                values = _values(run, self.best)
+                losses[values].append(loss)
+                first.setdefault(values, run)
+        if not losses:
+            words = ", ".join(f"{n} {v}" for n, v in zip(self.by, own, strict=True))
+            nowhere = f"no such run in {self.source}{_why_ignored(self.source)}"
+            raise InputError(place, words, nowhere)
+        return {values: math.fsum(found) / len(found) for values, found in losses.items()}, first
 
     def _check_inside(self, place: str, best: Values, tried: list[Values]) -> None:
         """Refuse the smallest or largest of three or more numbers tried with all else equal."""

@@ -54,10 +54,10 @@ def run_study(
     """
     plan = plan_study(study, out=out, retry=retry, seeds=seeds, only=only, reuse=reuse)
     folder, todo = plan.folder, plan.jobs
-    limit = plan.study.time_limit if time_limit is None else time_limit
     for job in todo:
         if job.source is not None:
             copy_run(job.source, job.folder, job.parameters["label"])
+    limit = plan.study.time_limit if time_limit is None else time_limit
     if dask is not None:
         with connect(dask) as client:
             check_fits(plan, worker_memory(client))
