@@ -13,7 +13,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,7 +23,7 @@ import click
 import yaml
 
 from lowrank_lab import __version__, distributed
-from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.config import RENAMED, InputError, RunConfig, warn_renamed
 
 
 class _OneLine(click.Group):
@@ -30,7 +32,8 @@ class _OneLine(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
         try:
-            sys.exit(super().main(*args, **kwargs) or 0)
+            with _one_line_warnings():
+                sys.exit(super().main(*args, **kwargs) or 0)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message())
             sys.exit(0)
@@ -47,6 +50,22 @@ class _OneLine(click.Group):
             _fail(f"{'failed: ' if status == 1 else ''}{' '.join(str(error).split())}", status)
 
 
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show a FutureWarning, of a name that has changed, without the place in the source."""
+    usual = warnings.formatwarning
+
+    def short(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> str:
+        future = issubclass(category, FutureWarning)
+        return f"{message}\n" if future else usual(message, category, *args, **kwargs)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def _fail(line: str, status: int) -> NoReturn:
     """End in one line; of processes that all got the same wrong input, one a machine says so."""
     if status == 2 and distributed.local_rank():
@@ -57,7 +76,7 @@ def _fail(line: str, status: int) -> NoReturn:
 
 
 def _config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One option for each field of RunConfig; what isn't given is left to its default."""
+    """One option per field of RunConfig, with hidden ones for earlier names of fields."""
     for name, field in reversed(RunConfig.model_fields.items()):
         flag, text = f"--{name.replace('_', '-')}", field.description or ""
         if field.annotation is bool:
@@ -70,6 +89,11 @@ def _config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
                 text += f" [default: {field.default}]"
             option = click.option(flag, name, default=None, metavar="VALUE", help=text)
         command = option(command)
+    for old in RENAMED:
+        flag = f"--{old.replace('_', '-')}"
+        if RunConfig.model_fields[RENAMED[old]].annotation is bool:
+            flag += f"/--no-{flag[2:]}"
+        command = click.option(flag, old, default=None, hidden=True)(command)
     return command
 
 
@@ -467,12 +491,14 @@ def export(run: Path, out: Path, dtype: Literal["fp32", "bf16"] | None) -> None:
     "what cards sold as 24 GB have)",
 )
 @click.option("--all", "every", is_flag=True, help="compare all methods")
-@click.option("--ranks", type=int, help="of one of so many processes that share the run by FSDP2")
+@click.option("--world-size", type=int, help="of one of so many processes that share it by FSDP2")
+@click.option("--ranks", type=int, hidden=True)
 @click.option("--measure", is_flag=True, help="take real steps on this machine as well")
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def memory(
     fits: str | None,
     every: bool,
+    world_size: int | None,
     ranks: int | None,
     measure: bool,
     as_json: bool,
@@ -484,23 +510,26 @@ def memory(
     """
     from lowrank_lab.planning import describe, fit
 
+    if ranks is not None:
+        warn_renamed("--ranks", "--world-size")
+        world_size = ranks if world_size is None else world_size
     capacity = fit.bytes_of(fits) if fits is not None else None
     given = {"precision": "bf16", "steps": fit.LONG, **_given(flags)}
     if given.get("per_layer") and "clip" not in given:
         given["clip"] = 0.0
     config = _config(given)
     device = "cpu" if config.device == "cpu" else "cuda"
-    if measure and ranks is not None:
-        raise InputError("measure", measure, "one process takes no steps of many; leave out ranks")
+    if measure and world_size is not None:
+        raise InputError("measure", measure, "it takes steps of one process; without world_size")
     if every:
         rows = []
-        for row in describe.comparison(config, capacity, device, measure, ranks):
+        for row in describe.comparison(config, capacity, device, measure, world_size):
             rows.append(row)
             click.echo(f"{row['method']}: {row['seconds']:.1f} s", err=True)
         click.echo(json.dumps({"methods": rows}, indent=1) if as_json else describe.table(rows))
         return
     config = fit.of_method(config, config.method)
-    found = describe.facts(config, capacity, device, measure, ranks)
+    found = describe.facts(config, capacity, device, measure, world_size)
     click.echo(json.dumps(found, indent=1) if as_json else describe.text(found))
 
 

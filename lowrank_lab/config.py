@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -71,8 +72,20 @@ SIZES = {
 
 # Fields that change what is recorded or how a run is executed, but not what is trained.
 NOT_IN_RUN_ID = frozenset(
-    {"checkpoint_every", "checkpoints_kept", "keep_checkpoints", "device", "parallel"}
+    {"checkpoint_every", "keep_latest", "keep_after_finish", "device", "parallel"}
 )
+
+
+# Fields by the names that they had in earlier versions.
+RENAMED = {"checkpoints_kept": "keep_latest", "keep_checkpoints": "keep_after_finish"}
+_warned: set[str] = set()
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Say, once per process, that something that a person wrote has a new name."""
+    if old not in _warned:
+        _warned.add(old)
+        warnings.warn(f"{old} is called {new} now", FutureWarning, stacklevel=4)
 
 
 def help_field(default: Any, text: str, **limits: Any) -> Any:
@@ -96,7 +109,7 @@ class RunConfig(BaseModel):
 
     # model
     model: str = help_field("micro", "named size: " + " ".join(SIZES))
-    hidden_size: int | None = help_field(None, "overrides the size's width", ge=2, le=65536)
+    hidden_size: int | None = help_field(None, "overrides the width of the size", ge=2, le=65536)
     intermediate_size: int | None = help_field(None, "overrides the MLP width", ge=1, le=262144)
     num_heads: int | None = help_field(None, "overrides the number of heads", ge=1, le=1024)
     num_layers: int | None = help_field(None, "overrides the number of layers", ge=1, le=1024)
@@ -109,27 +122,25 @@ class RunConfig(BaseModel):
     vocab_size: int | Literal["byte"] | None = help_field(
         None, "BPE vocabulary (markov: alphabet), or byte; default: the size's"
     )
-    sequence_length: int = help_field(256, "tokens in a sequence", ge=2, le=1 << 20)
-    batch: int = help_field(16, "sequences in an optimizer step", ge=1, le=1 << 20)
-    gradient_accumulation: int = help_field(
-        1, "pieces in which a batch is computed", ge=1, le=1 << 20
-    )
+    sequence_length: int = help_field(256, "tokens per sequence", ge=2, le=1 << 20)
+    batch: int = help_field(16, "sequences per optimizer step", ge=1, le=1 << 20)
+    gradient_accumulation: int = help_field(1, "micro-batches per optimizer step", ge=1, le=1 << 20)
     steps: int | None = help_field(
         None, "optimizer steps (200 if tokens isn't given)", ge=1, le=1 << 50
     )
     tokens: int | None = help_field(None, "training tokens, instead of steps", ge=1, le=1 << 60)
-    repeat: bool = help_field(False, "may training see the corpus more than once")
+    repeat: bool = help_field(False, "allow more than one pass over the corpus")
     # method
     method: str = help_field("full-rank", "see `lowrank-lab methods`")
     rank: int | None = help_field(
         None, "rank r; default: a quarter of the hidden size", ge=1, le=1 << 50
     )
     init: Literal["kaiming", "spectral"] | None = help_field(None, "initialisation of the factors")
-    target: str = help_field(TARGETS, "regular expression of the layers the method acts on")
+    target: str = help_field(TARGETS, "regular expression of the layers to apply the method to")
     method_options: dict[str, Any] = help_field({}, "options of the method, by name")
     refactor_every: int = help_field(0, "refactorization period, 0 = never", ge=0, le=1 << 50)
     reset_every: int = help_field(0, "momentum reset period, 0 = never", ge=0, le=1 << 50)
-    reset_strength: float = help_field(1.0, "share of the momentum a reset removes", ge=0, le=1)
+    reset_strength: float = help_field(1.0, "share of the moments that a reset removes", ge=0, le=1)
     reset_how: Literal["scale", "magnitude", "random"] = help_field(
         "scale", "scale the moments, or prune their smallest or random entries"
     )
@@ -137,7 +148,7 @@ class RunConfig(BaseModel):
         "both", "which of Adam's averages a reset acts on"
     )
     reset_params: Literal["targets", "all"] = help_field(
-        "targets", "whose moments a reset acts on: the target layers' or all"
+        "targets", "reset the moments of the target layers, or of all weights"
     )
     on_refactor: Literal["keep", "reset", "transport"] = help_field(
         "keep", "what a refactorization does to the factors' moments"
@@ -146,66 +157,83 @@ class RunConfig(BaseModel):
         "singular", "balanced factors: diagonal (singular), or of minimal rotation (nearest)"
     )
     refactor_above: float = help_field(
-        0.0, "leave a layer alone while the imbalance of its factors is not above this", ge=0, lt=1
+        0.0, "refactorize only layers with a higher imbalance of factors", ge=0, lt=1
     )
     recovery_steps: int = help_field(
-        10, "steps the learning rate takes to recover", ge=0, le=1 << 50
+        10, "steps in which the learning rate recovers", ge=0, le=1 << 50
     )
     # optimisation
     lr: float | None = help_field(
         None, "peak learning rate; default: the method's at this width", gt=0, le=100
     )
-    warmup: float = help_field(0.1, "warm-up as a share of all steps", ge=0, lt=1)
+    warmup: float = help_field(0.1, "share of the steps for warm-up", ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = help_field("cosine", "decay after warm-up")
     min_lr_ratio: float = help_field(0.1, "final learning rate / peak", ge=0, le=1)
-    optimizer: str | None = help_field(
-        None, "another optimizer for methods that train with AdamW, as module.Class"
-    )
+    optimizer: str | None = help_field(None, "optimizer instead of AdamW, as module.Class")
     optimizer_options: dict[str, Any] = help_field({}, "keyword arguments of that optimizer")
-    per_layer: bool = help_field(False, "update each weight within the backward pass; needs clip 0")
+    per_layer: bool = help_field(False, "update each weight during the backward pass; needs clip 0")
     weight_decay: float = help_field(0.0, "decoupled weight decay", ge=0, le=10)
     clip: float = help_field(1.0, "largest global gradient norm, 0 = no clipping", ge=0)
     on_nonfinite: Literal["stop", "skip"] = help_field(
-        "stop", "a loss or gradient that is inf or NaN stops the run, or its update is left out"
+        "stop", "stop at a loss or gradient of inf or NaN, or skip that update"
     )
     # execution
     precision: Literal["fp32", "bf16", "amp-bf16"] = help_field("fp32", "weights and compute dtype")
     state_precision: Literal["same", "fp32"] = help_field(
-        "same", "averages of projected optimizers: in the dtype of the weights, or fp32"
+        "same", "moments of projected optimizers: in the weights' dtype, or fp32"
     )
     stochastic_rounding: bool = help_field(
-        False, "round bf16 weights up or down at random (projected optimizers)"
+        False, "round bf16 weights stochastically (projected optimizers)"
     )
     compile: bool = help_field(False, "torch.compile each block (needs a C++ compiler)")
     activation_checkpointing: bool = help_field(False, "recompute blocks in the backward pass")
-    seed: int = help_field(0, "decides initial weights and batch order", ge=0, lt=1 << 32)
-    device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto takes CUDA where it is")
+    seed: int = help_field(0, "of initial weights and batch order", ge=0, lt=1 << 32)
+    device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto: CUDA where there is one")
     parallel: Literal["ddp", "fsdp2"] = help_field(
-        "ddp", "under torchrun: whole models on all processes, or weights and states in shards"
+        "ddp", "under torchrun: replicated models (ddp), or sharded weights and states (fsdp2)"
     )
     # records
     eval_every: int | None = help_field(
         None, "steps between evaluations; default steps/10", ge=1, le=1 << 50
     )
-    eval_tokens: int = help_field(65536, "tokens of the held-out block", ge=2, le=1 << 50)
-    test_tokens: int = help_field(262144, "tokens of the final evaluations", ge=2, le=1 << 50)
+    eval_tokens: int = help_field(65536, "tokens per evaluation", ge=2, le=1 << 50)
+    test_tokens: int = help_field(262144, "tokens per final evaluation", ge=2, le=1 << 50)
     spectra_every: int | None = help_field(
         None, "steps between spectra; default steps/5", ge=1, le=1 << 50
     )
-    spectra_layers: str = help_field(TARGETS, "regular expression of layers whose spectra are kept")
+    spectra_layers: str = help_field(
+        TARGETS, "regular expression of the layers to record spectra of"
+    )
     checkpoint_every: int | None = help_field(
         None, "steps between checkpoints; default steps/10", ge=1, le=1 << 50
     )
-    checkpoints_kept: int = help_field(
-        2, "how many of the last checkpoints stay; the best one stays, too", ge=1, le=1 << 20
+    keep_latest: int = help_field(
+        2, "newest checkpoints that are kept, beside the best one", ge=1, le=1 << 20
     )
-    keep_checkpoints: bool = help_field(False, "leave them in the folder of a finished run")
+    keep_after_finish: bool = help_field(False, "keep checkpoints when the run has finished")
 
     def __init__(self, /, **values: Any) -> None:
+        values = self._with_new_names(values)
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise _as_input_error(error, values) from None
+
+    @classmethod
+    def _with_new_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values by today's names of their fields; records have old names without a warning."""
+        for old, new in RENAMED.items():
+            if old not in values:
+                continue
+            if new in values:
+                raise InputError(
+                    old, values[old], f"it is called {new} now, which is given as well"
+                )
+            if not issubclass(cls, ResolvedConfig):
+                warn_renamed(old, new)
+            values = {**values, new: values[old]}
+            del values[old]
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from lowrank_lab.runs.run import Run, complete_runs
 ANY = "any"
 NO_KNOBS = frozenset(
     {
-        "seed", "tokens", "device", "checkpoint_every", "checkpoints_kept", "keep_checkpoints",
+        "seed", "tokens", "device", "checkpoint_every", "keep_latest", "keep_after_finish",
         "eval_every", "eval_tokens", "spectra_every", "spectra_layers",
     }
 )  # fmt: skip

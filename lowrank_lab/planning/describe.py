@@ -1,4 +1,4 @@
-"""Accounts of memory as facts for JSON, as text for the terminal and as tables for notebooks."""
+"""Memory reports as facts for JSON, as text for the terminal and as tables for notebooks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import fit
 from lowrank_lab.planning.fit import GB
-from lowrank_lab.planning.fsdp import check_ranks, of_ranks
-from lowrank_lab.planning.simulate import Account, measure, simulate
+from lowrank_lab.planning.fsdp import check_world_size, per_rank
+from lowrank_lab.planning.simulate import MemoryReport, measure, simulate
 
 MOST_OWNERS = 8
-NEVER_AT_REST = ("temporaries", "gathered")
+NEVER_PERSISTENT = ("temporaries", "gathered")
 
 
 def facts(
@@ -27,28 +27,28 @@ def facts(
     capacity: int | None,
     device: str = "cuda",
     measured: bool = False,
-    ranks: int | None = None,
+    world_size: int | None = None,
 ) -> dict[str, Any]:
     """Everything about one configuration's memory, in bytes.
 
-    At the top level the categories at rest (weights, gradients and states), activations as the
-    backward pass begins, and the peak. With `ranks` all is of the process of so many that holds
-    most, and `states_of_ranks` has the fewest and the most states that one holds.
+    At the top level the persistent categories (weights, gradients and states), activations as the
+    backward pass begins, and the peak. With `world_size` all numbers are of the process with the
+    most bytes, and `states_per_rank` has the fewest and the most bytes of states per process.
     """
     config = resolve(config)
-    account = simulate(config, device, ranks=ranks)
-    found = account_facts(account)
+    report = simulate(config, device, world_size=world_size)
+    found = report_facts(report)
     try:
-        accounts = [by_formula(config)] if ranks is None else of_ranks(config, ranks)
-        found["formula"] = accounts[account.rank].as_dict()
-        states = [each.optimizer_states for each in accounts]
+        reports = [by_formula(config)] if world_size is None else per_rank(config, world_size)
+        found["formula"] = reports[report.rank].as_dict()
+        states = [each.optimizer_states for each in reports]
     except InputError:
         found["formula"], states = None, [found["optimizer_states"]]
-    if ranks is not None:
-        found["states_of_ranks"] = [min(states), max(states)]
+    if world_size is not None:
+        found["states_per_rank"] = [min(states), max(states)]
     if measured:
-        here, real = account if device == "cpu" else simulate(config), measure(config)
-        found["measured"] = account_facts(real) | {
+        here, real = report if device == "cpu" else simulate(config), measure(config)
+        found["measured"] = report_facts(real) | {
             "allocated": real.allocated,
             "simulated_over_allocated": {
                 kind: round(trace.peak.total / real.allocated[kind], 4)
@@ -57,35 +57,38 @@ def facts(
         }
     if capacity is not None:
         found["capacity"] = capacity
-        found["fits"] = account.peak.total <= capacity
-        found["ways"] = [
-            {"flags": a.flags, "peak": a.peak, "simulated": a.account is not None, "fits": a.fits}
-            for a in ([] if found["fits"] else fit.ways_to_fit(config, capacity, device, ranks))
+        found["fits"] = report.peak.total <= capacity
+        tried = [] if found["fits"] else fit.suggestions(config, capacity, device, world_size)
+        found["suggestions"] = [
+            {"flags": a.flags, "peak": a.peak, "simulated": a.report is not None, "fits": a.fits}
+            for a in tried
         ]
     return found
 
 
-def account_facts(account: Account) -> dict[str, Any]:
-    config, step = account.config, account.steps[account.peak_step]
-    kept = account.steps.get("next", step).kept
-    rest = account.at_rest.as_dict() | {"activations": kept.activations, "logits": kept.logits}
+def report_facts(report: MemoryReport) -> dict[str, Any]:
+    config, step = report.config, report.steps[report.peak_step]
+    kept = report.steps.get("next", step).kept
+    rest = report.persistent.as_dict() | {"activations": kept.activations, "logits": kept.logits}
+    shared = report.world_size > 0
+    process = {"world_size": report.world_size, "process": report.rank} if shared else {}
     owners = list(step.by_owner().items())[:MOST_OWNERS]
     return {
         "method": config.method, "model": config.model, "rank": config.rank,
         "batch": config.batch, "sequence_length": config.sequence_length,
-        "precision": config.precision, "source": account.source,
-        **({"ranks": account.ranks, "process": account.rank} if account.ranks else {}),
-        **{name: rest[name] for name in NAMES if name not in NEVER_AT_REST},
-        "peak": account.peak.total,
-        "peak_step": account.peak_step,
+        "precision": config.precision, "source": report.source,
+        **process,
+        **{name: rest[name] for name in NAMES if name not in NEVER_PERSISTENT},
+        "peak": report.peak.total,
+        "peak_step": report.peak_step,
         "peak_phase": step.phase_of(step.peak_event),
-        "at_the_peak": account.peak.as_dict(),
-        "peak_of_steps": {name: trace.peak.total for name, trace in account.steps.items()},
+        "at_the_peak": report.peak.as_dict(),
+        "peak_of_steps": {name: trace.peak.total for name, trace in report.steps.items()},
         "largest_at_the_peak": [
             {"category": kind, "owner": owner, "bytes": size} for (kind, owner), size in owners
         ],
-        "left_out": account.left_out,
-        "seconds": round(account.seconds, 2),
+        "excluded": report.excluded,
+        "seconds": round(report.seconds, 2),
     }  # fmt: skip
 
 
@@ -94,35 +97,35 @@ def comparison(
     capacity: int | None,
     device: str = "cuda",
     measured: bool = False,
-    ranks: int | None = None,
+    world_size: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The facts of every method, one after the other; with a capacity the ways to fit in as well.
+    """The facts of every method; with a capacity, the changes that make it fit as well.
 
-    A method that can't be had with this configuration is a row with `refused`.
+    A method that refuses this configuration is a row with `refused`.
 
     Raises:
-        InputError: ranks that no method could share the run by.
+        InputError: a world size that no method could share the run by.
     """
-    if ranks is not None:
-        check_ranks(resolve(fit.of_method(config, "full-rank")), ranks)
+    if world_size is not None:
+        check_world_size(resolve(fit.of_method(config, "full-rank")), world_size)
     for method in METHODS:
         try:
             changed = resolve(fit.of_method(config, method))
-            yield facts(changed, capacity, device, measured, ranks)
+            yield facts(changed, capacity, device, measured, world_size)
         except InputError as error:
             yield {"method": method, "refused": str(error), "seconds": 0.0}
 
 
 def text(found: dict[str, Any]) -> str:
-    """The facts of one configuration, to be read."""
+    """The facts of one configuration, as text for the terminal."""
     rank = f", rank {found['rank']}" if found["rank"] else ""
-    lines = [_of_ranks(found)] if "ranks" in found else []
+    lines = [_process_line(found)] if "world_size" in found else []
     lines += [
         f"{found['method']}, {found['model']}{rank}, {found['precision']}, batch {found['batch']} "
         f"× {found['sequence_length']} tokens; simulated in {found['seconds']:.1f} s",
-        f"{'in GB':<20}{'held':>8}{'at the peak':>14}",
+        f"{'in GB':<20}{'between':>8}{'at the peak':>14}",
     ]
-    at_rest_only = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
+    counted = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
     for name in NAMES:
         rest, peak = found.get(name), found["at_the_peak"][name]
         if name in PARTS and not rest and not peak:
@@ -134,8 +137,8 @@ def text(found: dict[str, Any]) -> str:
     steps = ", ".join(f"{name} {size / GB:.3f}" for name, size in found["peak_of_steps"].items())
     lines += [
         "",
-        "(weights, gradients and states as training holds them; activations and logits as the "
-        "backward pass begins)",
+        "(between two steps: weights, gradients and states; activations and logits as the backward "
+        "pass begins)",
         f"the peak is in the {found['peak_phase']} phase of a step of the kind "
         f"'{found['peak_step']}'; peaks by kind: {steps}",
         "largest at the peak: "
@@ -145,7 +148,7 @@ def text(found: dict[str, Any]) -> str:
         ),
     ]
     if found.get("formula"):
-        same = all(found["formula"][name] == found[name] for name in at_rest_only)
+        same = all(found["formula"][name] == found[name] for name in counted)
         lines.append(
             "weights, gradients and states by formula: "
             + ("the same, to the byte" if same else f"DIFFERENT: {found['formula']}")
@@ -158,19 +161,20 @@ def text(found: dict[str, Any]) -> str:
             "allocated: "
             + ", ".join(f"{k} {v:.4f}" for k, v in real["simulated_over_allocated"].items())
         )
-    lines += [f"left out: {what}" for what in found["left_out"]]
+    lines += [f"left out: {what}" for what in found["excluded"]]
     if "fits" in found:
         lines += ["", _verdict(found)]
     return "\n".join(lines)
 
 
-def _of_ranks(found: dict[str, Any]) -> str:
-    """What a process is, of how many, and its share of the batch."""
-    least, most = (size / GB for size in found["states_of_ranks"])
+def _process_line(found: dict[str, Any]) -> str:
+    """The rank and world size of the process, and its share of the batch."""
+    least, most = (size / GB for size in found["states_per_rank"])
+    batch, world_size = found["batch"], found["world_size"]
     return (
-        f"process {found['process']} of {found['ranks']} by FSDP2, which holds most (states: "
-        f"{least:.3f} to {most:.3f} GB a process); {found['batch'] // found['ranks']} of "
-        f"{found['batch']} sequences a process"
+        f"rank {found['process']} of world size {world_size} by FSDP2, the largest (states: "
+        f"{least:.3f} to {most:.3f} GB per process); {batch // world_size} of {batch} sequences "
+        "per process"
     )
 
 
@@ -179,26 +183,26 @@ def _verdict(found: dict[str, Any]) -> str:
     if found["fits"]:
         return f"fits in {capacity / GB:.4g} GB, with {spare:.3f} GB to spare"
     lines = [f"does not fit in {capacity / GB:.4g} GB: {-spare:.3f} GB too much"]
-    for way in found["ways"]:
+    for way in found["suggestions"]:
         peak = (
             f"{way['peak'] / GB:.3f} GB" if way["simulated"] else f"over {way['peak'] / GB:.3f} GB"
         )
         lines.append(f"  {'fits' if way['fits'] else 'not '}  {peak:>14}  with {way['flags']}")
-    if not any(way["fits"] for way in found["ways"]):
+    if not any(way["fits"] for way in found["suggestions"]):
         lines.append("  nothing that was tried fits: a smaller model, a lower rank, another method")
     return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a method."""
+    """One line per method."""
     with_fits = any("fits" in row for row in rows)
     with_measures = any("measured" in row for row in rows)
     head = ["GB", "weights", "gradients", "states", "activations", "peak", "weights+states"]
-    shared = next((row for row in rows if "ranks" in row), None)
+    shared = next((row for row in rows if "world_size" in row), None)
     lines = []
     if shared is not None:
         head += ["gathered", "least states"]
-        count = shared["ranks"]
+        count = shared["world_size"]
         lines = [
             f"one process of {count} by FSDP2, that which holds most; {shared['batch'] // count} "
             f"of {shared['batch']} sequences a process; gathered: whole weights of the block at "
@@ -217,14 +221,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["weights"], row["gradients"], row["optimizer_states"], row["activations"],
             row["peak"], row["weights"] + row["optimizer_states"],
         ]  # fmt: skip
-        if "ranks" in row:
-            values += [row["at_the_peak"]["gathered"], row["states_of_ranks"][0]]
+        if "world_size" in row:
+            values += [row["at_the_peak"]["gathered"], row["states_per_rank"][0]]
         line = f"{row['method']:<14}" + "".join(f"{value / GB:>16.3f}" for value in values)
         if "measured" in row:
             found = row["measured"]["simulated_over_allocated"]
             line += "   " + ", ".join(f"{kind} {value:.4f}" for kind, value in found.items())
         if with_fits:
-            way = next((way for way in row["ways"] if way["fits"]), None)
+            way = next((way for way in row["suggestions"] if way["fits"]), None)
             line += (
                 "   yes"
                 if row["fits"]
@@ -234,10 +238,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def peaks(account: Account) -> pd.DataFrame:
-    """A row a kind of step: its peak in GB, the phase it is in, and its largest categories."""
+def peaks(report: MemoryReport) -> pd.DataFrame:
+    """One row per kind of step: peak in GB, its phase, and its largest categories."""
     rows = []
-    for kind, trace in account.steps.items():
+    for kind, trace in report.steps.items():
         peak = trace.peak
         largest = sorted(CATEGORIES, key=lambda name: -getattr(peak, name))[:2]
         rows.append(
@@ -255,7 +259,7 @@ def peaks(account: Account) -> pd.DataFrame:
 
 
 def largest(trace: Trace, rows: int = 12) -> pd.DataFrame:
-    """What was there at the peak, by category and module, the largest first, in MB."""
+    """MB at the peak by category and module, the largest first."""
     found = [(c, owner, round(size / 1e6, 2)) for (c, owner), size in trace.by_owner().items()]
     return pd.DataFrame(found[:rows], columns=["category", "module or weight", "MB"])
 
@@ -265,8 +269,8 @@ def checked(config: RunConfig) -> pd.DataFrame:
     counted, simulated, real = by_formula(resolve(config)), simulate(config), measure(config)
     rows: list[tuple[str, Any, int, int, int | None]] = [
         (
-            name.replace("_", " "), getattr(counted, name), getattr(simulated.at_rest, name),
-            getattr(real.at_rest, name), None,
+            name.replace("_", " "), getattr(counted, name), getattr(simulated.persistent, name),
+            getattr(real.persistent, name), None,
         )
         for name in ("weights", "gradients", "optimizer_states")
     ]  # fmt: skip
@@ -280,15 +284,15 @@ def checked(config: RunConfig) -> pd.DataFrame:
     return table
 
 
-def compared(accounts: Mapping[str, Account]) -> pd.DataFrame:
-    """What is at the peak of each account, in bytes by category, with what it took to simulate."""
+def compared(reports: Mapping[str, MemoryReport]) -> pd.DataFrame:
+    """Bytes by category at the peak of each report, and the seconds of its simulation."""
     return pd.DataFrame(
         {
-            "label": label, **account.peak.as_dict(), "peak": account.peak.total,
-            "weights + states": account.at_rest.weights + account.at_rest.optimizer_states,
-            "seconds": account.seconds,
+            "label": label, **report.peak.as_dict(), "peak": report.peak.total,
+            "weights + states": report.persistent.weights + report.persistent.optimizer_states,
+            "seconds": report.seconds,
         }
-        for label, account in accounts.items()
+        for label, report in reports.items()
     )  # fmt: skip
 
 
@@ -305,7 +309,7 @@ PAPER_RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 
 
 def of_sizes(precision: str = "bf16") -> pd.DataFrame:
-    """Weights + optimizer states in GB by formula: a row a method, a column a size of the paper."""
+    """Weights + optimizer states in GB by formula, per method and size of the paper."""
     rows = {}
     for method in METHODS:
         row = {}
@@ -321,12 +325,12 @@ def of_sizes(precision: str = "bf16") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def ways(config: RunConfig, capacity: int, device: str = "cuda") -> pd.DataFrame:
-    """The configuration and what was tried to make it fit: the change, its peak, does it fit."""
+def suggestions(config: RunConfig, capacity: int, device: str = "cuda") -> pd.DataFrame:
+    """The configuration, and changes that could make it fit: each with its peak."""
     peak = simulate(config, device).peak.total
     rows = [("as it is", peak, peak <= capacity)]
     if peak > capacity:
-        rows += [(a.words, a.peak, a.fits) for a in fit.ways_to_fit(config, capacity, device)]
+        rows += [(a.words, a.peak, a.fits) for a in fit.suggestions(config, capacity, device)]
     return pd.DataFrame(
         [(what, round(peak / GB, 3), "yes" if fits else "no") for what, peak, fits in rows],
         columns=["change", "peak (GB)", f"fits in {capacity / GB:.4g} GB"],

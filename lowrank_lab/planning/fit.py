@@ -1,4 +1,4 @@
-"""What fits on a card, and what would make it fit: questions to `memory.simulate`."""
+"""Which configuration fits on a device, and which change makes it fit, by simulation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks
-from lowrank_lab.planning.simulate import Account, simulate
+from lowrank_lab.planning.fsdp import check_world_size, fullest, per_rank
+from lowrank_lab.planning.simulate import MemoryReport, simulate
 
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 GB = 10**9
-LONG = 10_000  # steps of a run in which everything happens that happens only now and then
-# Fields that a method may have no use for: left out, where it refuses them.
+LONG = 10_000  # steps: a run of that length has every rare event
+# Fields that some methods refuse; for those `of_method` takes the default.
 OF_SOME_METHODS = (
     "refactor_every", "on_refactor", "refactor_basis", "refactor_above", "reset_every", "init",
     "per_layer", "state_precision", "stochastic_rounding", "optimizer", "optimizer_options",
@@ -42,10 +42,10 @@ def bytes_of(text: str, field: str = "fits") -> int:
 
 
 def of_method(config: RunConfig, method: str) -> RunConfig:
-    """The configuration with another method; what that has no use for is left out.
+    """The configuration with another method, and defaults for the fields that it refuses.
 
     Raises:
-        InputError: what is left is refused as well.
+        InputError: it refuses the rest as well.
     """
     rank = config.rank
     if method != config.method and METHODS.get(method) and METHODS[method].rank is not None:
@@ -71,11 +71,11 @@ WORDS = {
 
 
 @dataclass
-class Attempt:
-    """A change of the configuration, and what it leads to."""
+class FitAttempt:
+    """A change of the configuration, and the peak that it leads to."""
 
     changes: dict[str, Any]
-    account: Account | None  # None: weights and states alone are too much
+    report: MemoryReport | None  # None: weights and states alone are too much
     peak: int
     fits: bool
 
@@ -93,25 +93,25 @@ class Attempt:
         return ", ".join(WORDS[name].format(value) for name, value in self.changes.items())
 
 
-def ways_to_fit(
-    config: RunConfig, capacity: int, device: str = "cuda", ranks: int | None = None
-) -> list[Attempt]:
-    """What was tried to get a configuration into so many bytes, up to the first that fits.
+def suggestions(
+    config: RunConfig, capacity: int, device: str = "cuda", world_size: int | None = None
+) -> list[FitAttempt]:
+    """Changes that could make a configuration fit, in order, up to the first that does.
 
-    Nothing that changes what is learned comes first: recomputing blocks, then fewer sequences at a
-    time; then updates within the backward pass, which leave out gradient clipping; then a smaller
-    batch, then a lower rank. With `ranks` they are those of one of so many processes.
+    First what leaves training the same: recomputed blocks, then smaller micro-batches. Then updates
+    during the backward pass, without gradient clipping; then a smaller batch; then a lower rank.
+    With `world_size`, for the largest of so many processes.
     """
-    tried: list[Attempt] = []
-    for family in _families(config, in_shards=ranks is not None):
+    tried: list[FitAttempt] = []
+    for family in _families(config, in_shards=world_size is not None):
         for changes in family:
-            attempt = _attempt(config, changes, capacity, device, ranks)
+            attempt = _attempt(config, changes, capacity, device, world_size)
             if attempt is None:
                 continue
             tried.append(attempt)
             if attempt.fits:
                 return tried
-            if attempt.account is None or _hopeless(tried[-2:], capacity):
+            if attempt.report is None or _hopeless(tried[-2:], capacity):
                 break  # more of the same wouldn't help
     return tried
 
@@ -140,43 +140,45 @@ def _halves(count: int) -> Iterator[int]:
 
 
 def _attempt(
-    config: RunConfig, changes: dict[str, Any], capacity: int, device: str, ranks: int | None
-) -> Attempt | None:
-    """The outcome of a change; None if it isn't one or is refused."""
+    config: RunConfig, changes: dict[str, Any], capacity: int, device: str, world_size: int | None
+) -> FitAttempt | None:
+    """The outcome of a change; None if it changes nothing or is refused."""
     changes = {name: value for name, value in changes.items() if getattr(config, name) != value}
     try:
         changed = resolve(config.replace(**changes))
-        if ranks is not None:
-            check_ranks(changed, ranks)
+        if world_size is not None:
+            check_world_size(changed, world_size)
     except InputError:
         return None
     if not changes:
         return None
-    least = least_bytes(changed, ranks)
+    least = least_bytes(changed, world_size)
     if least > capacity:
-        return Attempt(changes, None, least, fits=False)
-    account = simulate(changed, device, ranks=ranks)
-    peak = account.peak.total
-    return Attempt(changes, account, peak, peak <= capacity)
+        return FitAttempt(changes, None, least, fits=False)
+    report = simulate(changed, device, world_size=world_size)
+    peak = report.peak.total
+    return FitAttempt(changes, report, peak, peak <= capacity)
 
 
-def _hopeless(last: Sequence[Attempt], capacity: int) -> bool:
+def _hopeless(last: Sequence[FitAttempt], capacity: int) -> bool:
     """Whether halving further leads above the capacity: a peak falls by half as much each time."""
     if len(last) < 2 or last[0].changes.keys() != last[1].changes.keys():
         return False
     return last[1].peak - (last[0].peak - last[1].peak) > capacity
 
 
-def least_bytes(config: ResolvedConfig, ranks: int | None = None) -> int:
-    """What a step can't do without: weights, states and gradients, or the largest one of these."""
+def least_bytes(config: ResolvedConfig, world_size: int | None = None) -> int:
+    """The least memory of a step: weights, states and gradients (per layer: the largest)."""
     try:
-        found = by_formula(config) if ranks is None else fullest(of_ranks(config, ranks))[1]
+        found = (
+            by_formula(config) if world_size is None else fullest(per_rank(config, world_size))[1]
+        )
     except InputError:  # states that no formula knows
         return 0
     return found.weights + found.optimizer_states + found.gradients
 
 
-def compare(config: RunConfig, device: str = "cuda") -> Iterator[tuple[str, Account]]:
-    """The accounts of all methods with otherwise the same configuration."""
+def compare(config: RunConfig, device: str = "cuda") -> Iterator[tuple[str, MemoryReport]]:
+    """The report of each method with otherwise the same configuration."""
     for method in METHODS:
         yield method, simulate(of_method(config, method), device)

@@ -1,7 +1,7 @@
-"""One process of many that share a run by FSDP2: what it holds by formula, and a group to be it in.
+"""One process of a run under FSDP2: its memory by formula, and a process group to simulate it in.
 
-Nothing of the others exists: `one_of` makes a group in which what they would send has a shape and
-no values, which is all that `memory.simulate` needs.
+The other processes don't exist: in the group of `fake_rank`, collectives return tensors with a
+shape and no values, which is all that `planning.simulate` needs.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ if TYPE_CHECKING:
     from lowrank_lab.optim.base import ProjectedAdamW
 
 
-def check_ranks(config: ResolvedConfig, ranks: int) -> ResolvedConfig:
-    """The configuration as so many processes share it by FSDP2.
+def check_world_size(config: ResolvedConfig, world_size: int) -> ResolvedConfig:
+    """The configuration under FSDP2 with that many processes.
 
     Raises:
-        InputError: a number that can't be, or what is not sound with shards.
+        InputError: an impossible number, or a field that FSDP2 can't go with.
     """
-    if ranks < 1:
-        raise InputError("ranks", ranks, "a number of processes, 1 or more")
+    if world_size < 1:
+        raise InputError("world_size", world_size, "a number of processes, 1 or more")
     if dist.is_initialized():
         allowed = "this process belongs to a group already; simulate in one that doesn't"
-        raise InputError("ranks", ranks, allowed)
+        raise InputError("world_size", world_size, allowed)
     pieces = config.gradient_accumulation
-    if config.batch % (ranks * pieces):
-        allowed = f"batch {config.batch} must be a multiple of ranks × gradient_accumulation"
-        raise InputError("ranks", ranks, f"{allowed} {pieces}")
+    if config.batch % (world_size * pieces):
+        allowed = f"batch {config.batch} must be a multiple of world_size × gradient_accumulation"
+        raise InputError("world_size", world_size, f"{allowed} {pieces}")
     config = config.override(parallel="fsdp2")
     check_fsdp(config)
     return config
 
 
 @contextmanager
-def one_of(ranks: int, rank: int) -> Iterator[None]:
-    """Be this process of so many, alone, in this block: all that they do together ends at once."""
+def fake_rank(world_size: int, rank: int) -> Iterator[None]:
+    """A process group with this rank, in which every collective returns at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        with whole_shapes_unseen():
+        with untracked_global_shapes():
             yield
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def whole_shapes_unseen() -> Iterator[None]:
-    """Hide how DTensor finds shapes: by operations on tensors as large as all shards together."""
+def untracked_global_shapes() -> Iterator[None]:
+    """Hide DTensor's shape propagation, which works on tensors of the global shape."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     name = "_propagate_tensor_meta_non_cached"
@@ -80,48 +80,48 @@ def whole_shapes_unseen() -> Iterator[None]:
         setattr(ShardingPropagator, name, found)
 
 
-def fullest(accounts: Sequence[Breakdown]) -> tuple[int, Breakdown]:
-    """The process that holds most, the first of those, and what it holds."""
-    return max(enumerate(accounts), key=lambda item: (item[1].total, -item[0]))
+def fullest(reports: Sequence[Breakdown]) -> tuple[int, Breakdown]:
+    """The rank with the most bytes (the first of those), and its breakdown."""
+    return max(enumerate(reports), key=lambda item: (item[1].total, -item[0]))
 
 
-def of_ranks(config: ResolvedConfig, ranks: int) -> list[Breakdown]:
-    """Weights, gradients and states of each of so many processes.
+def per_rank(config: ResolvedConfig, world_size: int) -> list[Breakdown]:
+    """Weights, gradients and states of each rank.
 
-    Weights and gradients are padded to as many rows (or columns) on all of them, and sparse
-    positions are whole on each. What an optimizer updates entry by entry, or in parts, has states
-    of the process's own share; of a layer that it needs whole one process owns all states.
+    Weights and gradients are padded to the same number of rows (or columns) on all ranks; sparse
+    positions are replicated. Where an optimizer updates shards, the states are those of the shard;
+    a layer that it needs in full has one owner with all its states.
 
     Raises:
         InputError: a method of one's own or an optimizer by import path: states aren't known.
     """
-    placed = list(_placed(config, ranks))
-    found = [_shards(config, placed, ranks) for _ in range(ranks)]
+    placed = list(_placed(config, world_size))
+    found = [_shards(config, placed, world_size) for _ in range(world_size)]
     for w, place in placed:
         if not w.trains or place.way == "owner":
             continue
-        for rank, account in enumerate(found):
+        for rank, report in enumerate(found):
             if place.way == "part":
-                _add_part_(account, w, config, ranks)
+                _add_part_(report, w, config, world_size)
             else:
-                _add_states_(account, _share(w, place.dim, ranks, rank), config)
-    for owner, layer in _owned(config, placed, ranks):
+                _add_states_(report, _share(w, place.dim, world_size, rank), config)
+    for owner, layer in _owned(config, placed, world_size):
         for w in layer:
             _add_states_(found[owner], w, config)
     return found
 
 
 class Place(NamedTuple):
-    """How processes share a weight."""
+    """How a weight is sharded."""
 
-    layer: int  # its number: what is updated together
-    dim: int  # along which it is cut
-    way: Literal["shard", "part", "owner"]  # what its states are
+    layer: int  # its number; a layer is updated together
+    dim: int  # of the shards
+    way: Literal["shard", "part", "owner"]  # of its states
 
 
-def _placed(config: ResolvedConfig, ranks: int) -> Iterator[tuple[Weight, Place]]:
+def _placed(config: ResolvedConfig, world_size: int) -> Iterator[tuple[Weight, Place]]:
     """All weights of a configuration, placed as `training.fsdp` places them."""
-    method, cuts = METHODS[config.method], _cuts(config, ranks)
+    method, cuts = METHODS[config.method], _cuts(config, world_size)
     for number, layer in enumerate(layers(config)):
         for index, w in enumerate(layer):
             whole = _needed_whole(w, config)
@@ -130,20 +130,20 @@ def _placed(config: ResolvedConfig, ranks: int) -> Iterator[tuple[Weight, Place]
                 yield w, Place(number, cut, "part")
                 continue
             is_A = method.layers is not None and index == 1
-            by_columns = is_A and not whole and not w.shape[1] % ranks
+            by_columns = is_A and not whole and not w.shape[1] % world_size
             way: Literal["shard", "owner"] = "owner" if whole and w.trains else "shard"
             yield w, Place(number, int(by_columns), way)
 
 
-def _cuts(config: ResolvedConfig, ranks: int) -> dict[tuple[tuple[int, ...], bool], int]:
-    """The dimension along which weights are held that are updated in parts, by shape and target."""
+def _cuts(config: ResolvedConfig, world_size: int) -> dict[tuple[tuple[int, ...], bool], int]:
+    """The dimension of the shards that are updated in place, by shape and target."""
     method = METHODS[config.method]
     found: dict[tuple[tuple[int, ...], bool], int] = {}
     if not method.shardable:
         return found
     all_in_full = method.full_weights(config.method_options) == "all"
     for shape, target in {(w.shape, w.target) for w in weights(config)}:
-        if any(n % ranks for n in shape) or not (target or all_in_full):
+        if any(n % world_size for n in shape) or not (target or all_in_full):
             continue
         one = [torch.empty(shape, device="meta", requires_grad=True)]
         optimizer = method.optimizer(*((one, []) if target else ([], one)), config)
@@ -154,20 +154,22 @@ def _cuts(config: ResolvedConfig, ranks: int) -> dict[tuple[tuple[int, ...], boo
     return found
 
 
-def _share(w: Weight, dim: int, ranks: int, rank: int | None = None) -> Weight:
-    """A process's part of a weight; without `rank` as it is padded."""
-    length = -(-w.shape[dim] // ranks)
+def _share(w: Weight, dim: int, world_size: int, rank: int | None = None) -> Weight:
+    """The shard of a weight on a rank; without `rank`, the padded shard."""
+    length = -(-w.shape[dim] // world_size)
     if rank is not None:
         length = max(0, min(length, w.shape[dim] - rank * length))
     shape = tuple(length if i == dim else n for i, n in enumerate(w.shape))
     return w._replace(shape=shape)
 
 
-def _shards(config: ResolvedConfig, placed: list[tuple[Weight, Place]], ranks: int) -> Breakdown:
-    """What every process has as much of: weights and gradients."""
+def _shards(
+    config: ResolvedConfig, placed: list[tuple[Weight, Place]], world_size: int
+) -> Breakdown:
+    """Weights and gradients, which have the same size on every rank."""
     found, b = Breakdown(), element_bytes(config)
     for w, place in placed:
-        size = b * _share(w, place.dim, ranks).numel()
+        size = b * _share(w, place.dim, world_size).numel()
         found.weights += size
         found.gradients += size * w.trains
         found.frozen += size * (not w.trains)
@@ -178,36 +180,36 @@ def _shards(config: ResolvedConfig, placed: list[tuple[Weight, Place]], ranks: i
 
 
 def _owned(
-    config: ResolvedConfig, placed: list[tuple[Weight, Place]], ranks: int
+    config: ResolvedConfig, placed: list[tuple[Weight, Place]], world_size: int
 ) -> Iterator[tuple[int, list[Weight]]]:
-    """What trains in layers that are updated whole, with its owner.
+    """The trained weights of each layer with an owner.
 
-    The largest come first, each to the process that has fewest entries (`training.fsdp_layout`).
+    The largest layer first, each to the rank with the fewest entries (`training.fsdp_layout`).
     """
     units: dict[int, list[Weight]] = {}
     for w, place in placed:
         if place.way == "owner":
             units.setdefault(place.layer, []).append(w)
-    held = [0] * ranks
+    held = [0] * world_size
     for unit in sorted(units.values(), key=lambda unit: -sum(w.numel() for w in unit)):
         owner = held.index(min(held))
         held[owner] += sum(w.numel() for w in unit)
         yield owner, unit
 
 
-def _add_states_(account: Breakdown, w: Weight, config: ResolvedConfig) -> None:
-    account.optimizer_states += state_bytes(w, config)
-    account.projections += projection_bytes(w, config)
+def _add_states_(report: Breakdown, w: Weight, config: ResolvedConfig) -> None:
+    report.optimizer_states += state_bytes(w, config)
+    report.projections += projection_bytes(w, config)
 
 
-def _add_part_(account: Breakdown, w: Weight, config: ResolvedConfig, ranks: int) -> None:
-    """An equal share of the states, and numbers about the whole, which all processes have."""
+def _add_part_(report: Breakdown, w: Weight, config: ResolvedConfig, world_size: int) -> None:
+    """An equal share of the states, and scalars of the full weight, which all ranks have."""
     numbers = state_bytes(w._replace(shape=(0,) * len(w.shape)), config)
-    account.optimizer_states += (state_bytes(w, config) - numbers) // ranks + numbers
-    account.projections += projection_bytes(w, config) // ranks
+    report.optimizer_states += (state_bytes(w, config) - numbers) // world_size + numbers
+    report.projections += projection_bytes(w, config) // world_size
 
 
 def _needed_whole(w: Weight, config: ResolvedConfig) -> bool:
-    """Whether an update of the weight needs more of it than single entries."""
+    """Whether an update needs the weight in full, and not entry by entry."""
     which = METHODS[config.method].full_weights(config.method_options)
     return which == "all" or (which == "targets" and w.target)

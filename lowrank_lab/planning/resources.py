@@ -1,4 +1,4 @@
-"""What a run needs of a machine, estimated before it starts, and what the machine has."""
+"""Memory, disk and FLOPs of a run, estimated before it starts, and those of the machine."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Source = Literal["simulated", "formula"]
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that a run takes at most: of memory, a CUDA device's memory and disk; and its FLOPs."""
+class Resources:
+    """Upper bounds in bytes on memory, device memory and disk of a run, and its FLOPs."""
 
     memory: int
     device: int
     disk: int
-    kept: int  # of disk, when it has finished
+    kept: int  # of disk, after the run
     source: Source  # of the memory
     held: int  # bytes of weights and optimizer states
     flops: float  # of all forward and backward passes of its training
@@ -53,22 +53,24 @@ class Need:
         return f"{self.memory / GB:.2f} GB of memory, {self.disk / GB:.3f} GB of disk"
 
 
-def needs_of(configs: Iterable[ResolvedConfig], cuda: bool | None = None) -> Iterator[Need]:
-    """The needs of configurations; those that differ in seed and lr alone are one.
+def resources_of_each(
+    configs: Iterable[ResolvedConfig], cuda: bool | None = None
+) -> Iterator[Resources]:
+    """Resources per configuration; those that differ in seed and lr alone are estimated once.
 
     Args:
-        cuda: on a CUDA device, or on a CPU; by default on what there is here.
+        cuda: on a CUDA device, or on a CPU; by default as `device_of` decides here.
     """
-    known: dict[str, Need] = {}
+    known: dict[str, Resources] = {}
     for config in configs:
         key = config.override(seed=0, lr=1.0).model_dump_json()
         if key not in known:
-            known[key] = need_of(config, cuda)
+            known[key] = resources_of(config, cuda)
         yield known[key]
 
 
-def need_of(config: ResolvedConfig, cuda: bool | None = None) -> Need:
-    """The needs of one configuration."""
+def resources_of(config: ResolvedConfig, cuda: bool | None = None) -> Resources:
+    """Resources of one configuration."""
     held, quick = _quick_bytes(config)
     flops = flops_per_token(config) * config.tokens_per_step * config.total_steps
     if cuda is None:
@@ -80,26 +82,26 @@ def need_of(config: ResolvedConfig, cuda: bool | None = None) -> Need:
             quick = simulate(_in_two_pieces(config), "cuda" if cuda else "cpu").peak.total
             source = "simulated"
     # the last ones, the best one, and one that is being written
-    checkpoints = (config.checkpoints_kept + 2) * held
+    checkpoints = (config.keep_latest + 2) * held
     records = _record_bytes(config) + NOTEBOOK_BYTES
     trained = element_bytes(config) * sum(w.numel() for w in weights(config))
-    kept = records + (checkpoints if config.keep_checkpoints else trained)
+    kept = records + (checkpoints if config.keep_after_finish else trained)
     memory, device = (2 * PROCESS_BYTES, quick) if cuda else (PROCESS_BYTES + quick, 0)
-    return Need(memory, device, max(checkpoints + records, kept), kept, source, held, flops)
+    return Resources(memory, device, max(checkpoints + records, kept), kept, source, held, flops)
 
 
 def _in_two_pieces(config: ResolvedConfig) -> ResolvedConfig:
-    """The configuration with two pieces of its batch: all further ones do what the second does."""
+    """The configuration with at most two micro-batches: further ones repeat the second."""
     pieces = min(config.gradient_accumulation, 2)
     batch = config.batch // config.gradient_accumulation * pieces
     return config.override(batch=batch, gradient_accumulation=pieces)
 
 
 def _quick_bytes(config: ResolvedConfig) -> tuple[int, int]:
-    """Bytes of weights and states, which a checkpoint holds too, and of the peak: rather too high.
+    """Bytes of weights and states (a checkpoint's), and an upper estimate of the peak.
 
-    At the peak there are gradients, activations of dense layers, what factors keep besides, logits
-    with their gradients, and temporaries of the largest matrix.
+    The peak is the sum of weights, states, gradients, activations of dense layers and of factors,
+    logits with their gradients, and temporaries of the largest matrix.
     """
     b, found = element_bytes(config), list(weights(config))
     try:
@@ -128,7 +130,7 @@ def _record_bytes(config: ResolvedConfig) -> int:
 
 
 def machine_memory() -> int | None:
-    """Bytes of memory that this process and others beside it may use; None where nobody says."""
+    """Bytes of memory that this machine or control group has; None where it is unknown."""
     limits = [_number(path) for path in _limit_files()]
     with suppress(ValueError, OSError, AttributeError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -136,7 +138,7 @@ def machine_memory() -> int | None:
 
 
 def _limit_files() -> Iterator[Path]:
-    """Files that hold the limits of this process's control group and of those above it."""
+    """Files with the memory limits of this process's control group and its ancestors."""
     roots = {
         "": (Path("/sys/fs/cgroup"), "memory.max"),
         "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # of version 1
@@ -159,14 +161,14 @@ def _number(path: Path) -> int | None:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is or would be."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def device_memory() -> int | None:
-    """Bytes of the smallest CUDA device; None without one."""
+    """Memory of the smallest CUDA device in bytes; None without one."""
     import torch
 
     count = torch.cuda.device_count()

@@ -1,8 +1,7 @@
-"""Where the bytes of training are, from three sources that check each other.
+"""Memory of training by simulation and by measurement, which check the formulas.
 
-`formulas.by_formula` counts from the configuration, `simulate` runs the training step on fake
-tensors, which have shapes and no memory, and `measure` runs it for real. All speak of the same
-`Breakdown`.
+`simulate` runs the training step on fake tensors, which have shapes and no memory, `measure` on
+real ones; `formulas.by_formula` counts from the configuration. All return the same `Breakdown`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lowrank_lab import distributed
-from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
+from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, warn_renamed
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.memory.hidden import GLOO, LAPACK
@@ -33,7 +32,13 @@ from lowrank_lab.methods.build import build
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.attention import flash_kernels
-from lowrank_lab.planning.fsdp import check_ranks, fullest, of_ranks, one_of, whole_shapes_unseen
+from lowrank_lab.planning.fsdp import (
+    check_world_size,
+    fake_rank,
+    fullest,
+    per_rank,
+    untracked_global_shapes,
+)
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import warm_start
 from lowrank_lab.training.step import (
@@ -49,142 +54,153 @@ CUDA_BLOCK = 512  # bytes: CUDA's caching allocator rounds up to a multiple of i
 
 
 @dataclass
-class Account:
+class MemoryReport:
     """The memory of a configuration's training, step by step of each kind.
 
     Attributes:
         source: `simulated` or `measured`.
         steps: a Trace for each kind of step, by name: `first`, `next`, and those with events.
-        at_rest: weights, gradients and states as training holds them after the last of the steps.
+        persistent: weights, gradients and states between two steps, after the last of `steps`.
         allocated: bytes at the peak of each step according to the allocator (measured only).
-        left_out: what isn't in the figures, in words.
-        ranks: how many processes share the run by FSDP2, and `rank` which of them this is; 0: none.
-        seconds: that it took.
+        excluded: what the figures leave out, in words.
+        world_size: number of processes that share the run by FSDP2; 0 without it.
+        rank: of this process.
+        seconds: duration of the simulation or measurement.
     """
 
     config: ResolvedConfig
     source: str
     steps: dict[str, Trace] = field(default_factory=dict)
-    at_rest: Breakdown = field(default_factory=Breakdown)
+    persistent: Breakdown = field(default_factory=Breakdown)
     allocated: dict[str, int] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
-    ranks: int = 0
+    excluded: list[str] = field(default_factory=list)
+    world_size: int = 0
     rank: int = 0
     seconds: float = 0.0
 
     @property
     def peak_step(self) -> str:
-        """The kind of step that takes most."""
+        """The kind of step with the highest peak."""
         return max(self.steps, key=lambda name: self.steps[name].peak.total)
 
     @property
     def peak(self) -> Breakdown:
-        """What is there when most is, over all kinds of steps."""
+        """The breakdown at the peak, over all kinds of steps."""
         return self.steps[self.peak_step].peak
 
 
 def simulate(
-    config: RunConfig, device: str = "cpu", *, ranks: int | None = None, rank: int | None = None
-) -> Account:
-    """The memory of training a configuration, from the training step itself on fake tensors.
+    config: RunConfig,
+    device: str = "cpu",
+    *,
+    world_size: int | None = None,
+    rank: int | None = None,
+    ranks: int | None = None,
+) -> MemoryReport:
+    """Memory of training a configuration, from the training step itself on fake tensors.
 
     Args:
-        config: any method and size; `compile` is left out, as compilers plan memory of their own.
-        device: `cpu`, or `cuda` for what differs there: flash attention, blocks of 512 bytes.
-        ranks: that many processes share the run by FSDP2, its batch too; the account is of one.
-        rank: which one; by default the one that holds most, as owners of layers differ.
+        config: any method and size; `compile` is ignored, as compilers plan their own memory.
+        device: `cpu`, or `cuda` with its flash attention and blocks of 512 bytes.
+        world_size: number of processes that share the run and its batch by FSDP2; the report is of
+            one of them.
+        rank: which one; by default the one with the most bytes, as owners of layers differ.
+        ranks: the earlier name of `world_size`.
 
     Raises:
-        InputError: the configuration, a device that isn't known, or ranks that can't share it.
+        InputError: the configuration, an unknown device, or a world size that can't share it.
     """
     if device not in ("cpu", "cuda"):
         raise InputError("device", device, "cpu or cuda")
+    if ranks is not None:
+        warn_renamed("ranks", "world_size")
+        world_size = ranks if world_size is None else world_size
     resolved = resolve(config)
-    if ranks is None:
-        return _simulate(device, Account(resolved, "simulated"))
-    resolved = check_ranks(resolved, ranks)
+    if world_size is None:
+        return _simulate(device, MemoryReport(resolved, "simulated"))
+    resolved = check_world_size(resolved, world_size)
     if rank is None:
         try:
-            rank, _ = fullest(of_ranks(resolved, ranks))
+            rank, _ = fullest(per_rank(resolved, world_size))
         except InputError:  # states that no formula knows
             rank = 0
-    if not 0 <= rank < ranks:
-        raise InputError("rank", rank, f"0 to {ranks - 1}")
-    account = Account(resolved, "simulated", ranks=ranks, rank=rank)
-    with one_of(ranks, rank):
+    if not 0 <= rank < world_size:
+        raise InputError("rank", rank, f"0 to {world_size - 1}")
+    report = MemoryReport(resolved, "simulated", world_size=world_size, rank=rank)
+    with fake_rank(world_size, rank):
         try:
-            return _simulate(device, account)
+            return _simulate(device, report)
         except InputError as error:  # of ShardedModel: more processes than layers
-            name = "ranks" if error.field == "nproc-per-node" else error.field
+            name = "world_size" if error.field == "nproc-per-node" else error.field
             raise InputError(name, error.value, error.allowed) from None
 
 
-def _simulate(device: str, account: Account) -> Account:
-    """Fill the account of its configuration."""
-    account.config = config = account.config.override(compile=False)
+def _simulate(device: str, report: MemoryReport) -> MemoryReport:
+    """The report, filled from its configuration."""
+    report.config = config = report.config.override(compile=False)
     started = time.perf_counter()
     with ExitStack() as stack:
         if device == "cuda":
             stack.enter_context(flash_kernels())
-            account.left_out.append("CUDA's context and libraries (some 0.5 GiB), fragmentation")
-        if account.ranks:
-            account.left_out.append("buffers of NCCL or gloo, and the first process's copy in RAM")
+            report.excluded.append("CUDA's context and libraries (some 0.5 GiB), fragmentation")
+        if report.world_size:
+            report.excluded.append("buffers of NCCL or gloo, and the first process's copy in RAM")
         stack.enter_context(FakeTensorMode())
         granularity = CUDA_BLOCK if device == "cuda" else 1
-        stepping = _Stepping(config, torch.device("cpu"), granularity, account.ranks > 0)
+        stepping = _Stepping(config, torch.device("cpu"), granularity, report.world_size > 0)
         if not METHODS[config.method].fake_steps:
-            account.left_out.append("temporaries of the optimizer (its states are by formula)")
+            report.excluded.append("temporaries of the optimizer (its states are by formula)")
             stepping.assume_states(
-                of_ranks(config, account.ranks)[account.rank].optimizer_states
-                if account.ranks
+                per_rank(config, report.world_size)[report.rank].optimizer_states
+                if report.world_size
                 else optimizer_state_bytes(config)
             )
         for name, run in stepping.kinds():
             run()
-            account.steps[name] = stepping.tracker.trace()
-        account.at_rest = stepping.at_rest()
+            report.steps[name] = stepping.tracker.trace()
+        report.persistent = stepping.persistent()
         stepping.tracker.close()
-    account.seconds = time.perf_counter() - started
-    return account
+    report.seconds = time.perf_counter() - started
+    return report
 
 
-def measure(config: RunConfig, device: str = "cpu") -> Account:
-    """The memory of training a configuration, from real steps on random tokens.
+def measure(config: RunConfig, device: str = "cpu") -> MemoryReport:
+    """Memory of training a configuration, from real steps on random tokens.
 
-    Live storages are followed operation by operation; beside them stands what the allocator says.
-    A process of a group measures its shards, with `parallel: fsdp2`; all of them have to.
+    By live storages, operation by operation, and by the allocator. With `parallel: fsdp2` every
+    process of the group has to call it, and measures its shards.
 
     Raises:
-        InputError: the configuration, or a device that isn't there.
+        InputError: the configuration, or a missing device.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise InputError("device", device, "cpu, or cuda where there is one")
     resolved = resolve(config).override(compile=False)
     started = time.perf_counter()
-    account = Account(resolved, "measured")
+    report = MemoryReport(resolved, "measured")
     in_shards = resolved.parallel == "fsdp2" and dist.is_initialized()
     if in_shards:
-        account.ranks, account.rank = distributed.world_size(), distributed.rank()
+        report.world_size, report.rank = distributed.world_size(), distributed.rank()
     granularity = CUDA_BLOCK if device == "cuda" else 1
     stepping = _Stepping(resolved, torch.device(device), granularity, in_shards)
     for name, run in stepping.kinds():
         before = stepping.tracker.alive_bytes
         # A release by one of gloo's threads is not recorded: what it held then counts on.
-        with whole_shapes_unseen(), allocator_peak(stepping.device) as above:
+        with untracked_global_shapes(), allocator_peak(stepping.device) as above:
             run()
-        account.steps[name] = stepping.tracker.trace()
-        account.allocated[name] = before + above[0]
-    account.at_rest = stepping.at_rest()
+        report.steps[name] = stepping.tracker.trace()
+        report.allocated[name] = before + above[0]
+    report.persistent = stepping.persistent()
     stepping.tracker.close()
-    account.seconds = time.perf_counter() - started
-    return account
+    report.seconds = time.perf_counter() - started
+    return report
 
 
 @contextmanager
 def allocator_peak(device: torch.device) -> Iterator[list[int]]:
-    """The most bytes that were allocated in this block above those before it: one number, after it.
+    """Peak of allocated bytes in this block above its start: a list of one number, afterwards.
 
-    On a CPU from the allocator's events in torch's profiler, on CUDA from the allocator's counters.
+    On a CPU by the allocator events of torch's profiler, on CUDA by the allocator's counters.
     """
     found: list[int] = []
     gc.collect()  # what others left must not be released within
@@ -231,7 +247,7 @@ class _Stepping:
         self._assumed: Tensor | None = None
 
     def assume_states(self, size: int) -> None:
-        """Hold that many bytes in place of states after the first step; steps do nothing else."""
+        """Replace the optimizer's step by an allocation of that many bytes of states."""
 
         def step(closure: object = None) -> None:
             if self._assumed is None:
@@ -249,7 +265,7 @@ class _Stepping:
                 seen.add(name)
                 yield name, partial(self._take, updates)
 
-    def at_rest(self) -> Breakdown:
+    def persistent(self) -> Breakdown:
         if self._shards is None:
             found = persistent(self.model, self.optimizer, self.config.per_layer)
         else:
@@ -281,7 +297,7 @@ class _Stepping:
 
 
 def _candidates(config: ResolvedConfig) -> list[int]:
-    """Numbers of updates after which the steps of all kinds are met, in order."""
+    """Numbers of updates before a step of each kind, in order."""
     starts = warm_start(config)
     found = {0, 1, config.total_steps - 1}  # nothing follows the last one
     if starts:

@@ -12,7 +12,7 @@ from typing import Any
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import GB
 from lowrank_lab.paths import data_folder, kept_folders
-from lowrank_lab.planning.resources import Need, free_disk, needs_of
+from lowrank_lab.planning.resources import Resources, free_disk, resources_of_each
 from lowrank_lab.runs.collect import finished_run
 from lowrank_lab.studies.job import Job, known_parameters, parameter_names, plan_states, read_record
 from lowrank_lab.studies.study_file import Study, load_study
@@ -25,7 +25,7 @@ class Plan:
     study: Study
     folder: Path
     jobs: list[Job]
-    needs: list[Need]
+    needs: list[Resources]
 
 
 def plan_study(
@@ -52,7 +52,7 @@ def plan_study(
     read = load_study(study, seeds, only, corpora=not elsewhere)
     folder = (out if out is not None else data_folder() / "runs" / read.name).resolve()
     configs = (config for _, config in read.runs.values())
-    needs = list(needs_of(configs, cuda=True if elsewhere else None))
+    needs = list(resources_of_each(configs, cuda=True if elsewhere else None))
     places = data_folder() / "runs", *kept_folders()
     todo = []
     for (run_id, (label, config)), need in zip(read.runs.items(), needs, strict=True):

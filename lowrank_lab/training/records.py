@@ -114,7 +114,7 @@ class Records:
         """Write result.json, by which a run is finished, and remove what is no longer needed."""
         write_json(self.folder / "result.json", result)
         (self.folder / "progress.json").unlink(missing_ok=True)
-        if not self._config.keep_checkpoints:
+        if not self._config.keep_after_finish:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
 

@@ -210,7 +210,7 @@ class Trainer:
         if self._records.writes and all(bool(p.isfinite().all()) for p in model.parameters()):
             checkpoint.save(
                 self.folder / "checkpoints", self.updates, model, optimizer,
-                kept=self.config.checkpoints_kept, loss=loss, seconds=self.seconds,
+                kept=self.config.keep_latest, loss=loss, seconds=self.seconds,
                 peaks=self._peaks.by_kind, recent_losses=list(self._watch.recent), best=self._best,
                 skipped=self._skipped, bytes=self.bytes.as_dict(),
             )  # fmt: skip

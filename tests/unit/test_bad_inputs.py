@@ -129,7 +129,7 @@ BAD = {
     "left out but per layer": (
         f"{TRAIN} --on-nonfinite skip --per-layer --clip 0", ["on_nonfinite", "per_layer"],
     ),
-    "no checkpoint kept": (f"{TRAIN} --checkpoints-kept 0", ["checkpoints_kept", "0", "1"]),
+    "no checkpoint kept": (f"{TRAIN} --keep-latest 0", ["keep_latest", "0", "1"]),
     "checkpoints never": (f"{TRAIN} --checkpoint-every 0", ["checkpoint_every", "0", "1"]),
     "evaluations never": (f"{TRAIN} --eval-every 0", ["eval_every", "0", "1"]),
     "spectra of no pattern": (f"{TRAIN} --spectra-layers [", ["spectra_layers", "expression"]),
@@ -159,28 +159,30 @@ BAD = {
     "memory at a rank above the layers": (
         "memory --model tiny --method low-rank --rank 99", ["rank", "99", "32"],
     ),
-    "ranks of nobody": ("memory --model tiny --ranks 0", ["ranks", "0", "1 or more"]),
-    "ranks not a number": ("memory --model tiny --ranks many", ["--ranks", "many", "integer"]),
+    "a world size of 0": ("memory --model tiny --world-size 0", ["world_size", "0", "1 or more"]),
+    "a world size that is no number": (
+        "memory --model tiny --world-size many", ["--world-size", "many", "integer"],
+    ),
     "ranks that don't divide the batch": (
-        "memory --model tiny --batch 8 --ranks 3 --all", ["ranks", "3", "batch 8"],
+        "memory --model tiny --batch 8 --world-size 3 --all", ["world_size", "3", "batch 8"],
     ),
     "ranks that don't divide a piece": (
-        "memory --model tiny --batch 8 --gradient-accumulation 4 --ranks 4",
-        ["ranks", "4", "gradient_accumulation 4"],
+        "memory --model tiny --batch 8 --gradient-accumulation 4 --world-size 4",
+        ["world_size", "4", "gradient_accumulation 4"],
     ),
     "ranks with updates per layer": (
-        "memory --model tiny --batch 8 --ranks 2 --per-layer --all", ["per_layer", "fsdp2"],
+        "memory --model tiny --batch 8 --world-size 2 --per-layer --all", ["per_layer", "fsdp2"],
     ),
     "ranks of merges": (
-        "memory --model tiny --method relora --rank 4 --batch 8 --ranks 2 --option warm_start=9",
+        "memory --model tiny --method relora --batch 8 --world-size 2 --option warm_start=9",
         ["warm_start", "9"],
     ),
     "more ranks than layers": (
-        "memory --model tiny --method galore --rank 4 --batch 40 --ranks 40",
-        ["ranks", "40", "14 layers"],
+        "memory --model tiny --method galore --rank 4 --batch 40 --world-size 40",
+        ["world_size", "40", "14 layers"],
     ),
     "ranks to measure": (
-        "memory --model tiny --batch 8 --ranks 2 --measure", ["measure", "ranks"],
+        "memory --model tiny --batch 8 --world-size 2 --measure", ["measure", "world_size"],
     ),
     "unknown benchmark": ("bench speed", ["speed"]),
     "sample of nothing": ("sample {tmp}/folder", ["run", "folder", "config.json"]),

@@ -11,11 +11,13 @@ import torch
 from click.testing import CliRunner
 from paths import NOTEBOOKS
 
+from lowrank_lab import config as config_module
 from lowrank_lab.cli import main
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.own import OWN_METHODS
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.runs.run import Run
+from lowrank_lab.studies.study_file import load_study
 from lowrank_lab.training import step
 
 SMALL = ["--model", "tiny", "--sequence-length", "16", "--batch", "2", "--vocab-size", "300"]
@@ -136,3 +138,33 @@ def test_a_file_of_ones_own_methods_is_known_everywhere(tmp_path, monkeypatch):
         assert kernels.returncode == 0
     finally:
         METHODS.pop("mine", None)
+
+
+def test_earlier_flags_still_work_and_warn_in_one_line():
+    memory = ["memory", "--model", "tiny", "--batch", "2", "--sequence-length", "16", "--json"]
+    flags = ["--ranks", "2", "--checkpoints-kept", "5", "--keep-checkpoints"]
+    earlier = subprocess.run(
+        [sys.executable, "-m", "lowrank_lab", *memory, *flags], capture_output=True, text=True
+    )
+    assert earlier.stderr.splitlines() == [
+        "--ranks is called --world-size now",
+        "checkpoints_kept is called keep_latest now",
+        "keep_checkpoints is called keep_after_finish now",
+    ]
+    now = run(*memory, "--world-size", "2", "--keep-latest", "5", "--keep-after-finish")
+    assert now.stderr == ""
+    facts = json.loads(earlier.stdout)
+    assert facts["world_size"] == 2
+    assert {**facts, "seconds": 0} == {**json.loads(now.stdout), "seconds": 0}
+    assert "--ranks" not in run("memory", "--help").stdout
+
+
+def test_a_study_file_with_earlier_names_has_the_same_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_module, "_warned", set())
+    studies = {"earlier": "checkpoints_kept", "now": "keep_latest"}
+    for name, field in studies.items():
+        base = f"base: {{model: tiny, corpus: markov, steps: 20, {field}: 5}}\nseeds: [1]\n"
+        (tmp_path / f"{name}.yaml").write_text(base)
+    with pytest.warns(FutureWarning, match="keep_latest"):
+        earlier = load_study(tmp_path / "earlier.yaml", corpora=False)
+    assert earlier.runs == load_study(tmp_path / "now.yaml", corpora=False).runs

@@ -3,13 +3,17 @@
 import json
 import math
 import re
+import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lowrank_lab import config as config_module
 from lowrank_lab.config import SIZES, InputError, RunConfig, nearest
+from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.runs.run import Run
 
 ONE_LINE = re.compile(r"[\w.]+: .+ is not allowed; .+")  # without DOTALL, `.` stops at a line end
 
@@ -333,3 +337,42 @@ def test_infinity_and_nan_are_refused(field, value):
 )
 def test_a_pattern_too_large_to_compile_is_refused(field, value):
     refusal(**{field: value})
+
+
+# Earlier names
+
+
+EARLIER = {"checkpoints_kept": 5, "keep_checkpoints": True}
+
+
+@pytest.fixture
+def nothing_said(monkeypatch):
+    """No warning of an earlier name has been given in this process."""
+    monkeypatch.setattr(config_module, "_warned", set())
+
+
+def test_earlier_names_of_fields_warn_a_person_once(nothing_said):
+    with pytest.warns(FutureWarning) as caught:
+        config, _ = RunConfig(**EARLIER), RunConfig(**EARLIER)
+    assert (config.keep_latest, config.keep_after_finish) == (5, True)
+    assert [str(w.message) for w in caught] == [
+        "checkpoints_kept is called keep_latest now",
+        "keep_checkpoints is called keep_after_finish now",
+    ]
+
+
+def test_earlier_names_in_records_are_read_without_a_warning(nothing_said, tmp_path):
+    stored = resolve(RunConfig(model="tiny", corpus="markov")).model_dump()
+    for old, new in config_module.RENAMED.items():
+        stored[old] = stored.pop(new)
+    (tmp_path / "config.json").write_text(json.dumps({"config": {**stored, **EARLIER}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = Run(tmp_path).config
+    assert (config.keep_latest, config.keep_after_finish) == (5, True)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_earlier_name_beside_its_new_one_is_refused():
+    with pytest.raises(InputError, match=r"^checkpoints_kept: 5 is not allowed; it is called keep"):
+        RunConfig(checkpoints_kept=5, keep_latest=5)

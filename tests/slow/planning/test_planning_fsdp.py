@@ -29,8 +29,8 @@ def test_two_processes_measure_what_is_simulated_of_each(tmp_path):
     measured = measure_all(jobs.items(), tmp_path)
     lines, worst = [], 0.0
     for (name, rank), real in sorted(measured.items()):
-        account = simulate(RunConfig(**jobs[name]), ranks=2, rank=rank)
-        assert account.at_rest.as_dict() == real["at_rest"]
+        account = simulate(RunConfig(**jobs[name]), world_size=2, rank=rank)
+        assert account.persistent.as_dict() == real["at_rest"]
         ratios = {
             kind: trace.peak.total / real["allocated"][kind]
             for kind, trace in account.steps.items()

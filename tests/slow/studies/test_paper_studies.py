@@ -32,7 +32,7 @@ def test_a_larger_head_says_so_of_a_dense_and_of_a_factorised_run(size):
     shown = {label: values for label, *values in re.findall(f"^{ROW}$", head_of(size), re.M)}
     configs = dict(load_study(path_of(size), corpora=False).runs.values())
     for label in ("full-rank", "low-rank + refactor + reset"):
-        need = resources.need_of(configs[label], cuda=True)
+        need = resources.resources_of(configs[label], cuda=True)
         assert need.source == "simulated"
         assert agrees(shown[label][1], need.device / 1e9)
 

@@ -50,7 +50,7 @@ def test_what_no_method_could_do_is_still_refused():
 def test_the_first_way_that_fits_ends_the_search_and_does_fit():
     config = RunConfig(**SMALL, method="galore", rank=4)
     whole = simulate(config, "cuda").peak.total
-    ways = fit.ways_to_fit(config, int(0.7 * whole))
+    ways = fit.suggestions(config, int(0.7 * whole))
     assert ways[-1].fits
     assert not any(way.fits for way in ways[:-1])
     assert ways[-1].peak == simulate(config.replace(**ways[-1].changes), "cuda").peak.total
@@ -59,14 +59,14 @@ def test_the_first_way_that_fits_ends_the_search_and_does_fit():
 
 def test_nothing_fits_into_less_than_the_weights():
     config = RunConfig(**SMALL, method="full-rank")
-    ways = fit.ways_to_fit(config, 1000)
+    ways = fit.suggestions(config, 1000)
     assert ways
     assert not any(way.fits or way.account for way in ways)
 
 
 def test_a_way_changes_nothing_that_is_so_already():
     config = RunConfig(**SMALL, method="full-rank", activation_checkpointing=True)
-    for way in fit.ways_to_fit(config, simulate(config, "cuda").peak.total - 50_000):
+    for way in fit.suggestions(config, simulate(config, "cuda").peak.total - 50_000):
         assert "--activation-checkpointing" not in way.flags
 
 
@@ -174,5 +174,5 @@ def test_tables_for_notebooks_hold_what_the_accounts_say():
     compared = describe.compared({"galore": account})
     assert compared["peak"].item() == account.peak.total
     assert describe.readable(compared)["label"].tolist() == ["galore"]
-    ways = describe.ways(config, account.peak.total * 2)
+    ways = describe.suggestions(config, account.peak.total * 2)
     assert ways.iloc[0, 2] == "yes"

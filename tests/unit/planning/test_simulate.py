@@ -41,7 +41,7 @@ def at_rest(breakdown):
 @pytest.mark.parametrize("method", QUICK)
 def test_formula_and_simulation_agree_to_the_byte(method, model, precision):
     config = configured(method, model, precision=precision)
-    assert at_rest(simulate(config).at_rest) == at_rest(by_formula(resolve(config)))
+    assert at_rest(simulate(config).persistent) == at_rest(by_formula(resolve(config)))
 
 
 @pytest.mark.parametrize("how", FRUGAL)
@@ -52,8 +52,8 @@ def test_the_simulated_step_is_the_measured_one(method, how):
     config = configured(method, **FRUGAL[how])
     simulated, measured = simulate(config), measure(config)
     assert (
-        at_rest(simulated.at_rest)
-        == at_rest(measured.at_rest)
+        at_rest(simulated.persistent)
+        == at_rest(measured.persistent)
         == at_rest(by_formula(resolve(config)))
     )
     assert simulated.steps.keys() == measured.steps.keys()
@@ -112,18 +112,18 @@ def test_8_bit_states_are_simulated_by_formula_and_measured():
     config = configured("adamw-8bit")
     simulated, measured = simulate(config), measure(config)
     assert (
-        at_rest(simulated.at_rest)
-        == at_rest(measured.at_rest)
+        at_rest(simulated.persistent)
+        == at_rest(measured.persistent)
         == at_rest(by_formula(resolve(config)))
     )
-    assert "formula" in simulated.left_out[0]
+    assert "formula" in simulated.excluded[0]
     assert abs(simulated.peak.total / max(measured.allocated.values()) - 1) < 0.03
 
 
 def test_a_simulation_allocates_nothing_and_leaves_torch_as_it_was():
     state = torch.random.get_rng_state()
     account = simulate(configured("full-rank", "13b", precision="bf16", batch=1))
-    assert account.at_rest.weights > 2 * 12e9
+    assert account.persistent.weights > 2 * 12e9
     assert torch.equal(state, torch.random.get_rng_state())
     assert type(torch.zeros(1)) is torch.Tensor
 
@@ -151,9 +151,9 @@ def test_the_kind_of_a_step_says_what_sets_it_apart(step, kind):
 def test_on_cuda_blocks_are_rounded_and_attention_is_flash():
     config = configured("full-rank", precision="bf16", batch=4, sequence_length=128)
     cpu, cuda = simulate(config), simulate(config, "cuda")
-    assert cpu.at_rest == cuda.at_rest
+    assert cpu.persistent == cuda.persistent
     assert all(block.bytes % 512 == 0 for block in cuda.steps["next"].blocks)
-    assert any("CUDA" in what for what in cuda.left_out)
+    assert any("CUDA" in what for what in cuda.excluded)
 
 
 def test_a_device_that_is_not_known_is_refused():

@@ -270,7 +270,7 @@ def test_the_best_checkpoint_is_marked_and_stays(tmp_path, monkeypatch):
             else real(model, corpus, split, tokens, config)
         ),
     )  # fmt: skip
-    config = config_of(checkpoints_kept=3, keep_checkpoints=True, reset_every=0)
+    config = config_of(keep_latest=3, keep_after_finish=True, reset_every=0)
     run = train(config, tmp_path)
     names = [p.name for p in checkpoint.all_checkpoints(tmp_path / "checkpoints")]
     assert names == [f"step-{n:08d}" for n in (12, 22, 23, 24)]
@@ -308,8 +308,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_logged_by_choice(tmp_path, 
 
 def test_a_skipped_update_leaves_weights_and_states_alone(tmp_path, monkeypatch):
     spoiled(monkeypatch, {5})
-    config = config_of(on_nonfinite="skip", reset_every=0, keep_checkpoints=True,
-                       checkpoints_kept=STEPS)  # fmt: skip
+    config = config_of(on_nonfinite="skip", reset_every=0, keep_after_finish=True,
+                       keep_latest=STEPS)  # fmt: skip
     train(config, tmp_path)
     before, after = (
         load_file(tmp_path / "checkpoints" / f"step-{n:08d}" / PARTS[0]) for n in (4, 5)
