@@ -1,1 +1,1 @@
-"""METHODS, one row per method, and what turns a configuration into model and optimizer."""
+"""METHODS, one row per method; from a configuration to its model and optimizer."""

@@ -46,7 +46,7 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Opt
 
 
 def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The trainable parameters of the target layers, and all others: each in exactly one list.
+    """The trainable parameters of the target layers, and all others; each is in exactly one list.
 
     Biases of target layers are among the others.
     """

@@ -1,4 +1,4 @@
-"""From parameters and a resolved configuration to an optimizer, for each method."""
+"""The optimizer of each method, from parameters and a configuration."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def projected(
 
 
 def precision_choices(config: RunConfig) -> dict[str, Any]:
-    """What the configuration asks of a projected optimizer beyond the dtype of its weights."""
+    """State dtype and rounding of a projected optimizer, where they are not the defaults."""
     names = ("state_precision", "stochastic_rounding")
     fields = RunConfig.model_fields
     return {n: getattr(config, n) for n in names if getattr(config, n) != fields[n].default}
 
 
-def whole_model(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> OptimizerBuilder:
+def uniform(optimizer: Callable[..., torch.optim.Optimizer], *keys: str) -> OptimizerBuilder:
     """An optimizer that treats all parameters alike and takes the given options."""
 
     def build(
@@ -106,9 +106,9 @@ def muon_states(w: Weight, config: ResolvedConfig) -> int:
 def adamw_8bit(
     targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
 ) -> torch.optim.Optimizer:
-    """torchao's AdamW with 8-bit moments; it compiles its step when it is first taken."""
+    """torchao's AdamW with 8-bit moments; its first step compiles it."""
     try:
-        with _quiet():  # on machines without CUDA it warns of every kernel that it can't have
+        with _quiet():  # it warns of each missing kernel on machines without CUDA
             from torchao.optim import AdamW8bit
     except ImportError:
         allowed = "it needs torchao: pip install 'lowrank-lab[quant]'"
@@ -157,7 +157,7 @@ def import_optimizer(path: str) -> Callable[..., torch.optim.Optimizer]:
 def _groups(
     targets: list[Tensor], rest: list[Tensor], keys: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """The targets, with `keys`, and all other parameters; empty groups are left out."""
+    """Parameter groups of the targets, with `keys`, and of the rest; without empty groups."""
     groups = [{"params": targets, **(keys or {})}, {"params": rest}]
     return [group for group in groups if group["params"]]
 

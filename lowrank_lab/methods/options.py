@@ -1,4 +1,4 @@
-"""Options of methods: a default, what is allowed, and the check that both describe."""
+"""Options of methods: defaults, allowed values and their checks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 
 
 class ByWidth(dict[int, float]):
-    """A number that was found at some widths of the model (hidden size → number, ascending).
+    """A number that depends on the width of the model (hidden size → number, ascending).
 
-    Between two of them it is read off the line that joins them on logarithmic axes, beyond the
-    first and the last it stays.
+    Interpolated on logarithmic axes between two widths, constant outside them.
     """
 
     def at(self, width: int) -> float:
-        """The number for a model of this hidden size, to two digits."""
+        """The number for a hidden size; interpolated ones have two digits."""
         widths = list(self)
         if width in self or not widths[0] < width < widths[-1]:
             return self[min(max(width, widths[0]), widths[-1])]
@@ -27,7 +26,7 @@ class ByWidth(dict[int, float]):
 
     @property
     def plain(self) -> float | dict[int, float]:
-        """The number alone where it is the same at all widths."""
+        """The number, if it is the same at all widths; else width → number."""
         return next(iter(self.values())) if len(self) == 1 else dict(self)
 
     def __str__(self) -> str:
@@ -39,7 +38,7 @@ class ByWidth(dict[int, float]):
 
 
 def at_width(value: Any, width: int) -> Any:
-    """A default for a model of this hidden size."""
+    """The value for a hidden size, if it depends on it."""
     return value.at(width) if isinstance(value, ByWidth) else value
 
 
@@ -50,7 +49,7 @@ class Option:
     default: Any
     allowed: str
     check: Callable[[Any], bool]
-    real: bool = False  # a real number, kept as a float
+    real: bool = False  # converted to float
 
     @classmethod
     def number(cls, default: float | ByWidth | None, low: float, high: float) -> Option:
@@ -64,7 +63,7 @@ class Option:
         return cls(default, f"a number from {low:g} to {high:g}", check, real=True)
 
     @classmethod
-    def whole(cls, default: int, low: int) -> Option:
+    def integer(cls, default: int, low: int) -> Option:
         def check(value: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
@@ -108,9 +107,9 @@ def adam_options(eps: float) -> dict[str, Option]:
 def projection_options(
     proj_types: tuple[str, ...], refreshes: tuple[str, ...] = (), *, spread: bool = False
 ) -> dict[str, Option]:
-    """How the gradient is projected, and when anew."""
+    """Side, period and method of the projection."""
     options = {
-        "update_proj_gap": Option.whole(200, 1),
+        "update_proj_gap": Option.integer(200, 1),
         "proj_type": Option.choice("std", proj_types),
     }
     options |= {"refresh": Option.choice("svd", refreshes)} if refreshes else {}

@@ -22,7 +22,7 @@ from lowrank_lab.methods.optimizers import (
     muon,
     muon_states,
     projected,
-    whole_model,
+    uniform,
 )
 from lowrank_lab.methods.options import ByWidth, Option, adam_options, projection_options
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
@@ -115,10 +115,10 @@ ROWS = (
         options={
             **_LORA,
             "alpha": Option.number(ByWidth({64: 8.0, 512: 32.0}), 1e-6, 1e6),
-            "merge_every": Option.whole(200, 1),
+            "merge_every": Option.integer(200, 1),
             "merge_moments": Option.choice("scale", ("scale", "magnitude", "random")),
             "merge_share": Option.number(1.0, 0, 1),
-            "warm_start": Option.whole(0, 0),
+            "warm_start": Option.integer(0, 0),
         },
         layer_options=("alpha",),
         needs_full="none",
@@ -161,7 +161,7 @@ ROWS = (
         options={
             **adam_options(eps=1e-8),
             "alpha": Option.number(None, 1e-6, 1e6),
-            "update_k": Option.whole(500, 1),
+            "update_k": Option.integer(500, 1),
         },
         layer_options=("alpha",),
         per_layer=False,
@@ -263,7 +263,7 @@ ROWS = (
             **adam_options(eps=1e-6),
             **projection_options(PROJ_TYPES, REFRESHES),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
-            "switch": Option.whole(0, 0),
+            "switch": Option.integer(0, 0),
         },
         needs_full="targets",
         shardable=True,
@@ -276,16 +276,16 @@ ROWS = (
         name="spam",
         summary="Adam with clipped gradient spikes and moments that restart",
         source="2501.06842",
-        optimizer=whole_model(
+        optimizer=uniform(
             Spam, "threshold", "update_proj_gap", "warmup", "grad_accu_steps", "density"
         ),
         lr=ByWidth({64: 2.5e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
         options={
             **adam_options(eps=1e-6),
             "threshold": Option.number(5000.0, 1e-6, 1e12),
-            "update_proj_gap": Option.whole(500, 1),
-            "warmup": Option.whole(150, 1),
-            "grad_accu_steps": Option.whole(20, 0),
+            "update_proj_gap": Option.integer(500, 1),
+            "warmup": Option.integer(150, 1),
+            "grad_accu_steps": Option.integer(20, 0),
             "density": Option.number(1.0, 1e-6, 1),
         },
         needs_full=spam_needs_full,
@@ -297,14 +297,14 @@ ROWS = (
         name="stable-spam",
         summary="Adam on gradients clipped by their running maximum and norm",
         source="2502.17055",
-        optimizer=whole_model(StableSpam, "gamma1", "gamma2", "theta", "update_proj_gap"),
+        optimizer=uniform(StableSpam, "gamma1", "gamma2", "theta", "update_proj_gap"),
         lr=ByWidth({64: 5e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
         options={
             **adam_options(eps=1e-8),
             "gamma1": Option.number(0.7, 0, 0.999999),
             "gamma2": Option.number(0.9, 0, 0.999999),
             "theta": Option.number(0.999, 0, 0.999999),
-            "update_proj_gap": Option.whole(1000, 1),
+            "update_proj_gap": Option.integer(1000, 1),
         },
         shardable=True,
         states="2mn + 3",

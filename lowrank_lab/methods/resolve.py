@@ -1,4 +1,4 @@
-"""`resolve`: from what a person asks for to what is run, or a refusal in one line."""
+"""`resolve`: fills in the defaults of a configuration and checks it for its method."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lowrank_lab.models.llama import Llama
 
 
 def resolve(config: RunConfig) -> ResolvedConfig:
-    """The configuration with every `None` that the run needs filled in, checked for the method.
+    """The configuration with all defaults filled in, checked for its method.
 
-    Fields that the method has no use for (a rank for full-rank) become `None`, so that equal runs
-    have equal ids; asking for something that would then silently not happen is refused.
+    Fields that the method doesn't use (a rank for full-rank) become `None`, so that equal runs have
+    equal ids. A technique that would have no effect is refused.
 
     Raises:
-        InputError: an unknown method or option, a rank that doesn't fit every target layer, a
-            technique that the method has nothing to apply to.
+        InputError: an unknown method or option, a rank that doesn't fit every target layer, or a
+            technique that the method can't use.
     """
     if config.method not in METHODS:
         raise InputError("method", config.method, nearest(config.method, METHODS))
@@ -56,7 +56,7 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 
 
 def _check_techniques(config: RunConfig, method: Method) -> None:
-    """Refuse what the method has nothing to apply to, or what can't go together."""
+    """Refuse techniques that the method can't use, or that exclude each other."""
     dense = method.layers is None
     if dense and config.refactor_every:
         allowed = f"{method.name} has no factors to refactorize; 0"
@@ -64,25 +64,33 @@ def _check_techniques(config: RunConfig, method: Method) -> None:
     if dense and config.init is not None:
         raise InputError("init", config.init, f"{method.name} has no factors to initialise")
     if config.init == "spectral" and method.layers not in (None, "low-rank"):
-        allowed = f"the factors of {method.name} stand beside other weights; kaiming"
+        allowed = f"the factors of {method.name} are added to other weights; kaiming"
         raise InputError("init", config.init, allowed)
     for name in ("on_refactor", "refactor_basis", "refactor_above"):
         value, default = getattr(config, name), RunConfig.model_fields[name].default
         if value != default and not config.refactor_every:
             raise InputError(name, value, f"needs refactor_every; or {default}")
+    _check_optimizer(config, method)
+    _check_precision(config, method)
+    if config.per_layer:
+        _check_per_layer(config, method)
+
+
+def _check_optimizer(config: RunConfig, method: Method) -> None:
+    """Refuse an optimizer that the method, its merges or the resets can't go with."""
     if config.optimizer is not None:
         if method.optimizer is not adamw:
             allowed = f"{method.name} brings an optimizer of its own"
             raise InputError("optimizer", config.optimizer, allowed)
         import_optimizer(config.optimizer)
         if "lr" in config.optimizer_options:
-            allowed = "lr is a field of the run, which the schedule follows"
+            allowed = "lr is a field of the run; the schedule sets it"
             raise InputError("optimizer_options", config.optimizer_options, allowed)
     elif config.optimizer_options:
         raise InputError("optimizer_options", config.optimizer_options, "needs an optimizer")
     own = config.optimizer is not None and config.optimizer not in ADAMS
     if own and "merge_every" in method.options:
-        allowed = f"{method.name} resets moments, and how it corrects its own isn't known"
+        allowed = f"{method.name} resets moments, and its bias correction isn't known"
         raise InputError("optimizer", config.optimizer, allowed)
     one_count = method.optimizer in (adamw, adamw_8bit) and config.reset_how == "scale"
     if config.reset_every and one_count and config.reset_moments != "both":
@@ -90,15 +98,12 @@ def _check_techniques(config: RunConfig, method: Method) -> None:
         raise InputError("reset_moments", config.reset_moments, allowed)
     if own and (config.reset_every or config.on_refactor != "keep"):
         name = "reset_every" if config.reset_every else "on_refactor"
-        allowed = f"how {config.optimizer} corrects its moments isn't known here"
+        allowed = f"the bias correction of {config.optimizer} isn't known"
         raise InputError(name, getattr(config, name), allowed)
-    _check_precision(config, method)
-    if config.per_layer:
-        _check_per_layer(config, method)
 
 
 def _check_precision(config: RunConfig, method: Method) -> None:
-    """States in float32 and random rounding are for bfloat16 weights, and not every optimizer's."""
+    """Refuse float32 states and stochastic rounding without bfloat16 weights or a projection."""
     for name, value in precision_choices(config).items():
         if "proj_type" not in method.options:
             raise InputError(name, value, f"the optimizer of {method.name} has no such choice")
@@ -110,13 +115,13 @@ def _check_per_layer(config: RunConfig, method: Method) -> None:
     if not method.per_layer:
         raise InputError("per_layer", True, f"{method.name} updates its factors in pairs")
     if config.method_options.get("warm_start"):
-        allowed = "which weights train changes after a warm start; without one"
+        allowed = "a warm start changes which weights train; without one"
         raise InputError("per_layer", True, allowed)
     if config.clip:
-        allowed = "with per_layer the norm of all gradients comes too late to clip them; 0"
+        allowed = "with per_layer the global norm is known after the updates only; 0"
         raise InputError("clip", config.clip, allowed)
     if config.gradient_accumulation > 1:
-        allowed = "with per_layer gradients are used up at once; 1"
+        allowed = "with per_layer gradients are not accumulated; 1"
         raise InputError("gradient_accumulation", config.gradient_accumulation, allowed)
 
 
@@ -140,7 +145,7 @@ def _checked_rank(config: RunConfig, method: Method) -> int | None:
 
 @lru_cache(maxsize=128)
 def _target_shapes(size: Size, target: str) -> tuple[tuple[str, int, int], ...]:
-    """Name, out features and in features of each layer that `target` names."""
+    """Name, out features and in features of each layer that `target` matches."""
     with torch.device("meta"):
         model = Llama(size)
     layers = target_layers(model, target)

@@ -38,7 +38,7 @@ ROW = """    Method(
         name="mine",
         summary="steps of the sign of the momentum",
         source="1802.04434",
-        optimizer=whole_model(mine.SignDescent, "momentum"),
+        optimizer=uniform(mine.SignDescent, "momentum"),
         lr=ByWidth({64: 2.5e-3}),
         options={"momentum": Option.number(0.9, 0, 0.999999)},
         needs_full="none",
@@ -63,9 +63,9 @@ config = lab.RunConfig(
     sequence_length=16, batch=4, steps=40, eval_tokens=64, test_tokens=64,
 )
 counted = by_formula(resolve(config))
-for account in (lab.simulate_memory(config), measure(config)):
+for report in (lab.simulate_memory(config), measure(config)):
     for name in ("weights", "gradients", "optimizer_states"):
-        assert getattr(account.at_rest, name) == getattr(counted, name), (account.source, name)
+        assert getattr(report.persistent, name) == getattr(counted, name), (report.source, name)
 run = lab.train(config, sys.argv[1])
 loss = run.metrics["loss"]
 assert loss.iloc[-5:].mean() < loss.iloc[:5].mean() - 0.5

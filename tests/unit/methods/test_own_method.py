@@ -7,8 +7,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lowrank_lab import InputError, RunConfig, figures, load_runs, train
+from lowrank_lab import InputError, RunConfig, figures, load_runs, simulate_memory, train
 from lowrank_lab.cli import main
+from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.own import register_method
 from lowrank_lab.methods.registry import METHODS
@@ -168,6 +169,27 @@ def test_an_own_method_may_train_factors_with_adamw(mine, config, tmp_path, laye
     assert loss.iloc[-4:].mean() < 0.8 * loss.iloc[:4].mean()
     assert run.config.method_options["alpha"] == 8.0
     assert [e["event"] for e in run.metrics["events"][9]] == ["refactor"]
+
+
+def test_an_own_method_may_bring_a_formula_for_its_states_and_a_colour(mine, config):
+    with pytest.raises(InputError, match="no formula for its states"):
+        by_formula(resolve(config("mine")))
+    register_method(
+        "mine", optimizer=signs, defaults=DEFAULTS, colour="#123abc",
+        state_bytes=lambda w, config: w.nbytes,
+    )  # fmt: skip
+    counted = by_formula(resolve(config("mine")))
+    assert counted.optimizer_states == counted.weights
+    assert simulate_memory(config("mine")).persistent.optimizer_states == counted.weights
+    assert figures.style_of("mine", ["full-rank", "mine"])[0] == "#123abc"
+
+
+@pytest.mark.parametrize("colour", ["red", "#12", "#12345g", ""])
+def test_a_colour_that_is_no_hexadecimal_one_is_refused(mine, colour):
+    before = dict(METHODS)
+    with pytest.raises(ValueError, match=r"^colour: .* is not allowed; #RRGGBB$"):
+        register_method("mine", optimizer=signs, colour=colour)
+    assert before == METHODS
 
 
 def test_registering_again_replaces_the_method(mine, config):

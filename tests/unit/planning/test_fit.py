@@ -61,7 +61,7 @@ def test_nothing_fits_into_less_than_the_weights():
     config = RunConfig(**SMALL, method="full-rank")
     ways = fit.suggestions(config, 1000)
     assert ways
-    assert not any(way.fits or way.account for way in ways)
+    assert not any(way.fits or way.report for way in ways)
 
 
 def test_a_way_changes_nothing_that_is_so_already():
