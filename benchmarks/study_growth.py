@@ -18,7 +18,8 @@ from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.report import write_report
-from lowrank_lab.runs.run import append_jsonl, final_table, load_runs
+from lowrank_lab.runs.files import append_jsonl
+from lowrank_lab.runs.run import final_table, load_runs
 
 COUNTS = (10, 100, 1000)
 LIMIT = 5.0  # seconds for 1000 runs

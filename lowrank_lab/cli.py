@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -359,7 +360,7 @@ def merge(out: Path, folders: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--figures", type=click.Path(path_type=Path), help="where the figures go")
 @click.option("--title", help="title of the page")
 @click.option(
-    "--keep", type=click.Path(path_type=Path), help="copy the runs' records there as well"
+    "--keep", type=click.Path(path_type=Path), help="keep the runs' records there, as tables"
 )
 @click.option(
     "--keep-rows", type=click.IntRange(0), default=200, show_default=True,
@@ -408,10 +409,19 @@ def report(
             out = out or data_folder() / "runs" / "kept" / place.relative_to(kept)
     page = reporting.write_report(folder, title, what, out, figures, pairs)
     if keep is not None:
-        reporting.keep(folder, keep, keep_rows)
+        homes = reporting.keep(folder, keep, keep_rows)
     _show_table(folder, as_json, pairs)
     if not as_json:
         click.echo(f"\nreport   {page}")
+        if keep is not None:
+            click.echo(f"kept     {keep}: {_kept_words(keep.resolve().name, homes)}")
+
+
+def _kept_words(name: str, homes: dict[str, str]) -> str:
+    """How many runs a study has kept, and which of them other studies store."""
+    shared = Counter(home for home in homes.values() if home != name)
+    parts = (f"{count} of them stored in {home}" for home, count in sorted(shared.items()))
+    return ", ".join([f"{len(homes)} runs", *parts])
 
 
 def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
@@ -432,9 +442,11 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
 
     from lowrank_lab import report as reporting
     from lowrank_lab.paths import data_folder
+    from lowrank_lab.runs.kept import is_study
     from lowrank_lab.studies.local_executor import cores
 
-    kept = sorted(path for path in (data_folder() / "study").glob("*/") if any(path.glob("*/")))
+    found = (data_folder() / "study").glob("*/")
+    kept = sorted(path for path in found if is_study(path) or any(path.glob("*/")))
     if not kept:
         raise InputError("folder", str(data_folder() / "study"), "it holds no kept studies")
     pages, pictures = out or data_folder() / "runs" / "kept", figures or Path("figures")

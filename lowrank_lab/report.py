@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,15 +25,16 @@ from lowrank_lab.analysis.tables import (
     structure,
     summary,
 )
+from lowrank_lab.config import InputError
+from lowrank_lab.runs.kept import KeptRecords, is_study, open_study, write_study
+from lowrank_lab.runs.records import Records, Thinned
 from lowrank_lab.runs.run import (
     Run,
-    append_jsonl,
     complete_runs,
     final_table,
     finals_of,
     find_runs,
     first_runs,
-    read_jsonl,
     spectra_of,
     table_of,
 )
@@ -127,7 +127,7 @@ def _pictures(
             "memory_course", figures.memory_course(table), figures.memory_course_table(table),
             "Peak memory of each step, above the weights and states that are held between steps.",
         )  # fmt: skip
-    recorded = first_runs(run for run in shown if (run.folder / "spectra.jsonl").exists())
+    recorded = first_runs(run for run in shown if run.has_spectra)
     best_first = ranking.tolist()
     spectra = spectra_of(sorted(recorded, key=lambda run: best_first.index(run.label)))
     if spectra.empty:
@@ -155,8 +155,8 @@ def _with_peaks(finals: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
     """With a column of the peak bytes of the runs' steps, NaN where none were recorded."""
     peaks: dict[str, float] = {}
     for run in runs:
-        rows = read_jsonl(run.folder / "metrics.jsonl")
-        found = [row["peak_memory_bytes"] for row in rows if row.get("peak_memory_bytes")]
+        rows = (row.get("peak_memory_bytes") for row in run.records.metrics)
+        found = [peak for peak in rows if peak]
         peaks[run.folder.name] = max(found, default=math.nan)
     names = [name.rpartition("/")[2] for name in finals["run"]]
     return finals.assign(peak_bytes=[peaks.get(name, math.nan) for name in names])
@@ -226,7 +226,7 @@ def memory_of(folder: Path | str) -> pd.DataFrame:
 
 
 def _memory_of(runs: Sequence[Run]) -> pd.DataFrame:
-    measured = [run for run in runs if (run.folder / "memory.json").exists()]
+    measured = [run for run in runs if run.has_memory]
     return pd.DataFrame([{"label": run.label, **run.memory} for run in measured])
 
 
@@ -290,31 +290,36 @@ def asked_in(file: Path) -> tuple[str, list[tuple[str, str]]]:
     return content.get("description", ""), [(a, b) for a, b in content.get("pairs", ())]
 
 
-def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> int:
-    """Copy the records of finished runs, without weights and with metrics thinned, to keep in git.
+def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> dict[str, str]:
+    """Keep the records of finished runs, without weights, as the tables of a kept study.
+
+    Runs that `out` has already stay there, or are replaced by those of the same name.
 
     Args:
+        out: the kept study's folder. What studies beside it have stored already is not repeated.
         rows: of training steps that stay of each run, evaluations and events not counted.
 
     Returns:
-        The number of runs kept.
+        The name of the study that stores each run's steps, by the run's name.
+
+    Raises:
+        InputError: unfinished runs; two of one name; run folders in `out`; see also `write_study`.
     """
-    runs = find_runs(folder)
+    runs, out = find_runs(folder), Path(out).resolve()
     complete_runs(folder)  # raises on unfinished runs
-    for run in runs:
-        target = Path(out) / run.folder.name
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for name in ("config.json", "memory.json", "spectra.jsonl", "result.json"):
-            if (run.folder / name).exists():
-                shutil.copyfile(run.folder / name, target / name)
-        steps = read_jsonl(run.folder / "metrics.jsonl")
-        every = max(1, len(steps) // rows) if rows else len(steps) + 1
-        wanted = (
-            r for r in steps if r["step"] % every == 0 or "validation_loss" in r or r["events"]
-        )
-        append_jsonl(target / "metrics.jsonl", wanted)
-    return len(runs)
+    records: dict[str, Records] = {}
+    if is_study(out):
+        kept = open_study(out)
+        records |= {name: KeptRecords(kept, name) for name in kept.runs}
+    elif any(out.glob("*/config.json")):
+        raise InputError("keep", str(out), "it has run folders; tables need a folder of their own")
+    names = [run.folder.resolve().name for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError("keep", str(folder), f"two of its runs have the name {name}")
+        records[name] = Thinned(run.records, rows)
+    shared = write_study(out, records)
+    return {name: shared.get(name, out.name) for name in names}
 
 
 def _heading(title: str, description: str, finals: pd.DataFrame) -> str:
@@ -369,14 +374,13 @@ def _runs_section(runs: Sequence[Run], out: Path) -> str:
     """Every run's configuration, and its executed notebook where there is one."""
     items = []
     for run in runs:
-        facts = json.loads((run.folder / "config.json").read_text())
         notebook = run.folder / "notebook.ipynb"
         link = ""
         if notebook.exists() and notebook.is_relative_to(out):
             href = html.escape(notebook.relative_to(out).as_posix(), quote=True)
             link = f' · <a href="{href}">executed notebook</a>'
         shown = html.escape(
-            json.dumps(_changed(facts["config"]) | {"ran_on": run.ran_on}, indent=1)
+            json.dumps(_changed(run.facts["config"]) | {"ran_on": run.ran_on}, indent=1)
         )
         items.append(
             f"<details><summary>{html.escape(run.label)} · {html.escape(run.folder.name)}{link}"

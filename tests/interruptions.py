@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from short import short_options
 
 from lowrank_lab import METHODS, RunConfig, train
-from lowrank_lab.runs.run import read_jsonl
+from lowrank_lab.runs.files import read_jsonl
 
 fork = multiprocessing.get_context("fork")
 STEPS = 24

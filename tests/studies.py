@@ -9,7 +9,7 @@ import time
 import nbformat
 import psutil
 
-from lowrank_lab.runs.run import write_json
+from lowrank_lab.runs.files import write_json
 
 BASE = {
     "model": "tiny", "vocab_size": 300, "sequence_length": 16, "batch": 2, "tokens": 640,

@@ -2,7 +2,7 @@
 
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.runs.run import append_jsonl, write_json
+from lowrank_lab.runs.files import append_jsonl, write_json
 
 
 def write_run(folder, label, seed=0, loss=2.0, steps=1000, **fields):

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.config import InputError
-from lowrank_lab.runs.run import RUNNER_FILES, Run, find_runs, write_json
+from lowrank_lab.runs.files import write_json
+from lowrank_lab.runs.kept import KeptRecords, kept_run
+from lowrank_lab.runs.records import write_folder
+from lowrank_lab.runs.run import RUNNER_FILES, Run, find_runs
 
 # What is copied; whatever else lies in a run's folder stays where it is.
 FILES = sorted(
@@ -52,7 +55,7 @@ def merge(out: Path | str, folders: Sequence[Path | str]) -> Merged:
             if not run.finished:
                 merged.unfinished.append(run.folder)
                 continue
-            if not all(_is_plain(run.folder / file) for file in ("config.json", LAST)):
+            if not _is_own(run):
                 raise InputError("run", str(run.folder), "its records are links to elsewhere")
             name = run_id_of(run)
             if name in found:
@@ -69,10 +72,14 @@ def merge(out: Path | str, folders: Sequence[Path | str]) -> Merged:
 
 
 def finished_run(run_id: str, places: Sequence[Path]) -> Path | None:
-    """The folder of a finished run in one of the studies in these places; the first of several."""
-    folders = (folder for place in places for folder in sorted(place.glob(f"*/{run_id}")))
-    finished = (f for f in folders if all(_is_plain(f / name) for name in ("config.json", LAST)))
-    return next((f for f in finished if Run(f).config.run_id == run_id), None)
+    """A finished run, STUDY/RUN, of a study in one of these places; the first of several.
+
+    The study is a folder of run folders or a kept study.
+    """
+    paths = (s / run_id for place in places for s in sorted(place.glob("*")) if s.is_dir())
+    runs = (Run(p) for p in paths if (p / "config.json").exists() or kept_run(p) is not None)
+    finished = (run for run in runs if run.finished and _is_own(run))
+    return next((run.folder for run in finished if run.config.run_id == run_id), None)
 
 
 def run_id_of(run: Run) -> str:
@@ -111,19 +118,27 @@ def copy_run(source: Path, target: Path, label: str | None = None) -> None:
     """Copy a run's files so that its folder is there whole or not at all; links aren't followed.
 
     Args:
+        source: its folder, or STUDY/RUN of a kept study, whose records become such files.
         target: a folder that isn't there.
         label: what the copy is called, instead of the run's own label.
     """
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in [*FILES, LAST]:
-        if _is_plain(source / name):
-            shutil.copy2(source / name, partial / name)
+    if not source.exists() and (kept := kept_run(source)) is not None:
+        write_folder(kept, partial)
+    for name in (name for name in [*FILES, LAST] if _is_plain(source / name)):
+        shutil.copy2(source / name, partial / name)
     if label is not None:
         facts = json.loads((partial / "config.json").read_text())
         write_json(partial / "config.json", facts | {"label": label})
     partial.rename(target)
+
+
+def _is_own(run: Run) -> bool:
+    """Whether its records are its own: in a kept study, or in files that are no links."""
+    plain = (_is_plain(run.folder / name) for name in ("config.json", LAST))
+    return isinstance(run.records, KeptRecords) or all(plain)
 
 
 def _is_plain(path: Path) -> bool:

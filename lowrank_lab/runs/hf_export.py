@@ -15,7 +15,8 @@ from lowrank_lab.config import InputError
 from lowrank_lab.data.tokenizer import end_of_text
 from lowrank_lab.layers import FactorizedLinear
 from lowrank_lab.models.llama import NORM_EPS, ROPE_BASE
-from lowrank_lab.runs.run import Run, write_json
+from lowrank_lab.runs.files import write_json
+from lowrank_lab.runs.run import Run
 
 ExportDtype = Literal["fp32", "bf16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

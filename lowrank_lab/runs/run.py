@@ -1,4 +1,4 @@
-"""Run folders: what a run writes while it trains, and the tables that are read from many of them.
+"""Runs: what each writes into its folder while it trains, and the tables that are read from many.
 
 config.json     the resolved configuration, and what it ran on
 metrics.jsonl   one row a step, appended as it happens; evaluations and events in their step's row
@@ -8,24 +8,23 @@ checkpoints/    see checkpoint.py; gone when the run has ended well
 progress.json   where a run in progress is
 model.safetensors, tokenizer.json (of text), result.json   written last: a folder with result.json
                 is a finished run
+
+Of finished runs, the same records may lie in a kept study instead (kept.py); a Run reads either.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import os
-import platform
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import embedding_bytes
 from lowrank_lab.paths import located
+from lowrank_lab.runs.kept import RUNS, KeptRecords, kept_run, open_study
+from lowrank_lab.runs.records import FolderRecords
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,108 +42,15 @@ DESCRIBES = (
 )  # fmt: skip
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a run folder, and hold it: the system lets go of it when this process ends, however.
-
-    Raises:
-        InputError: another process holds it, or nothing can be written there.
-    """
-    path, is_new = folder / ".lock", not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _hold(path)
-    except BlockingIOError:
-        allowed = f"another process trains in it: {path.read_text().strip()}"
-        raise InputError("out", str(folder), allowed) from None
-    except OSError as error:
-        allowed = f"nothing can be written there: {error.strerror}"
-        raise InputError("out", str(folder), allowed) from None
-    with file:
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if is_new:
-                with suppress(OSError):  # something was written
-                    folder.rmdir()
-
-
-def _hold(path: Path) -> TextIO:
-    """Open a file and lock it; BlockingIOError if another process has."""
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # whoever held it has just removed it
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    with partial.open("w") as file:
-        file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; a last line that was cut off is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    if all(line[:1] == "{" and line[-1:] == "}" for line in lines):
-        try:  # all at once: a call a line takes longer
-            rows: list[dict[str, Any]] = json.loads(f"[{','.join(lines)}]")
-        except json.JSONDecodeError:
-            pass
-        else:
-            if len(rows) == len(lines):
-                return rows
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-
-
-def cut_jsonl(path: Path, last_step: int) -> list[int]:
-    """Drop the rows after `last_step`, so that a resumed run neither repeats nor skips one.
-
-    Returns:
-        The steps of the rows that are left. What can't be read ends the table; it is gone.
-    """
-    rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
-    return [row["step"] for row in rows]
-
-
 LAYER_FACTS = ("captured_energy", "overlap", "condition_B", "condition_A", "imbalance")
 
 
 class Run:
-    """A run folder, finished or not."""
+    """A run, finished or not: its folder, or its place in a kept study."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "config.json").exists():
-            raise InputError("run", str(folder), "it is not a run folder: config.json is missing")
+        self.records = _records_of(self.folder)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {'finished' if self.finished else 'unfinished'})"
@@ -152,33 +58,29 @@ class Run:
     @cached_property
     def config(self) -> ResolvedConfig:
         """What was trained, as it was resolved then."""
-        return ResolvedConfig(**self._facts["config"])
+        return ResolvedConfig(**self.facts["config"])
 
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        try:
-            facts = json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:  # not JSON, or not even text
-            raise InputError("run", str(self.folder), f"config.json is damaged: {error}") from None
-        if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-            allowed = "it is not a run folder: its config.json is not a run's"
-            raise InputError("run", str(self.folder), allowed)
-        return facts
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What config.json says: `config` as it was written, `label` and `ran_on`."""
+        return self.records.facts
 
     @property
     def label(self) -> str:
         """What figures call the run: its variant in a study, else its method and techniques."""
-        return self._facts.get("label") or describe(self.config)
+        return self.facts.get("label") or describe(self.config)
 
     @property
     def ran_on(self) -> dict[str, Any]:
         """What it ran on: versions, hashes of source and corpus, the device."""
-        facts: dict[str, Any] = self._facts.get("ran_on", {})
+        facts: dict[str, Any] = self.facts.get("ran_on", {})
         return facts
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "result.json").exists()
+        if isinstance(self.records, FolderRecords):
+            return (self.folder / "result.json").exists()
+        return self.records.result is not None
 
     @property
     def is_export(self) -> bool:
@@ -188,30 +90,26 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """Final losses, sizes and times."""
-        if not self.finished:
+        if (result := self.records.result) is None:
             raise InputError("run", str(self.folder), "it has not finished: result.json is missing")
-        result: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
-        return result
+        return dict(result)
 
     @property
     def metrics(self) -> pd.DataFrame:
         """One row a step."""
         import pandas as pd
 
-        return pd.DataFrame(read_jsonl(self.folder / "metrics.jsonl"))
+        return pd.DataFrame(self.records.metrics)
 
     @property
     def has_metrics(self) -> bool:
         """Whether it has trained a step: whether `metrics` has a row."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return False
-        with path.open() as file:
-            try:
-                json.loads(file.readline())
-            except json.JSONDecodeError:
-                return False
-        return True
+        return self.records.has_metrics
+
+    @property
+    def has_spectra(self) -> bool:
+        """Whether spectra were recorded, or will be."""
+        return self.records.has_spectra
 
     @property
     def spectra(self) -> pd.DataFrame:
@@ -229,7 +127,7 @@ class Run:
 
         rows = [
             (row["step"], row["layer"], i, value)
-            for row in self._spectra_rows
+            for row in self.records.spectra
             for i, value in enumerate(row.get(what, ()))
         ]
         return pd.DataFrame(rows, columns=["step", "layer", "index", "singular_value"])
@@ -254,23 +152,25 @@ class Run:
         """One row a layer and eventful step: event, momentum_cosine, momentum_ratio."""
         import pandas as pd
 
-        rows = [row for row in self._spectra_rows if "momentum_cosine" in row]
+        rows = [row for row in self.records.spectra if "event" in row]
         names = ["step", "layer", "event", "momentum_cosine", "momentum_ratio"]
         return pd.DataFrame(rows, columns=names)
 
     @property
     def _layer_rows(self) -> list[dict[str, Any]]:
-        return [row for row in self._spectra_rows if "singular_values" in row]
+        return [row for row in self.records.spectra if "singular_values" in row]
 
     @property
-    def _spectra_rows(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.folder / "spectra.jsonl")
+    def has_memory(self) -> bool:
+        """Whether its first step has measured its bytes."""
+        return self.records.memory is not None
 
     @property
     def memory(self) -> dict[str, int]:
         """Bytes by category (memory.Breakdown)."""
-        memory: dict[str, int] = json.loads((self.folder / "memory.json").read_text())
-        return memory
+        if (memory := self.records.memory) is None:
+            raise InputError("run", str(self.folder), "its memory has not been measured")
+        return dict(memory)
 
     @cached_property
     def model(self) -> Llama:
@@ -335,14 +235,38 @@ def describe(config: ResolvedConfig) -> str:
 
 
 def find_runs(folder: Path | str) -> list[Run]:
-    """All run folders at or below `folder`, hidden ones left out, in the order of their names."""
-    folder = located(folder)
+    """All runs at or below `folder`, in the order of their names.
+
+    Those of run folders and of kept studies; what lies in a hidden folder is left out.
+    """
+    folder = runs_folder(folder)
     if not folder.is_dir():
+        if kept_run(folder) is not None:
+            return [Run(folder)]
         raise InputError("folder", str(folder), "there is no such folder")
-    found = sorted(folder.rglob("config.json"))
-    hidden = (any(part.startswith(".") for part in p.relative_to(folder).parts) for p in found)
-    runs = [Run(path.parent) for path, out in zip(found, hidden, strict=True) if not out]
-    return [run for run in runs if not run.is_export]
+    found = {path.parent for path in folder.rglob("config.json")}
+    found |= {
+        path.parent / run for path in folder.rglob(RUNS) for run in open_study(path.parent).runs
+    }
+    seen = (
+        path for path in sorted(found)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )  # fmt: skip
+    return [run for run in map(Run, seen) if not run.is_export]
+
+
+def runs_folder(folder: Path | str) -> Path:
+    """Where a folder of runs is (`paths.located`), or STUDY/RUN of a kept study, which is none."""
+    found = located(folder)
+    inside = located(Path(folder).parent) / Path(folder).name
+    return inside if not found.exists() and kept_run(inside) is not None else found
+
+
+def _records_of(folder: Path) -> FolderRecords | KeptRecords:
+    """The records of a run folder, or of the kept run that a path names: STUDY/RUN."""
+    if not (folder / "config.json").exists() and (kept := kept_run(folder)) is not None:
+        return kept
+    return FolderRecords(folder)
 
 
 def first_runs(runs: Iterable[Run]) -> list[Run]:
@@ -424,7 +348,7 @@ def finals_of(runs: Sequence[Run], folder: Path | str) -> pd.DataFrame:
 
 def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
     """What is the same in all rows of a run."""
-    inside = run.folder.relative_to(located(folder)).as_posix()
+    inside = run.folder.relative_to(runs_folder(folder)).as_posix()
     config = run.config
     facts = {"run": run.folder.name if inside == "." else inside, "label": run.label}
     facts |= {name: getattr(config, name) for name in DESCRIBES}

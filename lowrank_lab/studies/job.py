@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_lab.config import InputError, nearest
-from lowrank_lab.runs.run import read_jsonl
+from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training.provenance import source_hash
 
 PARTIAL = ".partial.ipynb"  # the notebook while it is being executed

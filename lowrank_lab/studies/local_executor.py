@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from lowrank_lab.paths import DATA, STARTED_IN, data_folder
-from lowrank_lab.runs.run import write_json
+from lowrank_lab.runs.files import write_json
 from lowrank_lab.studies.job import PARTIAL, Job, plan_states, read_record
 from lowrank_lab.training.provenance import training_source
 

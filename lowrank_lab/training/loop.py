@@ -12,7 +12,8 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.cpu.malloc import keep_freed_memory
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.paths import data_folder
-from lowrank_lab.runs.run import Run, locked
+from lowrank_lab.runs.files import locked
+from lowrank_lab.runs.run import Run
 from lowrank_lab.training.monitor import asked_to_stop
 from lowrank_lab.training.preflight import check, device_of, is_finished
 from lowrank_lab.training.trainer import Terminated, Trainer, TrainingError

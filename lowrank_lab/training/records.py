@@ -20,7 +20,7 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.runs.run import append_jsonl, cut_jsonl, write_json
+from lowrank_lab.runs.files import append_jsonl, cut_jsonl, write_json
 from lowrank_lab.training.schedule import learning_rate
 from lowrank_lab.training.step import Values
 

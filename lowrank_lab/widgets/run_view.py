@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import CATEGORIES, memory_bars
 from lowrank_lab.figures.single_runs import X_AXES, layer_spectrum, metric_curves
-from lowrank_lab.paths import located
-from lowrank_lab.runs.run import DESCRIBES, Run, complete_runs, table_of
+from lowrank_lab.runs.run import DESCRIBES, Run, complete_runs, runs_folder, table_of
 
 FIRST_RUNS = 6  # runs shown before any is chosen
 MAX_RUNS = 12  # runs that a figure can name
@@ -101,7 +100,7 @@ def _first(runs: dict[str, Run]) -> list[str]:
 
 
 def _name(run: Run, folder: str) -> str:
-    inside = run.folder.relative_to(located(folder)).as_posix()
+    inside = run.folder.relative_to(runs_folder(folder)).as_posix()
     return run.folder.resolve().name if inside == "." else inside
 
 
@@ -145,7 +144,7 @@ def _recorded(runs: dict[str, Run]) -> pd.DataFrame:
 
 
 def _memory(runs: dict[str, Run], titles: dict[str, str]) -> pd.DataFrame:
-    found = [name for name, run in runs.items() if (run.folder / "memory.json").exists()]
+    found = [name for name, run in runs.items() if run.has_memory]
     table = pd.DataFrame([{"label": titles[name], **runs[name].memory} for name in found])
     return table if set(CATEGORIES) <= set(table) else table.head(0)
 

@@ -1,6 +1,5 @@
 """Reports: the table, a page that stands alone and escapes its input, records that are kept."""
 
-import json
 import math
 import re
 
@@ -13,13 +12,8 @@ from lowrank_lab import report
 from lowrank_lab.analysis import tables
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError
-from lowrank_lab.runs.run import (
-    append_jsonl,
-    final_table,
-    find_runs,
-    load_runs,
-    read_jsonl,
-)
+from lowrank_lab.runs.files import append_jsonl, read_jsonl
+from lowrank_lab.runs.run import Run, final_table, find_runs, load_runs
 
 
 @pytest.fixture
@@ -243,11 +237,12 @@ def test_a_report_on_unfinished_runs_is_refused_and_writes_nothing(folder, tmp_p
 
 
 def test_kept_records_are_thin_and_give_the_same_report(folder, tmp_path):
-    assert report.keep(folder, tmp_path / "kept") == 6
-    assert not list((tmp_path / "kept").rglob("*.safetensors"))
-    rows = (tmp_path / "kept" / "a0" / "metrics.jsonl").read_text().splitlines()
+    assert len(report.keep(folder, tmp_path / "kept")) == 6
+    names = {"runs.parquet", "metrics.parquet", "spectra.parquet"}
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == names
+    rows = Run(tmp_path / "kept" / "a0").records.metrics
     assert len(rows) == 201
-    assert json.loads(rows[66])["events"] == [{"event": "reset"}]
+    assert rows[66]["events"] == [{"event": "reset"}]
     first = report.write_report(folder, "t", out=tmp_path / "first")
     second = report.write_report(tmp_path / "kept", "t", out=tmp_path / "second")
     assert first.read_text() == second.read_text()
@@ -261,7 +256,7 @@ def test_a_grid_of_one_method_gets_heat_maps(study, names):
 
 def test_records_can_be_kept_without_training_steps(folder, tmp_path):
     report.keep(folder, tmp_path / "kept", rows=0)
-    rows = read_jsonl(tmp_path / "kept" / "a0" / "metrics.jsonl")
+    rows = Run(tmp_path / "kept" / "a0").records.metrics
     assert rows
     assert all("validation_loss" in row or row["events"] for row in rows)
 

@@ -11,7 +11,8 @@ import psutil
 import pytest
 from studies import TRAIN, processes_in, runner_of, wait_for
 
-from lowrank_lab.runs.run import Run, read_jsonl
+from lowrank_lab.runs.files import read_jsonl
+from lowrank_lab.runs.run import Run
 from lowrank_lab.studies.study import run_study
 from lowrank_lab.studies.study_file import load_study
 from lowrank_lab.training.loop import train

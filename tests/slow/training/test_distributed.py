@@ -13,7 +13,7 @@ from lowrank_lab import METHODS, RunConfig, train
 from lowrank_lab.memory.formulas import by_formula, optimizer_state_bytes
 from lowrank_lab.methods.build import build_model
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.runs.run import read_jsonl
+from lowrank_lab.runs.files import read_jsonl
 
 # Rounding is another in another order of sums, and steep learning rates amplify it step by step
 # (one process in two pieces instead of one shows as much): these are small enough not to.

@@ -9,7 +9,7 @@ import pytest
 from interruptions import assert_same, config_of, in_child
 
 from lowrank_lab import train
-from lowrank_lab.runs.run import read_jsonl
+from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training import checkpoint
 
 KILLED = ("low-rank", "galore", "relora", "sltrain", "apollo")

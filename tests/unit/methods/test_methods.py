@@ -17,8 +17,10 @@ from lowrank_lab.methods.options import ByWidth
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.runs.run import find_runs
 from lowrank_lab.studies.study_file import load_study
 
+KEPT = ROOT / "data" / "study"
 DENSE = [name for name in QUICK if METHODS[name].layers is None]
 FACTORIZED = [name for name, method in METHODS.items() if method.layers is not None]
 WITHOUT_RANK = [name for name in QUICK if not METHODS[name].uses_rank]
@@ -126,15 +128,13 @@ def test_resolve_fills_everything_a_run_needs(name):
 def best_of_tuning():
     """Width, method, initialisation → (rate, scale) of the least loss in the kept tuning."""
     found = {}
-    kept = ROOT / "data" / "study"
-    for path in [*kept.glob("tune/*/result.json"), *kept.glob("tune_larger_full/*/result.json")]:
-        config = json.loads((path.parent / "config.json").read_text())["config"]
-        if not config["refactor_every"]:
-            options = config["method_options"]
+    for run in (run for name in ("tune", "tune_larger_full") for run in find_runs(KEPT / name)):
+        config = run.config
+        if not config.refactor_every:
+            options = config.method_options
             scale = options.get("scale", options.get("alpha"))
-            key = config["hidden_size"] or 64, config["method"], config["init"]
-            loss = json.loads(path.read_text())["validation_loss"]
-            found.setdefault(key, []).append((loss, config["lr"], scale))
+            key = config.hidden_size or 64, config.method, config.init
+            found.setdefault(key, []).append((run.result["validation_loss"], config.lr, scale))
     return {key: min(tried)[1:] for key, tried in found.items()}
 
 
@@ -153,10 +153,9 @@ def test_defaults_at_the_studys_widths_are_what_tuning_found_best(key):
 )  # fmt: skip
 def test_the_default_rate_is_what_the_study_found_best_at_a_rank(method, init, rank, best):
     losses = {}
-    for folder in (ROOT / "data" / "study").glob(f"ranks*/micro-{method}-r{rank}-lr*"):
-        lr = json.loads((folder / "config.json").read_text())["config"]["lr"]
-        loss = json.loads((folder / "result.json").read_text())["validation_loss"]
-        losses.setdefault(lr, []).append(loss)
+    for run in (run for name in ("ranks", "ranks_rates") for run in find_runs(KEPT / name)):
+        if run.folder.name.startswith(f"micro-{method}-r{rank}-lr"):
+            losses.setdefault(run.config.lr, []).append(run.result["validation_loss"])
     assert len(losses) > 1
     assert min(losses, key=lambda lr: sum(losses[lr]) / len(losses[lr])) == best
     assert resolve(RunConfig(method=method, init=init, rank=rank)).lr == best

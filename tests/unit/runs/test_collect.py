@@ -10,7 +10,8 @@ from lowrank_lab import report
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError
 from lowrank_lab.runs.collect import merge
-from lowrank_lab.runs.run import Run, find_runs, write_json
+from lowrank_lab.runs.files import write_json
+from lowrank_lab.runs.run import Run, find_runs
 
 
 def change(path, **values):

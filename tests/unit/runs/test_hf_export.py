@@ -15,8 +15,9 @@ import lowrank_lab as lab
 from lowrank_lab.cli import main
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.runs.files import write_json
 from lowrank_lab.runs.hf_export import export
-from lowrank_lab.runs.run import Run, find_runs, write_json
+from lowrank_lab.runs.run import Run, find_runs
 from lowrank_lab.training.preflight import check
 from lowrank_lab.training.trainer import Trainer
 

@@ -12,19 +12,16 @@ from lowrank_lab import InputError, RunConfig, train
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.memory.formulas import embedding_bytes
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.runs.files import append_jsonl, cut_jsonl, read_jsonl, write_json
 from lowrank_lab.runs.run import (
     DESCRIBES,
     Run,
-    append_jsonl,
     complete_runs,
-    cut_jsonl,
     describe,
     final_table,
     finals_of,
     find_runs,
     load_runs,
-    read_jsonl,
-    write_json,
 )
 from lowrank_lab.training.preflight import check
 from lowrank_lab.training.trainer import Trainer

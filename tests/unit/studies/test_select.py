@@ -5,7 +5,7 @@ import pytest
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.runs.run import write_json
+from lowrank_lab.runs.files import write_json
 from lowrank_lab.studies.study_file import load_study
 
 BY = ["method", "refactor_every"]

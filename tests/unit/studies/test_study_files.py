@@ -10,7 +10,8 @@ from paths import NOTEBOOKS
 
 from lowrank_lab.analysis.tables import claims, summary
 from lowrank_lab.report import asked_in
-from lowrank_lab.runs.run import final_table, load_runs, write_json
+from lowrank_lab.runs.files import write_json
+from lowrank_lab.runs.run import final_table, load_runs
 from lowrank_lab.studies.study_file import load_study
 
 CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks",

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_lab import InputError, RunConfig, train
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.runs.run import read_jsonl
+from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training.fsdp_layout import check_fsdp
 
 SMALL = {"model": "tiny", "corpus": "markov", "batch": 8, "sequence_length": 32, "device": "cpu"}

@@ -21,7 +21,8 @@ from interruptions import STEPS, assert_same, config_of, fork, rows_of
 from safetensors.torch import load_file
 
 from lowrank_lab import InputError, TrainingError, train
-from lowrank_lab.runs.run import Run, locked, read_jsonl
+from lowrank_lab.runs.files import locked, read_jsonl
+from lowrank_lab.runs.run import Run
 from lowrank_lab.training import checkpoint, trainer
 from lowrank_lab.training.monitor import ENOUGH, LossWatch, asked_to_stop
 

@@ -18,8 +18,9 @@ from lowrank_lab.data.prepare import prepare
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.runs.generate import sample
-from lowrank_lab.runs.run import Run, read_jsonl
+from lowrank_lab.runs.run import Run
 from lowrank_lab.training import checkpoint, preflight, records, trainer
 from lowrank_lab.training import step as stepping
 from lowrank_lab.training.evaluate import evaluate

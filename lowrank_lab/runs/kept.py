@@ -1,0 +1,240 @@
+"""Kept studies: what finished runs recorded, without weights, in three Parquet files per study.
+
+runs.parquet      one row per run: `run` (its id), `label`, the fields of its configuration, what it
+                  ran on (`ran_on_*`), how it ended (`final_*`) and its bytes (`memory_*`)
+metrics.parquet   one row per run and recorded step, as in metrics.jsonl
+spectra.parquet   one row per run, step and layer, as in spectra.jsonl
+
+Studies side by side store the steps and layers of a run that they share once: in the other studies'
+runs.parquet, the column `stored_in` names the study that has them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_lab.config import InputError
+from lowrank_lab.runs.files import Row
+from lowrank_lab.runs.records import Records
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+RUNS, METRICS, SPECTRA = FILES = ("runs.parquet", "metrics.parquet", "spectra.parquet")
+PREFIXES = {"result": "final_", "memory": "memory_", "ran_on": "ran_on_"}
+OWN = ("run", "label", "stored_in")
+
+
+class KeptRecords:
+    """What a kept study has of one of its runs."""
+
+    def __init__(self, study: KeptStudy, run: str) -> None:
+        self._study, self._run = study, run
+        row = dict(study.runs[run])
+        groups: dict[str, Row] = {group: {} for group in PREFIXES}
+        for group, prefix in PREFIXES.items():
+            for name in [name for name in row if name.startswith(prefix)]:
+                groups[group][name.removeprefix(prefix)] = row.pop(name)
+        self.facts: dict[str, Any] = {n: row[n] for n in ("label",) if n in row}
+        self.facts["config"] = {n: v for n, v in row.items() if n not in OWN}
+        self.facts |= {"ran_on": groups["ran_on"]} if groups["ran_on"] else {}
+        self.result: Row = groups["result"]
+        self.memory: dict[str, int] | None = groups["memory"] or None
+
+    @property
+    def metrics(self) -> list[Row]:
+        return self._study.rows(METRICS, self._run)
+
+    @property
+    def spectra(self) -> list[Row]:
+        return self._study.rows(SPECTRA, self._run)
+
+    @property
+    def has_metrics(self) -> bool:
+        return self._study.count(METRICS, self._run) > 0
+
+    @property
+    def has_spectra(self) -> bool:
+        return self._study.count(SPECTRA, self._run) > 0
+
+
+class KeptStudy:
+    """The three tables of a kept study; use `open_study`, which reads unchanged files once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def runs(self) -> dict[str, Row]:
+        """The row of each run in runs.parquet, without what is null or missing there."""
+        from lowrank_lab.runs.parquet import decode, without_nulls
+
+        return {row["run"]: without_nulls(row) for row in decode(self._read(RUNS))}
+
+    def stores(self, run: str) -> bool:
+        """Whether the steps and layers of a run are in this study's own files."""
+        return run in self.runs and "stored_in" not in self.runs[run]
+
+    def rows(self, file: str, run: str) -> list[Row]:
+        """What METRICS or SPECTRA has of a run, wherever it is stored."""
+        from lowrank_lab.runs.parquet import decode
+
+        table = self._home(run)._slice(file, run)
+        return [] if table is None else decode(table.drop_columns("run"))
+
+    def count(self, file: str, run: str) -> int:
+        """The number of rows that METRICS or SPECTRA has of a run."""
+        table = self._home(run)._slice(file, run)
+        return 0 if table is None else table.num_rows
+
+    def _home(self, run: str) -> KeptStudy:
+        name = self.runs[run].get("stored_in")
+        if name is None:
+            return self
+        home = self.folder.parent / name
+        if not (is_study(home) and (found := open_study(home)).stores(run)):
+            allowed = f"{run} is stored in {name}, which has to lie beside it and have that run"
+            raise InputError("study", str(self.folder), allowed)
+        return found
+
+    def _slice(self, file: str, run: str) -> pa.Table | None:
+        begin, end = self._places[file].get(run, (0, 0))
+        return self._tables[file].slice(begin, end - begin) if end > begin else None
+
+    @cached_property
+    def _tables(self) -> dict[str, pa.Table]:
+        return {file: self._read(file) for file in (METRICS, SPECTRA)}
+
+    @cached_property
+    def _places(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """First and one past the last row of each run, in each table."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for file, table in self._tables.items():
+            runs = table["run"].to_pylist() if table.num_rows else []
+            begins = [i for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
+            found[file] = {runs[a]: (a, b) for a, b in pairwise([*begins, len(runs)])}
+        return found
+
+    def _read(self, file: str) -> pa.Table:
+        from lowrank_lab.runs.parquet import read
+
+        try:
+            table = read(self.folder / file)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError("study", str(self.folder), f"{file} can't be read: {reason}") from None
+        return table
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder is a kept study."""
+    return (folder / RUNS).is_file()
+
+
+def open_study(folder: Path) -> KeptStudy:
+    """The kept study of a folder."""
+    stats = [(folder / file).stat() for file in FILES if (folder / file).exists()]
+    return _open(folder, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+def kept_run(path: Path) -> KeptRecords | None:
+    """The records of a run of a kept study, STUDY/RUN; None if there is no such run."""
+    if not is_study(path.parent) or path.name not in (study := open_study(path.parent)).runs:
+        return None
+    return KeptRecords(study, path.name)
+
+
+@lru_cache(maxsize=64)
+def _open(folder: Path, stamp: tuple[tuple[int, int], ...]) -> KeptStudy:
+    return KeptStudy(folder)
+
+
+def write_study(folder: Path, records: Mapping[str, Records]) -> dict[str, str]:
+    """Write the records of finished runs as the kept study `folder`, instead of what it had.
+
+    Args:
+        records: of each run, by its id.
+
+    Returns:
+        Of the runs that a study beside it stores already: the name of that study.
+
+    Raises:
+        InputError: a study beside it refers to a run that this would change or leave out, or
+            something recorded would not survive in a table. Nothing is written then.
+    """
+    from lowrank_lab.runs.parquet import encode, to_bytes
+
+    others = [open_study(path.parent) for path in sorted(folder.parent.glob(f"*/{RUNS}"))
+              if path.parent.name != folder.name]  # fmt: skip
+    _check_referred(folder, records, others)
+    homes = {run: _stored(run, record, others) for run, record in records.items()}
+    shared = {run: home for run, home in homes.items() if home is not None}
+    own = {run: record for run, record in sorted(records.items()) if run not in shared}
+    contents = {
+        RUNS: [_row(run, record, shared.get(run)) for run, record in sorted(records.items())],
+        METRICS: list(_with_run((run, record.metrics) for run, record in own.items())),
+        SPECTRA: list(_with_run((run, record.spectra) for run, record in own.items())),
+    }
+    try:
+        files = {file: to_bytes(encode(rows)) for file, rows in contents.items()}
+    except ValueError as error:
+        raise InputError("keep", str(folder), f"these records fit no table: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in reversed(FILES):  # runs.parquet, which makes it a study, last
+        partial = folder / f".{file}-{os.getpid()}"
+        partial.write_bytes(files[file])
+        partial.replace(folder / file)
+    return shared
+
+
+def _row(run: str, record: Records, stored_in: str | None) -> Row:
+    """A run's row of runs.parquet."""
+    groups = {
+        "result": record.result,
+        "memory": record.memory,
+        "ran_on": record.facts.get("ran_on"),
+    }
+    row = {"run": run, "label": record.facts.get("label"), "stored_in": stored_in}
+    row |= record.facts["config"]
+    for group, values in groups.items():
+        row |= {f"{PREFIXES[group]}{name}": value for name, value in (values or {}).items()}
+    return row
+
+
+def _with_run(found: Iterable[tuple[str, list[Row]]]) -> Iterator[Row]:
+    for run, rows in found:
+        for row in rows:
+            yield {"run": run, **row}
+
+
+def _stored(run: str, record: Records, others: Iterable[KeptStudy]) -> str | None:
+    """The name of a study that stores the same steps and layers of a run."""
+    for study in others:
+        if study.stores(run) and _same(record, KeptRecords(study, run)):
+            return study.folder.name
+    return None
+
+
+def _same(one: Records, other: Records) -> bool:
+    from lowrank_lab.runs.parquet import without_nulls
+
+    return all(
+        list(map(without_nulls, a)) == list(map(without_nulls, b))
+        for a, b in ((one.metrics, other.metrics), (one.spectra, other.spectra))
+    )
+
+
+def _check_referred(
+    folder: Path, records: Mapping[str, Records], others: Iterable[KeptStudy]
+) -> None:
+    """Refuse to change or leave out what another study refers to."""
+    for study in others:
+        for run in (r for r, row in study.runs.items() if row.get("stored_in") == folder.name):
+            if run not in records or not _same(records[run], KeptRecords(study, run)):
+                allowed = f"{study.folder.name} refers to its {run}, which would be another"
+                raise InputError("keep", str(folder), allowed)
