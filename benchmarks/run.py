@@ -113,15 +113,17 @@ def _why(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Ratios against their targets, and growth: figures/benchmarks/*.png."""
+    """Ratios against their targets, and growth: build/benchmarks/*.png; figures/ has growth."""
     from benchmarks.pictures import growth, ratios
+    from lowrank_lab.figures import refresh
 
-    folder = HERE.parent / "figures" / "benchmarks"
+    folder = HERE.parent / "build" / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in {"ratios": ratios, "growth": growth}.items():
         figure = picture(rows)
         if figure is not None:
             figure.savefig(folder / f"{name}.png", dpi=140)
+    refresh(HERE.parent / "figures" / "benchmarks", folder)
 
 
 def _number(value: float | None) -> str:

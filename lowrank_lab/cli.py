@@ -384,8 +384,9 @@ def report(
 ) -> None:
     """Table, figures and a self-contained HTML page from a folder of finished runs.
 
-    Without a FOLDER: of every study kept in data/study, with the figures in figures/NAME. What
-    belongs to a study that is kept there is written to data/runs/kept, if --out isn't given.
+    Without a FOLDER: of every study kept in data/study; pictures that figures/NAME has of it are
+    replaced by the new ones, if --figures isn't given. What belongs to a study that is kept there
+    is written to data/runs/kept, if --out isn't given.
     """
     from lowrank_lab import report as reporting
     from lowrank_lab.paths import data_folder, kept_folders, located
@@ -433,7 +434,7 @@ def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _report_kept(out: Path | None, figures: Path | None) -> None:
-    """Report on every study in data/study, and make the figures of the repository from them.
+    """Report on every study in data/study, and renew the pictures in figures/ from them.
 
     One process a core: to draw takes most of the time, and studies have nothing in common.
     """
@@ -441,6 +442,7 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     from multiprocessing import get_context
 
     from lowrank_lab import report as reporting
+    from lowrank_lab.figures import refresh
     from lowrank_lab.paths import data_folder
     from lowrank_lab.runs.kept import is_study
     from lowrank_lab.studies.local_executor import cores
@@ -449,18 +451,20 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     kept = sorted(path for path in found if is_study(path) or any(path.glob("*/")))
     if not kept:
         raise InputError("folder", str(data_folder() / "study"), "it holds no kept studies")
-    pages, pictures = out or data_folder() / "runs" / "kept", figures or Path("figures")
+    pages = out or data_folder() / "runs" / "kept"
     questions = [_questions(folder) for folder in kept]
     with ProcessPoolExecutor(min(cores(), len(kept)), get_context("spawn")) as pool:
         written = [
             pool.submit(
                 reporting.write_report, folder, None, what,
-                pages / folder.name, pictures / folder.name, pairs,
+                pages / folder.name, None if figures is None else figures / folder.name, pairs,
             )
             for folder, (what, pairs) in zip(kept, questions, strict=True)
         ]  # fmt: skip
         for folder, page, (_, pairs) in zip(kept, written, questions, strict=True):
             click.echo(f"\n{folder.name}: {page.result()}")
+            if figures is None:
+                refresh(Path("figures") / folder.name, page.result().parent / "figures")
             _show_table(folder, pairs=pairs)
 
 

@@ -71,7 +71,8 @@ def imported_packages(folder):
                 found.add(node.module.split(".")[0])
             elif isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
-    names = {"yaml": "pyyaml", "IPython": "ipykernel"}  # where import and package differ
+    # where import and package differ
+    names = {"yaml": "pyyaml", "IPython": "ipykernel", "PIL": "pillow"}
     others = found - set(sys.stdlib_module_names) - {"lowrank_lab", "tests"}
     return {canonicalize_name(names.get(name, name)) for name in others}
 
@@ -145,3 +146,21 @@ def test_files_that_the_readme_shows_exist():
     links = [t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t]
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize(
+    ("folder", "most_files", "most_bytes"), [("data/study", 60, 8e6), ("figures", 40, 4e6)]
+)
+def test_what_git_keeps_of_results_stays_small(folder, most_files, most_bytes):
+    files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert len(files) <= most_files
+    assert sum(path.stat().st_size for path in files) <= most_bytes
+
+
+def test_figures_has_the_pictures_that_the_readme_or_the_book_shows_and_no_others():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {
+        name for page in pages for name in re.findall(r"figures/[\w/]+\.png", page.read_text())
+    }
+    pictures = (ROOT / "figures").rglob("*.png")
+    assert {path.relative_to(ROOT).as_posix() for path in pictures} == shown

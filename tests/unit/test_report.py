@@ -2,9 +2,11 @@
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from click.testing import CliRunner
+from matplotlib import image
 from paths import ROOT
 from written_runs import write_run
 
@@ -268,8 +270,34 @@ def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch)
     assert "it holds no kept studies" in refused.output
     for name in ("one", "two"):
         report.keep(folder, tmp_path / "data" / "study" / name)
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     done = CliRunner().invoke(main, ["report", "--figures", str(tmp_path / "pictures")])
     assert done.exit_code == 0, done.output
     for name in ("one", "two"):
         assert (tmp_path / "data" / "runs" / "kept" / name / "report.html").exists()
         assert (tmp_path / "pictures" / name / "loss_by_tokens.png").exists()
+
+
+def test_pictures_that_are_shown_are_renewed_and_no_others_are_put_beside_them(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    report.keep(folder, tmp_path / "data" / "study" / "one")
+    shown = tmp_path / "figures" / "one"
+    shown.mkdir(parents=True)
+    for name in ("tradeoff", "of_old"):
+        (shown / f"{name}.png").write_bytes(b"old")
+    drawn = report._pictures
+    monkeypatch.setattr(
+        report, "_pictures", lambda *a: (p for p in drawn(*a) if p.name in ("tradeoff", "memory"))
+    )
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    assert CliRunner().invoke(main, ["report"]).exit_code == 0
+    made = tmp_path / "data" / "runs" / "kept" / "one" / "figures"
+    assert {path.name for path in shown.iterdir()} == {"tradeoff.png", "of_old.png"}
+    assert (made / "memory.png").exists()
+    assert (shown / "of_old.png").read_bytes() == b"old"
+    pictures = [image.imread(place / "tradeoff.png")[..., :3] for place in (shown, made)]
+    assert abs(pictures[0] - pictures[1]).mean() < 0.005
+    assert (shown / "tradeoff.png").stat().st_size < (made / "tradeoff.png").stat().st_size / 2
