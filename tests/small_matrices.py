@@ -17,11 +17,34 @@ def gradients(shape, steps=STEPS, dtype=torch.float32):
     return [(2 * s * signal + 0.5 * e).to(dtype) for s, e in zip(sizes, noise, strict=True)]
 
 
+def spiky_gradients(shape, steps=80, dtype=torch.float32):
+    """Noise of changing size with a spike in single entries now and then."""
+    chance = torch.Generator().manual_seed(0)
+    noise = torch.randn((steps, *shape), generator=chance)
+    spikes = torch.rand((steps, *shape), generator=chance) < 0.01
+    sizes = torch.rand((steps, *[1] * len(shape)), generator=chance) + 0.1
+    return list((noise * sizes * torch.where(spikes, 2000.0, 1.0)).to(dtype).unbind(0))
+
+
+def noisy_gradients(shape, steps=STEPS, dtype=torch.float32):
+    """Noise of changing size."""
+    chance = torch.Generator().manual_seed(0)
+    sizes, noise = torch.rand(steps, generator=chance), torch.randn(steps, *shape, generator=chance)
+    return [((s + 0.1) * G).to(dtype) for s, G in zip(sizes, noise, strict=True)]
+
+
 def start(shape, dtype=torch.float32):
     """The initial matrix and vector."""
     chance = torch.Generator().manual_seed(1)
-    W, b = torch.randn(*shape, generator=chance), torch.randn(shape[0], generator=chance)
+    W, b = torch.randn(shape, generator=chance), torch.randn(shape[:1] or (1,), generator=chance)
     return (0.1 * W).to(dtype), (0.1 * b).to(dtype)
+
+
+def factors_of(shape, rank, dtype=torch.float32, seed=1):
+    """Two initial factors, B (m×r) and A (r×n)."""
+    chance, (m, n) = torch.Generator().manual_seed(seed), shape
+    B, A = torch.randn(m, rank, generator=chance), torch.randn(rank, n, generator=chance)
+    return B.to(dtype), A.to(dtype)
 
 
 def advance(W, b, optimizer, grads):

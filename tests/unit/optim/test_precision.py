@@ -1,6 +1,5 @@
 """Averages in float32 beside bfloat16 weights, random rounding, spread refreshes, buffers."""
 
-import copy
 import itertools
 
 import pytest
@@ -185,18 +184,3 @@ def test_a_warm_refresh_captures_nearly_what_the_exact_one_does(decay):
     assert captured >= (0.98 if decay else 0.95)
     assert torch.allclose(warm.T @ warm, torch.eye(16), atol=1e-5)
     assert ((warm * old).sum(0) >= 0).all()
-
-
-def test_a_copied_optimizer_takes_the_same_steps():
-    W, b, optimizer = make(Fira, dtype=torch.float32)
-    step(optimizer, W, b, 0)
-    W2, b2, other = make(Fira, dtype=torch.float32)
-    with torch.no_grad():
-        W2.copy_(W)
-        b2.copy_(b)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for seed in (1, 2):
-        step(optimizer, W, b, seed)
-        step(other, W2, b2, seed)
-    assert torch.equal(W, W2)
-    assert torch.equal(b, b2)

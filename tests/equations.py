@@ -1,0 +1,183 @@
+"""Each optimizer's published equations, transcribed in float64.
+
+All take the initial matrix `W` (m×n), the gradients of all steps and, where a projection or mask is
+drawn at random, `seen`: what the optimizer kept of it after each step. All return the matrix after
+the last step.
+"""
+
+import math
+
+import torch
+from small_matrices import GAP, LR, is_left, is_right
+
+
+def step_size(t, betas=(0.9, 0.999)):
+    """Adam's two bias corrections and the learning rate."""
+    return LR * (1 - betas[1] ** t) ** 0.5 / (1 - betas[0] ** t)
+
+
+def decayed(W, weight_decay):
+    return W - LR * weight_decay * W
+
+
+class Adam:
+    """m and v of 1412.6980 without bias correction."""
+
+    def __init__(self):
+        self.m, self.v = 0.0, 0.0
+
+    def __call__(self, R, eps=1e-6):
+        self.m, self.v = 0.9 * self.m + 0.1 * R, 0.999 * self.v + 0.001 * R**2
+        return self.m / (self.v.sqrt() + eps)
+
+
+def exact_sides(G, rank, proj_type):
+    """L and Rᵀ from the SVD of G in float32; an identity where a side isn't projected."""
+    U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
+    L, Rt = (torch.eye(side, dtype=torch.float64) for side in G.shape)
+    if is_left(proj_type, G.shape):
+        L = U[:, :rank].to(G.dtype).double()
+    if is_right(proj_type, G.shape):
+        Rt = Vh[:rank].to(G.dtype).double()
+    return L, Rt
+
+
+def galore(W, grads, seen, *, rank, proj_type="std", scale=1.0, weight_decay=0.0, **_):
+    """2403.03507, with a projection of its own."""
+    adam = Adam()
+    for t, G in enumerate(grads, 1):
+        if t % GAP == 1:
+            L, Rt = exact_sides(G, rank, proj_type)
+        N = adam(L.T @ G.double() @ Rt.T)
+        W = decayed(W - step_size(t) * scale * L @ N @ Rt, weight_decay)
+    return W
+
+
+def limited(S, previous):
+    """A residual whose norm grows by one percent at most."""
+    return S if previous is None else S / (max(S.norm() / (previous + 1e-8), 1.01) / 1.01)
+
+
+def fira(W, grads, seen, *, rank, proj_type="std", alpha=1.0, weight_decay=0.0, **_):
+    """2410.01623, with a projection of its own."""
+    adam, previous, axis = Adam(), None, 0 if is_left(proj_type, W.shape) else 1
+    for t, G in enumerate(grads, 1):
+        if t % GAP == 1:
+            L, Rt = exact_sides(G, rank, proj_type)
+        G = G.double()
+        R = L.T @ G @ Rt.T
+        N = adam(R)
+        S = (G - alpha * L @ R @ Rt) * N.norm(dim=axis, keepdim=True)
+        S = limited(S / (R.norm(dim=axis, keepdim=True) + 1e-8), previous)
+        previous = S.norm()
+        W = decayed(W - step_size(t) * (alpha * L @ N @ Rt + S), weight_decay)
+    return W
+
+
+def sides_of(state, shape):
+    """L and R of a state in float64, an identity where a side isn't projected."""
+    pair = zip(("projection_left", "projection_right"), shape, strict=True)
+    return [
+        state[name].double().clone() if name in state else torch.eye(side, dtype=torch.float64)
+        for name, side in pair
+    ]
+
+
+def golore(W, grads, seen, *, scale=1.0, weight_decay=0.0, gap=GAP, **_):
+    """2410.11289, with the optimizer's projections."""
+    adam, old = Adam(), None
+    for t, (G, state) in enumerate(zip(grads, seen, strict=True), 1):
+        L, R = sides_of(state, W.shape)
+        if old is not None and t % gap == 1:
+            adam.m = L.T @ old[0] @ adam.m @ old[1].T @ R
+        N, old = adam(L.T @ G.double() @ R), (L, R)
+        W = decayed(W - step_size(t) * scale * L @ N @ R.T, weight_decay)
+    return W
+
+
+def apollo(
+    W, grads, seen, *, proj_type="std", scale_type="channel", scale=1.0, weight_decay=0.0, **_
+):
+    """2412.05270, with the optimizer's projections."""
+    adam, previous, left = Adam(), None, is_left(proj_type, W.shape)
+    axis = (0, 1) if scale_type == "tensor" else 0 if left else 1
+    for t, (G, state) in enumerate(zip(grads, seen, strict=True), 1):
+        G, (L, R) = G.double(), sides_of(state, W.shape)
+        R = L.T @ G @ R
+        S = G * adam(R).norm(dim=axis, keepdim=True) / (R.norm(dim=axis, keepdim=True) + 1e-8)
+        S = limited(S, previous)
+        previous = S.norm()
+        W = decayed(W - step_size(t) * math.sqrt(scale) * S, weight_decay)
+    return W
+
+
+def spam(W, grads, seen, *, update_proj_gap, density=1.0, weight_decay=0.0, **_):
+    """2501.06842 with 10 steps of warmup, clipping from 5 on at 100; the optimizer's masks."""
+    m, v = torch.zeros_like(W), torch.zeros_like(W)
+    mask = None
+    for t, (G, state) in enumerate(zip(grads, seen, strict=True), 1):
+        k, factor = t % update_proj_gap, 1.0
+        new = state.get("mask", torch.ones_like(W, dtype=torch.bool))
+        if k == 0:
+            kept = mask & new if density < 1 else torch.zeros_like(new)
+            m, v = m * kept, v * kept
+        mask = new
+        if t >= update_proj_gap and k < 10:
+            factor = 1 - 0.99 * (1 + math.cos(math.pi * (k + 1) / 11)) / 2
+        g = G.double() * mask
+        if k >= 5:
+            g = torch.where(g**2 > 100 * v, g.sign() * (100 * v).sqrt(), g)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        W = W - factor * step_size(t) * m / (v.sqrt() + 1e-6)
+        W = torch.where(mask, decayed(W, weight_decay), W)
+    return W
+
+
+def stable_spam(W, grads, seen, *, update_proj_gap, weight_decay=0.0, **_):
+    """2502.17055."""
+    m, v, k = 0.0, 0.0, 0
+    peak = norm = square = torch.zeros(()).double()
+    for T, G in enumerate(grads, 1):
+        if T % update_proj_gap == 0:
+            m, v, k = 0.0, 0.0, 0
+        k, g = k + 1, G.double()
+        peak = 0.999 * peak + 0.001 * g.abs().max()
+        limit = peak / (1 - 0.999**T)
+        g = torch.where(g.abs() > limit, g * limit / g.abs().max(), g)
+        norm, square = 0.7 * norm + 0.3 * g.norm(), 0.9 * square + 0.1 * g.norm() ** 2
+        size = norm / (1 - 0.7**T) / ((square / (1 - 0.9**T)).sqrt() + 1e-8)
+        g = g / g.norm() * size if g.norm() > 0 else g
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        W = decayed(W, weight_decay)
+        W = W - LR * m / (1 - 0.9**k) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+    return W
+
+
+def tangent(B, A, D_B, D_A, rtol=1e-6):
+    """LORO's T = (B⁺)ᵀ D_A + (I − B B⁺) D_B (A⁺)ᵀ (m×n)."""
+    B, A, D_B, D_A = (X.double() for X in (B, A, D_B, D_A))
+    B_plus, A_plus = torch.linalg.pinv(B, rtol=rtol), torch.linalg.pinv(A, rtol=rtol)
+    outside = D_B - B @ (B_plus @ D_B)
+    return B_plus.T @ D_A + outside @ A_plus.T
+
+
+def loro(W, grads, seen, *, factors, update_k, weight_decay=0.0, eps=1e-8, scale=None, **_):
+    """LORO (ICLR 2025) on factors B (m×r) and A (r×n); the product after all steps."""
+    B, A = (X.double() for X in factors)
+    r, moments, k = A.shape[0], [0.0] * 4, 0
+    scale = r / B.shape[0] if scale is None else scale
+    for t, G in enumerate(grads, 1):
+        k, G_B, G_A = k + 1, G.double() @ A.T, B.T @ G.double()
+        fresh = (0.1 * G_B, 0.1 * G_A, 0.001 * G_B**2, 0.001 * G_A**2)
+        decays = (0.9, 0.9, 0.999, 0.999)
+        moments = [d * x + y for d, x, y in zip(decays, moments, fresh, strict=True)]
+        m_B, m_A, v_B, v_A = (x / (1 - d**k) for x, d in zip(moments, decays, strict=True))
+        D_B, D_A = m_B / (v_B.sqrt() + eps), m_A / (v_A.sqrt() + eps)
+        if t % update_k == 0:
+            U, S, Vh = torch.linalg.svd(B @ A - LR * tangent(B, A, D_B, D_A), full_matrices=False)
+            B, A = U[:, :r] * S[:r].sqrt(), S[:r].sqrt()[:, None] * Vh[:r]
+            moments, k = [0.0] * 4, 0
+        else:
+            B, A = B - LR * scale * D_B, A - LR * scale * D_A
+        B, A = decayed(B, weight_decay), decayed(A, weight_decay)
+    return B @ A

@@ -1,0 +1,224 @@
+"""What every optimizer of the package does, whatever its method: the rows of optimizer_rows.py."""
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+from optimizer_rows import ROWS
+from optimizer_trial import Trial, shapes_of
+from small_matrices import TALL, WIDE, assert_equal_states, readable, relative
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from lowrank_lab import optim
+
+OWN = [row for row in ROWS if inspect.isclass(row.cls)]  # whose groups and defaults are its own
+
+rows = pytest.mark.parametrize("row", ROWS, ids=str)
+precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+shapes = pytest.mark.parametrize("shape", [TALL, WIDE], ids=readable)
+
+
+def growing(row, shape, dtype=torch.float32):
+    """Gradients that keep what limits growth at work."""
+    return [1.3 ** (i % 20) * G for i, G in enumerate(row.gradients(shape, 35, dtype))]
+
+
+def test_every_optimizer_of_the_package_has_a_row():
+    classes = {getattr(optim, name) for name in optim.__all__}
+    assert classes == {row.cls for row in OWN} | {optim.Combined}
+
+
+@rows
+def test_equal_runs_are_equal_bit_for_bit_and_leave_the_global_generator_alone(row):
+    one = Trial(row).advance(growing(row, TALL))
+    torch.manual_seed(17)
+    before = torch.get_rng_state()
+    two = Trial(row).advance(growing(row, TALL))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(one.params, two.params, strict=True))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.converges], ids=str)
+@shapes
+def test_low_rank_regression_converges(row, shape):
+    keys = dict(row.converges)
+    steps, lr, share, rank = (keys.pop(k, 3) for k in ("steps", "lr", "share", "rank"))
+    chance, (m, n) = torch.Generator().manual_seed(3), shape
+    solution = torch.randn(m, 3, generator=chance) @ torch.randn(3, n, generator=chance) / 3
+    X = torch.randn(50, max(shape), generator=chance)
+    trial, losses = Trial(row, shape, rank, **keys), []
+    for step in range(steps):
+        for group in trial.optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        error = (trial.result().float() - solution).requires_grad_()
+        loss = (X @ (error if m > n else error.T)).square().mean()
+        losses.append(loss.item())
+        trial.advance(torch.autograd.grad(loss, error))
+    assert losses[-1] < share * losses[0]
+
+
+@rows
+@precisions
+@pytest.mark.parametrize("rank", [1, 10])
+def test_zero_gradients_leave_finite_weights_and_states_of_final_shape(row, dtype, rank):
+    trial = Trial(row, TALL, rank, dtype, **row.soon)
+    start, zero = trial.result(), torch.zeros(TALL, dtype=dtype)
+    trial.advance([zero])
+    shapes = shapes_of(trial.states)
+    assert relative(trial.result(), start) <= (0.02 if row.kind == "factors" else 0)
+    trial.advance([*row.gradients(TALL, 9, dtype), zero, zero] * 3)
+    assert all(p.isfinite().all() for p in trial.params)
+    assert not torch.equal(trial.result(), start)
+    assert shapes_of(trial.states) == shapes
+
+
+@rows
+def test_parameters_without_gradient_are_left_alone(row):
+    trial = Trial(row, weight_decay=0.1)
+    before = copy.deepcopy(trial.params)
+    trial.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(trial.params, before, strict=True))
+    assert not any(trial.states)
+
+
+@pytest.mark.parametrize("row", OWN, ids=str)
+def test_an_empty_parameter_is_no_obstacle(row):
+    empty, W = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(2, 3))
+    empty.grad, W.grad = torch.zeros(0, 3), torch.ones(2, 3)
+    row.cls([empty, W], lr=0.1).step()
+    assert (W < 1).all()
+
+
+@rows
+def test_the_closure_is_evaluated_with_gradients_and_its_loss_returned(row):
+    trial = Trial(row)
+
+    def closure():
+        loss = sum(p.square().sum() for p in trial.params)
+        for p, g in zip(trial.params, torch.autograd.grad(loss, trial.params), strict=True):
+            p.grad = g
+        return loss
+
+    before = closure().item()
+    assert trial.optimizer.step(closure).item() == pytest.approx(before)
+    assert closure().item() < before
+
+
+@rows
+def test_steps_run_on_fake_tensors_and_leave_states_of_the_real_shapes(row):
+    with FakeTensorMode():
+        fake = Trial(row, weight_decay=0.1, **row.soon)
+        fake.advance([torch.randn(TALL) for _ in range(5)])
+        found = shapes_of(fake.states)
+    assert found == shapes_of(Trial(row, **row.soon).advance(row.gradients(TALL, 5)).states)
+
+
+@rows
+@shapes
+@precisions
+@pytest.mark.parametrize("rank", [1, 4, 10])
+def test_states_hold_no_more_memory_than_their_elements(row, shape, dtype, rank):
+    trial = Trial(row, shape, rank, dtype, **row.soon).advance(row.gradients(shape, 3, dtype))
+    for state in trial.states:
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                size = value.numel() * value.element_size()
+                assert value.untyped_storage().nbytes() == size, name
+
+
+# Saving and continuing
+
+
+@rows
+@shapes
+@precisions
+@pytest.mark.parametrize("stop", [7, 9, 10])  # a refresh, reset or exact step is at hand or done
+def test_a_fresh_instance_continues_bit_for_bit(row, shape, dtype, stop):
+    grads = growing(row, shape, dtype)
+    trial = Trial(row, shape, dtype=dtype).advance(grads[:stop])
+    file = io.BytesIO()
+    torch.save(trial.optimizer.state_dict(), file)
+    file.seek(0)
+    fresh = Trial(row, shape, dtype=dtype, **row.soon, lr=1.0)  # the saved groups replace these
+    fresh.copy_from(trial)
+    fresh.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    for one, other in zip(trial.states, fresh.states, strict=True):
+        assert_equal_states(one, other)
+    trial.advance(grads[stop:])
+    fresh.advance(grads[stop:])
+    assert all(torch.equal(p, q) for p, q in zip(trial.params, fresh.params, strict=True))
+    for one, other in zip(trial.states, fresh.states, strict=True):
+        assert_equal_states(one, other)
+
+
+@rows
+@precisions
+def test_the_same_instance_goes_back_bit_for_bit(row, dtype):
+    grads = growing(row, TALL, dtype)
+    trial, there = Trial(row, dtype=dtype).advance(grads[:7]), Trial(row, dtype=dtype)
+    there.copy_from(trial)
+    saved = copy.deepcopy(trial.optimizer.state_dict())
+    trial.advance(grads[7:])
+    end, states = copy.deepcopy(trial.params), copy.deepcopy(trial.states)
+    trial.copy_from(there)
+    trial.optimizer.load_state_dict(saved)
+    trial.advance(grads[7:])
+    assert all(torch.equal(p, q) for p, q in zip(trial.params, end, strict=True))
+    for one, other in zip(trial.states, states, strict=True):
+        assert_equal_states(one, other)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("row", OWN, ids=str)
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-9},
+                                 {"weight_decay": -0.1}], ids=str)  # fmt: skip
+def test_a_bad_hyperparameter_is_refused(row, bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        row.cls([nn.Parameter(torch.zeros(3))], **bad)
+
+
+def group_of(row, **keys):
+    """A group as its optimizer wants it, changed by some keys."""
+    shapes = [(6, 2), (2, 4)] if row.kind == "factors" else [(6, 4)]
+    rank = {} if row.kind == "whole" else {"rank": 2}
+    return {"params": [nn.Parameter(torch.zeros(shape)) for shape in shapes]} | rank | keys
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "message"), [(row, *r) for row in ROWS for r in row.refused]
+)
+def test_a_bad_group_is_refused_in_one_line_and_changes_nothing(row, keys, message):
+    optimizer = row.cls([nn.Parameter(torch.zeros(3))])
+    optimizer.add_param_group(group_of(row))
+    with pytest.raises(ValueError, match=f"^{message}") as refusal:
+        optimizer.add_param_group(group_of(row, **keys))
+    assert " is not allowed; " in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(("row", "key"), [(row, key) for row in ROWS for key in row.unknown])
+def test_an_unknown_key_of_a_group_is_refused(row, key):
+    with pytest.raises(ValueError, match=f"^{key}: 1 is not allowed; no such key"):
+        row.cls([group_of(row, **{key: 1})])
+
+
+@pytest.mark.parametrize("row", [row for row in OWN if row.kind == "ranked"], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (4, 4, 3), (1, 5)], ids=readable)
+def test_what_is_no_matrix_of_that_rank_is_refused_in_a_ranked_group(row, shape):
+    with pytest.raises(ValueError, match=r"^rank: 2 is not allowed"):
+        row.cls([group_of(row, params=[nn.Parameter(torch.zeros(shape))])])
+
+
+@pytest.mark.parametrize("row", OWN, ids=str)
+def test_sparse_gradients_are_refused(row):
+    table = nn.Embedding(5, 4, sparse=True)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        row.cls(table.parameters()).step()

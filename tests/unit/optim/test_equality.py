@@ -1,0 +1,122 @@
+"""Every optimizer follows its equations in float64, and its published package where that is right.
+
+The packages and equations of each stand in tests/optimizer_rows.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from optimizer_rows import ROWS
+from optimizer_trial import Trial
+from small_matrices import SQUARE, TALL, WIDE, readable, relative, start
+
+
+def cases(rows):
+    for row in rows:
+        for shape, rank in row.sizes:
+            for keys in row.cases:
+                yield pytest.param(row, shape, rank, keys, id=name_of(row, shape, rank, keys))
+
+
+def name_of(row, shape, rank, keys):
+    words = [row.name, readable(shape) or "scalar", *([f"rank {rank}"] if rank else [])]
+    return ", ".join([*words, *(f"{k} {v}" for k, v in keys.items())])
+
+
+def run(row, shape, rank, cls=None, dtype=torch.float32, **keys):
+    """A trial after all steps, the matrix before them, and what the optimizer kept after each."""
+    if cls is not None:
+        row, keys = replace(row, keys={}), row.theirs(**row.keys | keys)
+    trial, seen = Trial(row, shape, rank, dtype, cls, **keys), []
+    before = trial.result()
+    return trial.advance(row.gradients(shape, row.steps, dtype), seen), before, seen
+
+
+def by_equations(row, shape, rank, before, seen, dtype=torch.float32, **keys):
+    """The matrix after all steps."""
+    if row.kind == "factors":
+        keys["factors"] = Trial(row, shape, rank, dtype).matrices
+    grads = row.gradients(shape, row.steps, dtype)
+    return row.equations(before, grads, seen, rank=rank, **row.keys | keys).detach()
+
+
+def error(result, reference, before):
+    """Relative error of the accumulated update, stricter than that of the weights."""
+    return relative(result - before, reference - before)
+
+
+def well_defined(row, keys):
+    """At a refresh of two sides by SVD, entries off the diagonal are rounding noise to Adam."""
+    return (keys.get("proj_type"), keys.get("switch", 1) > 0) != ("full", True)
+
+
+FOLLOWED = [case for case in cases(row for row in ROWS if row.equations)
+            if well_defined(case.values[0], case.values[3])]  # fmt: skip
+PUBLISHED = [case for case in cases(row for row in ROWS if row.package)
+             if case.values[0].package_is_right(*case.values[1:])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "shape", "rank", "keys"), FOLLOWED)
+def test_the_update_follows_the_equations_in_float64(row, shape, rank, keys):
+    trial, before, seen = run(row, shape, rank, **keys)
+    exact = by_equations(row, shape, rank, before, seen, **keys)
+    assert error(trial.result(), exact, before) <= row.tolerance
+
+
+@pytest.mark.parametrize(("row", "shape", "rank", "keys"), PUBLISHED)
+def test_the_update_equals_the_published_package(row, shape, rank, keys):
+    ours, before, _ = run(row, shape, rank, **keys)
+    theirs, *_ = run(row, shape, rank, row.package, **keys)
+    assert error(ours.result(), theirs.result(), before) <= 1e-5
+    limit = 1e-6 if row.kind == "ranked" else 1e-5  # b is AdamW's, or the method's too
+    assert relative(ours.b.detach(), theirs.b.detach()) <= limit
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.equations], ids=str)
+def test_weight_decay_changes_the_update(row):
+    plain, before, _ = run(row, TALL, 4)
+    decayed, *_ = run(row, TALL, 4, weight_decay=0.1)
+    assert error(decayed.result(), plain.result(), before) > 1e-3
+
+
+SIZES = {"ranked": (SQUARE, TALL, WIDE), "whole": (TALL, (9,))}
+HALF = [pytest.param(row, shape, rank, keys, id=name_of(row, shape, rank, keys))
+        for row in ROWS if row.package for keys in row.half
+        for shape, rank in row.sizes if shape in SIZES[row.kind]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "shape", "rank", "keys"), HALF)
+def test_bfloat16_strays_little_further_from_the_equations_than_the_package(row, shape, rank, keys):
+    ours, before, seen = run(row, shape, rank, dtype=torch.bfloat16, **keys)
+    exact = by_equations(row, shape, rank, before, seen, dtype=torch.bfloat16, **keys)
+    theirs, *_ = run(row, shape, rank, row.package, dtype=torch.bfloat16, **keys)
+    limit = row.bf16 * error(theirs.result(), exact, before)
+    assert error(ours.result(), exact, before) <= limit
+    if row.kind == "ranked":
+        assert relative(ours.b.detach(), theirs.b.detach()) <= 2**-7
+
+
+RANKED = [row for row in ROWS if row.package and row.kind == "ranked"]
+
+
+@pytest.mark.parametrize("row", RANKED, ids=str)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_schedule_and_parameters_that_join_late_equal_the_published_package(row, late):
+    """Learning rates fall, bias correction ends at step 20, gradients are missing now and then."""
+    shape = TALL if row.package_is_right(TALL, 4, {}) else WIDE
+    results = []
+    for cls in (row.cls, row.package):
+        trial = Trial(row, shape, 4, cls=cls)
+        for i, G in enumerate(row.gradients(shape)):
+            for group in trial.optimizer.param_groups:
+                group.update(lr=0.01 * (1 - i / 35), correct_bias=i < 20)
+            trial.give(G)
+            if late:
+                trial.matrices[0].grad = G.clone() if i >= 13 else None
+                trial.b.grad = G.sum(1) if i % 5 else None
+            trial.optimizer.step()
+        results.append((trial.result(), trial.b.detach().double()))
+    (W, b), (their_W, their_b) = results
+    assert error(W, their_W, start(shape)[0].double()) <= 1e-5
+    assert relative(b, their_b) <= 1e-6
