@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -315,3 +317,16 @@ def test_what_two_processes_cannot_share_is_refused_in_one_line(two):
         for rank in range(2)
     }
     assert not (folder / "uneven").exists()
+
+
+def test_the_command_line_trains_under_torchrun(tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | {"steps": 3}).items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*torchrun, "--standalone", "-m", "lowrank_lab", "train", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*command, f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert (done.returncode, done.stdout.count("test loss")) == (0, 1), done.stderr
+    assert len(rows_of(tmp_path / "run")) == 3
+    facts = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert facts["ran_on"]["processes"] == 2

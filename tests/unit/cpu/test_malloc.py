@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -37,6 +38,7 @@ print(json.dumps([faults(nullcontext()), faults(keep_freed_memory()), faults(nul
 """
 
 
+@cache
 def measured(**environment):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,

@@ -7,7 +7,6 @@ from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import describe, fit
 from lowrank_lab.planning.simulate import simulate
@@ -111,14 +110,6 @@ def test_per_layer_updates_need_no_word_about_clipping():
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found["gradients"] == 2 * 512 * 32  # the largest
-
-
-def test_all_methods_are_compared_in_one_table():
-    done = invoke("--model", "tiny", "--rank", "4", "--batch", "2", "--all", "--json")
-    rows = json.loads(done.stdout)["methods"]
-    assert [row["method"] for row in rows] == list(METHODS)
-    assert all(row["peak"] > row["weights"] for row in rows if "refused" not in row)
-    assert sum("refused" in row for row in rows) == 0
 
 
 def test_measured_bytes_stand_beside_the_simulated_ones():

@@ -1,6 +1,4 @@
-"""Formula, simulation and measurement of a run's memory: three sources, one account."""
-
-import shutil
+"""Formula, simulation and measurement of a run's memory agree. All ways to save it: tests/slow."""
 
 import pytest
 import torch
@@ -16,12 +14,6 @@ from lowrank_lab.planning.simulate import measure, simulate
 from lowrank_lab.training.step import kind_of
 
 AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
-FRUGAL = {
-    "plain": {},
-    "checkpointing": {"activation_checkpointing": True},
-    "per layer": {"per_layer": True, "clip": 0.0},
-    "accumulation": {"gradient_accumulation": 2},
-}
 
 
 def configured(method, model="tiny", **fields):
@@ -37,56 +29,20 @@ def at_rest(breakdown):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", ["tiny", "9m"])
 @pytest.mark.parametrize("method", QUICK)
-def test_formula_and_simulation_agree_to_the_byte(method, model, precision):
-    config = configured(method, model, precision=precision)
+def test_formula_and_simulation_agree_to_the_byte(method, precision):
+    config = configured(method, precision=precision)
     assert at_rest(simulate(config).persistent) == at_rest(by_formula(resolve(config)))
 
 
-@pytest.mark.parametrize("how", FRUGAL)
-@pytest.mark.parametrize("method", QUICK)
-def test_the_simulated_step_is_the_measured_one(method, how):
-    if how == "per layer" and not METHODS[method].per_layer:
-        pytest.skip("updates its factors in pairs")
-    config = configured(method, **FRUGAL[how])
+@pytest.mark.parametrize("method", ["full-rank", "low-rank", "galore", "loro"])
+def test_the_simulated_step_is_the_measured_one(method):
+    config = configured(method)
     simulated, measured = simulate(config), measure(config)
-    assert (
-        at_rest(simulated.persistent)
-        == at_rest(measured.persistent)
-        == at_rest(by_formula(resolve(config)))
-    )
+    assert at_rest(simulated.persistent) == at_rest(measured.persistent)
     assert simulated.steps.keys() == measured.steps.keys()
     for kind, trace in simulated.steps.items():
         assert trace.peak == measured.steps[kind].peak
-        assert abs(trace.peak.total / measured.allocated[kind] - 1) < 0.03
-
-
-@pytest.mark.parametrize("precision", ["bf16", "amp-bf16"])
-@pytest.mark.parametrize("method", ["full-rank", "low-rank", "sltrain", "galore", "relora"])
-def test_half_precision_is_simulated_as_it_is_measured(method, precision):
-    config = configured(method, precision=precision)
-    simulated, measured = simulate(config), measure(config)
-    for kind, trace in simulated.steps.items():
-        assert trace.peak == measured.steps[kind].peak
-        assert abs(trace.peak.total / measured.allocated[kind] - 1) < 0.03
-
-
-@pytest.mark.parametrize("method", ["galore", "fira", "golore", "loro", "muon", "apollo"])
-def test_where_the_optimizer_decides_the_peak_the_allocator_agrees(method):
-    config = configured(method, "mini", vocab_size=100, batch=1, sequence_length=4)
-    simulated, measured = simulate(config), measure(config)
-    assert simulated.peak.temporaries > 0
-    for kind, trace in simulated.steps.items():
-        assert abs(trace.peak.total / measured.allocated[kind] - 1) < 0.03
-
-
-@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
-def test_refreshes_spread_or_at_once_are_simulated_as_measured(refresh):
-    options = {"refresh": refresh, "spread_refresh": True}
-    config = configured("galore", method_options=options, batch=1, sequence_length=4)
-    simulated, measured = simulate(config), measure(config)
-    for kind, trace in simulated.steps.items():
         assert abs(trace.peak.total / measured.allocated[kind] - 1) < 0.03
 
 
@@ -103,21 +59,6 @@ def test_activations_of_dense_models_follow_their_formula_to_the_byte(model, pre
 
 def test_there_is_no_rule_for_the_activations_of_factors():
     assert activation_bytes(resolve(configured("low-rank"))) is None
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.filterwarnings("ignore")
-def test_8_bit_states_are_simulated_by_formula_and_measured():
-    pytest.importorskip("torchao")
-    config = configured("adamw-8bit")
-    simulated, measured = simulate(config), measure(config)
-    assert (
-        at_rest(simulated.persistent)
-        == at_rest(measured.persistent)
-        == at_rest(by_formula(resolve(config)))
-    )
-    assert "formula" in simulated.excluded[0]
-    assert abs(simulated.peak.total / max(measured.allocated.values()) - 1) < 0.03
 
 
 def test_a_simulation_allocates_nothing_and_leaves_torch_as_it_was():

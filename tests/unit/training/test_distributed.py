@@ -1,15 +1,9 @@
 """What processes cannot share is refused; torchrun starts them. What they train: tests/slow."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from lowrank_lab import InputError, RunConfig, train
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training.fsdp_layout import check_fsdp
 
 SMALL = {"model": "tiny", "corpus": "markov", "batch": 8, "sequence_length": 32, "device": "cpu"}
@@ -31,19 +25,6 @@ def test_what_is_not_sound_in_shards_is_refused(fields, refusal):
     config = resolve(RunConfig(**SMALL, parallel="fsdp2", **fields))
     with pytest.raises(InputError, match=f"{refusal} is not allowed"):
         check_fsdp(config)
-
-
-def test_the_command_line_trains_under_torchrun(tmp_path):
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | {"steps": 3}).items()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command = [*torchrun, "--standalone", "-m", "lowrank_lab", "train", *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*command, f"--out={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
-    assert (done.returncode, done.stdout.count("test loss")) == (0, 1), done.stderr
-    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 3
-    facts = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert facts["ran_on"]["processes"] == 2
 
 
 def test_how_processes_share_the_work_does_not_change_the_run_id():
