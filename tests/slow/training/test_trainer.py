@@ -3,7 +3,7 @@
 import math
 
 from lowrank_lab import RunConfig
-from lowrank_lab.data.corpus import prepare
+from lowrank_lab.data.prepare import prepare
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.loop import train
 
