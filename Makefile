@@ -1,7 +1,7 @@
 # make study   set up, run the default study, print its table      make lab      JupyterLab
 # make test    set up, run the unit tests (test-all: all)          make figures  figures from data/study
 # make bench   time ours against the published packages            make lint     what CI checks beside the tests
-# make explore the explorer as an app (Voilà)                      make publish  static pages, in build/pages
+# make explore the explorer as an app (Voilà)                      make docs     the book, in build/docs
 # make clean   forget the environment
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 
-.PHONY: study test test-notebooks test-browser test-slow test-all lab explore figures publish bench lint clean
+.PHONY: study test test-notebooks test-browser test-slow test-all lab explore figures docs bench lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
@@ -43,8 +43,12 @@ explore: .venv/installed-explore
 figures: .venv/installed
 	$(BIN)/lowrank-lab report
 
-publish: .venv/installed
-	$(BIN)/lowrank-lab report --publish build/pages
+# Notebooks that have changed are executed first. Warnings, broken links and silent pictures are errors.
+docs: .venv/installed-docs
+	$(BIN)/python docs/chapters.py
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python docs/links.py build/docs
+	@echo "the book: build/docs/index.html"
 
 bench: .venv/installed-dev
 	$(BIN)/lowrank-lab bench
@@ -71,6 +75,10 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[explore]'
 	touch $@
 
+.venv/installed-docs: .venv/installed pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 .venv/installed-dev: .venv/installed pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant,hub,explore,dask]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant,hub,explore,dask,docs]'
 	touch $@

@@ -1,0 +1,212 @@
+"""Sphinx directives that write tables from the library and the kept records, and alt texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from base64 import b64decode
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pandas as pd
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# Types of other libraries, whose documentation lies on a network.
+OUTSIDE = [
+    (r"py:.*", r"(torch|nn|pandas|pd|numpy|np|pathlib|collections|typing|pydantic|matplotlib)\..*"),
+    (r"py:.*", r"(Tensor|Path|Callable|Iterable|Sequence|Mapping|Any|Literal|DataFrame|Module)"),
+    (r"py:class", r"(int|float|str|bool|dict|list|tuple|set|None|object|type|bytes|optional)"),
+    (r"py:exc", r"(ValueError|RuntimeError|KeyError|OSError|FileNotFoundError|TypeError)"),
+    (r"py:.*", r"lowrank_lab\..*\._\w+.*|.*\.Model|.*TypeVar.*"),
+]
+
+
+def version_of_project() -> str:
+    """The version in pyproject.toml."""
+    found: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    return found
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    cells = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(_cell(c) for c in row)} |" for row in cells]
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("*", "\\*")
+
+
+class MarkdownDirective(SphinxDirective):
+    """A directive whose content is Markdown that `lines` makes."""
+
+    has_content = False
+
+    def lines(self) -> list[str]:
+        raise NotImplementedError
+
+    def run(self) -> list[nodes.Node]:
+        holder = nodes.Element()
+        source = self.get_source_info()[0]
+        self.state.nested_parse(StringList(self.lines(), source), self.content_offset, holder)
+        return holder.children
+
+
+class RunConfigFields(MarkdownDirective):
+    """The fields of RunConfig between two of them, as a table: name, type, default, meaning."""
+
+    required_arguments = 1  # the first field of a group
+    optional_arguments = 1  # the last one
+
+    def lines(self) -> list[str]:
+        from lowrank_lab import RunConfig
+
+        names = list(RunConfig.model_fields)
+        first, last = self.arguments[0], self.arguments[-1]
+        rows = []
+        for name in names[names.index(first) : names.index(last) + 1]:
+            field = RunConfig.model_fields[name]
+            rows.append((f"`{name}`", f"`{type_name(field.annotation)}`", f"`{field.default!r}`",
+                         field.description or ""))  # fmt: skip
+        rows = [(n, t, _short(d), m) for n, t, d, m in rows]
+        return markdown_table(("field", "type", "default", "meaning"), rows)
+
+
+def _short(default: str) -> str:
+    return default if len(default) < 40 else "see `lowrank_lab.config`"
+
+
+def type_name(annotation: Any) -> str:
+    """A type as it is written: `int | None`, `kaiming | spectral`."""
+    if get_origin(annotation) is not None and annotation.__class__.__name__ != "GenericAlias":
+        return " | ".join(type_name(part) for part in get_args(annotation))
+    if isinstance(annotation, str):
+        return repr(annotation).strip("'")
+    if annotation is type(None):
+        return "None"
+    return str(annotation) if get_args(annotation) else getattr(annotation, "__name__", "any")
+
+
+class MethodsTable(MarkdownDirective):
+    """METHODS as a table: what each is, its source, its weights, its states."""
+
+    def lines(self) -> list[str]:
+        rows = [
+            (f"[`{m.name}`](../explanation/methods.md#{m.name})", m.summary, source_link(m.source),
+             m.layers or "dense", m.states)
+            for m in built_in()
+        ]  # fmt: skip
+        head = ("method", "what it does", "source", "layers", "optimizer states of an m×n weight")
+        return markdown_table(head, rows)
+
+
+class MethodOptions(MarkdownDirective):
+    """The options of every method, with defaults at the widths 64 and 512."""
+
+    def lines(self) -> list[str]:
+        rows = []
+        for m in built_in():
+            rates = [f"{m.lr.at(width):g}" for width in (64, 512)]
+            options = ", ".join(f"`{name}`" for name in m.options)
+            rows.append((f"`{m.name}`", *rates, options))
+        return markdown_table(("method", "lr, width 64", "lr, width 512", "options"), rows)
+
+
+def built_in() -> list[Any]:
+    """The rows of METHODS that the library itself has."""
+    from lowrank_lab.catalogue import BUILT_IN
+
+    return list(BUILT_IN)
+
+
+def source_link(source: str) -> str:
+    """An arXiv id as a link; other sources as they are."""
+    plain = source.replace(".", "").isdigit()
+    return f"[arXiv {source}](https://arxiv.org/abs/{source})" if plain else source
+
+
+class KeptStudy(MarkdownDirective):
+    """The tables of a kept study: its rows, the answers to its questions, its recorded layers."""
+
+    required_arguments = 1
+
+    def lines(self) -> list[str]:
+        from lowrank_lab.report import asked_in
+        from lowrank_lab.runs import complete_runs, final_table, load_runs
+        from lowrank_lab.tables import claims, formatted, structure, summary
+
+        name = self.arguments[0]
+        folder = ROOT / "data" / "study" / name
+        finals = final_table(load_runs(folder))
+        what, pairs = asked_in(ROOT / "notebooks" / "studies" / f"{name}.yaml")
+        found = [f"`notebooks/studies/{name}.yaml`, {len(finals)} runs. {' '.join(what.split())}"]
+        found += ["", "**How each variant ended**", "", *frame(formatted(summary(finals)))]
+        if pairs:
+            found += ["", "**Differences in test loss, A − B, seed by seed**", ""]
+            found += frame(formatted(claims(finals, pairs)))
+        ends = structure(complete_runs(folder))
+        if len(ends.columns) > 1:
+            found += ["", "**Recorded layers at the end of training**", "", *frame(formatted(ends))]
+        return found
+
+
+def frame(table: pd.DataFrame) -> list[str]:
+    """A table of pandas as Markdown."""
+    shown = table.astype(object).where(table.notna(), "")
+    return markdown_table([str(c) for c in shown.columns], shown.to_numpy().tolist())
+
+
+def alt_texts(notebook: Path) -> dict[str, str]:
+    """SHA-256 of each picture in a notebook's outputs → the text that its output's metadata has."""
+    found = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        for output in cell.get("outputs", ()):
+            png = output.get("data", {}).get("image/png")
+            if png:
+                alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
+                found[hashlib.sha256(b64decode("".join(png))).hexdigest()] = alt
+    return found
+
+
+def set_alt_texts(app: Sphinx, doctree: nodes.document) -> None:
+    """Give the pictures of a chapter their words; MyST-NB names a picture's file by its hash."""
+    source = Path(app.env.doc2path(app.env.docname))
+    if source.suffix != ".ipynb":
+        return
+    texts = alt_texts(source)
+    for image in doctree.findall(nodes.image):
+        image["alt"] = texts.get(Path(image["uri"]).stem, image.get("alt", ""))
+
+
+def scrolling(app: Sphinx, doctree: nodes.document) -> None:
+    """Put each table into a box that scrolls by itself where the page is narrow."""
+    for table in list(doctree.findall(nodes.table)):
+        box = nodes.container(classes=["scroll"])
+        table.replace_self(box)
+        box += table
+
+
+def plain_properties(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Let napoleon read the first line of a property's docstring as text, not as `type: text`."""
+    if what in ("property", "attribute"):
+        lines.insert(0, "\\ ")  # nothing, in reStructuredText
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("run-config-fields", RunConfigFields)
+    app.add_directive("methods-table", MethodsTable)
+    app.add_directive("method-options", MethodOptions)
+    app.add_directive("kept-study", KeptStudy)
+    app.connect("autodoc-process-docstring", plain_properties, priority=100)
+    app.connect("doctree-read", set_alt_texts)
+    app.connect("doctree-read", scrolling)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
