@@ -157,6 +157,23 @@ class KeptStudy(MarkdownDirective):
         return found
 
 
+class KeptRates(MarkdownDirective):
+    """Validation loss over learning rates of a kept study, one row per variant."""
+
+    required_arguments = 1
+
+    def lines(self) -> list[str]:
+        from lowrank_lab.figures import rate_table
+        from lowrank_lab.runs import final_table, load_runs
+
+        rates = rate_table(final_table(load_runs(ROOT / "data" / "study" / self.arguments[0])))
+        table = rates.pivot_table(index="label", columns="lr", values="validation_loss")
+        best, shown = table.min(axis=1), table.map(lambda loss: f"{loss:.3f}")
+        shown = shown.where(table.notna(), "").loc[best.sort_values().index]
+        head = ["variant", *(f"{lr:g}" for lr in shown.columns)]
+        return markdown_table(head, shown.reset_index().to_numpy().tolist())
+
+
 def frame(table: pd.DataFrame) -> list[str]:
     """A table of pandas as Markdown."""
     shown = table.astype(object).where(table.notna(), "")
@@ -206,6 +223,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("methods-table", MethodsTable)
     app.add_directive("method-options", MethodOptions)
     app.add_directive("kept-study", KeptStudy)
+    app.add_directive("kept-rates", KeptRates)
     app.connect("autodoc-process-docstring", plain_properties, priority=100)
     app.connect("doctree-read", set_alt_texts)
     app.connect("doctree-read", scrolling)
