@@ -167,7 +167,7 @@ class KeptRates(MarkdownDirective):
         from lowrank_lab.runs import final_table, load_runs
 
         rates = rate_table(final_table(load_runs(ROOT / "data" / "study" / self.arguments[0])))
-        table = rates.pivot_table(index="label", columns="lr", values="validation_loss")
+        table = rates.pivot_table(index="label", columns="lr", values="mean")
         best, shown = table.min(axis=1), table.map(lambda loss: f"{loss:.3f}")
         shown = shown.where(table.notna(), "").loc[best.sort_values().index]
         head = ["variant", *(f"{lr:g}" for lr in shown.columns)]
