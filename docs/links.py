@@ -39,7 +39,11 @@ class Page(HTMLParser):
 
 def problems(book: Path) -> Iterator[str]:
     """One line per link that leads nowhere, per file from elsewhere, and per silent picture."""
-    pages = {path.resolve(): Page(path) for path in sorted(book.rglob("*.html"))}
+    pages = {
+        path.resolve(): Page(path)
+        for path in sorted(book.rglob("*.html"))
+        if "_static" not in path.parts
+    }
     for path, page in pages.items():
         where = path.relative_to(book.resolve())
         for address in page.wordless:
@@ -54,9 +58,12 @@ def problems(book: Path) -> Iterator[str]:
             target = (path.parent / unquote(split.path)).resolve() if split.path else path
             if not target.exists():
                 yield f"{where}: no such file: {address}"
-            elif split.fragment and target in pages:
-                if unquote(split.fragment) not in pages[target].anchors:
-                    yield f"{where}: no such anchor: {address}"
+            elif (
+                split.fragment
+                and target in pages
+                and unquote(split.fragment) not in pages[target].anchors
+            ):
+                yield f"{where}: no such anchor: {address}"
 
 
 def main(book: str) -> int:

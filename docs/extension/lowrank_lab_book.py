@@ -24,7 +24,10 @@ OUTSIDE = [
     (r"py:.*", r"(Tensor|Path|Callable|Iterable|Sequence|Mapping|Any|Literal|DataFrame|Module)"),
     (r"py:class", r"(int|float|str|bool|dict|list|tuple|set|None|object|type|bytes|optional)"),
     (r"py:exc", r"(ValueError|RuntimeError|KeyError|OSError|FileNotFoundError|TypeError)"),
-    (r"py:.*", r"lowrank_lab\..*\._\w+.*|.*\.Model|.*TypeVar.*"),
+    (
+        r"py:.*",
+        r"(annotated_types|types)\..*|Llama|Tokenizer|lowrank_lab\.layers\.Model|lowrank_lab\.distributed\.\w+",
+    ),
 ]
 
 
@@ -121,7 +124,7 @@ class MethodOptions(MarkdownDirective):
 
 def built_in() -> list[Any]:
     """The rows of METHODS that the library itself has."""
-    from lowrank_lab.catalogue import BUILT_IN
+    from lowrank_lab.methods.registry import BUILT_IN
 
     return list(BUILT_IN)
 
@@ -139,8 +142,8 @@ class KeptStudy(MarkdownDirective):
 
     def lines(self) -> list[str]:
         from lowrank_lab.report import asked_in
-        from lowrank_lab.runs import complete_runs, final_table, load_runs
-        from lowrank_lab.tables import claims, formatted, structure, summary
+        from lowrank_lab.runs.run import complete_runs, final_table, load_runs
+        from lowrank_lab.analysis.tables import claims, formatted, structure, summary
 
         name = self.arguments[0]
         folder = ROOT / "data" / "study" / name
@@ -164,7 +167,7 @@ class KeptRates(MarkdownDirective):
 
     def lines(self) -> list[str]:
         from lowrank_lab.figures import rate_table
-        from lowrank_lab.runs import final_table, load_runs
+        from lowrank_lab.runs.run import final_table, load_runs
 
         rates = rate_table(final_table(load_runs(ROOT / "data" / "study" / self.arguments[0])))
         table = rates.pivot_table(index="label", columns="lr", values="mean")
@@ -214,8 +217,19 @@ def plain_properties(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Let napoleon read the first line of a property's docstring as text, not as `type: text`."""
-    if what in ("property", "attribute"):
+    if what in ("property", "attribute") and ": " in lines[0]:
         lines.insert(0, "\\ ")  # nothing, in reStructuredText
+
+
+def escape_bars(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Keep the bars of |g| outside of code from becoming substitutions."""
+    for i, line in enumerate(lines):
+        parts = line.split("`")
+        lines[i] = "`".join(
+            [*(p.replace("|", "\\|") if j % 2 == 0 else p for j, p in enumerate(parts))]
+        )
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -225,6 +239,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("kept-study", KeptStudy)
     app.add_directive("kept-rates", KeptRates)
     app.connect("autodoc-process-docstring", plain_properties, priority=100)
+    app.connect("autodoc-process-docstring", escape_bars, priority=900)
     app.connect("doctree-read", set_alt_texts)
     app.connect("doctree-read", scrolling)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -22,19 +22,20 @@ PARTS = {
 
 @dataclass
 class Breakdown:
-    """Bytes by category. Indented ones are parts of the category above them.
+    """Bytes by category.
 
-    weights           parameters and buffers
-      frozen          parameters that aren't trained (LoRA's W₀)
-      indices         positions of sparse entries (SLTrain)
-    gradients         of parameters
-    optimizer_states  all tensors that an optimizer keeps from step to step
-      projections     stored projections (GaLore's P)
-    activations       tensors kept for the backward pass
-    logits            logits, loss and the gradients that the loss computes in its forward pass
-    temporaries       everything else: gradients of activations, outputs of running operations
-      gathered        with sharding: gathered weights of the current block or layer, and buffers
-                      of collectives
+    Attributes:
+        weights: parameters and buffers.
+        frozen: the part of `weights` that isn't trained (LoRA's W₀).
+        indices: the part of `weights` that is positions of sparse entries (SLTrain).
+        gradients: gradients of parameters.
+        optimizer_states: all tensors that an optimizer keeps from step to step.
+        projections: the part of `optimizer_states` that is stored projections (GaLore's P).
+        activations: tensors kept for the backward pass.
+        logits: logits, loss and the gradients that the loss computes in its forward pass.
+        temporaries: everything else: gradients of activations, outputs of running operations.
+        gathered: with sharding, the part of `temporaries` that is gathered weights of the current
+            block or layer, and buffers of collectives.
     """
 
     weights: int = 0
