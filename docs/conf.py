@@ -54,11 +54,16 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "search_bar_text": "Search the book",
     "navigation_with_keys": False,
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
 }
 mathjax = Path(next(iter(find_spec("sphinx-mathjax-offline").submodule_search_locations)))
 html_static_path = ["_static", str(mathjax / "static" / "mathjax" / "tex-svg-full.js")]
 mathjax_path = "tex-svg-full.js"
 mathjax3_config = {"options": {"enableMenu": False}}
+html_context = {"default_mode": "auto"}
 html_css_files = ["book.css"]
 html_show_search_summary = False  # it would fetch pages, which a browser refuses for file://
 html_copy_source = False

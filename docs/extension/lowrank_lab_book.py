@@ -8,7 +8,7 @@ import tomllib
 from base64 import b64decode
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 import pandas as pd
 from docutils import nodes
@@ -51,15 +51,25 @@ class MarkdownDirective(SphinxDirective):
     """A directive whose content is Markdown that `lines` makes."""
 
     has_content = False
+    classes: ClassVar[list[str]] = ["generated"]
 
     def lines(self) -> list[str]:
         raise NotImplementedError
 
+    def sources(self) -> Iterable[Path]:
+        """Files from which the lines are made: the page is read again when they change."""
+        return [
+            ROOT / "lowrank_lab" / "config.py",
+            *(ROOT / "lowrank_lab" / "methods").glob("*.py"),
+        ]
+
     def run(self) -> list[nodes.Node]:
-        holder = nodes.Element()
+        for path in self.sources():
+            self.env.note_dependency(str(path))
+        holder = nodes.container(classes=self.classes)
         source = self.get_source_info()[0]
         self.state.nested_parse(StringList(self.lines(), source), self.content_offset, holder)
-        return holder.children
+        return [holder]
 
 
 class RunConfigFields(MarkdownDirective):
@@ -139,11 +149,15 @@ class KeptStudy(MarkdownDirective):
     """The tables of a kept study: its rows, the answers to its questions, its recorded layers."""
 
     required_arguments = 1
+    classes: ClassVar[list[str]] = ["kept"]
+
+    def sources(self) -> Iterable[Path]:
+        return records_of(self.arguments[0])
 
     def lines(self) -> list[str]:
+        from lowrank_lab.analysis.tables import claims, formatted, structure, summary
         from lowrank_lab.report import asked_in
         from lowrank_lab.runs.run import complete_runs, final_table, load_runs
-        from lowrank_lab.analysis.tables import claims, formatted, structure, summary
 
         name = self.arguments[0]
         folder = ROOT / "data" / "study" / name
@@ -160,10 +174,20 @@ class KeptStudy(MarkdownDirective):
         return found
 
 
+def records_of(name: str) -> list[Path]:
+    """The files of a kept study, and its study file."""
+    kept = ROOT / "data" / "study"
+    found = [*kept.glob(f"{name}/**/*"), *kept.glob(f"{name}[._-]*")]
+    return [*(p for p in found if p.is_file()), ROOT / "notebooks" / "studies" / f"{name}.yaml"]
+
+
 class KeptRates(MarkdownDirective):
     """Validation loss over learning rates of a kept study, one row per variant."""
 
     required_arguments = 1
+
+    def sources(self) -> Iterable[Path]:
+        return records_of(self.arguments[0])
 
     def lines(self) -> list[str]:
         from lowrank_lab.figures import rate_table
@@ -242,4 +266,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", escape_bars, priority=900)
     app.connect("doctree-read", set_alt_texts)
     app.connect("doctree-read", scrolling)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    own = int(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], 16)
+    return {"env_version": own, "parallel_read_safe": True, "parallel_write_safe": True}
