@@ -16,9 +16,9 @@ from typing import Any
 
 import nbformat
 
-from lowrank_lab.jobs import Job, parameter_names
-from lowrank_lab.runner import execute
-from lowrank_lab.study_view import View
+from lowrank_lab.studies.job import Job, parameter_names
+from lowrank_lab.studies.local_executor import execute
+from lowrank_lab.studies.progress import View
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "notebooks"

@@ -366,11 +366,7 @@ def merge(out: Path, folders: tuple[Path, ...], as_json: bool) -> None:
     "--keep-rows", type=click.IntRange(0), default=200, show_default=True,
     help="training steps of each run among them, evaluations not counted",
 )  # fmt: skip
-@click.option(
-    "--publish",
-    type=click.Path(path_type=Path),
-    help="write pages of all notebooks and of these studies (none given: all kept ones) there",
-)
+@click.option("--publish", hidden=True, expose_value=False, callback=lambda *at: _no_pages(at[2]))
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
 def report(
     folders: tuple[Path, ...],
@@ -379,7 +375,6 @@ def report(
     title: str | None,
     keep: Path | None,
     keep_rows: int,
-    publish: Path | None,
     as_json: bool,
 ) -> None:
     """Table, figures and a self-contained HTML page from a folder of finished runs.
@@ -391,14 +386,11 @@ def report(
     from lowrank_lab import report as reporting
     from lowrank_lab.paths import data_folder, kept_folders, located
 
-    if publish is not None:
-        _publish(publish, folders)
-        return
     if not folders:
         _report_kept(out, figures)
         return
     if len(folders) != 1:
-        raise InputError("folder", [str(f) for f in folders], "one folder, except with --publish")
+        raise InputError("folder", [str(f) for f in folders], "one folder")
     (folder,) = folders
     what, pairs = "", list[tuple[str, str]]()
     folder = located(folder)
@@ -423,6 +415,12 @@ def _kept_words(name: str, homes: dict[str, str]) -> str:
     shared = Counter(home for home in homes.values() if home != name)
     parts = (f"{count} of them stored in {home}" for home, count in sorted(shared.items()))
     return ", ".join([f"{len(homes)} runs", *parts])
+
+
+def _no_pages(out: str | None) -> None:
+    """Refuse an option of earlier versions, by the name of what replaces it."""
+    if out is not None:
+        raise InputError("publish", out, "make docs builds the book, which replaces these pages")
 
 
 def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
@@ -566,20 +564,6 @@ def bench(suites: tuple[str, ...], quick: bool, as_json: bool) -> None:
     found = running.run(suites, quick, lambda row: click.echo(running.line(row), err=as_json))
     if as_json:
         click.echo(json.dumps(found, indent=1, ensure_ascii=False))
-
-
-def _publish(out: Path, studies: tuple[Path, ...]) -> None:
-    from lowrank_lab.publish import publish
-    from lowrank_lab.studies.progress import View
-
-    view = View()
-    published = publish(out, studies, report=view.show)
-    view.close()
-    click.echo(f"{len(published.pages)} pages, {published.index}")
-    for name, error in published.failed.items():
-        click.echo(f"failed: {name}: {error}; see {out / '.executed' / name}", err=True)
-    if published.failed:
-        sys.exit(1)
 
 
 def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
