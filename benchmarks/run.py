@@ -14,7 +14,7 @@ from lowrank_lab.config import InputError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "results" / "speed.md"
 PEERS = ("galore_torch", "fira", "apollo_torch", "pytorch_optimizer", "transformers")
 TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 SUITES = (
@@ -26,7 +26,7 @@ SUITES = (
 def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
     """The rows of the named suites (all by default), with facts about the machine.
 
-    Unless `quick`, they are written to results.json, the table and the figures. Rows of other
+    Unless `quick`, they are written to results.json, the book's table and the figures. Rows of other
     suites stay if they come from the same machine and packages.
     """
     for peer in PEERS:
@@ -77,7 +77,7 @@ def line(row: Row) -> str:
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """The rows with a target, and why some miss it, between the two marks in the README."""
+    """The rows with a target, and why some miss it, between the two marks in the book's page."""
     head = ("", "ours", "against", "theirs", "floor", "ratio", "target", "")
     cells = [head, ("---",) * len(head)]
     for row in rows:
@@ -89,12 +89,12 @@ def write_table(rows: list[dict[str, Any]]) -> None:
                 (row["name"], ours, row["peer_name"], peer, floor, ratio, row["target"], met)
             )
     lines = [f"| {' | '.join(line)} |" for line in cells]
-    text = README.read_text()
+    text = PAGE.read_text()
     if all(mark in text for mark in TABLE):
         before, rest = text.split(TABLE[0], 1)
         after = rest.split(TABLE[1], 1)[1]
         table = "\n".join([*lines, *shortfalls(rows)])
-        README.write_text(f"{before}{TABLE[0]}\n{table}\n{TABLE[1]}{after}")
+        PAGE.write_text(f"{before}{TABLE[0]}\n{table}\n{TABLE[1]}{after}")
 
 
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:

@@ -67,8 +67,8 @@ def test_a_head_says_what_formulas_say(size, monkeypatch):
     assert_head_says(size, facts_of(size), [n for n in COLUMNS if n != "device_memory_bytes"])
 
 
-def test_the_readme_says_what_the_head_says():
-    section = (NOTEBOOKS.parent / "README.md").read_text().partition("## On GPUs")[2]
+def test_the_book_says_what_the_head_says():
+    section = (NOTEBOOKS.parent / "docs" / "how-to" / "gpus.md").read_text()
     rows = re.findall(r"^\| ([a-z].+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) \|$", section, re.M)
     assert len(rows) == 5
     shown = {label: values for label, *values in re.findall(f"^{ROW}$", head_of("60m"), re.M)}

@@ -102,13 +102,18 @@ def test_steps_of_the_same_time_follow_from_the_measured_step_times(chain):
         assert config.steps == pytest.approx(1300 / ratios[label], rel=0.02), label
 
 
+def section(title):
+    """A section of the book's page on the study."""
+    page = (NOTEBOOKS.parent / "docs" / "explanation" / "study.md").read_text()
+    return page.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
+
+
 @pytest.mark.parametrize(
     ("name", "title"),
     [("main", "the study"), ("larger", "the larger model"), ("quick", "the quick study")],
 )
-def test_the_tables_of_the_readme_are_what_the_kept_records_say(name, title):
-    readme = (NOTEBOOKS.parent / "README.md").read_text()
-    part = readme.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
+def test_the_tables_of_the_book_are_what_the_kept_records_say(name, title):
+    part = section(title).partition("\n### ")[0].partition("\n| A − B |")[0]
     lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
     told = {line[0]: line[-4:] for line in lines[1:]}
     table = summary(final_table(load_runs(NOTEBOOKS.parent / "data" / "study" / name)))
@@ -130,26 +135,42 @@ def claimed(name):
     return claims(final_table(load_runs(NOTEBOOKS.parent / "data" / "study" / name)), pairs)
 
 
-@pytest.mark.parametrize(
-    ("title", "names"),
-    [
-        ("the study", ["main", "techniques", "equal_time", "larger", "larger_rate"]),
-        ("the larger model", ["larger", "larger_rate"]),
-        ("the quick study", ["quick"]),
-    ],
-)
-def test_every_difference_that_the_readme_tells_is_an_answer_to_what_a_study_asks(title, names):
-    readme = (NOTEBOOKS.parent / "README.md").read_text()
-    part = readme.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
-    prose = " ".join(line for line in part.splitlines() if not line.startswith("|"))
-    answers = pd.concat([claimed(name) for name in names])
+STUDIES = {
+    "the study": ["main", "techniques", "equal_time", "larger", "larger_rate"],
+    "the larger model": ["larger", "larger_rate"],
+    "the quick study": ["quick"],
+}
+
+
+@pytest.mark.parametrize("title", STUDIES)
+def test_every_difference_of_the_book_is_an_answer_to_what_a_study_asks(title):
+    text = "\n".join(x for x in section(title).splitlines() if not re.search(r"MiB \(", x))
+    answers = pd.concat([claimed(name) for name in STUDIES[title]])
     differences = set()  # with the sign of A − B, or without one
     for mean, width in zip(answers["A − B"], answers["±"], strict=True):
         size = f"{abs(mean):.3f} ± {width:.3f}"
-        differences |= {size, ("+" if mean > 0 else "−") + size}
-    told = set(re.findall(r"[−+]?\d\.\d+ ± \d\.\d+", " ".join(prose.split())))
-    assert told
-    assert told <= differences
+        differences |= {size, "−" + size, "+" + size}
+    shown = set(re.findall(r"[−+]?\d\.\d+ ± \d\.\d+", text))
+    assert shown
+    assert shown <= differences
     below = [min(p, 1 - p) for p in answers["p (A < B)"]]
     rounded = {float(f"{p:.{digits}g}") for p in below for digits in (1, 2)}
-    assert {float(p) for p in re.findall(r"\bp (0\.\d+)", prose)} <= rounded
+    assert {float(p) for p in re.findall(r"\bp (0\.\d+)", text)} <= rounded
+
+
+@pytest.mark.parametrize("title", STUDIES)
+def test_a_row_of_differences_has_the_sign_and_the_seeds_of_the_records(title):
+    found = re.findall(
+        r"^\| (\S.*?) − (\S.*?) \| ([−+]\S+) ± (\S+) \|(?: (\d) \|)?", section(title), re.M
+    )
+    assert found
+    answers = pd.concat([claimed(name) for name in STUDIES[title]])
+    known = {}
+    for a, b, mean, width, n in answers[["A", "B", "A − B", "±", "n"]].to_numpy():
+        for pair, sign in (((a, b), 1), ((b, a), -1)):
+            known.setdefault(pair, []).append((f"{sign * mean:+.3f}", f"{width:.3f}", str(n)))
+    for a, b, mean, width, n in found:
+        a, b = (x.replace(" with both", " + refactor + reset") for x in (a, b))
+        records = known[a, b]
+        assert (mean.replace("−", "-"), width) in [r[:2] for r in records], (a, b)
+        assert not n or n in [r[2] for r in records], (a, b)

@@ -1,0 +1,146 @@
+"""The book has a place for every public name, notebook and method, and its checks can fail."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import lowrank_lab as lab
+from lowrank_lab.cli import main
+from lowrank_lab.methods.registry import BUILT_IN
+from lowrank_lab.studies.job import known_parameters
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def loaded(name):
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+chapters, links = loaded("chapters"), loaded("links")
+
+
+def entries(page):
+    """Names that a reference page documents."""
+    text = (DOCS / "reference" / page).read_text()
+    found = re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+?)(?:\(.*\))?$", text, re.M)
+    return {name.rpartition(".")[2] for name in found}
+
+
+def test_every_public_name_has_a_reference_entry():
+    assert set(lab.__all__) - {"optim", "__version__"} <= entries("api.md")
+    assert set(lab.optim.__all__) <= entries("optimizers.md")
+
+
+def test_every_field_of_a_configuration_is_in_the_tables_of_the_reference():
+    text = (DOCS / "reference" / "run-config.md").read_text()
+    names = list(lab.RunConfig.model_fields)
+    shown = []
+    for first, last in re.findall(r"run-config-fields\} (\w+) (\w+)", text):
+        shown += names[names.index(first) : names.index(last) + 1]
+    assert shown == names
+
+
+def test_every_notebook_is_a_chapter():
+    index = (DOCS / "notebooks" / "index.md").read_text()
+    toctree = re.search(r"\{toctree\}\n:hidden:\n\n(.+?)\n```", index, re.S)[1].split("\n")
+    assert toctree == chapters.names()
+
+
+@pytest.mark.parametrize("method", BUILT_IN, ids=lambda m: m.name)
+def test_every_method_has_its_equations_beside_its_lines(method):
+    text = (DOCS / "explanation" / "methods.md").read_text()
+    section = text.partition(f"\n({method.name})=\n## {method.name}\n")[2].partition("\n## ")[0]
+    assert section.count("$$") >= 2
+    shown = re.findall(r"\{literalinclude\} \.\./\.\./(\S+)\n.*\n:pyobject: (\S+)", section)
+    assert shown
+    for file, name in shown:
+        assert f" {name.rpartition('.')[2]}(" in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("name", chapters.SHORT)
+def test_short_parameters_are_parameters_of_notebooks_that_exist(name):
+    known_parameters(chapters.SOURCES / f"{name}.ipynb", chapters.parameters(name))
+
+
+def test_pages_that_the_readme_and_pages_name_exist():
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            path = page.parent / target
+            if path.is_relative_to(DOCS) and path.suffix == ".ipynb":
+                path = chapters.SOURCES / path.resolve().relative_to(DOCS / "notebooks")
+            assert path.exists(), f"{page.name}: {target}"
+
+
+def test_a_chapter_says_how_it_ran_and_links_to_the_others():
+    injected = new_code_cell("steps = 1", metadata={"tags": ["injected-parameters"]})
+    text = "# Run\n\nThen `03_compare.ipynb`, and `studies/quick.yaml`."
+    made = chapters.chapter(new_notebook(cells=[new_markdown_cell(text), injected]), "02_run")
+    assert "[`03_compare`](03_compare.ipynb), and `studies/quick.yaml`" in made.cells[0].source
+    assert "`steps = 100`" in made.cells[1].source
+    assert len(made.cells) == 2
+
+
+@pytest.fixture
+def one_notebook(tmp_path, monkeypatch):
+    """Writes the only notebook of a book of its own; returns a function from code to its job."""
+    for name, folder in {"SOURCES": "notebooks", "CHAPTERS": "docs", "WORK": "work"}.items():
+        monkeypatch.setattr(chapters, name, tmp_path / folder)
+    (tmp_path / "notebooks").mkdir()
+
+    def write(code):
+        parameters = new_code_cell("n: int = 1  # of", metadata={"tags": ["parameters"]})
+        cells = [new_markdown_cell("# One"), parameters, new_code_cell(code)]
+        nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / "one.ipynb")
+        return tmp_path / "docs" / "one.ipynb"
+
+    return write
+
+
+def test_a_notebook_is_executed_once_until_it_changes(one_notebook, tmp_path):
+    path = one_notebook(f"open({str(tmp_path / 'count')!r}, 'a').write('x')")
+    assert (chapters.main(), chapters.main()) == (0, 0)
+    assert (tmp_path / "count").read_text() == "x"
+    assert "executed" in path.read_text()
+    one_notebook(f"print(n); open({str(tmp_path / 'count')!r}, 'a').write('x')")
+    assert chapters.main() == 0
+    assert (tmp_path / "count").read_text() == "xx"
+
+
+def test_a_failing_notebook_stops_the_book_in_one_line(one_notebook, capsys):
+    path = one_notebook("n / 0")
+    assert chapters.main() == 1
+    assert "one: ZeroDivisionError: division by zero; see " in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_broken_links_foreign_files_and_silent_pictures_are_found(tmp_path):
+    (tmp_path / "index.html").write_text(
+        '<h1 id="top"></h1><a href="#top">a</a><a href="#none">b</a><a href="gone.html">c</a>'
+        '<a href="https://example.org">d</a><script src="https://example.org/x.js"></script>'
+        '<img src="data:image/png;base64,AA" alt=" ">'
+    )
+    assert [line.partition(": ")[2] for line in links.problems(tmp_path)] == [
+        "a picture without alt text: data:image/png;base64,AA",
+        "loaded from elsewhere: https://example.org/x.js",
+        "no such anchor: #none",
+        "no such file: gone.html",
+    ]
+
+
+def test_the_option_that_the_book_replaces_is_refused_by_its_name():
+    done = CliRunner().invoke(main, ["report", "--publish", "build/pages"])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("publish: ")
+    assert "make docs" in done.stderr
