@@ -72,7 +72,7 @@ def records_hash() -> str:
     """Hash of what notebooks read beside the library: kept records and modules of their own."""
     found = hashlib.sha256()
     for path in sorted([*(ROOT / "data" / "study").rglob("*"), *SOURCES.rglob("*.py")]):
-        if path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and path.suffix not in (".md", ".pyc"):
             found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return found.hexdigest()
 
@@ -92,6 +92,8 @@ def chapter(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode
     for cell in cells:
         if cell.cell_type == "markdown":
             cell.source = linked(cell.source)
+        elif cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("data", {}).get("text/markdown") != ""]
     cells.insert(1, nbformat.v4.new_markdown_cell(how_it_ran(name), id="how-it-ran"))
     notebook.cells = cells
     notebook.metadata.pop("papermill", None)

@@ -23,6 +23,7 @@ extensions = [
     "lowrank_lab_book",
 ]
 exclude_patterns = ["_static", "extension", "**/.ipynb_checkpoints"]
+smartquotes = False  # --precision has two hyphens
 default_role = "code"
 nitpicky = True
 nitpick_ignore_regex = lowrank_lab_book.OUTSIDE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from base64 import b64decode
 from collections.abc import Iterable, Sequence
@@ -229,9 +230,17 @@ def set_alt_texts(app: Sphinx, doctree: nodes.document) -> None:
         image["alt"] = texts.get(Path(image["uri"]).stem, image.get("alt", ""))
 
 
+NUMBER = re.compile(r"[−+-]?\d[\d.,]*( ± [\d.]+)?( MiB)?( \([\d.,]+\))?")
+WIDE = 5  # columns from which on the first one keeps to one line
+
+
 def scrolling(app: Sphinx, doctree: nodes.document) -> None:
-    """Put each table into a box that scrolls by itself where the page is narrow."""
+    """Put each table into a box that scrolls by itself; numbers and names of rows don't wrap."""
     for table in list(doctree.findall(nodes.table)):
+        for row in table.findall(nodes.row):
+            for index, cell in enumerate(row.findall(nodes.entry)):
+                if NUMBER.fullmatch(cell.astext()) or (index == 0 and len(row) >= WIDE):
+                    cell["classes"].append("nowrap")
         box = nodes.container(classes=["scroll"])
         table.replace_self(box)
         box += table
