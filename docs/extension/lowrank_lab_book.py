@@ -135,9 +135,9 @@ class MethodOptions(MarkdownDirective):
 
 def built_in() -> list[Any]:
     """The rows of METHODS that the library itself has."""
-    from lowrank_lab.methods.registry import BUILT_IN
+    from lowrank_lab.methods.registry import ROWS
 
-    return list(BUILT_IN)
+    return list(ROWS)
 
 
 def source_link(source: str) -> str:

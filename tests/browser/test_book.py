@@ -7,9 +7,9 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pages_in_browser import drag, press, slider, wait_for_text
+from paths import ROOT
 
 from lowrank_lab.figures import Drawing
 from lowrank_lab.widgets import slider as sliders

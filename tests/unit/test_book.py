@@ -3,19 +3,18 @@
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from paths import ROOT
 
 import lowrank_lab as lab
 from lowrank_lab.cli import main
-from lowrank_lab.methods.registry import BUILT_IN
+from lowrank_lab.methods.registry import ROWS
 from lowrank_lab.studies.job import known_parameters
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 
@@ -58,7 +57,7 @@ def test_every_notebook_is_a_chapter():
     assert toctree == chapters.names()
 
 
-@pytest.mark.parametrize("method", BUILT_IN, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
 def test_every_method_has_its_equations_beside_its_lines(method):
     text = (DOCS / "explanation" / "methods.md").read_text()
     section = text.partition(f"\n({method.name})=\n## {method.name}\n")[2].partition("\n## ")[0]
