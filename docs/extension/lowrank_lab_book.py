@@ -239,8 +239,10 @@ def scrolling(app: Sphinx, doctree: nodes.document) -> None:
     for table in list(doctree.findall(nodes.table)):
         for row in table.findall(nodes.row):
             for index, cell in enumerate(row.findall(nodes.entry)):
-                if NUMBER.fullmatch(cell.astext()) or (index == 0 and len(row) >= WIDE):
-                    cell["classes"].append("nowrap")
+                if NUMBER.fullmatch(cell.astext()):
+                    cell["classes"].append("number")
+                elif index == 0 and len(row) >= WIDE:
+                    cell["classes"].append("row-name")
         box = nodes.container(classes=["scroll"])
         table.replace_self(box)
         box += table
