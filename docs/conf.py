@@ -9,10 +9,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "extension")]
 
 import lowrank_lab_book  # noqa: E402
 
+import lowrank_lab  # noqa: E402
+
 project = "lowrank_lab"
 author = "The lowrank_lab developers"
 copyright = "2026, the lowrank_lab developers"
-version = release = lowrank_lab_book.version_of_project()
+version = release = lowrank_lab.__version__
 
 extensions = [
     "myst_nb",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from base64 import b64decode
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,12 +29,6 @@ OUTSIDE = [
         r"(annotated_types|types)\..*|Llama|Tokenizer|lowrank_lab\.layers\.Model|lowrank_lab\.distributed\.\w+",
     ),
 ]
-
-
-def version_of_project() -> str:
-    """The version in pyproject.toml."""
-    found: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    return found
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -1,14 +1,11 @@
 """The book has a place for every public name, notebook and method, and its checks can fail."""
 
-import importlib.util
 import re
-import sys
 
-import nbformat
 import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from paths import ROOT
+from paths import ROOT, docs_module
 
 import lowrank_lab as lab
 from lowrank_lab.cli import main
@@ -18,16 +15,7 @@ from lowrank_lab.studies.job import known_parameters
 DOCS = ROOT / "docs"
 
 
-def loaded(name):
-    """A module of docs/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-chapters, links = loaded("chapters"), loaded("links")
+chapters, links = docs_module("chapters"), docs_module("links")
 
 
 def entries(page):
@@ -89,39 +77,6 @@ def test_a_chapter_says_how_it_ran_and_links_to_the_others():
     assert "[`03_compare`](03_compare.ipynb), and `studies/quick.yaml`" in made.cells[0].source
     assert "`steps = 100`" in made.cells[1].source
     assert len(made.cells) == 2
-
-
-@pytest.fixture
-def one_notebook(tmp_path, monkeypatch):
-    """Writes the only notebook of a book of its own; returns a function from code to its job."""
-    for name, folder in {"SOURCES": "notebooks", "CHAPTERS": "docs", "WORK": "work"}.items():
-        monkeypatch.setattr(chapters, name, tmp_path / folder)
-    (tmp_path / "notebooks").mkdir()
-
-    def write(code):
-        parameters = new_code_cell("n: int = 1  # of", metadata={"tags": ["parameters"]})
-        cells = [new_markdown_cell("# One"), parameters, new_code_cell(code)]
-        nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / "one.ipynb")
-        return tmp_path / "docs" / "one.ipynb"
-
-    return write
-
-
-def test_a_notebook_is_executed_once_until_it_changes(one_notebook, tmp_path):
-    path = one_notebook(f"open({str(tmp_path / 'count')!r}, 'a').write('x')")
-    assert (chapters.main(), chapters.main()) == (0, 0)
-    assert (tmp_path / "count").read_text() == "x"
-    assert "executed" in path.read_text()
-    one_notebook(f"print(n); open({str(tmp_path / 'count')!r}, 'a').write('x')")
-    assert chapters.main() == 0
-    assert (tmp_path / "count").read_text() == "xx"
-
-
-def test_a_failing_notebook_stops_the_book_in_one_line(one_notebook, capsys):
-    path = one_notebook("n / 0")
-    assert chapters.main() == 1
-    assert "one: ZeroDivisionError: division by zero; see " in capsys.readouterr().err
-    assert not path.exists()
 
 
 def test_broken_links_foreign_files_and_silent_pictures_are_found(tmp_path):
