@@ -46,7 +46,8 @@ figures: .venv/installed
 # Notebooks that have changed are executed first. Warnings, broken links and silent pictures are errors.
 docs: .venv/installed-docs
 	$(BIN)/python docs/chapters.py
-	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs || \
+		{ rm -rf build/doctrees; exit 1; }  # a page that is not read again would not warn again
 	$(BIN)/python docs/links.py build/docs
 	@echo "the book: build/docs/index.html"
 

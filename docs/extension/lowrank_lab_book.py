@@ -18,16 +18,15 @@ from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# Types of other libraries, whose documentation lies on a network.
+# Types in signatures that have no entry: those of other libraries, whose documentation lies on a
+# network, and those of modules behind the public names.
 OUTSIDE = [
     (r"py:.*", r"(torch|nn|pandas|pd|numpy|np|pathlib|collections|typing|pydantic|matplotlib)\..*"),
     (r"py:.*", r"(Tensor|Path|Callable|Iterable|Sequence|Mapping|Any|Literal|DataFrame|Module)"),
     (r"py:class", r"(int|float|str|bool|dict|list|tuple|set|None|object|type|bytes|optional)"),
     (r"py:exc", r"(ValueError|RuntimeError|KeyError|OSError|FileNotFoundError|TypeError)"),
-    (
-        r"py:.*",
-        r"(annotated_types|types)\..*|Llama|Tokenizer|lowrank_lab\.layers\.Model|lowrank_lab\.distributed\.\w+",
-    ),
+    (r"py:.*", r"(annotated_types|types)\..*|Llama|Tokenizer"),
+    (r"py:class", r"lowrank_lab(\.\w+){2,}"),
 ]
 
 
