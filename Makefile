@@ -77,7 +77,7 @@ clean:
 	touch $@
 
 .venv/installed-docs: .venv/installed pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,quant]'
 	touch $@
 
 .venv/installed-dev: .venv/installed pyproject.toml constraints.txt
