@@ -26,8 +26,8 @@ SUITES = (
 def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
     """The rows of the named suites (all by default), with facts about the machine.
 
-    Unless `quick`, they are written to results.json, the book's table and the figures. Rows of other
-    suites stay if they come from the same machine and packages.
+    Unless `quick`, they are written to results.json, the book's table and the figures. Rows of
+    other suites stay if they come from the same machine and packages.
     """
     for peer in PEERS:
         if find_spec(peer) is None:
