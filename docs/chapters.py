@@ -105,7 +105,9 @@ def chapter(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode
 
 def linked(markdown: str) -> str:
     """Names of notebooks in code style become links to their chapters."""
-    return re.sub(r"(?<!\[)`((?:\.\./)?\d\d_\w+)\.ipynb`(?!\])", r"[`\1`](\1.ipynb)", markdown)
+    return re.sub(
+        r"(?<!\[)`((?:\.\./|solutions/)?\d\d_\w+)\.ipynb`(?!\])", r"[`\1`](\1.ipynb)", markdown
+    )
 
 
 def how_it_ran(name: str) -> str:
