@@ -72,7 +72,8 @@ def test_pages_that_the_readme_and_pages_name_exist():
 
 def test_a_chapter_says_how_it_ran_and_links_to_the_others():
     injected = new_code_cell("steps = 1", metadata={"tags": ["injected-parameters"]})
-    text = "# Run\n\nThen `03_compare.ipynb`, `solutions/01_one_matrix.ipynb`, and `studies/quick.yaml`."
+    others = "`03_compare.ipynb`, `solutions/01_one_matrix.ipynb`, and `studies/quick.yaml`"
+    text = f"# Run\n\nThen {others}."
     made = chapters.chapter(new_notebook(cells=[new_markdown_cell(text), injected]), "02_run")
     assert "[`03_compare`](03_compare.ipynb), [`solutions/01_one_matrix`](solutions/01" in (
         made.cells[0].source
