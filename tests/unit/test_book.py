@@ -1,5 +1,6 @@
 """The book has a place for every public name, notebook and method, and its checks can fail."""
 
+import importlib
 import re
 
 import pytest
@@ -54,6 +55,17 @@ def test_every_method_has_its_equations_beside_its_lines(method):
     assert shown
     for file, name in shown:
         assert f" {name.rpartition('.')[2]}(" in (ROOT / file).read_text()
+
+
+def test_code_that_pages_show_and_types_that_they_document_exist():
+    for page in DOCS.rglob("*.md"):
+        text = page.read_text()
+        for file, name in re.findall(r"\{literalinclude\} (\S+)\n.*\n:pyobject: (\S+)", text):
+            source = (page.parent / file).read_text()
+            assert re.search(rf"(def|class) {name.rpartition('.')[2]}\b", source), (page.name, name)
+        for name in re.findall(r"^\.\. auto\w+:: (lowrank_lab\.[\w.]+)", text, re.M):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), (page.name, name)
 
 
 @pytest.mark.parametrize("name", chapters.SHORT)
