@@ -116,7 +116,7 @@ def _measure(name, fields, folder, rank):
     account = accounts[0]
     facts = {
         "allocated": {kind: min(a.allocated[kind] for a in accounts) for kind in account.steps},
-        "at_rest": account.at_rest.as_dict(),
+        "at_rest": account.persistent.as_dict(),
     }
     (folder / f"{name}.{rank}.json").write_text(json.dumps(facts))
 
