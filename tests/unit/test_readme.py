@@ -1,0 +1,109 @@
+"""The README is short, its code and commands work, and its numbers are those of the records."""
+
+import re
+import shlex
+
+import pandas as pd
+import pytest
+from paths import NOTEBOOKS, ROOT
+
+import lowrank_lab as lab
+from lowrank_lab.analysis.tables import claims, summary
+from lowrank_lab.cli import main
+from lowrank_lab.config import SIZES
+from lowrank_lab.models.llama import Llama
+from lowrank_lab.report import asked_in
+from lowrank_lab.runs.run import final_table
+
+README = (ROOT / "README.md").read_text()
+BOOK = "build/docs/notebooks/"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+COMMANDS = re.findall(r"^    (?:torchrun .*-m )?lowrank[-_]lab (.+?)(?:  +#.*)?$", README, re.M)
+
+
+def test_a_stranger_can_read_it_in_three_minutes():
+    assert len(README.splitlines()) <= 190
+
+
+def test_its_first_ten_lines_of_python_train_a_model(text_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = BLOCKS[0]
+    assert len(code.splitlines()) <= 12
+    small = {
+        'model="micro"': f'model="tiny", corpus="{text_corpus}"',
+        "vocab_size=512": "vocab_size=300, eval_tokens=64, test_tokens=64",
+        "rank=16": "rank=4, sequence_length=32, batch=2",
+        "steps=200": "steps=60",
+    }
+    for usual, quick in small.items():
+        assert usual in code
+        code = code.replace(usual, quick)
+    names = {}
+    exec(code, names)
+    assert names["run"].finished
+    assert len(names["table"]) == 60
+
+
+def test_its_layers_optimizers_and_techniques_work_on_a_model():
+    model, dense = Llama(SIZES["mini"]), Llama(SIZES["mini"])
+    optimizer = lab.optim.GaLore(model.parameters(), lr=0.1)
+    matrices = [p for p in dense.parameters() if p.ndim == 2 and min(p.shape) >= 128]
+    others = [p for p in dense.parameters() if p.ndim == 1]
+    names = {"lab": lab, "model": model, "optimizer": optimizer}
+    names |= {"matrices": matrices, "others": others}
+    exec(BLOCKS[1], names)
+    assert isinstance(names["optimizer"], lab.optim.GaLore)
+    assert len(names["optimizer"].param_groups) == 2
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_its_commands_are_understood(line):
+    words = shlex.split(line, comments=True)
+    command = main.commands[words[0]]
+    command.make_context(words[0], words[1:])  # raises on an unknown flag or value
+
+
+def test_it_begins_with_the_two_commands_that_a_person_can_run():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = re.findall(r"(?:`|^    )make ([\w-]+)", README, re.M)
+    assert named[:2] == ["study", "lab"]
+    assert {"test", "test-all", "docs", "bench"} <= set(named) <= targets
+
+
+def test_files_and_chapters_that_it_links_to_exist():
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)]
+    chapters = [link for link in links if link.startswith(BOOK)]
+    files = [link for link in links if "://" not in link and link not in chapters]
+    assert not [link for link in files if not (ROOT / link).exists()]
+    notebooks = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    assert [link.removeprefix(BOOK).removesuffix(".html") for link in chapters] == notebooks
+
+
+def test_its_methods_are_those_of_the_library():
+    part = README.partition("## Methods")[2].partition("\nEach equals")[0]
+    assert set(re.findall(r"`([\w-]+)`", part)) == set(lab.METHODS)
+
+
+def test_its_table_is_what_the_kept_records_say():
+    lines = [line.strip("| ").split(" | ") for line in README.splitlines() if " MiB |" in line]
+    assert 0 < len(lines) <= 8
+    table = summary(final_table(lab.load_runs(ROOT / "data" / "study" / "main"))).set_index("label")
+    for label, n, loss, perplexity, size in lines:
+        row = table.loc[label]
+        assert int(n) == row["n"]
+        assert loss == f"{row['test loss']:.3f} ± {row['±']:.3f}"
+        assert perplexity == f"{row['test perplexity']:.2f}"
+        assert size == f"{row['weights + states (MiB)']:.2f} MiB"
+
+
+def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
+    answers = []
+    for name in ("main", "techniques"):
+        _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
+        answers.append(claims(final_table(lab.load_runs(ROOT / "data" / "study" / name)), pairs))
+    found = pd.concat(answers)
+    known = {f"{abs(m):.3f} ± {w:.3f}" for m, w in zip(found["A − B"], found["±"], strict=True)}
+    findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
+    stated = set(re.findall(r"\d\.\d+ ± \d\.\d+", findings))
+    assert stated
+    assert stated <= known
