@@ -133,21 +133,6 @@ def test_papermill_can_inspect_each_parameter(path):
         assert parameter["help"], name
 
 
-def test_commands_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"(?:`|^    )make (\w+)", text, re.M))
-    assert {"study", "test", "lab"} <= named <= targets
-    assert {"train", "study"} <= set(re.findall(r"lowrank-lab (\w+)", text)) <= set(main.commands)
-
-
-def test_files_that_the_readme_shows_exist():
-    text = (ROOT / "README.md").read_text()
-    links = [t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t]
-    assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
-
-
 @pytest.mark.parametrize(
     ("folder", "most_files", "most_bytes"), [("data/study", 60, 8e6), ("figures", 40, 4e6)]
 )

@@ -71,6 +71,7 @@ def test_it_begins_with_the_two_commands_that_a_person_can_run():
 
 
 def test_files_and_chapters_that_it_links_to_exist():
+    """Chapters are in build/docs once `make docs` has run; there is one per notebook."""
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)]
     chapters = [link for link in links if link.startswith(BOOK)]
     files = [link for link in links if "://" not in link and link not in chapters]
