@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,10 @@ import yaml
 from paths import NOTEBOOKS
 from studies import BASE, write_short_notebooks
 
+# torch's cache of compiled kernels doesn't tell the vector widths of CPUs apart: a kernel that was
+# written for AVX2 and is compiled for AVX-512 writes beyond its outputs. One cache per width.
+CACHE = f"lowrank_lab_inductor_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / CACHE))
 WORDS = "the model a rank of weight and gradient is low when step moment factor to sum".split()
 
 
