@@ -432,7 +432,7 @@ def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _report_kept(out: Path | None, figures: Path | None) -> None:
-    """Report on every study in data/study, and renew the pictures in figures/ from them.
+    """Report on every kept study: one's own, else the shipped ones; renew the pictures in figures/.
 
     One process a core: to draw takes most of the time, and studies have nothing in common.
     """
@@ -441,13 +441,15 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
 
     from lowrank_lab import report as reporting
     from lowrank_lab.figures import refresh
-    from lowrank_lab.paths import data_folder
+    from lowrank_lab.paths import data_folder, kept_folders
     from lowrank_lab.runs.kept import is_study
     from lowrank_lab.studies.local_executor import cores
 
-    found = (data_folder() / "study").glob("*/")
-    kept = sorted(path for path in found if is_study(path) or any(path.glob("*/")))
-    if not kept:
+    for folder in kept_folders():  # one's own, else those that are shipped
+        kept = sorted(p for p in folder.glob("*/") if is_study(p) or any(p.glob("*/")))
+        if kept:
+            break
+    else:
         raise InputError("folder", str(data_folder() / "study"), "it holds no kept studies")
     pages = out or data_folder() / "runs" / "kept"
     questions = [_questions(folder) for folder in kept]

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -265,9 +266,12 @@ def test_records_can_be_kept_without_training_steps(folder, tmp_path):
 
 def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("lowrank_lab.paths.shipped_folder", lambda: tmp_path / "shipped")
     refused = CliRunner().invoke(main, ["report"])
     assert refused.exit_code == 2
     assert "it holds no kept studies" in refused.output
+    shipped = tmp_path / "shipped" / "data" / "study" / "shipped"
+    report.keep(folder, shipped)
     for name in ("one", "two"):
         report.keep(folder, tmp_path / "data" / "study" / name)
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
@@ -276,6 +280,11 @@ def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch)
     for name in ("one", "two"):
         assert (tmp_path / "data" / "runs" / "kept" / name / "report.html").exists()
         assert (tmp_path / "pictures" / name / "loss_by_tokens.png").exists()
+    assert "shipped" not in done.output
+    shutil.rmtree(tmp_path / "data")
+    alone = CliRunner().invoke(main, ["report", "--figures", str(tmp_path / "pictures")])
+    assert alone.exit_code == 0, alone.output
+    assert (tmp_path / "data" / "runs" / "kept" / "shipped" / "report.html").exists()
 
 
 def test_pictures_that_are_shown_are_renewed_and_no_others_are_put_beside_them(
