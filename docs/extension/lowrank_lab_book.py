@@ -111,6 +111,24 @@ class MethodsTable(MarkdownDirective):
         return markdown_table(head, rows)
 
 
+class MoreMethods(MarkdownDirective):
+    """The methods that have no section with equations on the page yet."""
+
+    def lines(self) -> list[str]:
+        page = Path(self.env.doc2path(self.env.docname)).read_text()
+        rest = [m for m in built_in() if f"\n({m.name})=\n" not in page]
+        return [
+            line
+            for m in rest
+            for line in (
+                f"({m.name})=",
+                "",
+                f"**{m.name}**: {m.summary} ({source_link(m.source)}).",
+                "",
+            )
+        ]
+
+
 class MethodOptions(MarkdownDirective):
     """The options of every method, with defaults at the widths 64 and 512."""
 
@@ -201,6 +219,7 @@ def frame(table: pd.DataFrame) -> list[str]:
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("run-config-fields", RunConfigFields)
     app.add_directive("methods-table", MethodsTable)
+    app.add_directive("more-methods", MoreMethods)
     app.add_directive("method-options", MethodOptions)
     app.add_directive("kept-study", KeptStudy)
     app.add_directive("kept-rates", KeptRates)
