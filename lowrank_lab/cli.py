@@ -268,7 +268,6 @@ def study(
 
     if file is None:
         raise click.UsageError(f"study: give a file or a name: {', '.join(shipped_studies())}")
-    path = find_study(file)
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds is not None else None
     except ValueError:
@@ -276,6 +275,7 @@ def study(
     limit = None if time_limit is None else seconds_of(time_limit)
     if flops is not None and not (dry_run and 0 < flops < math.inf):
         raise InputError("flops", flops, "FLOP/s above 0, like 400e12, and --dry-run with it")
+    path = find_study(file)
     chosen: dict[str, Any] = {"out": out, "retry": retry, "seeds": numbers, "only": only}
     chosen["reuse"] = reuse
     if dry_run:

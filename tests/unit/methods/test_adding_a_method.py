@@ -88,6 +88,7 @@ def checkout(tmp_path_factory):
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "unit" / "methods" / "test_methods.py", folder)
     shutil.copy(ROOT / "pyproject.toml", root)
+    shutil.copytree(ROOT / "data" / "study", root / "data" / "study")  # defaults are held to it
     (root / "lowrank_lab" / "optim" / "mine.py").write_text(OPTIMIZER)
     registry = root / "lowrank_lab" / "methods" / "registry.py"
     rows = registry.read_text().replace("\nROWS = (\n", f"\n{IMPORT}\nROWS = (\n{ROW}")
