@@ -1,7 +1,7 @@
-"""`lowrank-lab …`: the command line. Flags of `train` are the fields of RunConfig.
+"""The command line, `lowrank-lab …`. The flags of `train` are the fields of RunConfig.
 
-Exit status: 0 done, 1 the work failed, 2 wrong input (one line on stderr), 130 interrupted by
-Ctrl-C, 143 asked to stop by SIGTERM: the step was finished and saved.
+Exit status: 0 success, 1 failure, 2 invalid input (one line on stderr), 130 interrupted by Ctrl-C,
+143 stopped by SIGTERM after finishing and saving the current step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lowrank_lab.config import RENAMED, InputError, RunConfig, warn_renamed
 
 
 class _OneLine(click.Group):
-    """A group whose every failure is one line and the right exit status."""
+    """A command group that reports each failure in one line, with its exit status."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
@@ -53,7 +53,7 @@ class _OneLine(click.Group):
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Show a FutureWarning, of a name that has changed, without the place in the source."""
+    """Show a FutureWarning (a renamed option) without its source location."""
     usual = warnings.formatwarning
 
     def short(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> str:
@@ -68,16 +68,16 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _fail(line: str, status: int) -> NoReturn:
-    """End in one line; of processes that all got the same wrong input, one a machine says so."""
+    """Print one line and exit. For invalid input, only local rank 0 of each machine prints."""
     if status == 2 and distributed.local_rank():
-        time.sleep(2)  # torchrun ends all when one ends: let that one speak first
+        time.sleep(2)  # torchrun stops all processes when one exits: let local rank 0 print first
     else:
         click.echo(line, err=True)
     sys.exit(status)
 
 
 def _config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One option per field of RunConfig, with hidden ones for earlier names of fields."""
+    """Add one option per field of RunConfig, and hidden options for earlier field names."""
     for name, field in reversed(RunConfig.model_fields.items()):
         flag, text = f"--{name.replace('_', '-')}", field.description or ""
         if field.annotation is bool:
@@ -99,7 +99,7 @@ def _config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given."""
+    """The flags set on the command line."""
     return {name: value for name, value in flags.items() if value not in (None, ())}
 
 
@@ -110,7 +110,7 @@ def _config(flags: dict[str, Any]) -> RunConfig:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise InputError("method_options", pair, "must be NAME=VALUE")
-        try:  # 1e-3 is text to YAML 1.1, a number to everyone else
+        try:  # YAML 1.1 reads 1e-3 as text
             options[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
         except (ValueError, yaml.YAMLError):
             options[name] = value
@@ -122,11 +122,11 @@ def _config(flags: dict[str, Any]) -> RunConfig:
 @click.option(
     "--methods-from",
     type=click.Path(path_type=Path),
-    help="Python file that registers methods of your own; may be repeated",
+    help="Python file that registers your own methods; may be repeated",
     multiple=True,
 )
 def main(methods_from: tuple[Path, ...]) -> None:
-    """Run, see and doubt methods that pretrain language models with less memory."""
+    """Run, inspect and compare methods for pretraining language models with less memory."""
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if distributed.is_rank_zero() else logging.WARNING
     logging.getLogger("lowrank_lab").setLevel(level)
@@ -173,10 +173,10 @@ def methods(as_json: bool) -> None:
 @click.option("--corpus", default="python", help="python | markov | text:PATH | c4:PATH | hub:NAME")
 @click.option("--tokenizer", default=None, help="a tokenizer.json; default: trained on the corpus")
 @click.option("--vocab-size", default=None, help="BPE vocabulary, or byte; default: the model's")
-@click.option("--model", default="micro", help="model size whose vocabulary is the default")
+@click.option("--model", default="micro", help="model size that sets the default vocabulary size")
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def data(as_json: bool, **fields: Any) -> None:
-    """Prepare a corpus (once) and say what is in it."""
+    """Prepare a corpus (once) and describe it."""
     from lowrank_lab.data.prepare import prepare
 
     corpus = prepare(RunConfig(**{k: v for k, v in fields.items() if v is not None}))
@@ -188,16 +188,16 @@ def data(as_json: bool, **fields: Any) -> None:
 
 @main.command()
 @_config_flags
-@click.option("--out", type=click.Path(path_type=Path), help="run folder; given again, it goes on")
-@click.option("--label", help="what figures call this run")
+@click.option("--out", type=click.Path(path_type=Path), help="run folder; continues a run in it")
+@click.option("--label", help="name of the run in tables and figures")
 def train(out: Path | None, label: str | None, **flags: Any) -> None:
-    """Train one run, or go on with it."""
+    """Train one run, or continue it."""
     from tqdm import tqdm
 
     from lowrank_lab.training.loop import train as train_run
 
     config = _config(flags)
-    hidden = None if distributed.is_rank_zero() else True  # None: where there is no terminal
+    hidden = None if distributed.is_rank_zero() else True  # None: hidden without a terminal
     with tqdm(total=config.total_steps, unit="step", disable=hidden, smoothing=0.05) as bar:
 
         def show(row: dict[str, Any]) -> None:
@@ -217,29 +217,31 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
 @main.command()
 @click.argument("file", metavar="NAME|FILE", required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="folder of the study's runs")
-@click.option("--jobs", type=click.IntRange(1), help="notebooks at a time; default: one per core")
-@click.option("--retry", is_flag=True, help="execute again what failed before")
-@click.option("--seeds", help="instead of those in the file, as 0,1,2")
-@click.option("--only", metavar="VARIANT", multiple=True, help="only this variant; can be repeated")
+@click.option("--jobs", type=click.IntRange(1), help="parallel notebooks; default: one per core")
+@click.option("--retry", is_flag=True, help="rerun failed runs")
+@click.option("--seeds", help="seeds, like 0,1,2; default: those in the study file")
+@click.option("--only", metavar="VARIANT", multiple=True, help="only this variant; may be repeated")
 @click.option(
     "--reuse",
     is_flag=True,
-    help="take over finished runs of the same configurations from other studies and from the kept "
-    "records, whatever version of the library made them",
+    help="reuse finished runs with the same configuration from other studies and from kept "
+    "studies, made by any version of the library",
 )
 @click.option(
     "--time-limit", metavar="TIME", help="stop a run after this time, like 90s, 30m or 2h"
 )
 @click.option(
-    "--dask", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786) with shared files"
+    "--dask",
+    metavar="ADDRESS",
+    help="run on this Dask cluster (tcp://host:8786); needs a shared file system",
 )
-@click.option("--dry-run", is_flag=True, help="list the runs and what they need; run nothing")
+@click.option("--dry-run", is_flag=True, help="list the runs, their memory and disk; run nothing")
 @click.option(
     "--flops",
     type=float,
     metavar="RATE",
-    help="with --dry-run: memory and hours on a CUDA card with RATE FLOP/s, like 400e12; neither "
-    "the card nor the corpus has to be here",
+    help="with --dry-run: memory and hours on a CUDA card with RATE FLOP/s, like 400e12; needs "
+    "neither the card nor the corpus",
 )
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
 def study(
@@ -255,9 +257,9 @@ def study(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a study by papermill: one of the library's own by its NAME, or a FILE.
+    """Run a study with papermill: a study of the library by NAME, or a study FILE.
 
-    A finished run is not repeated; started again, a study continues where it was.
+    Finished runs are not repeated; an interrupted study continues when started again.
     """
     from lowrank_lab.report import asked_in
     from lowrank_lab.studies import progress
@@ -301,7 +303,7 @@ def study(
 
 @main.group()
 def notebooks() -> None:
-    """The notebooks that come with the library."""
+    """List or copy the library's notebooks."""
 
 
 @notebooks.command("list")
@@ -323,7 +325,7 @@ def list_notebooks(as_json: bool) -> None:
 def copy_notebooks(folder: Path) -> None:
     """Copy the notebooks, their solutions and the study files into FOLDER.
 
-    No file is overwritten.
+    Existing files are not overwritten.
     """
     from lowrank_lab.studies import shipped
 
@@ -338,7 +340,7 @@ def copy_notebooks(folder: Path) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def merge(out: Path, folders: tuple[Path, ...], as_json: bool) -> None:
-    """Copy the finished runs of several folders, of other machines perhaps, into OUT."""
+    """Copy the finished runs of several folders, e.g. from several machines, into OUT."""
     from lowrank_lab.runs.collect import merge as merge_runs
 
     merged = merge_runs(out, folders)
@@ -356,15 +358,17 @@ def merge(out: Path, folders: tuple[Path, ...], as_json: bool) -> None:
 
 @main.command()
 @click.argument("folders", nargs=-1, metavar="FOLDER", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="where to write, if not in FOLDER")
-@click.option("--figures", type=click.Path(path_type=Path), help="where the figures go")
+@click.option("--out", type=click.Path(path_type=Path), help="output folder; default: FOLDER")
+@click.option(
+    "--figures", type=click.Path(path_type=Path), help="folder of the figures; default: OUT/figures"
+)
 @click.option("--title", help="title of the page")
 @click.option(
-    "--keep", type=click.Path(path_type=Path), help="keep the runs' records there, as tables"
+    "--keep", type=click.Path(path_type=Path), help="also add the runs' records to this kept study"
 )
 @click.option(
     "--keep-rows", type=click.IntRange(0), default=200, show_default=True,
-    help="training steps of each run among them, evaluations not counted",
+    help="with --keep: training steps per run, besides evaluations and events",
 )  # fmt: skip
 @click.option("--publish", hidden=True, expose_value=False, callback=lambda *at: _no_pages(at[2]))
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
@@ -377,11 +381,11 @@ def report(
     keep_rows: int,
     as_json: bool,
 ) -> None:
-    """Table, figures and a self-contained HTML page from a folder of finished runs.
+    """Write tables, figures and a self-contained HTML page for a folder of finished runs.
 
-    Without a FOLDER: of every study kept in data/study; pictures that figures/NAME has of it are
-    replaced by the new ones, if --figures isn't given. What belongs to a study that is kept there
-    is written to data/runs/kept, if --out isn't given.
+    Without FOLDER, report on every kept study in data/study. Unless --figures is given, this
+    also updates the existing pictures in figures/NAME. Reports on kept studies are written to
+    data/runs/kept, unless --out is given.
     """
     from lowrank_lab import report as reporting
     from lowrank_lab.paths import data_folder, kept_folders, located
@@ -411,20 +415,20 @@ def report(
 
 
 def _kept_words(name: str, homes: dict[str, str]) -> str:
-    """How many runs a study has kept, and which of them other studies store."""
+    """The number of runs kept, and the number stored in each other study."""
     shared = Counter(home for home in homes.values() if home != name)
     parts = (f"{count} of them stored in {home}" for home, count in sorted(shared.items()))
     return ", ".join([f"{len(homes)} runs", *parts])
 
 
 def _no_pages(out: str | None) -> None:
-    """Refuse an option of earlier versions, by the name of what replaces it."""
+    """Reject --publish, an option of earlier versions, and name its replacement."""
     if out is not None:
         raise InputError("publish", out, "make docs builds the book, which replaces these pages")
 
 
 def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
-    """What the study file of these kept records says it is about, and asks."""
+    """The description and the pairs of the study file of a kept study."""
     from lowrank_lab.paths import shipped_notebooks
     from lowrank_lab.report import asked_in
 
@@ -432,9 +436,10 @@ def _questions(kept: Path) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _report_kept(out: Path | None, figures: Path | None) -> None:
-    """Report on every kept study: one's own, else the shipped ones; renew the pictures in figures/.
+    """Report on every kept study, and update the pictures in figures/.
 
-    One process a core: to draw takes most of the time, and studies have nothing in common.
+    Kept studies are taken from the data folder, else from the library's own files. Studies are
+    independent, so they are drawn in parallel, one process per core.
     """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -445,7 +450,7 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     from lowrank_lab.runs.kept import is_study
     from lowrank_lab.studies.local_executor import cores
 
-    for folder in kept_folders():  # one's own, else those that are shipped
+    for folder in kept_folders():  # the data folder first, else the library's own
         kept = sorted(p for p in folder.glob("*/") if is_study(p) or any(p.glob("*/")))
         if kept:
             break
@@ -470,12 +475,12 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompt", default="", help="text to go on with")
+@click.option("--prompt", default="", help="text to continue")
 @click.option("--tokens", type=click.IntRange(1, 100_000), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def sample(run: Path, **options: Any) -> None:
-    """Text from a trained run."""
+    """Sample text from a trained run."""
     from lowrank_lab.runs.generate import sample as sample_text
     from lowrank_lab.runs.run import Run
 
@@ -488,7 +493,7 @@ def sample(run: Path, **options: Any) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16"]),
-    help="of the weights; default: the run's, and fp32 where factors are merged",
+    help="dtype of the weights; default: the run's, or fp32 if factors are merged",
 )
 def export(run: Path, out: Path, dtype: Literal["fp32", "bf16"] | None) -> None:
     """Write a finished run as a Hugging Face LLaMA folder."""
@@ -503,13 +508,15 @@ def export(run: Path, out: Path, dtype: Literal["fp32", "bf16"] | None) -> None:
 @_config_flags
 @click.option(
     "--fits",
-    help="does it fit in so much memory, and what would make it fit: 24GB, or 24GiB (which is "
-    "what cards sold as 24 GB have)",
+    help="check whether training fits in this much memory, and suggest changes if not: 24GB or "
+    "24GiB (cards sold as 24 GB have 24GiB)",
 )
 @click.option("--all", "every", is_flag=True, help="compare all methods")
-@click.option("--world-size", type=int, help="of one of so many processes that share it by FSDP2")
+@click.option(
+    "--world-size", type=int, help="memory per process, with this many processes under FSDP2"
+)
 @click.option("--ranks", type=int, hidden=True)
-@click.option("--measure", is_flag=True, help="take real steps on this machine as well")
+@click.option("--measure", is_flag=True, help="also measure real steps on this machine")
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def memory(
     fits: str | None,
@@ -520,9 +527,9 @@ def memory(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Memory of training a configuration, simulated: nothing is allocated.
+    """Simulate the memory of training a configuration, without allocating it.
 
-    In bfloat16 as in the paper and for a CUDA card, unless --precision and --device say otherwise.
+    The defaults are bfloat16, as in the paper, and a CUDA card; see --precision and --device.
     """
     from lowrank_lab.planning import describe, fit
 
@@ -551,10 +558,10 @@ def memory(
 
 @main.command()
 @click.argument("suites", nargs=-1)
-@click.option("--quick", is_flag=True, help="tiny sizes: only shows that everything runs")
+@click.option("--quick", is_flag=True, help="tiny sizes, to check that everything runs")
 @click.option("--json", "as_json", is_flag=True, help="print the rows as JSON")
 def bench(suites: tuple[str, ...], quick: bool, as_json: bool) -> None:
-    """Time ours against the packages people would pick instead (from a checkout)."""
+    """Benchmark this library against alternative packages (needs a checkout)."""
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks" / "run.py").exists():
         raise InputError("bench", str(root), "there is no benchmarks folder; use a checkout")
@@ -569,7 +576,7 @@ def bench(suites: tuple[str, ...], quick: bool, as_json: bool) -> None:
 
 
 def _show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
-    """Print the table of a study, and differences: those that it asks about, else all."""
+    """Print the table of a study, and its claims, else all paired differences."""
     from lowrank_lab.analysis.tables import claims, differences, formatted, structure, summary
     from lowrank_lab.runs.run import final_table, find_runs, load_runs
 

@@ -1,7 +1,7 @@
-"""Where files lie: corpora and runs, paths that a configuration names, and what the library ships.
+"""Locations of corpora, runs, paths in configurations, and the library's own files.
 
-The library ships its notebooks, study files and kept studies. In a checkout they are the top-level
-folders `notebooks` and `data/study`; an installed library has both below `lowrank_lab/shipped`.
+The library ships notebooks, study files and kept studies. In a checkout they are in the top-level
+folders `notebooks` and `data/study`; an installed library has both in `lowrank_lab/shipped`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parent
 def data_folder() -> Path:
     """The folder of corpora and runs.
 
-    It is $LOWRANK_LAB_DATA if that is set; in a checkout its `data`; for an installed library the
-    nearest `data` with a folder `corpora` in it, at or above the working directory, else ./data.
+    The first that applies: $LOWRANK_LAB_DATA; in a checkout, its `data`; for an installed library,
+    the nearest `data` with a `corpora` folder, at or above the working directory; else ./data.
     """
     given = os.environ.get(DATA)
     if given:
@@ -36,11 +36,11 @@ def in_checkout() -> bool:
 
 
 def located(path: Path | str) -> Path:
-    """A file or folder that a configuration or a notebook names, where it exists first.
+    """Resolve a path from a configuration or notebook.
 
-    A relative path starts in the working directory, in the data folder, or in the data that the
-    library ships. Under the study runner, whose notebooks each work in a folder of their own, the
-    working directory is the one in which the study was started.
+    A relative path is looked up in the working directory, the data folder and the library's own
+    data, in this order. A path that does not exist resolves to the data folder. In a study, the
+    working directory is the one where the study was started, not the folder of the run.
     """
     path = Path(path).expanduser()
     places = [Path(os.environ.get(STARTED_IN, "")), data_folder(), shipped_folder() / "data"]
@@ -54,16 +54,16 @@ def shipped_folder() -> Path:
 
 
 def shipped_notebooks() -> Path:
-    """The folder of the library's own notebooks, their `solutions` and `studies`."""
+    """The folder of the library's own notebooks, with `solutions` and `studies`."""
     return shipped_folder() / "notebooks"
 
 
 def kept_folders() -> tuple[Path, Path]:
-    """The folders of kept studies: the one in the data folder, and the one that is shipped."""
+    """The two folders of kept studies: in the data folder, and in the library's own files."""
     return data_folder() / "study", shipped_folder() / "data" / "study"
 
 
 def kept_study(name: str) -> Path:
-    """The folder of a kept study: in the data folder, else among those that are shipped."""
+    """The folder of a kept study: in the data folder, else in the library's own files."""
     own, shipped = (folder / name for folder in kept_folders())
     return shipped if shipped.is_dir() and not own.is_dir() else own

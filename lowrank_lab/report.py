@@ -1,4 +1,4 @@
-"""A folder of runs → a table, figures and one self-contained HTML page."""
+"""Report on a folder of runs: a table, figures and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from lowrank_lab.runs.run import (
     table_of,
 )
 
-MOST_LABELS = 20  # in one figure
-MOST_FIGURES = 12  # one a label
-MOST_ROWS = 32  # of labels in a figure that has a row for each
-FEWEST_RANKS = 3  # ranks of one variant, from which on they are a study of them
-FEWEST_RATES = 3  # learning rates of one setting, from which on they are a study of them
-SPEED = ("device", "threads", "processes")  # seconds are compared where runs agree in all of these
-KEPT_ROWS = 200  # rows of metrics.jsonl that `keep` copies of each run, evaluations not counted
+MOST_LABELS = 20  # labels per figure
+MOST_FIGURES = 12  # figures with one label each
+MOST_ROWS = 32  # labels in a figure with one row per label
+FEWEST_RANKS = 3  # ranks per variant, in a study over ranks
+FEWEST_RATES = 3  # learning rates per label, in a study over learning rates
+SPEED = ("device", "threads", "processes")  # seconds are compared only if all runs agree in these
+KEPT_ROWS = 200  # training steps per run that `keep` copies, besides evaluations and events
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, the table behind it, and what it shows in words."""
+    """A figure, its data and its caption."""
 
     name: str
     figure: Figure
@@ -59,16 +59,16 @@ class Picture:
 
 
 def best(runs: pd.DataFrame, most: int = MOST_LABELS) -> pd.DataFrame:
-    """The runs of the labels with the lowest test loss: a figure can't name more than `most`."""
+    """The runs of the `most` labels with the lowest test loss, as many as a figure can show."""
     labels = summary(final_table(runs))["label"].head(most)
     return runs[runs["label"].isin(labels)]
 
 
 def pictures(folder: Path | str, *about: str) -> Iterator[Picture]:
-    """The figures of a folder of finished runs, one after the other; the best labels of many.
+    """Draw the figures of finished runs one by one; most show the best MOST_LABELS labels.
 
     Args:
-        about: beginnings of the names of those that are wanted; all if there are none.
+        about: prefixes of figure names; only matching figures are returned. By default all.
     """
     runs = complete_runs(folder)
     finals = finals_of(runs, folder)
@@ -84,14 +84,14 @@ def _pictures(
     folder: Path | str,
     pairs: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Picture]:
-    """The figures of runs whose labels are ranked; only what they show is read."""
+    """The figures of runs, given the ranking of their labels; reads only the runs shown."""
     yield from _comparisons(runs, finals, ranking, pairs)
     labels = set(ranking.head(MOST_LABELS))
     shown = [run for run in runs if run.label in labels]
     table, finals = table_of(shown, folder), finals[finals["label"].isin(labels)]
     which = f" The {MOST_LABELS} best of {len(ranking)}." if len(ranking) > MOST_LABELS else ""
     curves = figures.curve_table(table)
-    courses = bool((curves.groupby("label").size() > 1).any())  # of one evaluation there is none
+    courses = bool((curves.groupby("label").size() > 1).any())  # a curve needs two evaluations
     if courses:
         yield Picture(
             "loss_by_tokens", figures.loss_curves(table), curves,
@@ -140,7 +140,7 @@ def _pictures(
             f"(one layer of each kind; one seed).{which}",
         )  # fmt: skip
     if len(ranking) > MOST_FIGURES:
-        return  # a dozen figures more that nobody asked for: notebooks show them run by run
+        return  # too many figures: notebooks show them per run
     for label, part in spectra.groupby("label", sort=False):
         name = "".join(c if c.isalnum() else "_" for c in str(label))
         table = part.drop(columns="label")
@@ -152,7 +152,7 @@ def _pictures(
 
 
 def _with_peaks(finals: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
-    """With a column of the peak bytes of the runs' steps, NaN where none were recorded."""
+    """Add the column peak_bytes: the peak over all steps of a run, NaN if not recorded."""
     peaks: dict[str, float] = {}
     for run in runs:
         rows = (row.get("peak_memory_bytes") for row in run.records.metrics)
@@ -168,7 +168,7 @@ def _comparisons(
     ranking: pd.Series[str],
     pairs: Sequence[tuple[str, str]],
 ) -> Iterator[Picture]:
-    """All labels by their final losses: over learning rates, or over ranks and seed by seed."""
+    """Figures of final losses: over learning rates, else over ranks and as paired differences."""
     rates = figures.rate_table(finals)
     if (rates.groupby("label")["lr"].nunique() >= FEWEST_RATES).any():
         yield Picture(
@@ -206,7 +206,7 @@ def _comparisons(
 
 
 def _map(runs: Sequence[Run], folder: Path | str) -> Iterator[Picture]:
-    """Heat maps of the perplexity, if the runs are a grid of one method over two knobs or more."""
+    """Heat maps of the perplexity, if the runs are a grid of one method over two or more knobs."""
     if len({run.config.method for run in runs}) > 1:
         return
     table = grid.settings(folder)
@@ -221,7 +221,7 @@ def _map(runs: Sequence[Run], folder: Path | str) -> Iterator[Picture]:
 
 
 def memory_of(folder: Path | str) -> pd.DataFrame:
-    """Bytes by category of every run that has trained a step, with its label."""
+    """Bytes by category, with the label, of every run with measured memory."""
     return _memory_of(find_runs(folder))
 
 
@@ -238,18 +238,18 @@ def write_report(
     figures_in: Path | str | None = None,
     pairs: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """Write report.html (self-contained), table.csv and figures/ beside the runs of a folder.
+    """Write report.html (self-contained), CSV tables and figures/ into the folder of the runs.
 
     Args:
-        out: where to write instead of `folder`.
-        figures_in: where the figures go, if not into `out`/figures.
-        pairs: labels (A, B) of which the study asks whether A is below B: see `claims`.
+        out: output folder; by default `folder`.
+        figures_in: folder of the figures; by default `out`/figures.
+        pairs: pairs of labels (A, B) for the study's claims A < B; see `claims`.
 
     Returns:
         The path of report.html.
 
     Raises:
-        InputError: no runs, or unfinished ones.
+        InputError: there are no runs, or unfinished runs.
     """
     folder = Path(folder)
     out = Path(out) if out is not None else folder
@@ -285,25 +285,27 @@ def write_report(
 
 
 def asked_in(file: Path) -> tuple[str, list[tuple[str, str]]]:
-    """Description and pairs of a study file; nothing if there is none."""
+    """The description and the pairs of a study file; both empty if there is no such file."""
     content = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
     return content.get("description", ""), [(a, b) for a, b in content.get("pairs", ())]
 
 
 def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> dict[str, str]:
-    """Keep the records of finished runs, without weights, as the tables of a kept study.
+    """Add the records of finished runs, without weights, to a kept study.
 
-    Runs that `out` has already stay there, or are replaced by those of the same name.
+    Other runs in `out` stay; runs with the same name are replaced.
 
     Args:
-        out: the kept study's folder. What studies beside it have stored already is not repeated.
-        rows: of training steps that stay of each run, evaluations and events not counted.
+        out: the folder of the kept study. Steps that a sibling study already stores are not
+            stored again.
+        rows: training steps to keep per run, besides evaluations and events.
 
     Returns:
-        The name of the study that stores each run's steps, by the run's name.
+        For each run name, the study that stores its steps.
 
     Raises:
-        InputError: unfinished runs; two of one name; run folders in `out`; see also `write_study`.
+        InputError: a run is unfinished, two runs share a name, or `out` has run folders; also the
+            errors of `write_study`.
     """
     runs, out = find_runs(folder), Path(out).resolve()
     complete_runs(folder)  # raises on unfinished runs
@@ -337,7 +339,7 @@ def _heading(title: str, description: str, finals: pd.DataFrame) -> str:
 
 
 def origins(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
-    """What the runs did not all run on alike: name → value → number of runs."""
+    """Differences in environment among the runs: name → value → number of runs."""
     names = {name: None for run in runs for name in run.ran_on}
     counted = {
         name: Counter(str(run.ran_on.get(name, "not recorded")) for run in runs) for name in names
@@ -371,7 +373,7 @@ def _html_figure(picture: Picture, png: Path) -> str:
 
 
 def _runs_section(runs: Sequence[Run], out: Path) -> str:
-    """Every run's configuration, and its executed notebook where there is one."""
+    """The configuration of each run, with a link to its executed notebook, if any."""
     items = []
     for run in runs:
         notebook = run.folder / "notebook.ipynb"
@@ -390,7 +392,7 @@ def _runs_section(runs: Sequence[Run], out: Path) -> str:
 
 
 def _changed(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration that say something: those that aren't empty."""
+    """The fields of a configuration that are not None, {}, False or 0."""
     return {k: v for k, v in config.items() if v not in (None, {}, False)}
 
 

@@ -1,7 +1,8 @@
-"""Studies over a grid: which knobs vary among runs, and tables over two of them.
+"""Grid studies: the knobs that vary among runs, and tables over two of them.
 
-A knob is a field of RunConfig that decides a result. Some have no effect where another is 0: the
-strength of resets where there are none. Runs there have `ANY` as its value, and count for each.
+A knob is a field of RunConfig that affects the result. Some knobs have no effect when another knob
+is 0: `reset_strength` has none without resets. Such runs have the value `ANY` for that knob and
+count for each of its values.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ NEEDS = {
 
 
 def settings(folder: Path | str, strict: bool = True) -> pd.DataFrame:
-    """One row a finished run: run, label, seed, every knob, and how it ended.
+    """One row per finished run: run, label, seed, every knob, and the results.
 
-    The last columns are test_loss (nats per token), test_perplexity and weights_and_states_mib. The
-    same training found twice (a copy of a run) is one row.
+    The results are test_loss (nats per token), test_perplexity and weights_and_states_mib. Copies
+    of a run share one row.
 
     Args:
-        strict: raise on runs that have not finished; False leaves them out.
+        strict: raise on unfinished runs; False skips them.
 
     Raises:
-        InputError: there is no such folder, or no finished run in it.
+        InputError: the folder does not exist or has no finished run.
     """
     rows = [_row(run) for run in complete_runs(folder, strict) if run.finished]
     if not rows:
@@ -56,7 +57,7 @@ def _row(run: Run) -> dict[str, Any]:
     config, result = run.config, run.result
     knobs = {name: getattr(config, name) for name in KNOBS} | {"steps": config.total_steps}
     for name, value in knobs.items():
-        if isinstance(value, dict):  # options, as text that can be compared
+        if isinstance(value, dict):  # options: compared as text
             knobs[name] = ", ".join(f"{k}={v}" for k, v in sorted(value.items()))
     if not config.reset_every and (not config.refactor_every or config.on_refactor != "reset"):
         knobs["recovery_steps"] = ANY  # nothing to recover from
@@ -68,13 +69,13 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def varying(table: pd.DataFrame) -> dict[str, list[Any]]:
-    """Knobs with more than one value among the runs, each with its values in order.
+    """Knobs with more than one value among the runs, each with its sorted values.
 
-    One that follows from another (an alpha that is the rank, a rate that goes with a method) is
-    left out: it can't be turned by itself.
+    A knob that follows from an earlier one is excluded, because it does not vary independently:
+    for example, alpha = rank, or one learning rate per method.
 
     Args:
-        table: of `settings`.
+        table: returned by `settings`.
     """
     found: dict[str, list[Any]] = {}
     for name in (knob for knob in KNOBS if knob in table):
@@ -85,22 +86,22 @@ def varying(table: pd.DataFrame) -> dict[str, list[Any]]:
 
 
 def _follows(table: pd.DataFrame, name: str, other: str) -> bool:
-    """Whether each value of a knob has but one of another, so that it decides it."""
+    """Whether the value of `other` determines the value of `name`."""
     return bool((table.groupby(other, dropna=False)[name].nunique(dropna=False) == 1).all())
 
 
 def _order(value: Any) -> tuple[int, Any]:
-    """None before numbers before words."""
+    """Sort key: None, then numbers, then strings."""
     if value is None:
         return (0, 0)
     return (2, value) if isinstance(value, str) else (1, value)
 
 
 def where(table: pd.DataFrame, fixed: Mapping[str, Any]) -> pd.DataFrame:
-    """The runs that have these values of these knobs, or on which the knob has no effect.
+    """The runs with these knob values; a knob without effect (`ANY`) matches every value.
 
     Raises:
-        InputError: a knob that doesn't vary, or a value that no run has.
+        InputError: a knob does not vary, or no run has the value.
     """
     known = varying(table)
     keep = pd.Series(True, index=table.index)
@@ -119,19 +120,19 @@ def cells(
     fixed: Mapping[str, Any] | None = None,
     value: str = "test_perplexity",
 ) -> pd.DataFrame:
-    """Mean of a result over the seeds, for every pair of values of two knobs.
+    """Mean result over seeds for every pair of values of two knobs.
 
     Args:
-        table: of `settings`.
-        fixed: values of other knobs; those that vary within a cell must be among them.
-        value: a column with a number.
+        table: returned by `settings`.
+        fixed: values of other knobs; must include every knob that varies within a cell.
+        value: a numeric column.
 
     Returns:
-        Columns row, column, mean, half_width (of the 95 % interval by Student's t, NaN for one
-        seed) and n; a pair without runs has n = 0.
+        Columns row, column, mean, half_width (95 % Student-t interval, NaN for one seed) and n.
+        Pairs without runs have n = 0.
 
     Raises:
-        InputError: a knob that doesn't vary, or one that varies within a cell.
+        InputError: a knob does not vary, or another knob varies within a cell.
     """
     known = varying(table)
     for side, name in (("row", row), ("column", column)):
@@ -158,7 +159,7 @@ def _check_varies(field: str, name: str, known: Mapping[str, Any]) -> None:
 
 
 def _check_alike(cell: pd.DataFrame, others: list[str]) -> None:
-    """Raises where runs of one cell differ in more than their seed: their mean means nothing."""
+    """Raise if the runs of a cell differ in more than their seed: their mean is meaningless."""
     for name in others:
         found = sorted(set(cell[name]), key=_order)
         if len(found) > 1:
@@ -180,10 +181,10 @@ def best(table: pd.DataFrame) -> pd.Series[Any]:
 
 
 def axes_of(table: pd.DataFrame, row: str = "", column: str = "") -> tuple[str, str]:
-    """Two knobs that span a map: those asked for, or the first that vary.
+    """The two knobs of a map: the requested ones, else the first that vary.
 
     Raises:
-        InputError: fewer than two knobs vary, or one that was asked for doesn't.
+        InputError: fewer than two knobs vary, or a requested knob does not.
     """
     known = varying(table)
     for side, name in (("row", row), ("column", column)):
@@ -199,7 +200,7 @@ def axes_of(table: pd.DataFrame, row: str = "", column: str = "") -> tuple[str, 
 def maps(
     table: pd.DataFrame, row: str, column: str, value: str = "test_perplexity"
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """`cells` for every combination of the other knobs, with that combination."""
+    """Each combination of the other knobs' values, with its `cells`."""
     known = {n: values for n, values in varying(table).items() if n not in (row, column)}
     for point in itertools.product(*known.values()):
         fixed = dict(zip(known, point, strict=True))
@@ -207,7 +208,7 @@ def maps(
 
 
 def costs(table: pd.DataFrame, value: str = "test_perplexity") -> pd.DataFrame:
-    """One row a setting: its knobs, weights_and_states_mib, mean, half_width and n."""
+    """One row per setting: its knobs, weights_and_states_mib, mean, half_width and n."""
     known = list(varying(table))
     rows = []
     for key, part in table.groupby(known, sort=False, dropna=False) if known else [((), table)]:
@@ -217,11 +218,12 @@ def costs(table: pd.DataFrame, value: str = "test_perplexity") -> pd.DataFrame:
 
 
 def effects(table: pd.DataFrame, value: str = "test_perplexity") -> pd.DataFrame:
-    """What a change of one knob alone does, paired: the same seed and all other knobs the same.
+    """The effect of changing one knob, paired by seed and all other knobs.
 
     Returns:
-        A row for every two values of a knob: knob, from, to, mean (of the difference, to − from,
-        averaged over the settings of each seed first), half_width (95 %, over the n seeds) and n.
+        One row per pair of values of a knob: knob, from, to, mean, half_width, n and pairs.
+        `mean` is the difference to − from, averaged over settings within each seed, then over the
+        n seeds. `half_width` is that of its 95 % interval. `pairs` counts the paired runs.
     """
     known = varying(table)
     rows = []
@@ -239,7 +241,7 @@ def effects(table: pd.DataFrame, value: str = "test_perplexity") -> pd.DataFrame
 
 
 def _for_each(table: pd.DataFrame, known: Mapping[str, list[Any]]) -> pd.DataFrame:
-    """The runs on which a knob has no effect once for each of its values."""
+    """Repeat each run with an `ANY` knob, once per value of that knob."""
     for name, values in known.items():
         each = [values if value == ANY else [value] for value in table[name]]
         table = table.assign(**{name: pd.Series(each, table.index)}).explode(name)

@@ -1,8 +1,8 @@
-"""One matrix problem, small enough to watch: find W (m×n) from noisy gradients, by any method.
+"""A toy problem: recover one matrix W* (m×n) from noisy gradients.
 
-The loss is ½‖W − W*‖², so the gradient is G = W − W*, to which noise is added as a small batch
-would. All errors are shares of the energy ‖W*‖²: 1 is where W = 0 starts, 0 is W = W*. The
-optimizers, layers and techniques are those that train language models in this library.
+The loss is ½‖W − W*‖², so the gradient is G = W − W*. Added Gaussian noise stands for the noise of
+a small batch. Errors are relative, ‖W − W*‖² / ‖W*‖²: 1 at the start (W = 0), 0 at W = W*. The
+optimizers, layers and techniques are the ones that train this library's language models.
 """
 
 from __future__ import annotations
@@ -31,26 +31,25 @@ ON_REFACTOR = ("keep", "transport")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to look for W.
+    """Settings of one fit.
 
     Args:
         method: full-rank | low-rank | galore | fira.
-        rank: of the factors or of the projection; full-rank has none.
-        period: steps between two events, 0 for never. An event is a new projection (galore, fira)
-            or a refactorization (low-rank), and a momentum reset with it.
-        strength: of the momentum reset at each event, from 0 (none) to 1 (Adam starts anew).
-        noise: standard deviation of the noise in each entry of the gradient; W*'s entries have a
-            mean square of 1.
-        refactor: whether the factors are balanced at each event; False leaves only the reset.
-        on_refactor: keep | transport: what becomes of the moments before the reset.
-        imbalance: largest over smallest of the factors by which the columns of B are longer and
-            the rows of A shorter at the start; the product doesn't depend on it.
-        steps: of Adam; the learning rate falls linearly to 0.
-        lr: the learning rate at the start.
-        seed: of the starting factors and of the noise.
+        rank: rank of the factors or the projection; unused by full-rank.
+        period: steps between events; 0 = never. An event is a new projection (galore, fira) or a
+            refactorization (low-rank), together with a momentum reset.
+        strength: strength of the momentum reset, from 0 (none) to 1 (Adam restarts).
+        noise: standard deviation of the gradient noise per entry; W*'s entries have mean square 1.
+        refactor: balance the factors at each event; False only resets momentum.
+        on_refactor: keep | transport: the treatment of the moments before the reset.
+        imbalance: spread of the initial factors. The columns of B are scaled by d and the rows of
+            A by 1/d, with max(d) / min(d) = imbalance; the product B A does not change.
+        steps: number of Adam steps; the learning rate decays linearly to 0.
+        lr: initial learning rate.
+        seed: seed of the initial factors and the noise.
 
     Raises:
-        InputError: a value that is not allowed.
+        InputError: a value is not allowed.
     """
 
     method: str = "full-rank"
@@ -83,11 +82,11 @@ class Settings:
                 raise InputError(field, getattr(self, field), allowed)
 
     def events(self) -> list[int]:
-        """The steps before which something happens."""
+        """The steps before which an event takes place."""
         return list(range(self.period, self.steps, self.period)) if self.period else []
 
     def replace(self, **changes: Any) -> Settings:
-        """The same settings but for some; unknown names are refused."""
+        """A copy with changed settings; unknown names raise InputError."""
         for name in changes.keys() - {field.name for field in dataclasses.fields(self)}:
             raise InputError(name, changes[name], "no such setting")
         return dataclasses.replace(self, **changes)
@@ -95,17 +94,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of some settings."""
+    """The result of one fit."""
 
     settings: Settings
-    errors: list[float]  # steps + 1: before each step and at the end, as shares of ‖W*‖²
-    alignment: list[float]  # steps: cosine between the change of W and W* − W, 1 = straight there
+    errors: list[float]  # steps + 1 relative errors: before each step, and at the end
+    alignment: list[float]  # per step: cosine between the change of W and W* − W
     layer: nn.Linear | FactorizedLinear
     optimizer: ProjectedAdamW
 
     @property
     def error(self) -> float:
-        """The share of W*'s energy that is missing at the end."""
+        """Relative error at the end."""
         return self.errors[-1]
 
     def weight(self) -> Tensor:
@@ -120,8 +119,8 @@ class Fit:
 def target(rows: int = ROWS, columns: int = COLUMNS, power: float = 0.75, seed: int = 0) -> Tensor:
     """W* (rows×columns): σᵢ ∝ i^(−power), smooth singular vectors, entries of mean square 1.
 
-    Singular vector i is a disturbed wave with about i half-periods, so that what a low-rank
-    approximation loses can be seen: the fine detail.
+    Singular vector i is a perturbed wave with about i half-periods. A low-rank approximation thus
+    visibly loses fine detail.
     """
     r = min(rows, columns)
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +132,7 @@ def target(rows: int = ROWS, columns: int = COLUMNS, power: float = 0.75, seed: 
 
 
 def _waves(side: int, count: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal columns (side×count), from slow to fast."""
+    """Orthonormal waves as columns (side×count), from low to high frequency."""
     place = (torch.arange(side) + 0.5) / side
     waves = torch.cos(math.pi * place[:, None] * torch.arange(1, count + 1))
     noise = torch.randn(side, count, generator=generator)
@@ -142,7 +141,7 @@ def _waves(side: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def best_approximation(W: Tensor, rank: int) -> Tensor:
-    """The matrix of that rank which is closest to W (Eckart and Young 1936)."""
+    """The closest matrix to W of the given rank (Eckart and Young 1936)."""
     _check_rank(rank, W)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     best: Tensor = (U[:, :rank] * S[:rank]) @ Vh[:rank]
@@ -155,9 +154,10 @@ def share_missing(W: Tensor, target: Tensor) -> float:
 
 
 def spectrum_table(W: Tensor) -> pd.DataFrame:
-    """A row a singular value: index from 1, singular_value, its share of ‖W‖², tail.
+    """One row per singular value: index (from 1), singular_value, share (of ‖W‖²) and tail.
 
-    `tail` is the share of all smaller ones: the error of the best approximation of that rank.
+    `tail` is the share of all smaller singular values. It equals the relative error of the best
+    approximation of rank `index`.
     """
     S = torch.linalg.svdvals(W.double())
     share = S.square() / S.square().sum()
@@ -169,16 +169,16 @@ def spectrum_table(W: Tensor) -> pd.DataFrame:
 
 
 def tail(W: Tensor, rank: int) -> float:
-    """The share of W's energy that no matrix of that rank can have."""
+    """Relative error of the best approximation of W of the given rank."""
     _check_rank(rank, W)
     return float(spectrum_table(W)["tail"].iloc[rank - 1])
 
 
 def fit(target: Tensor, settings: Settings) -> Fit:
-    """Look for `target` (m×n) as the settings say. The same settings give the same result.
+    """Fit `target` (m×n) with the given settings; deterministic.
 
     Raises:
-        InputError: a rank that the matrix doesn't have.
+        InputError: the rank exceeds min(m, n).
     """
     _check_rank(settings.rank, target)
     layer, optimizer = _start(target, settings)
@@ -204,7 +204,7 @@ def fit(target: Tensor, settings: Settings) -> Fit:
 def _start(
     target: Tensor, settings: Settings
 ) -> tuple[nn.Linear | FactorizedLinear, ProjectedAdamW]:
-    """The layer (W = 0, or factors of a product near 0) and its optimizer."""
+    """The initial layer (W = 0, or factors with a product near 0) and its optimizer."""
     rows, columns = target.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -225,7 +225,7 @@ def _start(
 
 @torch.no_grad()
 def unbalance_(layer: FactorizedLinear, imbalance: float) -> None:
-    """Stretch the columns of B and shrink the rows of A to match; the product stays the same."""
+    """Scale the columns of B by d and the rows of A by 1/d; the product B A does not change."""
     B, A = layer.factors()
     d = torch.logspace(-0.5, 0.5, layer.rank, base=imbalance)
     B.mul_(d)
@@ -233,7 +233,7 @@ def unbalance_(layer: FactorizedLinear, imbalance: float) -> None:
 
 
 def _event_(done: Fit) -> None:
-    """Refactorization and reset. New projections are made by the optimizer, by the same period."""
+    """Refactorize and reset momentum. The optimizer itself renews projections at this period."""
     settings = done.settings
     if settings.refactor and isinstance(done.layer, FactorizedLinear):
         refactorize_(done.layer, done.optimizer, settings.on_refactor)  # type: ignore[arg-type]
@@ -249,7 +249,7 @@ def _weight(layer: nn.Linear | FactorizedLinear) -> Tensor:
 
 @torch.no_grad()
 def _give_gradient_(layer: nn.Linear | FactorizedLinear, G: Tensor) -> None:
-    """The gradient G of the weight (m×n) as gradients of what is trained."""
+    """Set the gradients of the trained parameters from the gradient G of the weight (m×n)."""
     if isinstance(layer, FactorizedLinear):
         B, A = layer.factors()  # W = scale · B A  ⇒  G_B = scale · G Aᵀ,  G_A = scale · Bᵀ G
         B.grad, A.grad = layer.scale * (G @ A.T), layer.scale * (B.T @ G)
@@ -262,7 +262,7 @@ def _cosine(X: Tensor, Y: Tensor) -> float:
 
 
 def curves_table(fits: Mapping[str, Fit]) -> pd.DataFrame:
-    """A row a label and step: error before the step, alignment of the step (NaN at the end)."""
+    """One row per label and step: error before the step, its alignment (NaN at the end)."""
     parts = [
         pd.DataFrame({
             "label": label, "step": range(len(done.errors)), "error": done.errors,
@@ -274,10 +274,10 @@ def curves_table(fits: Mapping[str, Fit]) -> pd.DataFrame:
 
 
 def event_table(fits: Mapping[str, Fit], later: int = 10) -> pd.DataFrame:
-    """What followed the first event of each fit: a row a label.
+    """The errors around the first event of each fit: one row per label.
 
-    Columns: label, error_before, first_step (its alignment), error_after_first_step, error_later
-    (`later` steps after the event) and error_end.
+    Columns: label, error_before, first_step (alignment of the first step after the event),
+    error_after_first_step, error_later (`later` steps after the event) and error_end.
     """
     rows = []
     for label, done in fits.items():
@@ -293,11 +293,11 @@ def event_table(fits: Mapping[str, Fit], later: int = 10) -> pd.DataFrame:
 
 
 def grid_table(target: Tensor, settings: Settings, **values: Iterable[Any]) -> pd.DataFrame:
-    """The error at the end, and the best that its rank allows, at each point of a grid of settings.
+    """Final error over a grid of settings, with the lowest error possible at each rank.
 
     Args:
-        values: names of settings with the values of each; they are columns of the table, beside
-            `error` and `best_of_rank`.
+        values: the grid, as setting=values. Each setting is a column of the table, beside `error`
+            and `best_of_rank`.
     """
     rows = []
     for point in itertools.product(*values.values()):
@@ -312,7 +312,7 @@ def grid_table(target: Tensor, settings: Settings, **values: Iterable[Any]) -> p
 def factors_table(rank: int = 4, imbalance: float = 1000.0, seed: int = 0) -> pd.DataFrame:
     """Factors before and after `refactorize_`: when, factor, index, singular_value.
 
-    They start as the low-rank method starts, stretched by `imbalance`.
+    The factors are initialised as in the low-rank method, with the given imbalance.
     """
     asked = Settings("low-rank", rank=rank, imbalance=imbalance, seed=seed)
     layer, _ = _start(torch.ones(ROWS, COLUMNS), asked)
@@ -333,7 +333,7 @@ def conditions_table(factors: pd.DataFrame) -> pd.DataFrame:
     """Norm and condition number (largest over smallest singular value) of each factor.
 
     Args:
-        factors: `factors_table`.
+        factors: returned by `factors_table`.
     """
     values = factors.groupby(["factor", "when"], sort=False)["singular_value"]
     table = pd.DataFrame({

@@ -1,7 +1,7 @@
-"""Singular values of weights, updates and gradients, from factors where there are any.
+"""Singular values of weights, updates and gradients, computed from factors where possible.
 
-Nothing here forms a product that its factors can stand for: of B A only the r×r core is decomposed,
-of a difference of two products the 2r×2r core.
+The dense product B A is not formed unless other weights are added to it. Its singular values come
+from an r×r core; those of a difference of two products come from a 2r×2r core.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Layer = nn.Linear | FactorizedLinear
 
 @torch.no_grad()
 def singular_values(layer: Layer) -> Tensor:
-    """Singular values of a layer's weight, descending, float32: min(m, n), or r from factors."""
+    """Singular values of a layer's weight, descending, float32: min(m, n) values, r for factors."""
     if isinstance(layer, FactorizedLinear):
         if layer.has_other_weights:
             dense: Tensor = torch.linalg.svdvals(layer.dense_weight().float())
@@ -42,7 +42,8 @@ def singular_values(layer: Layer) -> Tensor:
 def update_singular_values(layer: Layer, start: dict[str, Tensor]) -> Tensor:
     """Singular values of W − W₀, descending, float32; `start` is the layer's earlier state_dict.
 
-    Of B A − B₀ A₀ = [B, B₀] [A; −A₀] at most 2r are not zero, and only these are returned.
+    For factors, B A − B₀ A₀ = [B, B₀] [A; −A₀] has at most 2r nonzero singular values; only these
+    are returned.
     """
     if isinstance(layer, FactorizedLinear) and not layer.has_other_weights:
         B, A = (t.double() for t in layer.factors())
@@ -56,11 +57,11 @@ def update_singular_values(layer: Layer, start: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def gradient_singular_values(layer: Layer) -> Tensor | None:
-    """Singular values of the step that the gradient asks of W, descending; None without gradients.
+    """Singular values of the gradient step in W, descending; None without gradients.
 
-    Of a dense weight those of its gradient G. Of factors, along whose gradients W moves by
-    scale · (G_B A + B G_A), those of [G_B, B] [A; G_A]: at most 2r are not zero. What trains beside
-    the factors (SLTrain's sparse part) is left out.
+    For a dense weight, they are the singular values of its gradient G. For factors, W moves by
+    scale · (G_B A + B G_A) = scale · [G_B, B] [A; G_A], which has at most 2r nonzero singular
+    values. SLTrain's sparse part is excluded.
     """
     if not isinstance(layer, FactorizedLinear):
         if layer.weight.grad is None:
@@ -75,16 +76,16 @@ def gradient_singular_values(layer: Layer) -> Tensor | None:
 
 
 class FactorHealth(NamedTuple):
-    """How well factors are conditioned: what refactorization repairs."""
+    """Conditioning of the factors, which refactorization restores."""
 
     condition_B: float  # largest over smallest singular value; inf where B is rank-deficient
     condition_A: float
-    imbalance: float  # ‖BᵀB − AAᵀ‖ / (‖BᵀB‖ + ‖AAᵀ‖): 0 balanced, towards 1 one-sided
+    imbalance: float  # ‖BᵀB − AAᵀ‖ / (‖BᵀB‖ + ‖AAᵀ‖): 0 = balanced, near 1 = one-sided
 
 
 @torch.no_grad()
 def factor_health(layer: FactorizedLinear) -> FactorHealth:
-    """Condition numbers of B and A, and how far they are from balanced (2505.22922)."""
+    """Condition numbers of B and A, and their imbalance (arXiv 2505.22922)."""
     B, A = (t.double() for t in layer.factors())
     return FactorHealth(_condition(B), _condition(A), float(imbalance(B, A)))
 
@@ -97,10 +98,10 @@ def _condition(X: Tensor) -> float:
 
 @torch.no_grad()
 def low_rank_shares(layer: SLTrainLinear) -> Tensor:
-    """The share of scale · B A in each singular value of scale · B A + S, by its index.
+    """The low-rank part's share of each singular value of scale · B A + S.
 
-    σᵢ = uᵢᵀ (L + S) vᵢ, of which uᵢᵀ L vᵢ comes from the low-rank part L and the rest from the
-    sparse one S. A share may lie outside 0 … 1, where the two parts work against each other.
+    With L = scale · B A, σᵢ = uᵢᵀ (L + S) vᵢ. The share is uᵢᵀ L vᵢ / σᵢ; the rest comes from the
+    sparse part S. A share lies outside [0, 1] if the two parts partly cancel.
     """
     L = (layer.scale * (layer.B @ layer.A)).double()
     U, S, Vh = torch.linalg.svd(layer.dense_weight().double(), full_matrices=False)
@@ -110,18 +111,18 @@ def low_rank_shares(layer: SLTrainLinear) -> Tensor:
 
 
 def subspace_overlap(P: Tensor, Q: Tensor) -> Tensor:
-    """‖Pᵀ Q‖² / r of the spaces that the columns of two m×r matrices span, made orthonormal.
+    """Overlap ‖Pᵀ Q‖² / r of the column spaces of two m×r matrices, after orthonormalization.
 
-    1 is the same space, 0 an orthogonal one; two random spaces overlap by r / m on average.
+    1 = the same space, 0 = orthogonal spaces. The mean overlap of two random spaces is r / m.
     """
     return (_basis(P).T @ _basis(Q)).square().sum() / P.shape[1]
 
 
 def captured_energy(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Share of a gradient's energy ‖G‖² in the spaces that a projection's columns span.
+    """Share of the gradient's energy ‖G‖² in the column spaces of its projections.
 
-    ‖Lᵀ G‖² / ‖G‖² (or G R, Lᵀ G R) with L and R made orthonormal first, which APOLLO's random ones
-    aren't; 0 of no gradient.
+    The share is ‖Lᵀ G‖² / ‖G‖², or the same with G R or Lᵀ G R. L and R are orthonormalized first,
+    because APOLLO's random projections are not orthonormal. A zero gradient has share 0.
     """
     seen = G.double()
     total = seen.square().sum()
@@ -131,13 +132,13 @@ def captured_energy(G: Tensor, left: Tensor | None, right: Tensor | None) -> Ten
 
 
 def _basis(P: Tensor) -> Tensor:
-    """An orthonormal basis, in float64, of what the columns of P span."""
+    """An orthonormal basis of the column space of P, in float64."""
     basis: Tensor = torch.linalg.qr(P.double()).Q
     return basis
 
 
 def energy_in_top(singular: Tensor, k: int) -> Tensor:
-    """Σ of the k largest σ² over Σσ², over the last dimension; 0 if all are zero."""
+    """Sum of the k largest σ² / Σσ², over the last dimension; 0 if all are zero."""
     squares = singular.double().square().sort(-1, descending=True).values
     total = squares.sum(-1)
     share = squares[..., :k].sum(-1) / total.clamp(min=torch.finfo(squares.dtype).tiny)
@@ -145,7 +146,7 @@ def energy_in_top(singular: Tensor, k: int) -> Tensor:
 
 
 def _wide_weight(layer: Layer, state: dict[str, Tensor]) -> Tensor:
-    """The dense weight that a state_dict of the layer stands for, in float64."""
+    """The dense weight of a layer with the given state_dict, in float64."""
     if not isinstance(layer, FactorizedLinear):
         return state["weight"].to(layer.weight.device).double()
     wide = copy.deepcopy(layer).double()
@@ -155,10 +156,10 @@ def _wide_weight(layer: Layer, state: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def momentum_direction(layer: Layer, optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """The direction in which Adam's first moments would move W, m×n, float32; None without moments.
+    """The direction of Adam's first moments in W (m×n), float32; None without moments.
 
-    Projected moments are lifted (L m, m Rᵀ), and those of factors give scale · (m_B A + B m_A): a
-    dense matrix in each case, so that before and after an event can be compared.
+    Projected moments m are projected back (L m, m Rᵀ). The moments of factors give
+    scale · (m_B A + B m_A). The result is always dense, so it can be compared across an event.
     """
 
     def moment(p: Tensor) -> Tensor | None:
@@ -171,7 +172,7 @@ def momentum_direction(layer: Layer, optimizer: torch.optim.Optimizer) -> Tensor
         left, right = state.get("projection_left"), state.get("projection_right")
         wide = wide if left is None else left.float() @ wide
         lifted = wide if right is None else wide @ right.float().T
-        return lifted if lifted.shape == p.shape else None  # its own layout: SPAM's masked entries
+        return lifted if lifted.shape == p.shape else None  # other layouts: SPAM's masked entries
 
     if not isinstance(layer, FactorizedLinear):
         return moment(layer.weight)
@@ -183,12 +184,12 @@ def momentum_direction(layer: Layer, optimizer: torch.optim.Optimizer) -> Tensor
 
 
 class SpectraRecorder:
-    """Records what `spectra.jsonl` holds of a model in training.
+    """Records the rows of `spectra.jsonl` during training.
 
     Args:
-        model, optimizer: in training; the model as it was initialised, of whose recorded layers
-            copies are kept on the CPU.
-        layers: regular expression of the layers to record.
+        model: the initialised model; the initial weights of recorded layers are copied to the CPU.
+        optimizer: the optimizer of the model.
+        layers: regular expression; matching layers are recorded.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: str) -> None:
@@ -202,16 +203,16 @@ class SpectraRecorder:
         self._moments: dict[str, Tensor] = {}
 
     def see_gradients(self) -> None:
-        """Note the gradients of the step that is about to be taken; the next `rows` have them."""
+        """Store the spectra of the current gradients; the next call of `rows` includes them."""
         self._gradients = {name: self._gradient(layer) for name, layer in self._layers.items()}
 
     def rows(self, step: int) -> list[dict[str, Any]]:
-        """One row a layer.
+        """One row per layer: step, layer, singular_values (of W), update (of W − W₀), and:
 
-        Always: step, layer, singular_values (of W) and update (of W − W₀). Where there are: of the
-        gradients that were seen, gradient (singular values), captured_energy and overlap (of the
-        projection that was used until then with the one that this gradient asks for); condition_B,
-        condition_A (null for a deficient one) and imbalance of factors; low_rank_share by index.
+        - after `see_gradients`: gradient (its singular values); for projected gradients also
+          captured_energy and overlap (of the projection with the gradient's top singular vectors)
+        - for factors: condition_B, condition_A (null if rank-deficient) and imbalance
+        - for SLTrain: low_rank_share, per singular value
         """
         found = []
         for name, layer in self._layers.items():
@@ -234,18 +235,18 @@ class SpectraRecorder:
         return found
 
     def note_momentum(self) -> None:
-        """Remember the moments of one layer of each kind, before something happens to them."""
+        """Store the momentum direction of one layer of each kind, before an event."""
         self._moments = {}
         for name in middle_layers(self._layers):
             found = momentum_direction(self._layers[name], self._optimizer)
             if found is not None:
-                self._moments[name] = found.cpu()  # the step's peak memory is not to hold it
+                self._moments[name] = found.cpu()  # not part of the step's peak memory
 
     def momentum_rows(self, step: int, event: str) -> list[dict[str, Any]]:
-        """What became of the moments since `note_momentum`: a row a layer.
+        """The change in momentum since `note_momentum`: one row per layer.
 
-        step, layer, event, momentum_cosine (of the directions before and after; 0 if one of them is
-        nothing) and momentum_ratio (of their lengths).
+        Columns: step, layer, event, momentum_cosine (between the directions before and after; 0 if
+        either is zero) and momentum_ratio (norm after / norm before).
         """
         found = []
         for name, before in self._moments.items():
@@ -295,12 +296,12 @@ def middle_layers(names: Iterable[str]) -> list[str]:
 
 
 def _rounded(values: Tensor) -> list[float | None]:
-    """As many digits as float32 has, and no more, so that files stay small."""
+    """Round to the precision of float32 (seven digits), to keep files small."""
     return [_number(float(f"{v:.7g}")) for v in values.tolist()]
 
 
 def _number(value: float | None) -> float | None:
-    """The value, or None where JSON has no number for it."""
+    """The value, or None if it is not finite: JSON has no such numbers."""
     return value if value is not None and math.isfinite(value) else None
 
 

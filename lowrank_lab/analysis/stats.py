@@ -1,4 +1,4 @@
-"""Statistics over seeds: one home for means and intervals."""
+"""Statistics over seeds: means, confidence intervals and p-values."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 
 def p_below(differences: Sequence[float]) -> float:
-    """Probability of a mean as low as theirs if the true one were 0: paired t-test, one-sided.
+    """p-value of a one-sided paired t-test of A < B; NaN for fewer than two differences.
 
     Args:
-        differences: A − B, one a seed, for the claim that A is below B; NaN for fewer than two.
+        differences: A − B, one per seed.
     """
     from scipy.stats import ttest_1samp
 
@@ -21,7 +21,7 @@ def p_below(differences: Sequence[float]) -> float:
 
 
 class Mean(NamedTuple):
-    """A mean over n values, and half the width of its 95 % interval (NaN for n = 1)."""
+    """A mean over n values, with the half-width of its confidence interval (NaN for n = 1)."""
 
     mean: float
     half_width: float
@@ -29,10 +29,10 @@ class Mean(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
-    """Mean and Student-t interval of a sample.
+    """Mean and Student-t confidence interval of a sample.
 
     Raises:
-        ValueError: no values, or one that isn't finite.
+        ValueError: no values, or a value is not finite.
     """
     from scipy.stats import t
 

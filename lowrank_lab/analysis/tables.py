@@ -1,4 +1,4 @@
-"""Tables of finished runs: how each variant ended, and differences between them, seed by seed."""
+"""Tables of finished runs: results per variant, and paired differences between variants."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lowrank_lab.runs.run import LAYER_FACTS, Run
 
 
 def summary(finals: pd.DataFrame) -> pd.DataFrame:
-    """One row a label, best first: n, test loss with interval, perplexity, sizes and time.
+    """One row per label, lowest loss first: n, test loss, perplexity, sizes and time.
 
     Args:
-        finals: `runs.final_table`.
+        finals: returned by `runs.final_table`.
     """
     rows = []
     for label, group in finals.groupby("label", sort=False):
@@ -48,41 +48,41 @@ def summary(finals: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(finals: pd.DataFrame, labels: Iterable[str] | None = None) -> pd.DataFrame:
-    """Paired differences of the test loss, A − B seed by seed, for every two labels.
+    """Paired differences in test loss, A − B per seed, for every pair of labels.
 
-    A row a pair with at least two seeds in common: n, mean and half the width of its 95 % interval
-    (Student's t); `separated` where the interval leaves out 0. Pairs are not corrected for how many
-    there are. Labels that stand for several configurations are left out.
+    One row per pair with at least two common seeds: n, the mean and the half-width of its 95 %
+    Student-t interval. `separated` is true if the interval excludes 0. The intervals are not
+    corrected for multiple comparisons. Labels with several configurations are excluded.
 
     Args:
-        finals: `runs.final_table`.
-        labels: in their order; those of `summary` if None.
+        finals: returned by `runs.final_table`.
+        labels: the labels to compare, in order; by default those of `summary`.
     """
     labels = summary(finals)["label"] if labels is None else labels
     return _differences(finals, itertools.combinations(comparable(finals, labels), 2))
 
 
 def claims(finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """What a study asked: for each (A, B) whether A is below B, in the order of the questions.
+    """The claims of a study, A < B for each pair (A, B), tested in the given order.
 
-    The columns of `differences`, and `p (A < B)` of a one-sided paired t-test. A pair that has not
-    two seeds in common, or a label of several configurations, has a row without interval and p.
+    The columns are those of `differences`, and `p (A < B)` from a one-sided paired t-test. The
+    interval and p are NaN for pairs with fewer than two common seeds, or if a label has several
+    configurations.
 
     Args:
-        finals: `runs.final_table`.
+        finals: returned by `runs.final_table`.
     """
     below = [p_below(row[~np.isnan(row)].tolist()) for row in paired(finals, pairs).to_numpy()]
     return _differences(finals, pairs, fewest=0).assign(**{"p (A < B)": below})
 
 
 def paired(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """Test loss of A less that of B: a row a pair, in their order, a column a seed.
+    """Test loss of A minus test loss of B: one row per pair, one column per seed.
 
-    NaN where one of the two has no run with that seed, and for labels that aren't there or stand
-    for several configurations.
+    NaN if A or B has no run with that seed, is not in the table, or has several configurations.
 
     Args:
-        finals: `runs.final_table`.
+        finals: returned by `runs.final_table`.
     """
     pairs = list(pairs)
     labels = dict.fromkeys(itertools.chain(*pairs))
@@ -96,11 +96,12 @@ def paired(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFra
 
 
 def structure(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row a label: how its recorded layers ended, as means over layers and seeds.
+    """One row per label: final structure of the recorded layers, averaged over layers and seeds.
 
-    Effective ranks of W and of W − W₀, condition numbers of the factors and their imbalance, the
-    energy of the gradient that a projection captures and its overlap with the one before: those of
-    them that some run has recorded. Only layers that every run with spectra has recorded count.
+    Columns: effective ranks of W and W − W₀; condition numbers and imbalance of the factors; the
+    gradient energy captured by the projection, and its overlap with the top singular vectors.
+    Columns that no run has recorded are dropped. Only layers recorded in every run with spectra
+    are averaged.
     """
     ends = []
     recorded = [(run, {layer["layer"]: layer for layer in run.last_layers}) for run in runs]
@@ -126,7 +127,7 @@ def structure(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    """The mean of those that there are; NaN of none."""
+    """The mean without None values; NaN if there are no others."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else np.nan
 
@@ -134,7 +135,7 @@ def _mean(values: Iterable[float | None]) -> float:
 def _differences(
     finals: pd.DataFrame, pairs: Iterable[tuple[str, str]], fewest: int = 2
 ) -> pd.DataFrame:
-    """Paired differences of those pairs that have at least `fewest` seeds in common."""
+    """Paired differences for pairs with at least `fewest` common seeds."""
     pairs = list(pairs)
     rows: list[tuple[Any, ...]] = []
     for (a, b), row in zip(pairs, paired(finals, pairs).to_numpy(), strict=True):
@@ -148,13 +149,13 @@ def _differences(
 
 
 def comparable(finals: pd.DataFrame, labels: Iterable[str]) -> list[str]:
-    """Those of the labels that stand for one configuration each: one run a seed."""
+    """The labels with a single configuration, i.e. at most one run per seed."""
     repeated = set(finals.loc[finals.duplicated(["label", "seed"]), "label"])
     return [label for label in labels if label not in repeated]
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """A summary or differences as text, with the digits that mean something."""
+    """A table as text, with significant digits only."""
     digits = {
         "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "p (A < B)": ".2g",
         "test perplexity": ".3f", "seconds": ".0f",

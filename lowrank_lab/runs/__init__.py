@@ -1,1 +1,1 @@
-"""Run folders: records on disk, tables of many runs, and what becomes of a trained model."""
+"""Run folders: records on disk, tables of many runs, sampling and export of trained models."""

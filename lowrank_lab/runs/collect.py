@@ -1,4 +1,4 @@
-"""Finished runs of several folders, of several machines perhaps, in one folder."""
+"""Merge finished runs from several folders or machines into one folder."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from lowrank_lab.runs.kept import KeptRecords, kept_run
 from lowrank_lab.runs.records import write_folder
 from lowrank_lab.runs.run import RUNNER_FILES, Run, find_runs
 
-# What is copied; whatever else lies in a run's folder stays where it is.
+# The files that are copied; other files in a run folder are not.
 FILES = sorted(
     RUNNER_FILES
     | {"config.json", "metrics.jsonl", "spectra.jsonl", "memory.json", "model.safetensors"}
 )
-LAST = "result.json"  # says that the run has finished
+LAST = "result.json"  # marks a finished run; copied last
 NOT_OF_THE_RESULT = {"seconds"}
 
 
 @dataclass
 class Merged:
-    """What became of the runs that were found, by run id."""
+    """The outcome of a merge: run ids, and folders of unfinished runs."""
 
     copied: list[str] = field(default_factory=list)
-    there: list[str] = field(default_factory=list)  # the same run with the same results
+    there: list[str] = field(default_factory=list)  # already in `out`, with the same results
     unfinished: list[Path] = field(default_factory=list)
 
 
 def merge(out: Path | str, folders: Sequence[Path | str]) -> Merged:
-    """Copy the finished runs at or below some folders into `out`, each under its run id.
+    """Copy the finished runs at or below `folders` into `out`, each under its run id.
 
-    Each keeps what it ran on. A run that is in several folders with the same results (times
-    left out) is kept once; runs that have not finished are left out.
+    Copies keep `ran_on`, the machine and versions of the run. A run found several times with the
+    same results (times excluded) is copied once. Unfinished runs are skipped.
 
     Raises:
-        InputError: no runs; a run with different results in two places; or a run's configuration
-            that no folder can be named after. Nothing is copied then.
+        InputError: there are no runs; a run has different results in two places; or a run id is
+            not a valid folder name. Nothing is copied then.
     """
     out = Path(out)
     found, merged = _by_id(find_runs(out)) if out.is_dir() else {}, Merged()
@@ -72,9 +72,9 @@ def merge(out: Path | str, folders: Sequence[Path | str]) -> Merged:
 
 
 def finished_run(run_id: str, places: Sequence[Path]) -> Path | None:
-    """A finished run, STUDY/RUN, of a study in one of these places; the first of several.
+    """The first finished run with this id in any study below `places`, as STUDY/RUN, or None.
 
-    The study is a folder of run folders or a kept study.
+    A study is a folder of run folders or a kept study.
     """
     paths = (s / run_id for place in places for s in sorted(place.glob("*")) if s.is_dir())
     runs = (Run(p) for p in paths if (p / "config.json").exists() or kept_run(p) is not None)
@@ -83,10 +83,10 @@ def finished_run(run_id: str, places: Sequence[Path]) -> Path | None:
 
 
 def run_id_of(run: Run) -> str:
-    """The run's id, which is safe as a folder's name.
+    """The run's id, checked to be safe as a folder name.
 
     Raises:
-        InputError: its configuration holds signs that would lead elsewhere.
+        InputError: the id has characters that are not allowed in a folder name.
     """
     name = run.config.run_id
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
@@ -115,12 +115,12 @@ def _result(run: Run) -> dict[str, Any]:
 
 
 def copy_run(source: Path, target: Path, label: str | None = None) -> None:
-    """Copy a run's files so that its folder is there whole or not at all; links aren't followed.
+    """Copy a run's files atomically; links are not followed.
 
     Args:
-        source: its folder, or STUDY/RUN of a kept study, whose records become such files.
-        target: a folder that isn't there.
-        label: what the copy is called, instead of the run's own label.
+        source: the run folder, or STUDY/RUN in a kept study; its records are written as files.
+        target: a folder that does not exist yet.
+        label: label of the copy; by default the run's own.
     """
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -136,7 +136,7 @@ def copy_run(source: Path, target: Path, label: str | None = None) -> None:
 
 
 def _is_own(run: Run) -> bool:
-    """Whether its records are its own: in a kept study, or in files that are no links."""
+    """Whether the records are in a kept study, or in files that are not links."""
     plain = (_is_plain(run.folder / name) for name in ("config.json", LAST))
     return isinstance(run.records, KeptRecords) or all(plain)
 

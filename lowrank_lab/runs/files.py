@@ -1,4 +1,4 @@
-"""Files of a run folder: JSON written atomically, rows of JSON, and a lock on the folder."""
+"""Files of a run folder: atomic JSON files, JSON lines, and a lock on the folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any, TextIO
 
 from lowrank_lab.config import InputError
 
-Row = dict[str, Any]  # of a file of JSON lines
+Row = dict[str, Any]  # one row of a JSON lines file
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a run folder, and hold it: the system lets go of it when this process ends, however.
+    """Create a run folder and lock it; the system releases the lock when the process ends.
 
     Raises:
-        InputError: another process holds it, or nothing can be written there.
+        InputError: another process has the lock, or the folder is not writable.
     """
     path, is_new = folder / ".lock", not folder.exists()
     try:
@@ -42,12 +42,12 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
             if is_new:
-                with suppress(OSError):  # something was written
+                with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
 
 
 def _hold(path: Path) -> TextIO:
-    """Open a file and lock it; BlockingIOError if another process has."""
+    """Open and lock a file; raises BlockingIOError if another process has the lock."""
     while True:
         file = path.open("a+")
         try:
@@ -57,11 +57,11 @@ def _hold(path: Path) -> TextIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # whoever held it has just removed it
+        file.close()  # another process has just removed it: try again
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
+    """Write a JSON file atomically."""
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     with partial.open("w") as file:
         file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -71,10 +71,10 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """All whole rows; a last line that was cut off is left out."""
+    """All complete rows; an incomplete line ends the table."""
     lines = path.read_text().splitlines() if path.exists() else []
     if all(line[:1] == "{" and line[-1:] == "}" for line in lines):
-        try:  # all at once: a call a line takes longer
+        try:  # parse all lines at once: faster than one call per line
             rows: list[Row] = json.loads(f"[{','.join(lines)}]")
         except json.JSONDecodeError:
             pass
@@ -96,10 +96,12 @@ def append_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 
 def cut_jsonl(path: Path, last_step: int) -> list[int]:
-    """Drop the rows after `last_step`, so that a resumed run neither repeats nor skips one.
+    """Delete the rows after `last_step`, so that a resumed run neither repeats nor skips a row.
+
+    An unreadable line, and all lines after it, are deleted too.
 
     Returns:
-        The steps of the rows that are left. What can't be read ends the table; it is gone.
+        The steps of the remaining rows.
     """
     rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
     partial = path.with_name(f".{path.name}-{os.getpid()}")

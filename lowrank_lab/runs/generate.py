@@ -1,4 +1,4 @@
-"""Text from a trained run."""
+"""Sample text from a trained run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lowrank_lab.runs.run import Run
 def sample(
     run: Run, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 0
 ) -> str:
-    """Text that a trained run goes on with after `prompt`.
+    """Continue `prompt` with text sampled from a trained run; returns both.
 
     Args:
-        tokens: how many to add.
-        temperature: of the softmax; 0 takes the likeliest token.
+        tokens: number of new tokens.
+        temperature: softmax temperature; 0 takes the most likely token.
     """
     ids = run.tokenizer.encode(prompt or "\n").ids
     generator = torch.Generator().manual_seed(seed)

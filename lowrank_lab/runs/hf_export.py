@@ -1,4 +1,4 @@
-"""A trained run as a Hugging Face LLaMA folder: factors merged, sparse parts added."""
+"""Export a trained run as a Hugging Face LLaMA folder, with factors and sparse parts merged."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.b
 
 
 def export(run: Run | Path | str, out: Path | str, dtype: ExportDtype | None = None) -> Path:
-    """Write a run as a folder that transformers loads: weights, configuration, tokenizer if any.
+    """Write a run as a transformers folder: weights, configuration and tokenizer, if any.
 
     Args:
         run: a finished run, or its folder.
-        out: a folder that isn't there yet, or is empty; it appears whole or not at all.
-        dtype: of the weights; by default the run's. A bfloat16 run with factors is written in
-            float32, as its products don't fit bfloat16: what LoRA learned would be rounded away.
+        out: a new or empty folder; it is written atomically.
+        dtype: dtype of the weights; by default the run's, or float32 if the run has factors.
+            Rounding merged factors to bfloat16 would lose small updates such as LoRA's.
 
     Raises:
-        InputError: no run folder, a run that hasn't finished, a place that is taken.
+        InputError: `run` is not a run folder or has not finished, or `out` is not empty.
     """
     run, out = run if isinstance(run, Run) else Run(run), Path(out)
     config = run.config
@@ -79,12 +79,12 @@ def _check_place(out: Path) -> None:
 
 @torch.no_grad()
 def dense_weights(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights of a model by their names, each factorised layer as the `weight` that it is.
+    """The weights of a model by name, with each factorised layer merged into one `weight`.
 
-    Products are formed in float64 and rounded once.
+    Factors are multiplied in float64 and rounded once.
 
     Args:
-        dtype: of the result; by default float32 if a layer is factorised, else the model's.
+        dtype: dtype of the result; by default float32 if a layer is factorised, else the model's.
     """
     weights = dict(model.state_dict())
     for name, layer in model.named_modules():

@@ -1,12 +1,12 @@
-"""Kept studies: what finished runs recorded, without weights, in three Parquet files per study.
+"""Kept studies: the records of finished runs, without weights, in three Parquet files per study.
 
-runs.parquet      one row per run: `run` (its id), `label`, the fields of its configuration, what it
-                  ran on (`ran_on_*`), how it ended (`final_*`) and its bytes (`memory_*`)
+runs.parquet      one row per run: `run` (its id), `label`, the configuration, machine and versions
+                  (`ran_on_*`), results (`final_*`) and bytes (`memory_*`)
 metrics.parquet   one row per run and recorded step, as in metrics.jsonl
 spectra.parquet   one row per run, step and layer, as in spectra.jsonl
 
-Studies side by side store the steps and layers of a run that they share once: in the other studies'
-runs.parquet, the column `stored_in` names the study that has them.
+If studies in the same folder share a run, only one of them stores its steps and layers. In the
+others' runs.parquet, the column `stored_in` names that study.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OWN = ("run", "label", "stored_in")
 
 
 class KeptRecords:
-    """What a kept study has of one of its runs."""
+    """The records of one run in a kept study."""
 
     def __init__(self, study: KeptStudy, run: str) -> None:
         self._study, self._run = study, run
@@ -64,31 +64,31 @@ class KeptRecords:
 
 
 class KeptStudy:
-    """The three tables of a kept study; use `open_study`, which reads unchanged files once."""
+    """The three tables of a kept study. Use `open_study`, which caches unchanged files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def runs(self) -> dict[str, Row]:
-        """The row of each run in runs.parquet, without what is null or missing there."""
+        """The row of each run in runs.parquet, without null values."""
         from lowrank_lab.runs.parquet import decode, without_nulls
 
         return {row["run"]: without_nulls(row) for row in decode(self._read(RUNS))}
 
     def stores(self, run: str) -> bool:
-        """Whether the steps and layers of a run are in this study's own files."""
+        """Whether this study's own files have the steps and layers of a run."""
         return run in self.runs and "stored_in" not in self.runs[run]
 
     def rows(self, file: str, run: str) -> list[Row]:
-        """What METRICS or SPECTRA has of a run, wherever it is stored."""
+        """The rows of a run in METRICS or SPECTRA, from the study that stores them."""
         from lowrank_lab.runs.parquet import decode
 
         table = self._home(run)._slice(file, run)
         return [] if table is None else decode(table.drop_columns("run"))
 
     def count(self, file: str, run: str) -> int:
-        """The number of rows that METRICS or SPECTRA has of a run."""
+        """The number of rows of a run in METRICS or SPECTRA."""
         table = self._home(run)._slice(file, run)
         return 0 if table is None else table.num_rows
 
@@ -112,7 +112,7 @@ class KeptStudy:
 
     @cached_property
     def _places(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """First and one past the last row of each run, in each table."""
+        """The half-open range of row numbers of each run, in each table."""
         found: dict[str, dict[str, tuple[int, int]]] = {}
         for file, table in self._tables.items():
             runs = table["run"].to_pylist() if table.num_rows else []
@@ -137,13 +137,13 @@ def is_study(folder: Path) -> bool:
 
 
 def open_study(folder: Path) -> KeptStudy:
-    """The kept study of a folder."""
+    """Open the kept study in a folder."""
     stats = [(folder / file).stat() for file in FILES if (folder / file).exists()]
     return _open(folder, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
 
 
 def kept_run(path: Path) -> KeptRecords | None:
-    """The records of a run of a kept study, STUDY/RUN; None if there is no such run."""
+    """The records of the kept run STUDY/RUN; None if there is no such run."""
     if not is_study(path.parent) or path.name not in (study := open_study(path.parent)).runs:
         return None
     return KeptRecords(study, path.name)
@@ -155,17 +155,18 @@ def _open(folder: Path, stamp: tuple[tuple[int, int], ...]) -> KeptStudy:
 
 
 def write_study(folder: Path, records: Mapping[str, Records]) -> dict[str, str]:
-    """Write the records of finished runs as the kept study `folder`, instead of what it had.
+    """Write the records of finished runs as the kept study `folder`; replaces its contents.
 
     Args:
-        records: of each run, by its id.
+        folder: the study's folder. Its sibling folders are the other studies.
+        records: the records of each run, by run id.
 
     Returns:
-        Of the runs that a study beside it stores already: the name of that study.
+        For each run that another study already stores: the name of that study.
 
     Raises:
-        InputError: a study beside it refers to a run that this would change or leave out, or
-            something recorded would not survive in a table. Nothing is written then.
+        InputError: another study refers to a run that would be changed or removed, or a table
+            cannot represent the records exactly. Nothing is written then.
     """
     from lowrank_lab.runs.parquet import encode, to_bytes
 
@@ -185,7 +186,7 @@ def write_study(folder: Path, records: Mapping[str, Records]) -> dict[str, str]:
     except ValueError as error:
         raise InputError("keep", str(folder), f"these records fit no table: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
-    for file in reversed(FILES):  # runs.parquet, which makes it a study, last
+    for file in reversed(FILES):  # runs.parquet last: it marks a complete study
         partial = folder / f".{file}-{os.getpid()}"
         partial.write_bytes(files[file])
         partial.replace(folder / file)
@@ -193,7 +194,7 @@ def write_study(folder: Path, records: Mapping[str, Records]) -> dict[str, str]:
 
 
 def _row(run: str, record: Records, stored_in: str | None) -> Row:
-    """A run's row of runs.parquet."""
+    """The row of a run in runs.parquet."""
     groups = {
         "result": record.result,
         "memory": record.memory,
@@ -213,7 +214,7 @@ def _with_run(found: Iterable[tuple[str, list[Row]]]) -> Iterator[Row]:
 
 
 def _stored(run: str, record: Records, others: Iterable[KeptStudy]) -> str | None:
-    """The name of a study that stores the same steps and layers of a run."""
+    """The name of a study that already stores the same steps and layers of a run, or None."""
     for study in others:
         if study.stores(run) and _same(record, KeptRecords(study, run)):
             return study.folder.name
@@ -232,7 +233,7 @@ def _same(one: Records, other: Records) -> bool:
 def _check_referred(
     folder: Path, records: Mapping[str, Records], others: Iterable[KeptStudy]
 ) -> None:
-    """Refuse to change or leave out what another study refers to."""
+    """Raise if a run that another study refers to would be changed or removed."""
     for study in others:
         for run in (r for r, row in study.runs.items() if row.get("stored_in") == folder.name):
             if run not in records or not _same(records[run], KeptRecords(study, run)):

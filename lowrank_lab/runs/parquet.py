@@ -1,8 +1,8 @@
-"""Rows of JSON as Parquet tables and back again, without a changed value.
+"""Lossless conversion between JSON rows and Parquet tables.
 
-A column has the type of its values: int64, float64, string, bool or a list of floats. Values of any
-other type (options, events, lists without a number) are JSON text. A list has float32 if seven
-significant digits give back each of its values, which is so for recorded singular values.
+Columns have the type of their values: int64, float64, string, bool or list of floats. Values of any
+other type (options, events, lists without numbers) are stored as JSON text. Lists are float32 if
+seven significant digits restore every value, as they do for recorded singular values.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import pyarrow.parquet as pq
 
 from lowrank_lab.runs.files import Row
 
-KEY = b"lowrank_lab"  # in a table's metadata: its columns of JSON text, and those a row may lack
+KEY = b"lowrank_lab"  # table metadata: names of JSON text columns, and of optional columns
 
 
 def without_nulls(row: Row) -> Row:
-    """What tells two rows apart: a value that is null says no more than one that is missing."""
+    """The row without null values: null and missing values are equivalent."""
     return {name: value for name, value in row.items() if value is not None}
 
 
 def encode(rows: Sequence[Row]) -> pa.Table:
-    """Rows as a typed table, in their order; the columns in that in which they are met.
+    """Rows as a typed table; columns are in order of first appearance.
 
     Raises:
-        ValueError: the table would not give back the same rows.
+        ValueError: decoding the table would not restore the same rows.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns, fields, as_json = {}, [], []
@@ -44,7 +44,7 @@ def encode(rows: Sequence[Row]) -> pa.Table:
             as_json.append(name)
             values = [None if value is None else json.dumps(value) for value in values]
             kind = pa.string()
-        nullable = pa.types.is_integer(kind) and None in values  # or pandas would read floats
+        nullable = pa.types.is_integer(kind) and None in values  # else pandas converts to float
         columns[name] = pd.Series(values, dtype="Int64" if nullable else "object")
         fields.append(pa.field(name, kind))
     lacking = [name for name in names if any(name not in row for row in rows)]
@@ -57,7 +57,7 @@ def encode(rows: Sequence[Row]) -> pa.Table:
 
 
 def decode(table: pa.Table) -> list[Row]:
-    """The rows that a table was made from; of a column that some row lacked, only its values."""
+    """The rows of an encoded table; null values of optional columns are omitted."""
     own = json.loads((table.schema.metadata or {}).get(KEY, b'{"json": [], "optional": []}'))
     columns = []
     for name in table.column_names:
@@ -74,7 +74,7 @@ def decode(table: pa.Table) -> list[Row]:
 
 
 def to_bytes(table: pa.Table) -> bytes:
-    """A table as the content of a Parquet file, compressed."""
+    """A table as the bytes of a compressed Parquet file."""
     measured = [field.name for field in table.schema if _is_measured(table[field.name])]
     leaves = {
         f"{name}.list.element" if pa.types.is_list(table.schema.field(name).type) else name
@@ -91,16 +91,16 @@ def to_bytes(table: pa.Table) -> bytes:
 
 
 def read(path: Path) -> pa.Table:
-    """The table of a Parquet file.
+    """Read the table of a Parquet file.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not a Parquet file.
     """
     return pq.read_table(path)
 
 
 def _type_of(values: Sequence[Any]) -> pa.DataType | None:
-    """The type that all values have; None if only JSON can say them."""
+    """The common type of the values; None if they must be stored as JSON text."""
     kinds = {type(value) for value in values}
     if not kinds:
         return pa.null()
@@ -121,7 +121,7 @@ def _type_of(values: Sequence[Any]) -> pa.DataType | None:
 
 
 def _seven_digits(values: np.ndarray) -> np.ndarray:
-    """The float64 that each float32 is written as with seven significant digits."""
+    """Each float32 rounded to seven significant digits, as float64."""
     return np.char.mod("%.7g", values).astype(float) if len(values) else values.astype(float)
 
 
@@ -143,7 +143,7 @@ def _lists(column: pa.ListArray) -> list[list[float | None] | None]:
 
 
 def _is_measured(column: pa.ChunkedArray) -> bool:
-    """Whether its values are floats that seldom repeat: bytes by place compress better then."""
+    """Whether the values are mostly distinct floats, which byte-stream split compresses better."""
     is_list = pa.types.is_list(column.type)
     if not pa.types.is_floating(column.type.value_type if is_list else column.type):
         return False

@@ -1,4 +1,4 @@
-"""What a run has recorded, wherever it lies: the one interface of run folders and kept studies."""
+"""The records of a run: one interface for run folders and kept studies."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Records(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """`config`, `label` and `ran_on`, as config.json has them."""
+        """`config`, `label` and `ran_on`, as in config.json."""
         ...
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """How it ended; None of a run that has not finished."""
+        """The final results; None if the run has not finished."""
         ...
 
     @property
     def memory(self) -> dict[str, int] | None:
-        """Bytes by category; None if they were not measured."""
+        """Bytes by category; None if not measured."""
         ...
 
     @property
@@ -48,10 +48,12 @@ class Records(Protocol):
 
 
 class FolderRecords:
-    """The records in a run folder, read anew each time: the run may be in progress.
+    """The records in a run folder, read again on each access: the run may be in progress.
+
+    Only `facts` is cached.
 
     Raises:
-        InputError: it is not a run folder.
+        InputError: the folder is not a run folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,10 +114,10 @@ class FolderRecords:
 
 @dataclass(frozen=True)
 class Thinned:
-    """The records of a finished run, with some of its training steps left out."""
+    """The records of a finished run, with its training steps subsampled."""
 
     records: Records
-    rows: int  # of training steps that stay, evaluations and events not counted
+    rows: int  # training steps to keep; evaluations and events are always kept
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -152,7 +154,7 @@ class Thinned:
 
 
 def write_folder(records: Records, folder: Path) -> None:
-    """Write records as the files of a run folder, which is there and empty; result.json last."""
+    """Write records as files into an existing, empty run folder; result.json last."""
     write_json(folder / "config.json", records.facts)
     if records.memory is not None:
         write_json(folder / "memory.json", records.memory)

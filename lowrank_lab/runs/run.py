@@ -1,15 +1,15 @@
-"""Runs: what each writes into its folder while it trains, and the tables that are read from many.
+"""Runs: the files of a run folder, and tables over many runs.
 
-config.json     the resolved configuration, and what it ran on
-metrics.jsonl   one row a step, appended as it happens; evaluations and events in their step's row
-spectra.jsonl   one row a layer and recorded step, and a layer and step in which something happened
+config.json     the resolved configuration, and the machine and versions (`ran_on`)
+metrics.jsonl   one row per step, appended during training, with its evaluation and events
+spectra.jsonl   one row per layer and recorded step, and per layer and step with an event
 memory.json     bytes by category, measured in the first step
-checkpoints/    see checkpoint.py; gone when the run has ended well
-progress.json   where a run in progress is
-model.safetensors, tokenizer.json (of text), result.json   written last: a folder with result.json
-                is a finished run
+checkpoints/    see checkpoint.py; deleted when the run finishes
+progress.json   the progress of a running run
+model.safetensors, tokenizer.json (text corpora only), result.json   written last: a folder with
+                result.json is a finished run
 
-Of finished runs, the same records may lie in a kept study instead (kept.py); a Run reads either.
+A kept study (kept.py) may have the records of a finished run instead; a Run reads either.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
     from lowrank_lab.models.llama import Llama
 
-# What the study runner keeps in the same folder.
+# Files of the study runner in the same folder.
 RUNNER_FILES = frozenset({"notebook.ipynb", "papermill.log", "done.json", "failed.json"})
 
-# Columns of a run's configuration that describe it in every table.
+# Configuration fields that are columns of every table.
 DESCRIBES = (
     "model", "corpus", "method", "rank", "init", "lr", "refactor_every", "reset_every",
     "reset_strength", "seed",
@@ -46,7 +46,7 @@ LAYER_FACTS = ("captured_energy", "overlap", "condition_B", "condition_A", "imba
 
 
 class Run:
-    """A run, finished or not: its folder, or its place in a kept study."""
+    """A finished or unfinished run, in a run folder or a kept study."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -57,22 +57,22 @@ class Run:
 
     @cached_property
     def config(self) -> ResolvedConfig:
-        """What was trained, as it was resolved then."""
+        """The configuration, as resolved when the run started."""
         return ResolvedConfig(**self.facts["config"])
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What config.json says: `config` as it was written, `label` and `ran_on`."""
+        """The contents of config.json: `config`, `label` and `ran_on`."""
         return self.records.facts
 
     @property
     def label(self) -> str:
-        """What figures call the run: its variant in a study, else its method and techniques."""
+        """The run's name in figures: its variant in a study, else its method and techniques."""
         return self.facts.get("label") or describe(self.config)
 
     @property
     def ran_on(self) -> dict[str, Any]:
-        """What it ran on: versions, hashes of source and corpus, the device."""
+        """The run's environment: versions, hashes of source and corpus, and the device."""
         facts: dict[str, Any] = self.facts.get("ran_on", {})
         return facts
 
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def is_export(self) -> bool:
-        """Whether it is no run but what `lowrank-lab export` wrote, which has a config.json too."""
+        """Whether the folder is an export (`lowrank-lab export`), which has a config.json too."""
         return (self.folder / "generation_config.json").exists()
 
     @property
@@ -96,32 +96,32 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """One row a step."""
+        """One row per step."""
         import pandas as pd
 
         return pd.DataFrame(self.records.metrics)
 
     @property
     def has_metrics(self) -> bool:
-        """Whether it has trained a step: whether `metrics` has a row."""
+        """Whether the run has trained a step, i.e. `metrics` has a row."""
         return self.records.has_metrics
 
     @property
     def has_spectra(self) -> bool:
-        """Whether spectra were recorded, or will be."""
+        """Whether the run records spectra."""
         return self.records.has_spectra
 
     @property
     def spectra(self) -> pd.DataFrame:
-        """One row a singular value of a weight: step, layer, index, singular_value."""
+        """One row per singular value of a weight: step, layer, index, singular_value."""
         return self.spectra_of("singular_values")
 
     def spectra_of(self, what: str) -> pd.DataFrame:
-        """One row a singular value: step, layer, index, singular_value.
+        """One row per singular value: step, layer, index, singular_value; empty if not recorded.
 
         Args:
             what: `singular_values` (of weights), `update` (of W − W₀), `gradient`, or
-                `low_rank_share` (of each of SLTrain's singular values); empty if not recorded.
+                `low_rank_share` (for SLTrain: the low-rank part's share of each singular value).
         """
         import pandas as pd
 
@@ -134,7 +134,7 @@ class Run:
 
     @property
     def layer_facts(self) -> pd.DataFrame:
-        """One row a layer and recorded step: captured_energy, overlap, conditions, imbalance."""
+        """One row per layer and recorded step: step, layer and the columns of LAYER_FACTS."""
         import pandas as pd
 
         names = ("step", "layer", *LAYER_FACTS)
@@ -143,13 +143,13 @@ class Run:
 
     @property
     def last_layers(self) -> list[dict[str, Any]]:
-        """What spectra.jsonl has of each layer at the last recorded step; maybe nothing."""
+        """The rows of spectra.jsonl for the last recorded step, one per layer; may be empty."""
         rows = self._layer_rows
         return [row for row in rows if row["step"] == rows[-1]["step"]]
 
     @property
     def momentum(self) -> pd.DataFrame:
-        """One row a layer and eventful step: event, momentum_cosine, momentum_ratio."""
+        """One row per layer and step with an event: event, momentum_cosine, momentum_ratio."""
         import pandas as pd
 
         rows = [row for row in self.records.spectra if "event" in row]
@@ -162,7 +162,7 @@ class Run:
 
     @property
     def has_memory(self) -> bool:
-        """Whether its first step has measured its bytes."""
+        """Whether memory has been measured (in the first step)."""
         return self.records.memory is not None
 
     @property
@@ -174,7 +174,7 @@ class Run:
 
     @cached_property
     def model(self) -> Llama:
-        """The trained model, on the CPU, in eval mode; safe to read from a folder of others."""
+        """The trained model, on the CPU, in eval mode. Safe for untrusted folders."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -187,7 +187,7 @@ class Run:
         model = build_model(resolve(self.config))  # with today's defaults for newer options
         try:
             model.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:  # not such a file, or of another model
+        except (SafetensorError, RuntimeError) as error:  # no safetensors file, or another model
             reason = str(error).splitlines()[0]
             allowed = f"its model.safetensors does not hold its model: {reason}"
             raise InputError("run", str(self.folder), allowed) from None
@@ -195,7 +195,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What the run's text was made into tokens with: the run's own copy, else the corpus's."""
+        """The run's tokenizer: its own copy, else the tokenizer of its corpus."""
         from tokenizers import Tokenizer
 
         from lowrank_lab.data.prepare import prepare
@@ -214,16 +214,16 @@ def load(run: Run | Path | str) -> Llama:
     """The trained model of a run, on the CPU, in eval mode.
 
     Args:
-        run: its folder, or the run.
+        run: a run, or its folder.
 
     Raises:
-        InputError: it is not a run folder, or has no trained model yet.
+        InputError: the folder is not a run folder, or has no trained model yet.
     """
     return (run if isinstance(run, Run) else Run(run)).model
 
 
 def describe(config: ResolvedConfig) -> str:
-    """A short name of what is trained: the method, its initialisation and its techniques."""
+    """A short name for a configuration: method, initialisation and techniques."""
     parts = [config.method]
     if config.init == "spectral":
         parts.append("spectral")
@@ -235,9 +235,9 @@ def describe(config: ResolvedConfig) -> str:
 
 
 def find_runs(folder: Path | str) -> list[Run]:
-    """All runs at or below `folder`, in the order of their names.
+    """All runs at or below `folder`, sorted by path.
 
-    Those of run folders and of kept studies; what lies in a hidden folder is left out.
+    Both run folders and kept studies are searched; hidden folders are skipped.
     """
     folder = runs_folder(folder)
     if not folder.is_dir():
@@ -256,14 +256,14 @@ def find_runs(folder: Path | str) -> list[Run]:
 
 
 def runs_folder(folder: Path | str) -> Path:
-    """Where a folder of runs is (`paths.located`), or STUDY/RUN of a kept study, which is none."""
+    """Resolve a folder of runs (`paths.located`), or the path STUDY/RUN of a kept run."""
     found = located(folder)
     inside = located(Path(folder).parent) / Path(folder).name
     return inside if not found.exists() and kept_run(inside) is not None else found
 
 
 def _records_of(folder: Path) -> FolderRecords | KeptRecords:
-    """The records of a run folder, or of the kept run that a path names: STUDY/RUN."""
+    """The records of a run folder, or of a kept run STUDY/RUN."""
     if not (folder / "config.json").exists() and (kept := kept_run(folder)) is not None:
         return kept
     return FolderRecords(folder)
@@ -278,7 +278,7 @@ def first_runs(runs: Iterable[Run]) -> list[Run]:
 
 
 def spectra_of(runs: Iterable[Run], what: str = "singular_values") -> pd.DataFrame:
-    """`Run.spectra_of` of several runs in one table, with their labels."""
+    """`Run.spectra_of` for several runs in one table, with a label column."""
     import pandas as pd
 
     tables = [run.spectra_of(what).assign(label=run.label) for run in runs]
@@ -286,7 +286,7 @@ def spectra_of(runs: Iterable[Run], what: str = "singular_values") -> pd.DataFra
 
 
 def momentum_of(runs: Iterable[Run]) -> pd.DataFrame:
-    """`Run.momentum` of several runs in one table, with their labels."""
+    """`Run.momentum` for several runs in one table, with a label column."""
     import pandas as pd
 
     tables = [run.momentum.assign(label=run.label) for run in runs]
@@ -294,25 +294,25 @@ def momentum_of(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:
-    """One tidy table of all runs at or below a folder: a row for each step of each run.
+    """A tidy table of all runs at or below a folder: one row per run and step.
 
-    Columns: run (folder name), label, the configuration (model, corpus, method, rank, …, seed),
-    what metrics.jsonl holds (its `lr` as `lr_now`: `lr` is the peak), and, for finished runs,
-    `final_*`: validation and test loss and perplexity, parameters and bytes.
+    Columns: run (folder name), label, the configuration (model, corpus, method, rank, …, seed) and
+    the columns of metrics.jsonl. The current learning rate is `lr_now`; `lr` is the peak. Finished
+    runs also have `final_*`: validation and test loss and perplexity, parameters and bytes.
 
     Args:
-        folder: a path; a relative one is looked for in the working directory, in the data folder
-            and in the data that the library ships, as `study/quick` is.
-        strict: raise on runs that have not finished; False takes what there is, for live views.
+        folder: a path. A relative path is looked up in the working directory, the data folder and
+            the library's own data, which has for example `study/quick`.
+        strict: raise on unfinished runs; False includes them, for live views.
 
     Raises:
-        InputError: no runs, or unfinished ones with `strict`.
+        InputError: there are no runs, or, with `strict`, unfinished runs.
     """
     return table_of(complete_runs(folder, strict), folder)
 
 
 def complete_runs(folder: Path | str, strict: bool = True) -> list[Run]:
-    """The runs at or below a folder that have trained a step; raises as `load_runs` does."""
+    """The runs at or below a folder with at least one step; raises like `load_runs`."""
     runs = find_runs(folder)
     if not runs:
         raise InputError("folder", str(folder), "it holds no runs")
@@ -326,12 +326,12 @@ def complete_runs(folder: Path | str, strict: bool = True) -> list[Run]:
 
 
 def table_of(runs: Sequence[Run], folder: Path | str) -> pd.DataFrame:
-    """The table of `load_runs` for these runs, which are at or below a folder."""
+    """The table of `load_runs` for the given runs, all at or below `folder`."""
     import pandas as pd
 
     metrics, facts = [run.metrics for run in runs], [_facts_of(run, folder) for run in runs]
     new_names = {"lr": "lr_now"}
-    order: dict[str, None] = {}  # of the columns: as they are met, run by run
+    order: dict[str, None] = {}  # columns in order of first appearance
     for table, fact in zip(metrics, facts, strict=True):
         order |= dict.fromkeys([*(new_names.get(str(c), str(c)) for c in table), *fact])
     described = _described(facts)
@@ -342,12 +342,12 @@ def table_of(runs: Sequence[Run], folder: Path | str) -> pd.DataFrame:
 
 
 def finals_of(runs: Sequence[Run], folder: Path | str) -> pd.DataFrame:
-    """`final_table` of `table_of`, from config.json and result.json alone."""
+    """`final_table(table_of(…))`, but reads only config.json and result.json."""
     return final_table(_described([_facts_of(run, folder) for run in runs]))
 
 
 def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
-    """What is the same in all rows of a run."""
+    """The columns that are constant within a run."""
     inside = run.folder.relative_to(runs_folder(folder)).as_posix()
     config = run.config
     facts = {"run": run.folder.name if inside == "." else inside, "label": run.label}
@@ -360,9 +360,9 @@ def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
 
 
 def _bytes_without_embeddings(config: ResolvedConfig, result: dict[str, Any]) -> float:
-    """Bytes of weights and optimizer states outside embedding and head.
+    """Bytes of weights and optimizer states, without embedding and head.
 
-    NaN where no formula knows those, or one process held a part of them.
+    NaN if there is no formula for the embedding's bytes, or if FSDP2 sharded the model.
     """
     if config.parallel == "fsdp2":
         return math.nan
@@ -375,7 +375,7 @@ def _bytes_without_embeddings(config: ResolvedConfig, result: dict[str, Any]) ->
 
 
 def _described(facts: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a run. A number that may be None stays what it is, and does not become a float."""
+    """One row per run. Columns with None keep their integers (dtype object)."""
     import pandas as pd
 
     table = pd.DataFrame(facts)
@@ -387,6 +387,6 @@ def _described(facts: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def final_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run of a `load_runs` table: what described it and how it ended."""
+    """One row per run of a `load_runs` table: its configuration and final results."""
     columns = ["run", "label", *DESCRIBES, *[c for c in runs.columns if c.startswith("final_")]]
     return runs[columns].drop_duplicates("run").rename(columns=lambda c: c.removeprefix("final_"))
