@@ -7,11 +7,12 @@ cells), none for a length of time.
 import itertools
 import json
 import re
-import shutil
 
 import nbformat
 import pytest
 
+from lowrank_lab.runs.collect import copy_run
+from lowrank_lab.runs.run import find_runs
 from lowrank_lab.studies.job import known_parameters
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
@@ -178,10 +179,11 @@ def outputs(page):
 def growing_run(workplace):
     """A folder with two finished runs of the kept study, and a third that isn't finished."""
     folder = workplace / f"runs-{next(_numbers)}"
-    study = workplace / "data" / "study" / "memory"
-    for run in sorted(study.iterdir())[:2]:
-        shutil.copytree(run, folder / run.name)
-    shutil.copytree(sorted(study.iterdir())[2], folder / "growing")
+    folder.mkdir()
+    one, other, third = find_runs(workplace / "data" / "study" / "memory")[:3]
+    for run in (one, other):
+        copy_run(run.folder, folder / run.folder.name)
+    copy_run(third.folder, folder / "growing")
     (folder / "growing" / "result.json").unlink()
     return folder
 
