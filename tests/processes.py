@@ -110,8 +110,8 @@ def _measure(name, fields, folder, rank):
     from lowrank_lab import RunConfig
     from lowrank_lab.planning.simulate import measure
 
-    # A release by one of gloo's threads is not recorded, and what it held then counts on. That
-    # happens in up to 40 % of the steps, so the least of twelve measurements is the right one.
+    # A release by one of gloo's threads is often not recorded, and its bytes then still count:
+    # the least of three measurements was not always right.
     times = 1 if fields["method"] == "adamw-8bit" else 12  # it compiles for long
     accounts = [measure(RunConfig(**fields)) for _ in range(times)]
     account = accounts[0]
