@@ -21,7 +21,7 @@ HEAVY = (
 RECORDS = {
     "cpu/malloc.py", "memory", "paths.py", "analysis/spectra.py", "analysis/spectra_recorder.py",
     "runs", "training/checkpoint.py", "training/monitor.py", "training/peaks.py",
-    "training/provenance.py", "training/records.py",
+    "training/provenance.py", "training/records.py", "training/trackers.py",
 }  # fmt: skip
 
 
