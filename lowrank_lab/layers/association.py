@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_lab.device import autocast_dtype
+
 # factors: W is never formed; weight: W for Y and dX; gradient: W, and G for dB and dA as well
 Association = Literal["factors", "weight", "gradient"]
 
@@ -129,14 +131,6 @@ def weight_gradient(dY: Tensor, X: Tensor) -> Tensor:
 def scaled_mm(scale: float, left: Tensor, right: Tensor) -> Tensor:
     """scale · left @ right, rounded once."""
     return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast computes products with x; None where it is that of x."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return None
 
 
 def cast(t: Any, dtype: torch.dtype | None) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,31 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from lowrank_lab.device import prefers_few_kernels
+
 QUERY_ROWS = 128  # per block; half of each block on the diagonal is computed and masked
 SCORES_IN_FLIGHT = 1 << 19  # elements of scores in a block, so that they stay in cache
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D + causal mask) v for q, k, v (B, h, T, D) → (B, h, T, D)."""
-    if _own_kernels and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.numel():
+    small_pieces = q.device.type == "cpu" and not prefers_few_kernels(q)
+    if small_pieces and q.dtype == torch.bfloat16 and q.numel():
         # contiguous here and only once, so that a compiler can write them contiguous at once
         out: Tensor = _attention(q.contiguous(), k.contiguous(), v.contiguous())
         return out
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-_own_kernels = True
-
-
-@contextmanager
-def flash_kernels() -> Iterator[None]:
-    """Use torch's flash kernels in this block: they take as much memory as CUDA's."""
-    global _own_kernels
-    _own_kernels = False
-    try:
-        yield
-    finally:
-        _own_kernels = True
 
 
 def unfolded(operation: Any) -> Callable[..., Any] | None:

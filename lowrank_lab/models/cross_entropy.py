@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from lowrank_lab.device import autocast_dtype, prefers_few_kernels
+
 LOGITS_IN_CHUNK = 1 << 26  # bytes; smaller chunks have more partial gradients to add up
+LOGITS_ON_CUDA = 1 << 29  # bytes in a chunk there: few kernels, and each of them large
 SMALLEST_CHUNK = 256  # tokens; smaller matrix products cost more time than they save memory
 LOGITS_IN_FLIGHT = 1 << 18  # elements in float32 at a time: the size of a core's cache
 
@@ -23,22 +26,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     compute dtype, their softmax in float32; gradients are formed chunk by chunk in the forward
     pass.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if dtype := autocast_dtype(hidden):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     apply: Any = _LinearCrossEntropy.apply
-    loss: Tensor = apply(hidden, weight, targets)
+    # `needs_input_grad` doesn't depend on the grad mode, and within `forward` there is none.
+    loss: Tensor = apply(hidden, weight, targets, torch.is_grad_enabled())
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool
+    ) -> Tensor:
         count, vocabulary = hidden.shape[0], weight.shape[0]
-        fitting = LOGITS_IN_CHUNK // (vocabulary * hidden.element_size())
+        size = LOGITS_ON_CUDA if prefers_few_kernels(hidden) else LOGITS_IN_CHUNK
+        fitting = size // (vocabulary * hidden.element_size())
         chunk = min(count, max(SMALLEST_CHUNK, fitting))
-        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        wants_hidden, wants_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
         losses = hidden.new_empty((count, 1), dtype=torch.float32)
@@ -64,12 +69,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0] / ctx.count
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
+            None,
             None,
         )
 
@@ -77,9 +83,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
     """Fill `losses` (n, 1); with `slopes`, turn logits (n, V) into softmax − one_hot(target).
 
-    Works on a few rows at a time, so that their float32 copies stay in a core's cache.
+    On a CPU, works on a few rows at a time, so that their float32 copies stay in a core's cache.
     """
-    rows = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
+    in_cache = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
+    rows = len(logits) if prefers_few_kernels(logits) else in_cache
     if isinstance(logits, FakeTensor):  # a third piece takes as much memory as the second
         logits, targets, losses = logits[: 2 * rows], targets[: 2 * rows], losses[: 2 * rows]
     pieces = (torch.split(t, rows) for t in (logits, targets, losses))

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import Size
+from lowrank_lab.device import autocast_dtype
 from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
 
@@ -187,8 +188,8 @@ class Llama(nn.Module):
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) → normalised hidden states (B, T, d)."""
         x: Tensor = self.model.embed_tokens(tokens)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if dtype := autocast_dtype(x):
+            x = x.to(dtype)
         cos, sin = (table.to(x.dtype) for table in self._rotary(tokens.shape[1], x.device))
         for block in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import (
 from torch.profiler import record_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lowrank_lab.device import cuda_path
 from lowrank_lab.memory.breakdown import persistent
 from lowrank_lab.memory.hidden import LAPACK
 from lowrank_lab.memory.tracker import Tracker
-from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.planning.memory_report import MemoryReport
 from lowrank_lab.training.step import CLOCKS, set_clock_
 
@@ -49,7 +49,7 @@ def simulate_model(
     report = MemoryReport(None, "simulated")
     with ExitStack() as stack:
         if device == "cuda":
-            stack.enter_context(flash_kernels())
+            stack.enter_context(cuda_path())
             report.excluded.append("CUDA's context and libraries (some 0.5 GiB), fragmentation")
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake, built = _fake_copy(model, optimizer, mode)

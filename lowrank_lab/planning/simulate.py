@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, warn_renamed
+from lowrank_lab.device import cuda_path
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.memory.hidden import GLOO, LAPACK
@@ -30,7 +31,6 @@ from lowrank_lab.memory.tracker import Tracker, resizing
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.models.attention import flash_kernels
 from lowrank_lab.planning.fsdp import (
     check_world_size,
     fake_rank,
@@ -143,7 +143,7 @@ def _simulate(device: str, report: MemoryReport) -> MemoryReport:
     started = time.perf_counter()
     with ExitStack() as stack:
         if device == "cuda":
-            stack.enter_context(flash_kernels())
+            stack.enter_context(cuda_path())
             report.excluded.append("CUDA's context and libraries (some 0.5 GiB), fragmentation")
         if report.world_size:
             report.excluded.append("buffers of NCCL or gloo, and the first process's copy in RAM")

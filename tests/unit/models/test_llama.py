@@ -1,13 +1,18 @@
 """The LLaMA model: against transformers' own, autograd's gradients and the plain loss."""
 
 import copy
+import math
+from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.kernels import KernelCount
 from lowrank_lab.config import SIZES, Size
+from lowrank_lab.device import cuda_path
 from lowrank_lab.models import cross_entropy, llama
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
 from lowrank_lab.models.llama import Llama, RMSNorm, rotary_tables, rotate
@@ -125,12 +130,17 @@ def loss_inputs(dtype=torch.float32, count=50, size=12, vocabulary=31):
     return hidden, weight, torch.randint(vocabulary, (count,), generator=chance)
 
 
-@pytest.fixture(params=[1, 7, 50, 1000])
+@pytest.fixture(
+    params=product([1, 7, 50, 1000], ["cpu", "cuda"]), ids=lambda pair: f"{pair[0]}-{pair[1]}"
+)
 def chunk(request, monkeypatch):
-    """Tokens in a chunk: one at a time, unevenly, all at once, more than there are."""
-    monkeypatch.setattr(cross_entropy, "LOGITS_IN_CHUNK", 4 * request.param * 31)
+    """Tokens in a chunk (one, unevenly, all, more than there are), and the device's path."""
+    tokens, path = request.param
+    for name in ("LOGITS_IN_CHUNK", "LOGITS_ON_CUDA"):
+        monkeypatch.setattr(cross_entropy, name, 4 * tokens * 31)
     monkeypatch.setattr(cross_entropy, "SMALLEST_CHUNK", 1)
-    return request.param
+    with cuda_path() if path == "cuda" else nullcontext():
+        yield tokens
 
 
 @pytest.mark.parametrize("upstream", [1.0, -0.25, 0.0])
@@ -171,11 +181,12 @@ def test_autocast_computes_the_loss_in_its_dtype_and_gives_float32_gradients(chu
         assert torch.equal(gradient, other.float())
 
 
-def test_the_loss_needs_no_gradient(chunk):
+def test_without_gradients_the_loss_takes_one_product_per_chunk(chunk):
     hidden, weight, targets = loss_inputs()
     expected = reference_loss(hidden, weight, targets).item()
-    with torch.no_grad():
+    with torch.no_grad(), KernelCount() as count:
         loss = linear_cross_entropy(hidden, weight, targets)
+    assert count.kernels["mm"] == math.ceil(50 / min(50, chunk))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert not loss.requires_grad
 

@@ -1,0 +1,41 @@
+"""How a computation depends on its device: the size of its pieces, and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_on_cuda_path = False
+
+
+def prefers_few_kernels(t: Tensor) -> bool:
+    """Whether work on `t` takes the path of CUDA: its tensors are there, or `cuda_path` is on."""
+    return t.is_cuda or _on_cuda_path
+
+
+@contextmanager
+def cuda_path() -> Iterator[None]:
+    """Take the path of CUDA in this block, on any device.
+
+    Simulations enter it, and tests that count kernels on tensors without values.
+    """
+    global _on_cuda_path
+    before, _on_cuda_path = _on_cuda_path, True
+    try:
+        yield
+    finally:
+        _on_cuda_path = before
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes products with t; None where it is that of t.
+
+    Autocast doesn't know every device: on the meta device it is never on.
+    """
+    device = t.device.type
+    if t.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
