@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_lab.device import autocast_dtype
 from lowrank_lab.distributed import REPLICATED, Placement
-from lowrank_lab.layers.association import autocast_dtype, linear_through_weight
+from lowrank_lab.layers.association import linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear
 
 

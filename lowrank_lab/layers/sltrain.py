@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from lowrank_lab.layers.association import autocast_dtype, cast, scaled_mm, weight_gradient
+from lowrank_lab.device import autocast_dtype
+from lowrank_lab.layers.association import cast, scaled_mm, weight_gradient
 from lowrank_lab.layers.base import FactorizedLinear
 
 
