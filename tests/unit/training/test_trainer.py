@@ -468,7 +468,11 @@ def test_a_wrong_configuration_leaves_no_folder(config, tmp_path, change, said):
     assert refusal(config().replace(**change), tmp_path / "run").startswith(said)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that isn't there")
+def test_no_test_computes_on_a_card():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert not torch.cuda.is_available()
+
+
 def test_a_device_that_is_not_there_is_refused(config, tmp_path):
     assert refusal(config(device="cuda"), tmp_path / "run").startswith("device: 'cuda'")
 
