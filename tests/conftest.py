@@ -18,7 +18,7 @@ from studies import BASE, write_short_notebooks
 # written for AVX2 and is compiled for AVX-512 writes beyond its outputs. One cache per width.
 CACHE = f"lowrank_lab_inductor_{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / CACHE))
-# Goldens and tolerances are those of a CPU, on machines with a card too. benchmarks/ has its checks.
+# Goldens and tolerances are those of a CPU, on machines with a card too.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 WORDS = "the model a rank of weight and gradient is low when step moment factor to sum".split()
 
