@@ -1,0 +1,52 @@
+"""The fields of RunConfig as options of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+import yaml
+
+from lowrank_lab.config import RENAMED, InputError, RunConfig
+
+
+def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add one option per field of RunConfig, and hidden options for earlier field names."""
+    for name, field in reversed(RunConfig.model_fields.items()):
+        flag, text = f"--{name.replace('_', '-')}", field.description or ""
+        if field.annotation is bool:
+            option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+        elif name == "method_options":
+            text = "option of the method as NAME=VALUE; may be repeated"
+            option = click.option(flag, "--option", name, multiple=True, help=text)
+        else:
+            if field.default is not None:
+                text += f" [default: {field.default}]"
+            option = click.option(flag, name, default=None, metavar="VALUE", help=text)
+        command = option(command)
+    for old in RENAMED:
+        flag = f"--{old.replace('_', '-')}"
+        if RunConfig.model_fields[RENAMED[old]].annotation is bool:
+            flag += f"/--no-{flag[2:]}"
+        command = click.option(flag, old, default=None, hidden=True)(command)
+    return command
+
+
+def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags set on the command line."""
+    return {name: value for name, value in flags.items() if value not in (None, ())}
+
+
+def config_of(flags: dict[str, Any]) -> RunConfig:
+    given = given_flags(flags)
+    options = {}
+    for pair in given.pop("method_options", ()):
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError("method_options", pair, "must be NAME=VALUE")
+        try:  # YAML 1.1 reads 1e-3 as text
+            options[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            options[name] = value
+    return RunConfig(**given, **({"method_options": options} if options else {}))

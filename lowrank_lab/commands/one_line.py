@@ -1,0 +1,64 @@
+"""The command group that reports each failure in one line, with its exit status."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from lowrank_lab import distributed
+from lowrank_lab.config import InputError
+
+
+class OneLine(click.Group):
+    """A command group that reports each failure in one line, with its exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        kwargs["standalone_mode"] = False
+        try:
+            with _one_line_warnings():
+                sys.exit(super().main(*args, **kwargs) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
+        except click.ClickException as error:
+            fail(" ".join(error.format_message().split()), 2)
+        except InputError as error:
+            fail(str(error), 2)
+        except (KeyboardInterrupt, click.Abort):
+            fail("interrupted; started again, it goes on from the last checkpoint", 130)
+        except BrokenPipeError:
+            sys.exit(0)
+        except (RuntimeError, OSError) as error:
+            status: int = getattr(error, "exit_status", 1)
+            fail(f"{'failed: ' if status == 1 else ''}{' '.join(str(error).split())}", status)
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show a FutureWarning (a renamed option) without its source location."""
+    usual = warnings.formatwarning
+
+    def short(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> str:
+        future = issubclass(category, FutureWarning)
+        return f"{message}\n" if future else usual(message, category, *args, **kwargs)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def fail(line: str, status: int) -> NoReturn:
+    """Print one line and exit. For invalid input, only local rank 0 of each machine prints."""
+    if status == 2 and distributed.local_rank():
+        time.sleep(2)  # torchrun stops all processes when one exits: let local rank 0 print first
+    else:
+        click.echo(line, err=True)
+    sys.exit(status)
