@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # Attention and MLP projections; embeddings, norms and the LM head always stay full rank.
 TARGETS = r"\.(q|k|v|o|gate|up|down)_proj$"
+EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 
 
 class InputError(ValueError):
@@ -244,6 +245,13 @@ class RunConfig(BaseModel):
                 raise InputError(name, value, "must be a number or a name, not true or false")
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_with_exponents(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`4e6` as a number wherever one is meant: YAML 1.1 and a command line give it as text."""
+        texts = {n for n, f in cls.model_fields.items() if f.annotation in (str, str | None)}
+        return {n: v if n in texts else _number(v) for n, v in values.items()}
+
     @model_validator(mode="after")
     def _fields_agree(self) -> RunConfig:
         if self.model not in SIZES:
@@ -394,6 +402,13 @@ class ResolvedConfig(RunConfig):
     def override(self, **changes: Any) -> ResolvedConfig:
         """Other values for fields that no default follows from; all others stay as they are."""
         return ResolvedConfig(**{**self.model_dump(), **changes})
+
+
+def _number(value: Any) -> Any:
+    """Text such as `4e6` as a number, in the values of a mapping too; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: _number(inner) for name, inner in value.items()}
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _as_input_error(error: ValidationError, values: dict[str, Any]) -> InputError:

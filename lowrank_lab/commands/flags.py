@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-import yaml
 
 from lowrank_lab.config import RENAMED, InputError, RunConfig
+from lowrank_lab.studies.plain_yaml import read_value
 
 
 def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,13 +40,12 @@ def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
 
 def config_of(flags: dict[str, Any]) -> RunConfig:
     given = given_flags(flags)
-    options = {}
+    options: dict[str, Any] = {}
     for pair in given.pop("method_options", ()):
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise InputError("method_options", pair, "must be NAME=VALUE")
-        try:  # YAML 1.1 reads 1e-3 as text
-            options[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
-            options[name] = value
+        if name in options:
+            raise InputError("method_options", pair, f"{name} is given twice")
+        options[name] = read_value(value, f"method_options.{name}")
     return RunConfig(**given, **({"method_options": options} if options else {}))
