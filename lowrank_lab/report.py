@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from lowrank_lab import figures
@@ -26,6 +25,7 @@ from lowrank_lab.analysis.tables import (
     summary,
 )
 from lowrank_lab.config import InputError
+from lowrank_lab.runs.files import replacing
 from lowrank_lab.runs.kept import KeptRecords, is_study, open_study, write_study
 from lowrank_lab.runs.records import Records, Thinned
 from lowrank_lab.runs.run import (
@@ -38,6 +38,7 @@ from lowrank_lab.runs.run import (
     spectra_of,
     table_of,
 )
+from lowrank_lab.studies.plain_yaml import read_yaml
 
 MOST_LABELS = 20  # labels per figure
 MOST_FIGURES = 12  # figures with one label each
@@ -258,35 +259,40 @@ def write_report(
     finals = finals_of(runs, folder)
     table = summary(finals)
     out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / "table.csv", index=False)
+    _write_csv(table, out / "table.csv")
     parts = [_heading(title or folder.name, description, finals), *_origins_section(runs)]
     parts.append(_html_table(formatted(table)))
     if pairs:
         asked = claims(finals, pairs)
         parts += ["<h2>Is A below B?</h2>", _html_table(formatted(asked))]
-        asked.to_csv(out / "claims.csv", index=False)
+        _write_csv(asked, out / "claims.csv")
     every = differences(finals, table["label"])
     if len(every):
         parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(every))]
-        every.to_csv(out / "differences.csv", index=False)
+        _write_csv(every, out / "differences.csv")
     ends = structure(runs)
     if len(ends.columns) > 1:
-        ends.to_csv(out / "structure.csv", index=False)
+        _write_csv(ends, out / "structure.csv")
         parts += ["<h2>How the recorded layers ended</h2>", _html_table(formatted(ends))]
     for picture in _pictures(runs, finals, table["label"], folder, pairs):
         png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
         parts.append(_html_figure(picture, png))
     parts.append(_runs_section(runs, out))
     page = out / "report.html"
-    partial = out / ".report.html"
-    partial.write_text(_PAGE.format(title=html.escape(title or folder.name), body="\n".join(parts)))
-    partial.replace(page)
+    with replacing(page) as partial:
+        filled = _PAGE.format(title=html.escape(title or folder.name), body="\n".join(parts))
+        partial.write_text(filled)
     return page
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    with replacing(path) as partial:
+        table.to_csv(partial, index=False)
 
 
 def asked_in(file: Path) -> tuple[str, list[tuple[str, str]]]:
     """The description and the pairs of a study file; both empty if there is no such file."""
-    content = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    content = read_yaml(file, "study") if file.is_file() else {}
     return content.get("description", ""), [(a, b) for a, b in content.get("pairs", ())]
 
 

@@ -7,12 +7,28 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from signal import SIGINT, SIGTERM
 from typing import Any, NoReturn
 
 import click
 
 from lowrank_lab import distributed
+from lowrank_lab.commands import interrupts
 from lowrank_lab.config import InputError
+
+# What a command that is interrupted does when it is started again.
+CONTINUES = {
+    "train": "; started again, it goes on from the last checkpoint",
+    "study": "; started again, it goes on from the last checkpoint",
+    "data": "; started again, it goes on",
+}
+
+
+class _Ended(BaseException):
+    """A signal ended the command: the line and the status. Not an error that click knows."""
+
+    def __init__(self, line: str, status: int) -> None:
+        self.line, self.status = line, status
 
 
 class OneLine(click.Group):
@@ -20,6 +36,11 @@ class OneLine(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
+        interrupts.let_readers_leave()
+        with interrupts.handled():
+            self._main(*args, **kwargs)
+
+    def _main(self, *args: Any, **kwargs: Any) -> NoReturn:
         try:
             with _one_line_warnings():
                 sys.exit(super().main(*args, **kwargs) or 0)
@@ -31,12 +52,23 @@ class OneLine(click.Group):
         except InputError as error:
             fail(str(error), 2)
         except (KeyboardInterrupt, click.Abort):
-            fail("interrupted; started again, it goes on from the last checkpoint", 130)
-        except BrokenPipeError:
-            sys.exit(0)
+            fail(interrupts.WORDS[SIGINT], 130)
+        except interrupts.Stopped:
+            fail(interrupts.WORDS[SIGTERM], 143)
+        except _Ended as ended:
+            fail(ended.line, ended.status)
         except (RuntimeError, OSError) as error:
             status: int = getattr(error, "exit_status", 1)
             fail(f"{'failed: ' if status == 1 else ''}{' '.join(str(error).split())}", status)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; click would answer Ctrl-C with an empty line."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, interrupts.Stopped) as error:
+            number = SIGINT if isinstance(error, KeyboardInterrupt) else SIGTERM
+            words = interrupts.WORDS[number] + CONTINUES.get(ctx.invoked_subcommand or "", "")
+            raise _Ended(words, 128 + number) from None
 
 
 @contextmanager

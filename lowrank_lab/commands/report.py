@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from lowrank_lab.commands.interrupts import processes
 from lowrank_lab.commands.tables import show_table
 from lowrank_lab.config import InputError
 
@@ -96,9 +97,6 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     Kept studies are taken from the data folder, else from the library's own files. Studies are
     independent, so they are drawn in parallel, one process per core.
     """
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     from lowrank_lab import report as reporting
     from lowrank_lab.figures import refresh
     from lowrank_lab.paths import data_folder, kept_folders
@@ -113,7 +111,7 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
         raise InputError("folder", str(data_folder() / "study"), "it holds no kept studies")
     pages = out or data_folder() / "runs" / "kept"
     questions = [_questions(folder) for folder in kept]
-    with ProcessPoolExecutor(min(cores(), len(kept)), get_context("spawn")) as pool:
+    with processes(min(cores(), len(kept))) as pool:
         written = [
             pool.submit(
                 reporting.write_report, folder, None, what,
