@@ -6,6 +6,10 @@
                                         large splits continue in train.1.bin … (token_files.py)
     tokenizer.json                      byte-level BPE of the training part, or the one given
     corpus.json README.md               counts, SHA-256 of the token files, entropy (markov)
+    sources.json                        of c4 and hub: stamps and SHA-256 of the files read
+
+Hashed are all text of `text:`, each time; the files of `c4` and of a local `hub` when their size,
+mtime or ctime is new; of a dataset of the hub its name alone.
 
 A document's split follows from the hash of its name, or of its text where it has none, so that
 nothing moves between splits when another document changes.
@@ -13,8 +17,10 @@ nothing moves between splits when another document changes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
+import json
 import logging
 import sys
 import tempfile
@@ -22,11 +28,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.data import markov
 from lowrank_lab.data.corpus import Corpus
+from lowrank_lab.data.files import SOURCES, facts_of, known_facts, stamp
 from lowrank_lab.data.sources import (
     PACKAGES,
     by_text,
@@ -37,7 +44,7 @@ from lowrank_lab.data.sources import (
 )
 from lowrank_lab.data.splits import FORMAT, SPLITS, Split
 from lowrank_lab.data.store import open_or_build, short_hash
-from lowrank_lab.data.streams import Hub, c4_documents, c4_identity, hub_documents
+from lowrank_lab.data.streams import Hub, c4_documents, c4_identity, c4_shards, hub_documents
 from lowrank_lab.data.token_files import (
     new_counts,
     pack,
@@ -45,6 +52,7 @@ from lowrank_lab.data.token_files import (
     save_progress,
 )
 from lowrank_lab.data.tokenizer import (
+    TextEncoder,
     byte_tokenizer,
     encode,
     read_tokenizer,
@@ -88,13 +96,13 @@ def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
     kind, _, path = config.corpus.partition(":")
     root = root if root is not None else data_folder() / "corpora"
     if config.corpus == "markov":
-        return _prepare_markov(config, root)
+        return markov.prepare(vocabulary(config), root)
     if config.corpus == "python":
         return _prepare_text("python", python_documents, config, root)
     if kind in ("text", "c4"):
         source = located(path)
         if not path or not source.exists():
-            what = {"text": "text files", "c4": ".json.gz shards of C4"}[kind]
+            what = {"text": "text files", "c4": "shards of JSON lines"}[kind]
             allowed = (
                 f"there is no such file or folder, here or in {data_folder()}; put {what} there"
             )
@@ -102,15 +110,21 @@ def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
         name = f"{kind}-{source.resolve().name}"
         if kind == "text":
             return _prepare_text(name, lambda: text_documents(source), config, root)
-        return _prepare_stream(
-            name, lambda: by_text(c4_documents(source)), c4_identity(source), config, root
+        stream = Stream(
+            lambda: by_text(c4_documents(source)), c4_shards(source), source, c4_identity(source)
         )
+        return _prepare_stream(name, stream, config, root)
     if kind == "hub" and path:
         hub = Hub.parse(path)
         name = f"hub-{hub.name.rstrip('/').rpartition('/')[2]}"
-        return _prepare_stream(
-            name, lambda: by_text(hub_documents(hub)), hub.identity(), config, root
+        stream = Stream(
+            lambda: by_text(hub_documents(hub)),
+            hub.files(),
+            Path(hub.name),
+            hub.identity(),
+            (hub.config, hub.split),
         )
+        return _prepare_stream(name, stream, config, root)
     known = ("python", "markov", "text:PATH", "c4:PATH", "hub:NAME")
     raise InputError("corpus", config.corpus, nearest(kind, known))
 
@@ -142,15 +156,48 @@ def _prepare_text(
     return open_or_build(folder, name, build)
 
 
-def _prepare_stream(
-    name: str, texts: Texts, identity: object, config: RunConfig, root: Path
-) -> Corpus:
-    """A corpus of texts in the order of their stream."""
+class Stream(NamedTuple):
+    """Texts in the order of their stream, and what tells them from others.
+
+    Attributes:
+        files: that the texts are read from; none of a dataset of the hub.
+        source: the folder of the files, or the one file.
+        earlier: the identity by which earlier versions told corpora apart.
+        part: of the files' content that is read.
+    """
+
+    texts: Texts
+    files: list[Path]
+    source: Path
+    earlier: list[Any]
+    part: tuple[str | None, ...] = ()
+
+
+def _prepare_stream(name: str, stream: Stream, config: RunConfig, root: Path) -> Corpus:
+    """A corpus of a stream: built again if the content of one of its files has changed."""
     vocab = _checked_vocabulary(config)
-    folder = root / f"{name}-{_text_hash(name, vocab, identity, config)}"
-    return open_or_build(
-        folder, name, partial(_build_text, config=config, vocab=vocab, texts=texts)
-    )
+    earlier = root / f"{name}-{_text_hash(name, vocab, stream.earlier, config)}"
+    whole = partial(_build_text, config=config, vocab=vocab, texts=stream.texts)
+    if not stream.files or _is_earlier(earlier):
+        return open_or_build(earlier, name, whole)
+    facts = facts_of(stream.files, known_facts(root.glob(f"{glob.escape(name)}-*")))
+    named = [path.relative_to(stream.source).as_posix() for path in stream.files]
+    content = [*zip(named, (facts[str(path)][-1] for path in stream.files), strict=True)]
+    folder = root / f"{name}-{_text_hash(name, vocab, [*stream.part, content], config)}"
+
+    def build(target: Path) -> dict[str, Any]:
+        found = whole(target)
+        if any(stamp(path) != facts[str(path)][:-1] for path in stream.files):
+            raise RuntimeError(f"{config.corpus} changed while it was read")
+        (target / SOURCES).write_text(json.dumps(facts))
+        return found
+
+    return open_or_build(folder, name, build)
+
+
+def _is_earlier(folder: Path) -> bool:
+    """Whether an earlier version, which recorded no sources, built a corpus there."""
+    return (folder / "corpus.json").exists() and not (folder / SOURCES).exists()
 
 
 def _checked_vocabulary(config: RunConfig) -> int | Literal["byte"]:
@@ -194,7 +241,7 @@ def _build_text(
     counts = pack(
         target,
         texts(),
-        partial(encode, tokenizer="byte" if vocab == "byte" else tokenizer),
+        partial(encode, tokenizer="byte" if vocab == "byte" else TextEncoder.of(tokenizer)),
         lambda so_far: LOG.info(
             "%s: %s documents, %s tokens so far", config.corpus,
             *(f"{sum(so_far[kind].values()):,}" for kind in ("documents", "tokens")),
@@ -218,11 +265,3 @@ def _tokenizer_for(config: RunConfig, vocab: int | Literal["byte"], texts: Texts
         reached = f"the text is too short: it gives {tokenizer.get_vocab_size()} entries"
         raise InputError("vocab_size", vocab, reached)
     return tokenizer
-
-
-def _prepare_markov(config: RunConfig, root: Path) -> Corpus:
-    alphabet = vocabulary(config)
-    if not isinstance(alphabet, int) or not 7 <= alphabet <= 64:
-        raise InputError("vocab_size", alphabet, "markov has an alphabet of 7 to 64 symbols")
-    folder = root / f"markov-{short_hash([FORMAT, alphabet])}"
-    return open_or_build(folder, "markov", lambda target: markov.build(target, alphabet))
