@@ -37,6 +37,12 @@ class InputError(ValueError):
         return type(self), (self.field, self.value, self.allowed)
 
 
+def check_utf8(field: str, value: str) -> None:
+    """Refuse text that no record can keep: a file's name may be any bytes."""
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError(field, value, "it is not UTF-8")
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """What to say about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)
@@ -249,6 +255,9 @@ class RunConfig(BaseModel):
     @classmethod
     def _numbers_with_exponents(cls, values: dict[str, Any]) -> dict[str, Any]:
         """`4e6` as a number wherever one is meant: YAML 1.1 and a command line give it as text."""
+        for name, value in values.items():
+            if isinstance(value, str):
+                check_utf8(name, value)
         texts = {n for n, f in cls.model_fields.items() if f.annotation in (str, str | None)}
         return {n: v if n in texts else _number(v) for n, v in values.items()}
 

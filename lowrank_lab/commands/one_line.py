@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from signal import SIGINT, SIGTERM
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ import click
 
 from lowrank_lab import distributed
 from lowrank_lab.commands import interrupts
-from lowrank_lab.config import InputError
+from lowrank_lab.config import InputError, check_utf8
 
 # What a command that is interrupted does when it is started again.
 CONTINUES = {
@@ -34,16 +34,17 @@ class _Ended(BaseException):
 class OneLine(click.Group):
     """A command group that reports each failure in one line, with its exit status."""
 
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        kwargs["standalone_mode"] = False
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> NoReturn:
         interrupts.let_readers_leave()
         with interrupts.handled():
-            self._main(*args, **kwargs)
+            self._main(sys.argv[1:] if args is None else list(args), *rest, **kwargs)
 
-    def _main(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def _main(self, args: list[str], *rest: Any, **kwargs: Any) -> NoReturn:
         try:
+            for word in args:
+                check_utf8("command line", word)
             with _one_line_warnings():
-                sys.exit(super().main(*args, **kwargs) or 0)
+                sys.exit(super().main(args, *rest, **{**kwargs, "standalone_mode": False}) or 0)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message())
             sys.exit(0)

@@ -235,7 +235,8 @@ def _build_text(
     """Tokenizer and token files in `target`; a killed build is resumed."""
     file = target / "tokenizer.json"
     if progress_of(target) is None:
-        _tokenizer_for(config, vocab, texts).save(str(file))
+        tokenizer = _tokenizer_for(config, vocab, texts)
+        file.write_text(tokenizer.to_str(pretty=True), "utf-8")
         save_progress(target, new_counts())
     tokenizer = read_tokenizer(str(file))
     counts = pack(

@@ -81,7 +81,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     if not file.is_file():
         raise InputError("tokenizer", path, "there is no such file")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(file.read_bytes())
     except Exception as error:  # tokenizers raises no narrower one
         raise InputError("tokenizer", path, f"not a tokenizer.json: {error}") from None
     tokenizer.no_truncation()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -35,7 +35,7 @@ DEEPEST = 50
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the plain scalars of this module."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str | None, list[Any]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (an instance variable to its type stubs)
 
 
 for _tag, _pattern in {"float": FLOAT, "int": INTEGER, **WORDS}.items():
