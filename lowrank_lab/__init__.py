@@ -6,6 +6,7 @@ exit_quietly_until_handled()  # before torch, which takes seconds to import
 
 # ruff: noqa: E402
 from lowrank_lab import optim
+from lowrank_lab.analysis.model_spectra import spectra
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.layers import factorize
@@ -35,6 +36,7 @@ __all__ = [
     "register_method",
     "reset_momentum_",
     "simulate_memory",
+    "spectra",
     "train",
 ]
 
