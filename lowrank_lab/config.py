@@ -173,7 +173,9 @@ class RunConfig(BaseModel):
     lr: float | None = help_field(
         None, "peak learning rate; default: the method's at this width", gt=0, le=100
     )
-    warmup: float = help_field(0.1, "share of the steps for warm-up", ge=0, lt=1)
+    warmup: float = help_field(
+        0.1, "share of the steps for warm-up, below 1; or its steps, from 2", ge=0, le=1 << 50
+    )
     schedule: Literal["cosine", "linear", "constant"] = help_field("cosine", "decay after warm-up")
     min_lr_ratio: float = help_field(0.1, "final learning rate / peak", ge=0, le=1)
     optimizer: str | None = help_field(None, "optimizer instead of AdamW, as module.Class")
@@ -301,6 +303,9 @@ class RunConfig(BaseModel):
 
     def _check_periods(self) -> None:
         total = self.total_steps
+        if self.warmup >= 1 and (self.warmup < 2 or self.warmup % 1 or self.warmup >= total):
+            allowed = f"a share of the steps below 1, or whole steps from 2 to below {total}"
+            raise InputError("warmup", self.warmup, allowed)
         for name in ("refactor_every", "reset_every"):
             if getattr(self, name) >= total:
                 allowed = f"must be below the {total} steps of the run, or 0 for never"
@@ -336,6 +341,13 @@ class RunConfig(BaseModel):
         if self.tokens is not None:
             return self.tokens // self.tokens_per_step
         return self.steps if self.steps is not None else 200
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: `warmup`, or that share of all steps."""
+        if self.warmup >= 1:
+            return int(self.warmup)
+        return math.ceil(round(self.warmup * self.total_steps, 6))  # 0.07 · 100 is 7, not 8
 
     def cadence(self, name: Literal["eval_every", "spectra_every", "checkpoint_every"]) -> int:
         """Steps between two records, with the default that follows the run's length."""

@@ -129,9 +129,7 @@ class TextEncoder(NamedTuple):
             token["content"] = renamed.get(token["content"], token["content"])
         facts["post_processor"] = None  # it adds special tokens
         _rename(facts["model"], renamed)
-        return cls(
-            Tokenizer.from_str(json.dumps(facts)), tokenizer.token_to_id(end_of_text(tokenizer))
-        )
+        return cls(Tokenizer.from_str(json.dumps(facts)), tokenizer.get_vocab()[end])
 
 
 def _rename(model: dict[str, Any], renamed: dict[str, str]) -> None:
