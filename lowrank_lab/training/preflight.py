@@ -14,6 +14,7 @@ from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import RUNNER_FILES, Run
 from lowrank_lab.training.extend import check_extension, extends
 from lowrank_lab.training.fsdp_layout import check_fsdp
+from lowrank_lab.training.optimizer_trial import try_optimizer
 
 
 def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
@@ -24,7 +25,7 @@ def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
             `repeat`, a held-out part shorter than a sequence, or a device that isn't there.
     """
     given, config = config, resolve(config)
-    device_of(config)
+    try_optimizer(config, device_of(config))
     _check_processes(config)
     if config.parallel == "fsdp2":
         check_fsdp(config)
