@@ -24,14 +24,14 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.data import markov
+from lowrank_lab.data.build import Texts, build_text, check_sizes
 from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.files import SOURCES, facts_of, known_facts, stamp
 from lowrank_lab.data.sources import (
@@ -42,32 +42,13 @@ from lowrank_lab.data.sources import (
     spilled,
     text_documents,
 )
-from lowrank_lab.data.splits import FORMAT, SPLITS, Split
+from lowrank_lab.data.splits import FORMAT, SPLITS
 from lowrank_lab.data.store import open_or_build, short_hash
 from lowrank_lab.data.streams import Hub, c4_documents, c4_identity, c4_shards, hub_documents
-from lowrank_lab.data.token_files import (
-    new_counts,
-    pack,
-    progress_of,
-    save_progress,
-)
-from lowrank_lab.data.tokenizer import (
-    TextEncoder,
-    byte_tokenizer,
-    encode,
-    read_tokenizer,
-    train_bpe,
-    vocabulary_of,
-)
+from lowrank_lab.data.tokenizer import read_tokenizer, vocabulary_of
 from lowrank_lab.paths import data_folder, located
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 LOG = logging.getLogger(__name__)
-
-SMALLEST_PART = 512  # bytes of text
-Texts = Callable[[], Iterator[tuple[Split, str]]]  # yields the same texts in each call
 
 
 def vocabulary(config: RunConfig) -> int | Literal["byte"]:
@@ -150,8 +131,8 @@ def _prepare_text(
             sizes = dict.fromkeys(SPLITS, 0)
             for entry in entries:
                 sizes[entry.split] += entry.size
-            _check_sizes(config, sizes)
-            return _build_text(target, config, vocab, lambda: spilled(spill, entries))
+            check_sizes(config, sizes)
+            return build_text(target, config, vocab, lambda: spilled(spill, entries))
 
     return open_or_build(folder, name, build)
 
@@ -177,7 +158,7 @@ def _prepare_stream(name: str, stream: Stream, config: RunConfig, root: Path) ->
     """A corpus of a stream: built again if the content of one of its files has changed."""
     vocab = _checked_vocabulary(config)
     earlier = root / f"{name}-{_text_hash(name, vocab, stream.earlier, config)}"
-    whole = partial(_build_text, config=config, vocab=vocab, texts=stream.texts)
+    whole = partial(build_text, config=config, vocab=vocab, texts=stream.texts)
     if not stream.files or _is_earlier(earlier):
         return open_or_build(earlier, name, whole)
     facts = facts_of(stream.files, known_facts(root.glob(f"{glob.escape(name)}-*")))
@@ -218,51 +199,3 @@ def _text_hash(name: str, vocab: object, content: object, config: RunConfig) -> 
     if config.tokenizer is not None:
         given = [hashlib.sha256(located(config.tokenizer).read_bytes()).hexdigest()]
     return short_hash([FORMAT, name, vocab, content, *given])
-
-
-def _check_sizes(config: RunConfig, sizes: dict[Split, int]) -> None:
-    """Refuse text that is empty, or of which a split has less than SMALLEST_PART bytes."""
-    if not any(sizes.values()):
-        raise InputError("corpus", config.corpus, "it has no text")
-    for split in SPLITS:
-        if sizes[split] < SMALLEST_PART:
-            raise InputError("corpus", config.corpus, f"too short: its {split} part is empty")
-
-
-def _build_text(
-    target: Path, config: RunConfig, vocab: int | Literal["byte"], texts: Texts
-) -> dict[str, Any]:
-    """Tokenizer and token files in `target`; a killed build is resumed."""
-    file = target / "tokenizer.json"
-    if progress_of(target) is None:
-        tokenizer = _tokenizer_for(config, vocab, texts)
-        file.write_text(tokenizer.to_str(pretty=True), "utf-8")
-        save_progress(target, new_counts())
-    tokenizer = read_tokenizer(str(file))
-    counts = pack(
-        target,
-        texts(),
-        partial(encode, tokenizer="byte" if vocab == "byte" else TextEncoder.of(tokenizer)),
-        lambda so_far: LOG.info(
-            "%s: %s documents, %s tokens so far", config.corpus,
-            *(f"{sum(so_far[kind].values()):,}" for kind in ("documents", "tokens")),
-        ),
-    )  # fmt: skip
-    _check_sizes(config, counts["bytes"])
-    return {"vocab_size": vocabulary_of(tokenizer), **counts}
-
-
-def _tokenizer_for(config: RunConfig, vocab: int | Literal["byte"], texts: Texts) -> Tokenizer:
-    if config.tokenizer is not None:
-        return read_tokenizer(config.tokenizer)
-    if vocab == "byte":
-        return byte_tokenizer()
-    training = (text for split, text in texts() if split == "train")
-    first = next(training, None)
-    if first is None:
-        raise InputError("corpus", config.corpus, "it has no text")
-    tokenizer = train_bpe(chain([first], training), vocab)
-    if tokenizer.get_vocab_size() < vocab:
-        reached = f"the text is too short: it gives {tokenizer.get_vocab_size()} entries"
-        raise InputError("vocab_size", vocab, reached)
-    return tokenizer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # its names in other tokenizers
 NO_TEXT = "\U0010ffff" * 3  # noncharacters
+THREAD = "train-bpe"
 BPE_SAMPLE_BYTES = 20_000_000
 LARGEST_VOCABULARY = 1 << 16  # tokens are uint16
 
@@ -55,8 +57,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(texts, BPE_SAMPLE_BYTES), trainer)
+    sample = _sample(texts, BPE_SAMPLE_BYTES)
+    _interruptible(lambda: tokenizer.train_from_iterator(sample, trainer))
     return tokenizer
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Call a function in a thread: Ctrl-C ends the wait for it, but not code outside of Python."""
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
+    done.wait()
+    if errors:
+        raise errors[0]
 
 
 def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:

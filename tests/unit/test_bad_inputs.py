@@ -200,7 +200,7 @@ BAD = {
     "study with a label that is a number": (
         "study {tmp}/studies/label.yaml", ["label.yaml, line 1", "8", "quote"],
     ),
-    "study that is a folder": ("study {tmp}/studies/folder.yaml", ["folder.yaml", "directory"]),
+    "study that is a folder": ("study {tmp}/studies/folder.yaml", ["folder.yaml", "no such file"]),
     "option with an octal number": (
         f"{TRAIN} --method galore --option scale=010", ["method_options.scale", "010", "quote"],
     ),

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.data import build as preparing
 from lowrank_lab.data import markov as markov_corpus
-from lowrank_lab.data import prepare as preparing
 from lowrank_lab.data import sources, streams, token_files
 from lowrank_lab.data.corpus import Corpus, permute
 from lowrank_lab.data.markov import markov_source

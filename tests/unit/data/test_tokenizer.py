@@ -1,6 +1,10 @@
 """Special tokens that stand in a text are text, with tokenizers of every kind."""
 
 import json
+import os
+import random
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from lowrank_lab.data.tokenizer import END_OF_TEXT, TextEncoder, byte_tokenizer, encode, train_bpe
+from lowrank_lab.config import InputError
+from lowrank_lab.data.tokenizer import (
+    END_OF_TEXT,
+    THREAD,
+    TextEncoder,
+    byte_tokenizer,
+    encode,
+    train_bpe,
+)
 
 SPECIAL = ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "[MASK]")
 PIECES = st.sampled_from(
@@ -118,3 +130,27 @@ def test_a_token_that_was_added_as_text_stays_one():
     tokens = encode(["a <tool> b"], TextEncoder.of(tokenizer)).tolist()
     assert tokenizer.token_to_id("<tool>") in tokens
     assert tokenizer.token_to_id(END_OF_TEXT) == tokens[-1]
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once():
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefgh", k=9)) for _ in range(60_000)]
+
+    def texts():
+        yield " ".join(words)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(texts(), 8000)
+    (thread,) = (t for t in threading.enumerate() if t.name == THREAD)
+    assert thread.is_alive()  # it had not ended
+    thread.join()
+
+
+def test_an_error_of_the_texts_is_an_error_of_the_training():
+    def texts():
+        yield "text"
+        raise InputError("corpus", "x", "a file")
+
+    with pytest.raises(InputError, match="a file"):
+        train_bpe(texts(), 300)
