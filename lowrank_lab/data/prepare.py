@@ -83,7 +83,7 @@ def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
     if kind in ("text", "c4"):
         source = located(path)
         if not path or not source.exists():
-            what = {"text": "text files", "c4": "shards of JSON lines"}[kind]
+            what = {"text": "text files", "c4": ".json.gz shards of C4"}[kind]
             allowed = (
                 f"there is no such file or folder, here or in {data_folder()}; put {what} there"
             )
