@@ -132,10 +132,12 @@ def test_states_hold_no_more_memory_than_their_elements(row, shape, dtype, rank)
 # Saving and continuing
 
 
-@rows
+STOPS = [pytest.param(row, stop, id=f"{row}-{stop}") for row in ROWS for stop in row.stops]
+
+
+@pytest.mark.parametrize(("row", "stop"), STOPS)
 @shapes
 @precisions
-@pytest.mark.parametrize("stop", [7, 9, 10])  # a refresh, reset or exact step is at hand or done
 def test_a_fresh_instance_continues_bit_for_bit(row, shape, dtype, stop):
     grads = growing(row, shape, dtype)
     trial = Trial(row, shape, dtype=dtype).advance(grads[:stop])
