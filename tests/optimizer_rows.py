@@ -33,6 +33,7 @@ ANY_SHAPES = (SQUARE, TALL, WIDE, (1, 7), (7, 1), (9,), (), (3, 4, 2))
 FACTORS = ((16, 16, 4), (24, 10, 3), (10, 24, 3), (12, 9, 1), (9, 6, 6), (6, 9, 6), (8, 8, 8),
            (12, 30, 8), (30, 12, 8), (13, 13, 9), (1, 5, 1), (5, 1, 1), (1, 1, 1))  # fmt: skip
 DECAY = {"weight_decay": 0.1}
+PUBLISHED = {"forgive_zero": False}  # a gradient may lie inside Fira's subspace at a refresh
 
 
 def combined(groups, **options):
@@ -83,10 +84,14 @@ GALORE = Row(
 FIRA = Row(
     "fira", optim.Fira, {**GAPS, "alpha": 1.0, "proj_type": "std"}, OFTEN,
     equations=equations.fira, package=partial(FiraAdamW, no_deprecation_warning=True),
-    cases=(*SIDES, DECAY, *({"alpha": alpha} for alpha in (0.5, 2.0, 3.0))),
+    cases=tuple(
+        PUBLISHED | keys for keys in (*SIDES, DECAY, *({"alpha": a} for a in (0.5, 2.0, 3.0)))
+    ),
+    half=(PUBLISHED,),
     # It adds its two parts to W one after the other: two roundings where the package has one.
     package_is_right=fira_is_right, bf16=2.0, converges=ADAM, unknown=("scale",),
-    refused=(*BAD_PROJECTIONS, ({"proj_type": "full"}, "proj_type: 'full'")),
+    refused=(*BAD_PROJECTIONS, ({"proj_type": "full"}, "proj_type: 'full'"),
+             ({"forgive_zero": 1}, "forgive_zero: 1")),
 )  # fmt: skip
 GOLORE = Row(
     "golore", optim.GoLore, {**GAPS, "scale": 1.0, "switch": 15}, {**OFTEN, "switch": 3},

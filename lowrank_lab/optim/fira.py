@@ -40,8 +40,8 @@ class Fira(ProjectedAdamW):
     * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
       gap.
     * `forgive_zero` (True): after a residual of zero, growth isn't limited for one step. False is
-      the published rule: after one zero gradient the residual is limited to 1e-8, and needs about
-      1800 steps to grow back.
+      the published rule: after one gradient that is zero, or inside the subspace, the residual is
+      limited to 1e-8, and needs about 1800 steps to grow back.
 
     As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G −
     alpha·P R. `full` is refused: with both sides projected, a channel has no rank axis along which
