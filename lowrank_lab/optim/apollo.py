@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW, param_index
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
 from lowrank_lab.optim.fira import EPS, growth_limiter
 from lowrank_lab.optim.projection import (
@@ -22,7 +23,6 @@ from lowrank_lab.optim.projection import (
     refresh_sharded_,
     unprojected_dim,
 )
-from lowrank_lab.optim.saved_state import Shapes
 from lowrank_lab.optim.subspaces import Projections, next_seed, sides
 
 PROJECTIONS = ("random", "svd", "gram")

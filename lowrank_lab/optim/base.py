@@ -28,6 +28,7 @@ from lowrank_lab.optim.adam import (
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import non_finite, require, require_adam, require_int
+from lowrank_lab.optim.saved_state import prepared, restore_dtypes_
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
@@ -87,6 +88,19 @@ class ProjectedAdamW(CheckedOptimizer):
         for p in group["params"]:
             allowed = f"at most the smaller side of each matrix, not {tuple(p.shape)}"
             require("rank", rank, p.ndim == 2 and rank <= min(p.shape), allowed)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, from this class or from a package that it replaces.
+
+        The values of the saved groups replace the present ones, as in torch; keys that a saved
+        group lacks stay as they are. `foreign_state` says which packages' states are converted.
+
+        Raises:
+            ValueError: the state isn't one of this optimizer. Nothing has changed then.
+        """
+        state_dict = prepared(self, state_dict)
+        super().load_state_dict(state_dict)
+        restore_dtypes_(self, state_dict)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         """The dimension along which a parameter of `group` may be sharded; None: not at all.

@@ -1,4 +1,4 @@
-"""The part of every optimizer here that checks groups and saved states; it knows no update."""
+"""The part of every optimizer here that checks groups, and says what its states consist of."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from lowrank_lab.optim.checks import (
     require_known_keys,
     require_real,
 )
-from lowrank_lab.optim.saved_state import Shapes, prepared, restore_dtypes_
+
+# Entries of a state: shapes of tensors, None for Python numbers
+Shapes = dict[str, tuple[int, ...] | None]
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
-    """An optimizer that refuses groups and states which it would misread."""
+    """An optimizer that refuses groups that it would misread."""
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
     has_ranked_groups: ClassVar[bool] = True
@@ -50,20 +52,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a group with keys or parameters that the method doesn't support."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, from this class or from a package that it replaces.
-
-        The values of the saved groups replace the present ones, as in torch; keys that a saved
-        group lacks stay as they are. `foreign_state` says which packages' states are converted.
-
-        Raises:
-            ValueError: the state isn't one of this optimizer. Nothing has changed then.
-        """
-        state_dict = prepared(self, state_dict)
-        super().load_state_dict(state_dict)
-        restore_dtypes_(self, state_dict)
-
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
-        """The entries of a parameter's state: shapes of tensors, None for Python numbers."""
+        """The entries that a parameter of this shape has in its state after a step."""
         numbers = ("step", "exp_avg_weight", "exp_avg_sq_weight")
         return {**dict.fromkeys(numbers), "exp_avg": shape, "exp_avg_sq": shape}

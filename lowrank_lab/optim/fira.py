@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
@@ -20,7 +21,6 @@ from lowrank_lab.optim.projection import (
     refresh_sharded_,
     unprojected_dim,
 )
-from lowrank_lab.optim.saved_state import Shapes
 
 NORM_GROWTH_LIMIT = 1.01  # γ
 EPS = 1e-8

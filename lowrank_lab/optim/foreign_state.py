@@ -19,16 +19,14 @@ moments (`adam.py`). The packages store a right projection as r×n, the state he
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import NEUTRAL, parameter_name, require
 from lowrank_lab.optim.subspaces import next_seed, sides
-
-if TYPE_CHECKING:
-    from lowrank_lab.optim.checked import CheckedOptimizer
 
 OWN_KEYS = {"state_precision", "threshold", "gamma1"}  # of groups that are saved here
 NORMS = {"fira": "scaling_grad", "apollo_torch": "scaled_grad"}  # of the growth limiter

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.projection import (
     check_projection,
     get_projections,
@@ -17,7 +18,6 @@ from lowrank_lab.optim.projection import (
     refresh_sharded_,
     unprojected_dim,
 )
-from lowrank_lab.optim.saved_state import Shapes
 
 
 class GaLore(ProjectedAdamW):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.projection import (
     check_projection,
@@ -23,7 +24,6 @@ from lowrank_lab.optim.projection import (
     store_projections_,
     unprojected_dim,
 )
-from lowrank_lab.optim.saved_state import Shapes
 from lowrank_lab.optim.subspaces import Projections, sides
 
 

@@ -22,8 +22,8 @@ from lowrank_lab.distributed import Placement
 from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
-from lowrank_lab.optim.saved_state import Shapes
 from lowrank_lab.optim.subspaces import (
     Projections,
     align_signs,

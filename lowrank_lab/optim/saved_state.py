@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
 from lowrank_lab.optim.foreign_state import converted
 
-if TYPE_CHECKING:
-    from lowrank_lab.optim.checked import CheckedOptimizer
-
-Shapes = dict[str, tuple[int, ...] | None]
 FIXED = ("rank", "proj_type", "density")  # group keys that decide the shapes of states
 OPTIONAL = ("refresh_offset",)  # entries that only some histories leave
 MOMENTS = ("exp_avg", "exp_avg_sq")

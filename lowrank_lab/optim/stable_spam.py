@@ -12,8 +12,8 @@ from torch import Tensor
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.optim.adam import adam_moments, adam_update_, restart_adam_
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
-from lowrank_lab.optim.saved_state import Shapes
 from lowrank_lab.optim.state_bytes import SCALAR, Weight
 from lowrank_lab.optim.uniform import UniformAdam
 
