@@ -122,7 +122,7 @@ class ProjectedAdamW(CheckedOptimizer):
         """
         raise NotImplementedError
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. Parameters without a gradient are skipped.
@@ -142,7 +142,7 @@ class ProjectedAdamW(CheckedOptimizer):
                 raise RuntimeError("sparse gradients are not supported; use a dense embedding")
             try:
                 self.step_group_(params, group)
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 which = non_finite(self, params)
                 if which is None:
                     raise

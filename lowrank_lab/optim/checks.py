@@ -50,7 +50,7 @@ def require_adam(values: Mapping[str, Any]) -> None:
     """Require Adam's hyperparameters, of a group or an optimizer, to be in range."""
     for key in ("lr", "eps", "weight_decay"):
         value = values[key]
-        require(key, value, isinstance(value, Real | Tensor) and value >= 0, "at least 0")
+        require(key, value, isinstance(value, Real | Tensor) and float(value) >= 0, "at least 0")
     betas = values["betas"]
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     require("betas", betas, pair and all(0 <= b < 1 for b in betas), "two, each in [0, 1)")

@@ -63,7 +63,7 @@ class Combined(torch.optim.Optimizer):
             optimizer.param_groups.pop()
             raise
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -104,7 +104,7 @@ class Combined(torch.optim.Optimizer):
         for optimizer in self.optimizers:
             at = [i for i, owner in enumerate(owners) if owner is optimizer]
             numbers = [i for k in at for i in groups[k]["params"]]
-            share = {
+            share: dict[str, Any] = {
                 "param_groups": [groups[k] for k in at],
                 "state": {i: states[i] for i in numbers if i in states},
             }

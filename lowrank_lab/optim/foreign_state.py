@@ -158,7 +158,8 @@ def _projected(saved: Saved) -> dict[str, Any]:
 
 def _projections(saved: Saved) -> dict[str, Any]:
     """Projections from the projector of a package, which repeats the settings of its group."""
-    projector, group = saved.entries.get("projector"), _group(saved.source, saved.group)
+    group = _group(saved.source, saved.group)
+    projector: Any = saved.entries.get("projector")
     package = type(projector).__module__.partition(".")[0]
     expected = saved.source.partition(".")[0]
     field = f"state_dict: projector of {saved.name}"

@@ -89,7 +89,9 @@ def _require_entries(
     here = f"the entries of {type(optimizer).__name__}: {', '.join(shapes)}"
     require(f"state_dict: {name}", f"without {', '.join(missing)}", not missing, here)
     require(f"state_dict: {name}", f"with {', '.join(unknown)}", not unknown, here)
-    sharded = is_traceable_wrapper_subclass(p) or p in getattr(optimizer, "placements", ())
+    wrapped: Any = p  # a DTensor, whose state may be of either kind
+    placements = getattr(optimizer, "placements", ())
+    sharded = is_traceable_wrapper_subclass(wrapped) or p in placements
     for key, shape in shapes.items():
         value = entries[key]
         is_tensor = isinstance(value, Tensor)
