@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from lowrank_lab.optim.adam import (
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import non_finite, require, require_adam, require_int
-from lowrank_lab.optim.saved_state import prepared, restore_dtypes_
+from lowrank_lab.optim.saved_state import load_, prepared
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
@@ -98,9 +99,7 @@ class ProjectedAdamW(CheckedOptimizer):
         Raises:
             ValueError: the state isn't one of this optimizer. Nothing has changed then.
         """
-        state_dict = prepared(self, state_dict)
-        super().load_state_dict(state_dict)
-        restore_dtypes_(self, state_dict)
+        load_(self, state_dict, partial(prepared, self))
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         """The dimension along which a parameter of `group` may be sharded; None: not at all.

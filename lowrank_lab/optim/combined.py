@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ import torch
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
 from lowrank_lab.optim.saved_state import (
+    load_,
     prepared,
     require_structure,
-    restore_dtypes_,
     saved_entries,
 )
 
@@ -80,9 +81,7 @@ class Combined(torch.optim.Optimizer):
             ValueError: the state isn't one of these optimizers. Nothing has changed then.
         """
         owners = self._owners()
-        state_dict = self._prepared(state_dict, owners)
-        super().load_state_dict(state_dict)
-        restore_dtypes_(self, state_dict)
+        load_(self, state_dict, partial(self._prepared, owners))
         for optimizer in self.optimizers:
             groups = zip(self.param_groups, owners, strict=True)
             optimizer.param_groups = [group for group, owner in groups if owner is optimizer]
@@ -96,7 +95,7 @@ class Combined(torch.optim.Optimizer):
         ]
 
     def _prepared(
-        self, state_dict: Mapping[str, Any], owners: list[torch.optim.Optimizer]
+        self, owners: list[torch.optim.Optimizer], state_dict: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The saved state, each optimizer's share of it checked and converted."""
         require_structure(self, state_dict)

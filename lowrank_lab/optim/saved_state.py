@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,27 @@ from lowrank_lab.optim.foreign_state import converted
 FIXED = ("rank", "proj_type", "density")  # group keys that decide the shapes of states
 OPTIONAL = ("refresh_offset",)  # entries that only some histories leave
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def load_(
+    optimizer: torch.optim.Optimizer,
+    state_dict: dict[str, Any],
+    prepare: Callable[[Any], dict[str, Any]],
+) -> None:
+    """torch's `load_state_dict` of what `prepare` makes of a state, after the user's own hooks."""
+    require_mapping(state_dict)
+    ready: list[dict[str, Any]] = []
+
+    def hook(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+        ready.append(prepare(found))
+        return ready[0]
+
+    handle = optimizer.register_load_state_dict_pre_hook(hook)
+    try:
+        torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        handle.remove()
+    restore_dtypes_(optimizer, ready[0])
 
 
 def prepared(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,15 +59,20 @@ def prepared(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dict
 
 def require_structure(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Refuse what is no state of an optimizer with as many groups and parameters."""
+    require_mapping(state_dict)
     ours = [len(group["params"]) for group in optimizer.param_groups]
-    known = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()
-    kind = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict)
-    require("state_dict", kind, known, "what `optimizer.state_dict()` returns")
     theirs = [len(group["params"]) for group in state_dict["param_groups"]]
     require("state_dict", theirs, theirs == ours, f"groups of {ours} parameters, as here")
     numbers = {i for group in state_dict["param_groups"] for i in group["params"]}
     extra = [i for i in state_dict["state"] if isinstance(i, int) and i not in numbers]
     require("state_dict", extra, not extra, "states of the parameters in its groups alone")
+
+
+def require_mapping(state_dict: Any) -> None:
+    """Refuse what `optimizer.state_dict()` doesn't return."""
+    known = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()
+    kind = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict)
+    require("state_dict", kind, known, "what `optimizer.state_dict()` returns")
 
 
 def _merged(

@@ -8,6 +8,11 @@ import torch
 from optimizer_rows import GALORE, ROWS
 from optimizer_trial import Trial
 from small_matrices import TALL, WIDE, assert_equal_states
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import lr_scheduler, swa_utils
 
 from lowrank_lab import optim
@@ -173,3 +178,37 @@ def test_an_adamw_of_this_package_is_one_layout_for_all_plain_groups():
     one.step()
     other.load_state_dict(one.state_dict())
     assert other.state[q]["step"] == 1
+
+
+def test_a_hook_of_the_users_may_adapt_a_state_before_it_is_checked():
+    one, other = stepped(GALORE), stepped(GALORE)
+    state_dict = one.optimizer.state_dict()
+    renamed = {"groups": state_dict.pop("param_groups")}
+
+    def hook(_, found):
+        return found | {"param_groups": renamed["groups"]}
+
+    refuse(other, state_dict | {"param_groups": []}, "^state_dict: ")
+    handle = other.optimizer.register_load_state_dict_pre_hook(hook)
+    other.optimizer.load_state_dict(state_dict | {"param_groups": []})
+    handle.remove()
+    other.optimizer.load_state_dict(stepped(GALORE).optimizer.state_dict())
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("cls", [optim.GaLore, optim.Fira, optim.Apollo])
+def test_the_state_dicts_of_torchs_distributed_checkpoints_load(cls, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    runs = []
+    for _ in range(2):
+        model = torch.nn.ModuleDict({"body": torch.nn.Linear(8, 6), "head": torch.nn.Linear(6, 3)})
+        optimizer = cls(optim.param_groups(model, rank=2, target="body"), lr=0.01)
+        runs.append((model, optimizer))
+    (model, optimizer), (other_model, other) = runs
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state_dict = get_optimizer_state_dict(model, optimizer, options=options)
+    set_optimizer_state_dict(other_model, other, state_dict, options=options)
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert_equal_states(optimizer.state[p], other.state[q])
