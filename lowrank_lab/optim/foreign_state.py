@@ -76,7 +76,10 @@ def converted(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dic
             if "exp_avg" in entries:  # it has been updated
                 name = parameter_name(optimizer, p)
                 saved = Saved(source, name, p, own, group, entries, totals)
-                states[i] = CONVERSIONS[source](saved)
+                try:
+                    states[i] = CONVERSIONS[source](saved)
+                except KeyError as missing:
+                    raise ValueError(f"state_dict: {name} is saved without {missing}") from None
     return {"state": states, "param_groups": groups}
 
 
@@ -159,6 +162,8 @@ def _projected(saved: Saved) -> dict[str, Any]:
 def _projections(saved: Saved) -> dict[str, Any]:
     """Projections from the projector of a package, which repeats the settings of its group."""
     group = _group(saved.source, saved.group)
+    rank = saved.own.get("rank")
+    require("state_dict: rank", group["rank"], rank == group["rank"], f"{rank}, as here")
     projector: Any = saved.entries.get("projector")
     package = type(projector).__module__.partition(".")[0]
     expected = saved.source.partition(".")[0]
@@ -207,8 +212,7 @@ def _spam(saved: Saved) -> dict[str, Any]:
     if mask is not None:
         require(f"state_dict: mask of {saved.name}", "sparse", bool(mask.all()), "density 1")
         for key in ("exp_avg", "exp_avg_sq"):
-            whole = state[key].numel() == saved.p.numel()
-            state[key] = state[key].view(saved.p.shape) if whole else state[key]
+            state[key] = state[key].view(mask.shape)
     return state
 
 

@@ -166,8 +166,10 @@ def test_plain_groups_of_galore_torch_load_into_every_projected_optimizer():
 # Refusals
 
 
-def stepped(row, cls=None, steps=3, **keys):
-    return Trial(row, cls=cls, **keys).advance(row.gradients(TALL, steps)).optimizer.state_dict()
+def stepped(row, cls=None, shape=TALL, **keys):
+    return (
+        Trial(row, shape, cls=cls, **keys).advance(row.gradients(shape, 3)).optimizer.state_dict()
+    )
 
 
 def torchs(cls, **options):
@@ -190,6 +192,23 @@ def lost_seed():
     return state
 
 
+def without_step():
+    state = stepped(FIRA, FiraAdamW)
+    del state["state"][0]["step"]
+    return state
+
+
+def without_projector():
+    state = stepped(GALORE, GaLoreAdamW)
+    del state["state"][1]["projector"]
+    return state
+
+
+def ranked_where_it_is_plain():
+    state = stepped(GALORE, GaLoreAdamW)
+    return {**state, "param_groups": state["param_groups"][::-1]}
+
+
 def without_norm():
     state = stepped(FIRA, FiraAdamW)
     del state["state"][1]["scaling_grad"]
@@ -201,6 +220,12 @@ REFUSED = {
     "fira to GaLore": (GALORE, lambda: stepped(FIRA, FiraAdamW), "state_dict: 'fira'"),
     "apollo-torch to Fira": (FIRA, lambda: stepped(APOLLO, APOLLOAdamW), "state_dict: 'apollo_to"),
     "another rank": (GALORE, lambda: stepped(GALORE, GaLoreAdamW, rank=3), "state_dict: rank: 3"),
+    "another shape": (
+        GALORE, lambda: stepped(GALORE, GaLoreAdamW, shape=(26, 10)), "state_dict: exp_avg of para"
+    ),
+    "its groups swapped": (GALORE, ranked_where_it_is_plain, "state_dict: rank: 4"),
+    "without a step": (FIRA, without_step, "state_dict: parameter 0 is saved without 'step'"),
+    "without a projector": (GALORE, without_projector, "state_dict: projector of parameter 1: "),
     "another side": (
         GALORE, lambda: stepped(GALORE, GaLoreAdamW, proj_type="left"), "state_dict: proj_type: "
     ),
@@ -259,3 +284,11 @@ def test_spams_with_other_settings_are_refused(row, keys, message):
         theirs.step()
     with pytest.raises(ValueError, match=f"^{message}"):
         Trial(row).optimizer.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("row", [SPAM, STABLE_SPAM], ids=str)
+def test_spams_of_a_transposed_model_are_refused(row):
+    theirs = Trial(row, WIDE, cls=lambda p, **o: row.package(p, **row.theirs(**row.keys)))
+    theirs.advance(row.gradients(WIDE, 3))
+    with pytest.raises(ValueError, match="^state_dict: exp_avg of parameter 0: .10, 24. is not"):
+        Trial(row).optimizer.load_state_dict(theirs.optimizer.state_dict())
