@@ -51,10 +51,10 @@ def prepared(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dict
         _merged(optimizer, own, saved)
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
-    prepared = {**state_dict, "param_groups": groups}
-    for p, group, entries in saved_entries(optimizer, prepared):
+    ready = {**state_dict, "param_groups": groups}
+    for p, group, entries in saved_entries(optimizer, ready):
         _require_entries(optimizer, p, group, entries)
-    return prepared
+    return ready
 
 
 def require_structure(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -290,5 +290,5 @@ def test_spams_with_other_settings_are_refused(row, keys, message):
 def test_spams_of_a_transposed_model_are_refused(row):
     theirs = Trial(row, WIDE, cls=lambda p, **o: row.package(p, **row.theirs(**row.keys)))
     theirs.advance(row.gradients(WIDE, 3))
-    with pytest.raises(ValueError, match="^state_dict: exp_avg of parameter 0: .10, 24. is not"):
+    with pytest.raises(ValueError, match=r"^state_dict: exp_avg of parameter 0: .10, 24. is not"):
         Trial(row).optimizer.load_state_dict(theirs.optimizer.state_dict())
