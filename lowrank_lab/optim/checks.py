@@ -98,10 +98,14 @@ def require_real(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
 
 
 def non_finite(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> str | None:
-    """Which of these parameters, or of their gradients, is the first that isn't finite."""
+    """Which of these parameters, or of their gradients, is the first that isn't finite.
+
+    Of a DTensor only the local part is looked at: other processes may not have failed.
+    """
     for p in params:
         for what, value in (("the gradient of ", p.grad), ("", p.detach())):
-            if value is not None and not value.isfinite().all():
+            part: Any = value.to_local() if hasattr(value, "to_local") else value
+            if part is not None and not part.isfinite().all():
                 return what + parameter_name(optimizer, p)
     return None
 
