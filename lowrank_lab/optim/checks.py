@@ -104,7 +104,8 @@ def non_finite(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> st
     """
     for p in params:
         for what, value in (("the gradient of ", p.grad), ("", p.detach())):
-            part: Any = value.to_local() if hasattr(value, "to_local") else value
+            part: Any = value
+            part = part.to_local() if hasattr(part, "to_local") else part
             if part is not None and not part.isfinite().all():
                 return what + parameter_name(optimizer, p)
     return None
