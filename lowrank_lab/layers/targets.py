@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -37,15 +37,23 @@ def matching_layers(
     model: nn.Module, target: str, kinds: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, Any]]:
     """`target_layers` for other kinds of layers."""
-    matches = _compiled(target).search
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
+    matches = matcher(model, target, kinds)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and matches(name):
+            yield name, module
+
+
+def matcher(
+    model: nn.Module, target: str, kinds: tuple[type[nn.Module], ...] = LINEAR
+) -> Callable[[str], bool]:
+    """Whether a name is that of a target; `all-linear` has those of layers of these kinds alone."""
+    pattern = _compiled(target)
     if target != ALL_LINEAR:
-        yield from ((name, layer) for name, layer in layers if matches(name))
-        return
+        return lambda name: pattern.search(name) is not None
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
     left_out, owners = heads(model, layers), _owners(model)
-    for name, layer in layers:
-        if layer not in left_out and not is_tied(layer, owners):
-            yield name, layer
+    names = {n for n, m in layers if m not in left_out and not is_tied(m, owners)}
+    return names.__contains__
 
 
 def _compiled(target: str) -> re.Pattern[str]:
