@@ -136,4 +136,4 @@ def test_missing_shards_are_one_line_that_says_what_to_put_where(tmp_path, monke
     missing, empty = said
     assert missing.startswith("paper_60m.yaml: full-rank: corpus: 'c4:c4/en' is not allowed")
     assert f"here or in {tmp_path}; put .json.gz shards of C4 there" in missing
-    assert "c4/en' is not allowed; there is no .json.gz file in it" in empty
+    assert "c4/en' is not allowed; there is no shard in it: .json .json.gz" in empty
