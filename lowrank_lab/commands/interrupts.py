@@ -120,7 +120,7 @@ class _Forgiving(io.FileIO):
         if self._ended:
             return len(data)
         try:
-            return super().write(data) or 0
+            return super().write(data)
         except BrokenPipeError:
             self._ended = True
             return len(data)
@@ -142,5 +142,7 @@ def let_readers_leave() -> None:
         raw = io.BufferedWriter(_Forgiving(stream.fileno(), "w", closefd=False))
         errors = "surrogateescape" if name == "stdout" else stream.errors
         lines = stream.line_buffering
-        new = io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=lines)
+        new = io.TextIOWrapper(
+            raw, stream.encoding, errors, line_buffering=lines, write_through=name == "stderr"
+        )
         setattr(sys, name, new)

@@ -187,7 +187,7 @@ def test_the_page_stands_alone_and_each_picture_has_words(folder, tmp_path):
 
 def test_a_report_reads_only_what_its_figures_show(tmp_path, monkeypatch):
     monkeypatch.setattr(drawings, "MOST_LABELS", 2)
-    monkeypatch.setattr(report, "MOST_FIGURES", 2)
+    monkeypatch.setattr(drawings, "MOST_FIGURES", 2)
     for i in range(4):
         write_run(tmp_path / f"{i}", f"galore {i}", loss=2 + i / 10)
     for i in (2, 3):

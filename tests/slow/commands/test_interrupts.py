@@ -1,5 +1,6 @@
 """Ctrl-C at many moments of each command; readers that leave before the work is done."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -73,3 +74,18 @@ def test_a_reader_that_leaves_stops_no_work(tmp_path, text_corpus):
     report = f"set -o pipefail; {sys.executable} -m lowrank_lab report {tmp_path}/run | head -1"
     assert subprocess.run(["bash", "-c", report], capture_output=True).returncode == 0
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("seconds", [1, 4, 10])
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_prints_one_line(seconds, tmp_path):
+    """The processes of a report are in the group that the terminal sends the signal to."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowrank_lab", "report"], stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, start_new_session=True, cwd=tmp_path,
+        env=os.environ | {"LOWRANK_LAB_DATA": str(tmp_path / "data")},
+    )  # fmt: skip
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    assert process.returncode == 130
+    assert not halves(tmp_path)
