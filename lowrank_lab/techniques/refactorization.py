@@ -17,6 +17,10 @@ from lowrank_lab.techniques.states import unwrapped
 from lowrank_lab.techniques.transport import require_transportable, transport_
 
 
+class NotFiniteError(ValueError):
+    """A factor has NaN or infinite entries."""
+
+
 class Refactorization(NamedTuple):
     """The names of the layers that `refactorize_` changed, and of those it skipped."""
 
@@ -59,7 +63,7 @@ def refactorize_(
     Raises:
         ValueError: `on_refactor` or `basis` is not allowed, the optimizer is missing, doesn't hold
             the factors or has states that can't follow them, or a factor is not finite. Nothing
-            has changed then.
+            has changed then. The latter is a NotFiniteError.
 
     Source: 2505.22922, weight refactorization, by r×r matrices instead of the m×n product.
     """
@@ -116,7 +120,7 @@ def _require_finite(module: nn.Module, placement: Placement) -> None:
         finite = torch.stack([factor.isfinite().all() for factor in layer.factors()]).all()
         lost = placement.all_reduce_max_((~finite).double())  # all ranks refuse together
         if value_of(lost, usually=0):
-            raise ValueError(f"module: {name!r} is not allowed; its factors are not finite")
+            raise NotFiniteError(f"module: {name!r} is not allowed; its factors are not finite")
 
 
 def _require_moments_follow(

@@ -20,7 +20,8 @@ HEAVY = (
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
     "cpu/malloc.py", "memory", "paths.py", "analysis/spectra.py", "runs", "training/checkpoint.py",
-    "training/monitor.py", "training/peaks.py", "training/provenance.py", "training/records.py",
+    "training/monitor.py", "training/outside.py", "training/peaks.py", "training/provenance.py",
+    "training/records.py",
 }  # fmt: skip
 
 
