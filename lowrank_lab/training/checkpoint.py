@@ -121,8 +121,8 @@ def _write(
             else:
                 scalars[f"{name}/{key}"] = value
     for place, group in enumerate(optimizer.param_groups):
-        counted = {k: v for k, v in group.items() if isinstance(v, Tensor)}
-        tensors |= {f"groups/{place}/{k}": v for k, v in counted.items()}
+        counted = {k: v for k, v in group.items() if isinstance(v, Tensor) and "lr" not in k}
+        tensors |= {f"groups/{place}/{k}": v.clone() for k, v in counted.items()}
     with warnings.catch_warnings():  # one process alone writes
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -254,7 +254,8 @@ def load(
     for key, value in tensors.items():
         if key.startswith("groups/"):
             _, place, entry = key.split("/", 2)
-            optimizer.param_groups[int(place)][entry] = value
+            group = optimizer.param_groups[int(place)]
+            group[entry] = value.to(group["params"][0].device)
     if "lost" in facts:
         report(facts["lost"])
     return facts["step"], facts["extra"]

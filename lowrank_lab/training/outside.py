@@ -58,17 +58,20 @@ _MISSING = object()
 def _attributes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     """Names and values of attributes: numbers as they are, tensors and containers as digests."""
     for place, inner in enumerate(unwrapped(optimizer)):
+        weights = {id(p) for group in inner.param_groups for p in group["params"]}
         for name, value in vars(inner).items():
             if name in USUAL or callable(value):
                 continue
             plain = value is None or isinstance(value, PLAIN)
-            yield f"{place}.{name}", value if plain else _digest(value)
+            yield f"{place}.{name}", value if plain else _digest(value, weights)
 
 
-def _digest(value: Any) -> bytes:
-    """A hash of the numbers within tensors, containers and optimizers."""
+def _digest(value: Any, weights: set[int]) -> bytes:
+    """A hash of the numbers within tensors, containers and optimizers, `weights` left out."""
     found = hashlib.sha256()
     for leaf in _leaves(value):
+        if id(leaf) in weights:
+            continue
         if isinstance(leaf, Tensor):
             found.update(
                 leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data

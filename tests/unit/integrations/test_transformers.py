@@ -39,7 +39,6 @@ def trainable(model):
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
-    "SGD": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
     "GaLore": lambda p: optim.GaLore(p, lr=1e-2),
 }
@@ -144,7 +143,7 @@ def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("cut", [3, 5, 8])
+@pytest.mark.parametrize("cut", [4, 5])  # at a reset, and in its recovery
 def test_a_resumed_trainer_is_exact(cut, tmp_path):
     whole, first, resumed = built(), built(), built()
     trainer(tmp_path / "whole", *whole, TechniquesCallback(**ALL)).train()

@@ -386,7 +386,6 @@ def test_merges_with_an_unknown_optimizer_are_refused(config):
     assert relora("torch.optim.NAdam").method == "relora"
 
 
-OPTIONS = '{"momentum": 0.9}'
 KNOWN = {
     "RAdam": ("torch.optim.RAdam", {}),
     "SGD": ("torch.optim.SGD", {"momentum": 0.9}),
@@ -420,7 +419,7 @@ def test_a_reset_of_a_named_optimizer_works_from_the_command_line(text_corpus, t
     line = "train --model tiny --num-layers 1 --vocab-size byte --batch 2 --sequence-length 16"
     line += " --steps 8 --reset-every 4 --recovery-steps 2 --eval-tokens 64 --test-tokens 64"
     line += f" --corpus {text_corpus} --out {tmp_path / 'run'} --optimizer torch.optim.SGD"
-    done = CliRunner().invoke(main, [*line.split(), "--optimizer-options", OPTIONS])
+    done = CliRunner().invoke(main, [*line.split(), "--optimizer-option", "momentum=0.9"])
     assert done.exit_code == 0, done.output
     rows = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert rows.count('"event": "reset"') == 1
