@@ -81,7 +81,10 @@ def test_what_the_library_imports_is_required(project):
     extras = project["optional-dependencies"]
     texts = [*project["dependencies"], *extras["quant"], *extras["hub"], *extras["dask"]]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
-    assert imported_packages(ROOT / "lowrank_lab") <= required
+    integrations = imported_packages(ROOT / "lowrank_lab" / "integrations") - required
+    peers = {canonicalize_name(Requirement(text).name) for text in extras["peers"]}
+    assert integrations <= peers
+    assert imported_packages(ROOT / "lowrank_lab") - integrations <= required
 
 
 def test_what_the_tests_import_is_in_the_extras(project):
@@ -92,6 +95,7 @@ def test_what_the_tests_import_is_in_the_extras(project):
         *extras["dev"],
         *extras["quant"],
         *extras["hub"],
+        *extras["tensorboard"],
     ]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
     own = {canonicalize_name(p.stem) for p in (ROOT / "tests").rglob("*.py")}
