@@ -91,7 +91,7 @@ def _check_optimizer(config: RunConfig, method: Method) -> None:
         raise InputError("optimizer_options", config.optimizer_options, "needs an optimizer")
     own = config.optimizer is not None and config.optimizer not in ADAMS
     one_count = method.optimizer in (adamw, adamw_8bit) and config.reset_how == "scale"
-    if config.reset_every and one_count and config.reset_moments != "both":
+    if config.reset_every and one_count and not own and config.reset_moments != "both":
         allowed = "torch's AdamW has one step count for both moments; both, or prune them"
         raise InputError("reset_moments", config.reset_moments, allowed)
     if own:

@@ -185,6 +185,8 @@ def _scale_(moment: Tensor, factor: float) -> None:
     """Multiply a moment by a factor, in place; 0 also clears inf and NaN."""
     if is_quantized(moment):  # supports little more than copy_
         moment.copy_(plain(moment) * factor if factor else torch.zeros(moment.shape))
+        for part in ("codes", "scale") if not factor else ():  # not every code book has a 0
+            getattr(moment, part, torch.empty(0)).zero_()
     elif factor:
         moment.mul_(factor)
     else:

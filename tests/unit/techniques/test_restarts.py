@@ -442,3 +442,25 @@ def test_the_maximum_of_amsgrad_is_pruned_with_the_second_moments():
     prune_moments_(optimizer, params, 0.25, moments=("exp_avg", "exp_avg_sq"))
     for state in optimizer.state.values():
         assert torch.equal(state["max_exp_avg_sq"] != 0, state["exp_avg"] != 0)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_quantized_moments_restart(name):
+    make = getattr(pytest.importorskip("torchao.optim"), name)
+
+    def steps(weight, optimizer, seed):
+        for step in range(3):
+            chance = torch.Generator().manual_seed(10 * seed + step)
+            weight.grad = torch.randn(weight.shape, generator=chance)
+            optimizer.step()
+
+    with torch.compiler.set_stance("force_eager"):
+        ours = nn.Parameter(torch.zeros(64, 128))
+        optimizer = make([ours], lr=0.01)
+        steps(ours, optimizer, 1)
+        (other,) = twin([ours])
+        assert reset_momentum_(optimizer) == 1
+        steps(ours, optimizer, 2), steps(other, make([other], lr=0.01), 2)
+        assert torch.equal(ours, other)
+        assert prune_moments_(optimizer, [ours], 0.25) == 1
+        assert reset_momentum_(optimizer, 0.5) == 1
