@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import is_quantized
-from lowrank_lab.techniques.states import Entry, entries, held_by
+from lowrank_lab.techniques.states import Entry, Held, entries, held_by
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,39 +75,32 @@ def resettable(
     """The entries that a reset changes; the arguments and errors of `reset_momentum_`."""
     chosen = None if params is None else list(params)
     found = entries(optimizer, chosen)
-    for entry in found:
-        if strength < 1 and entry.layout.partial is None:
-            allowed = f"{entry.name} only restarts as a whole: 0 or 1"
-            raise ValueError(f"strength: {strength!r} is not allowed; {allowed}")
-        _require_moments(entry, moments)
-    if chosen is not None:
-        _require_whole_groups(optimizer, chosen)
+    held, wanted = held_by(optimizer), None if chosen is None else set(chosen)
+    for p, where in held.items():
+        if wanted is None or p in wanted:
+            _require_resettable(where, strength, moments, wanted)
     return found
 
 
-def _require_whole_groups(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
-    """Refuse a part of a group whose parameters share states."""
-    held, chosen = held_by(optimizer), set(params)
-    for group, inner, layout in (held[p] for p in params if p in held):
-        if layout.shared and not chosen.issuperset(group["params"]):
-            allowed = f"{type(inner).__name__} has states that a group shares"
-            raise ValueError(f"params: a part of a group is not allowed; {allowed}")
-
-
-def _require_moments(entry: Entry, moments: Sequence[str]) -> None:
-    """Refuse a moment alone that the optimizer doesn't have, or can't reset without the other."""
-    if entry.layout.partial == "weights" or set(moments) == set(MOMENTS):
+def _require_resettable(
+    held: Held, strength: float, moments: Sequence[str], chosen: set[Tensor] | None
+) -> None:
+    """Refuse what the optimizer of a parameter can't do, whether or not it has stepped."""
+    layout, name = held.layout, type(held.optimizer).__name__
+    if strength < 1 and layout.partial is None:
+        allowed = f"{name} only restarts as a whole: 0 or 1"
+        raise ValueError(f"strength: {strength!r} is not allowed; {allowed}")
+    if layout.shared and chosen is not None and not chosen.issuperset(held.group["params"]):
+        allowed = f"{name} has states that a group shares"
+        raise ValueError(f"params: a part of a group is not allowed; {allowed}")
+    if layout.partial == "weights" or set(moments) == set(MOMENTS):
         return
-    if entry.layout.partial == "buffer":
-        if "exp_avg" not in moments:
-            raise ValueError(
-                f"moments: {tuple(moments)!r} is not allowed; {entry.name} has a first moment only"
-            )
-        return
-    raise ValueError(
-        f"moments: {tuple(moments)!r} is not allowed; {entry.name} has one step count, so both "
-        "moments are reset together"
-    )
+    if layout.partial != "buffer":
+        allowed = f"{name} has one step count, so both moments are reset together"
+        raise ValueError(f"moments: {tuple(moments)!r} is not allowed; {allowed}")
+    if "exp_avg" not in moments:
+        allowed = f"{name} has a first moment only"
+        raise ValueError(f"moments: {tuple(moments)!r} is not allowed; {allowed}")
 
 
 def _reset_state_(entry: Entry, keep: float, moments: Sequence[str]) -> None:

@@ -74,7 +74,7 @@ class Periodic:
         """
         if self.restarts:
             resettable(optimizer, self.reset_strength if self.reset_every else 1.0)
-            if self.recovery and not isinstance(scheduler, RecoveryLR):
+            if self.recovery and _recovering(scheduler) is None:
                 allowed = "wrap it in lowrank_lab.techniques.RecoveryLR, or set recovery=False"
                 kind = type(scheduler).__name__
                 raise ValueError(f"lr_scheduler: {kind} is not allowed; {allowed}")
@@ -109,11 +109,19 @@ class Periodic:
             else:
                 reset_momentum_(optimizer, self.reset_strength, params=self._reset_params(model))
         restarted = {"merge", "reset"} | ({"refactor"} if self.on_refactor == "reset" else set())
-        if restarted & set(due) and self.recovery and isinstance(scheduler, RecoveryLR):
-            scheduler.reset()
+        recovery = _recovering(scheduler)
+        if restarted & set(due) and self.recovery and recovery is not None:
+            recovery.reset()
         return due
 
     def _reset_params(self, model: nn.Module) -> list[Tensor] | None:
         if self.reset_params == "all":
             return None
         return [factor for _, layer in factorized_layers(model) for factor in layer.factors()]
+
+
+def _recovering(scheduler: Any) -> RecoveryLR | None:
+    """The `RecoveryLR` of a scheduler, which accelerate may have wrapped; None if it is none."""
+    if not isinstance(scheduler, RecoveryLR):
+        scheduler = getattr(scheduler, "scheduler", None)
+    return scheduler if isinstance(scheduler, RecoveryLR) else None

@@ -196,10 +196,14 @@ def test_most_optimizers_are_known():
 def test_a_part_of_a_reset_is_defined_or_refused_and_nothing_changes(name):
     params, optimizer = started(name)
     before = contents(optimizer)
+    fresh = built(name, twin(params))
     if name in PARTIAL:
+        assert reset_momentum_(fresh, 0.5) == 0  # it has no moments yet
         assert reset_momentum_(optimizer, 0.5) == 2
         assert not unchanged(before, contents(optimizer))
         return
+    with pytest.raises(ValueError, match=r"^strength: 0.5 is not allowed; "):
+        reset_momentum_(fresh, 0.5)  # before the first step as well
     with pytest.raises(ValueError, match=r"^strength: 0.5 is not allowed; \w+ only restarts as a"):
         reset_momentum_(optimizer, 0.5)
     assert unchanged(before, contents(optimizer))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lowrank_lab import InputError, RunConfig, train
+from lowrank_lab import InputError, RunConfig, TrainingError, train
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Combined
@@ -211,3 +211,27 @@ def test_what_cannot_evaluate_its_averaged_weights_is_refused(config, monkeypatc
     with pytest.raises(InputError, match=re.escape("ScheduleFreeAdamW evaluates other weights")):
         resolve(config(FREE, parallel="fsdp2"))
     assert build(resolve(config(FREE)))
+
+
+SPOILING = """
+import torch
+
+class Spoiling(torch.optim.AdamW):
+    def step(self, closure=None):
+        super().step(closure)
+        if any(float(state["step"]) == 4 for state in self.state.values()):
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.view(-1)[0] = float("nan")
+"""
+
+
+def test_a_run_whose_factors_are_no_longer_finite_stops_with_a_line(config, tmp_path, monkeypatch):
+    (tmp_path / "spoiling.py").write_text(SPOILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {"method": "low-rank", "rank": 4, "refactor_every": 4, "checkpoint_every": 2}
+    said = r"^after step 4: module: '.*q_proj' is not allowed; its factors are not finite; the last"
+    with pytest.raises(TrainingError, match=said):
+        train(config("spoiling.Spoiling", **values), tmp_path / "run")
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert kept == ["step-00000002"]
