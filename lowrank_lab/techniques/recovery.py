@@ -33,7 +33,7 @@ class RecoveryLR(LRScheduler):
         lr = schedule(s + recovery_steps) · (0.001 + 0.999 · k / (recovery_steps − 1)),
 
     for k from 0 to recovery_steps − 1; then the schedule goes on. A reset within a recovery starts
-    a new one. `lab.train` has the same learning rates.
+    a new one. `lab.train` has the same learning rates. ::
 
         scheduler = RecoveryLR(CosineAnnealingLR(optimizer, T_max=1000))
         for step in range(1, 1001):

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lowrank_lab import factorize, optim, refactorize_, reset_momentum_
 from lowrank_lab.integrations.transformers import TechniquesCallback
 from lowrank_lab.layers import lora_layers, merge_
-from lowrank_lab.techniques import RecoveryLR
+from lowrank_lab.techniques import Periodic, RecoveryLR
 
 STEPS, BATCH, LENGTH, RECOVERY = 10, 4, 12, 2
 TARGET = r"_proj$"
@@ -122,6 +123,21 @@ def test_merges_are_those_of_a_plain_loop(tmp_path):
 
     plain_loop(other, of_other, its_scheduler, events)
     assert same(model, other)
+
+
+def test_a_loop_of_accelerate_has_the_weights_of_a_plain_loop():
+    model, *parts = built()
+    accelerator, periodic = Accelerator(cpu=True), Periodic(**ALL)
+    optimizer, scheduler = accelerator.prepare(*parts)
+    periodic.check(model, optimizer, scheduler)
+    plain_loop(
+        model, optimizer, scheduler,
+        lambda step: step < STEPS and periodic.apply_(model, optimizer, scheduler, step),
+    )  # fmt: skip
+    other, *its = built()
+    plain_loop(other, *its, lambda step: step < STEPS and periodic.apply_(other, *its, step))
+    assert same(model, other)
+    assert parts[1].state_dict() == its[1].state_dict()
 
 
 def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
