@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.techniques.states import unwrapped
 
 PLAIN = (int, float, str)
 # Attributes of every optimizer, and those that torch's schedulers and hooks add.
-USUAL = {*vars(torch.optim.SGD([torch.zeros(1)])), "_opt_called", "optimizers", "placements"}
+USUAL = {*vars(torch.optim.SGD([torch.zeros(1)])), "_opt_called", "optimizers"}
 
 
 class OutsideState:
@@ -58,12 +59,16 @@ _MISSING = object()
 def _attributes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     """Names and values of attributes: numbers as they are, tensors and containers as digests."""
     for place, inner in enumerate(unwrapped(optimizer)):
+        if isinstance(inner, ProjectedAdamW):  # whose states are complete
+            continue
         weights = {id(p) for group in inner.param_groups for p in group["params"]}
         for name, value in vars(inner).items():
             if name in USUAL or callable(value):
                 continue
-            plain = value is None or isinstance(value, PLAIN)
-            yield f"{place}.{name}", value if plain else _digest(value, weights)
+            if value is None or isinstance(value, PLAIN):
+                yield f"{place}.{name}", value
+            elif any(True for _ in _leaves(value)):
+                yield f"{place}.{name}", _digest(value, weights)
 
 
 def _digest(value: Any, weights: set[int]) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lowrank_lab import InputError, RunConfig, TrainingError, train
+from lowrank_lab import InputError, RunConfig, TrainingError, optim, train
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Combined
@@ -235,3 +235,18 @@ def test_a_run_whose_factors_are_no_longer_finite_stops_with_a_line(config, tmp_
         train(config("spoiling.Spoiling", **values), tmp_path / "run")
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert kept == ["step-00000002"]
+
+
+OURS = ("Apollo", "Fira", "GaLore", "GoLore", "Loro")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_optimizers_of_this_package_have_nothing_outside_their_states(name):
+    factors = [nn.Parameter(torch.randn(8, 3)), nn.Parameter(torch.randn(3, 6))]
+    optimizer = getattr(optim, name)([{"params": factors, "rank": 3}], lr=0.1)
+    outside = OutsideState(optimizer)
+    for _ in range(3):
+        for p in factors:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert outside.changed() == {"values": {}, "lost": []}
