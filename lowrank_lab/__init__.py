@@ -3,7 +3,8 @@
 from lowrank_lab import optim
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.cpu.onednn_matmul import fast_products
-from lowrank_lab.layers import factorize
+from lowrank_lab.layers import factorization, factorize, to_dense_
+from lowrank_lab.layers.pretrained import load_pretrained
 from lowrank_lab.methods.own import load_own_methods, register_method
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.simulate import simulate as simulate_memory
@@ -21,15 +22,18 @@ __all__ = [
     "RunConfig",
     "TrainingError",
     "__version__",
+    "factorization",
     "factorize",
     "fast_products",
     "load",
+    "load_pretrained",
     "load_runs",
     "optim",
     "refactorize_",
     "register_method",
     "reset_momentum_",
     "simulate_memory",
+    "to_dense_",
     "train",
 ]
 
