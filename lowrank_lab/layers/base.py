@@ -69,8 +69,9 @@ class FactorizedLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (m×n), computed in float64 and rounded once; by default to the dtype of the factors."""
-        parts = (t if t is None else t.double() for t in (self.B, self.A, self.other()))
-        return self.form(*parts).to(dtype or self.B.dtype)
+        other = self.other()
+        wide = None if other is None else other.double()
+        return self.form(self.B.double(), self.A.double(), wide).to(dtype or self.B.dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -40,9 +40,9 @@ def why_not(module: nn.Module) -> str | None:
         return f"{kind} is no nn.Linear ({shapes})"
     if hasattr(module, "parametrizations") or "weight" not in own:
         return "its weight is computed by a parametrisation or a hook"
-    if is_lazy(own["weight"]):
+    W: Any = own["weight"]
+    if is_lazy(W):
         return "its shape is unknown before the first call"
-    W = own["weight"]
     if not W.is_floating_point() or type(W.data) is not Tensor:
         return f"its weight is {W.dtype} in a {type(W).__name__}; real floating point is needed"
     if "forward" in vars(module):

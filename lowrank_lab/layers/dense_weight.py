@@ -7,7 +7,7 @@ with it. Gradients flow into the factors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ READ_DIRECTLY = frozenset(
 class Formable(Protocol):
     """A layer with factors B and A and, in some kinds, a third tensor."""
 
+    other_name: ClassVar[str]
     B: Any
     A: Any
 
@@ -51,7 +52,7 @@ class DenseWeight(Tensor):
     @staticmethod
     def detached(layer: Formable) -> DenseWeight:
         """The weight of a layer, without gradient."""
-        found: DenseWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        found: DenseWeight = Tensor._make_wrapper_subclass(
             DenseWeight, layer.weight_shape(), dtype=layer.B.dtype, device=layer.B.device
         )
         found.layer = layer
@@ -82,7 +83,7 @@ class DenseWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -107,7 +108,7 @@ def _refusal(weight: DenseWeight, what: str) -> ValueError:
     kind = type(weight.layer).__name__
     return ValueError(
         f"weight: writing to it ({what}) is not allowed; in {kind} it is computed: change B, A"
-        f"{' or ' + weight.layer.other_name if weight.layer.other_name else ''}"  # type: ignore[attr-defined]
+        f"{' or ' + weight.layer.other_name if weight.layer.other_name else ''}"
     )
 
 
@@ -130,6 +131,6 @@ class _Connected(torch.autograd.Function):
         ]
         with torch.enable_grad(), torch.autocast(G.device.type, enabled=False):
             W = ctx.layer.oriented(ctx.layer.form(*parts))
-        wanted = [p for p, need in zip(parts, needs, strict=True) if need]
+        wanted = [p for p, need in zip(parts, needs, strict=True) if p is not None and need]
         grads = iter(torch.autograd.grad(W, wanted, G))
         return None, *(next(grads) if need else None for need in needs)

@@ -40,7 +40,7 @@ class LoRALinear(FactorizedLinear):
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: nn.Linear,
         rank: int,
         alpha: float | None = None,
         init: Literal["kaiming"] = "kaiming",

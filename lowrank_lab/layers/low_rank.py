@@ -35,7 +35,7 @@ class LowRankLinear(FactorizedLinear):
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: nn.Linear,
         rank: int,
         alpha: float | None = None,
         init: Literal["kaiming", "spectral"] = "kaiming",

@@ -17,7 +17,7 @@ from torch import nn
 from lowrank_lab.layers.base import FactorizedLinear
 from lowrank_lab.layers.lora import LoRALinear
 from lowrank_lab.layers.replace import factorize
-from lowrank_lab.layers.spec import REFUSED_ATTENTION, QUANT_METHOD, record_
+from lowrank_lab.layers.spec import QUANT_METHOD, REFUSED_ATTENTION, record_
 
 
 def load_pretrained(folder: Path | str, model_class: Any = None, **options: Any) -> Any:
@@ -61,7 +61,8 @@ def register() -> None:
         """A `factorization`, as transformers passes it around."""
 
         def __init__(self, quant_method: str = QUANT_METHOD, **spec: Any) -> None:
-            self.quant_method, self.spec = quant_method, spec
+            self.quant_method = quant_method  # type: ignore[assignment, unused-ignore]
+            self.spec = spec
 
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": QUANT_METHOD, **self.spec}
@@ -82,7 +83,7 @@ def register() -> None:
             return config
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            _make_layers_(model, self.quantization_config.spec)
+            _make_layers_(model, vars(self.quantization_config)["spec"])
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -195,7 +195,7 @@ def _made(
 
 def _dense(layer: FactorizedLinear) -> nn.Module:
     """The dense layer for a factorised one."""
-    dense: nn.Module = layer.dense_class.__new__(layer.dense_class)
+    dense: Any = layer.dense_class.__new__(layer.dense_class)
     nn.Module.__init__(dense)
     parts = [p for p in (layer.B, layer.A, layer.other()) if p is not None]
     W = layer.oriented(layer.merged_weight()).contiguous()

@@ -45,7 +45,7 @@ class SLTrainLinear(FactorizedLinear):
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: nn.Linear,
         rank: int,
         alpha: float | None = None,
         sparsity: float = 0.03,
@@ -113,7 +113,7 @@ class SLTrainLinear(FactorizedLinear):
         return {name: value for name, value in vars(self).items() if name != "_plain"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._plain = self.indices
         self.indices = self.indices
 
@@ -123,7 +123,7 @@ class SLTrainLinear(FactorizedLinear):
         Positions on the meta device come back as they were, or from their seed.
         """
         before = self.indices
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.indices = self.indices  # results of `fn` are ordinary tensors
         device = self.indices.device
         if device.type == "meta":

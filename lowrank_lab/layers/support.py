@@ -33,7 +33,8 @@ class Positions(Tensor):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain_of(self).__reduce_ex__(protocol)  # files have ordinary tensors
+        # Files have ordinary tensors.
+        return plain_of(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def plain_of(positions: Tensor) -> Tensor:
