@@ -184,7 +184,7 @@ def warm(config):
 
 
 def test_the_dense_weights_train_during_the_warm_start_alone(warm):
-    W = {f"{n}.weight" for n in LAYERS}
+    W = {f"{n}.base_weight" for n in LAYERS}
     factors = {f"{n}.{f}" for n in LAYERS for f in "BA"}
     everything = set(warm.names)
     start = warm.weights()
@@ -195,7 +195,7 @@ def test_the_dense_weights_train_during_the_warm_start_alone(warm):
 
 
 def test_the_states_of_the_dense_weights_are_freed_after_the_warm_start(warm):
-    W = {f"{n}.weight" for n in LAYERS}
+    W = {f"{n}.base_weight" for n in LAYERS}
     factors = {f"{n}.{f}" for n in LAYERS for f in "BA"}
     assert set(warm.to(4).states()) == set(warm.names) - factors
     assert set(warm.to(5).states()) == set(warm.names) - factors - W
