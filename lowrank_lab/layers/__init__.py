@@ -15,7 +15,8 @@ from lowrank_lab.layers.lora import (
     train_dense_,
 )
 from lowrank_lab.layers.low_rank import LowRankLinear
-from lowrank_lab.layers.replace import factorize, skipped_layers, target_layers, to_dense_
+from lowrank_lab.layers.replace import factorize, target_layers, to_dense_
+from lowrank_lab.layers.skipped import skipped_layers
 from lowrank_lab.layers.sltrain import SLTrainLinear
 from lowrank_lab.layers.spec import KINDS, factorization
 

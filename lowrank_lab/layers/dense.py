@@ -21,6 +21,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return source is not None and isinstance(module, source.Conv1D)
 
 
+def is_dense(module: nn.Module) -> bool:
+    """Whether a module is a dense linear layer."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def dense_weight_of(linear: nn.Module) -> Tensor:
     """The weight (m×n: out×in) of an nn.Linear or Conv1D, not copied."""
     W: Any = linear.weight
@@ -33,9 +38,9 @@ def why_not(module: nn.Module) -> str | None:
 
     Also for modules that are no linear layers, but have a weight of two or more dimensions.
     """
-    kind, linear = type(module).__name__, isinstance(module, nn.Linear) or is_conv1d(module)
+    kind = type(module).__name__
     own = dict(module.named_parameters(recurse=False))
-    if not linear:
+    if not is_dense(module):
         shapes = ", ".join(f"{name} {_shape(p)}" for name, p in own.items() if p.ndim > 1)
         return f"{kind} is no nn.Linear ({shapes})"
     if hasattr(module, "parametrizations") or "weight" not in own:
@@ -62,7 +67,7 @@ def has_matrix(module: nn.Module) -> bool:
     """Whether a module has a weight of two or more dimensions and may be meant as linear."""
     if isinstance(module, NOT_LINEAR):
         return False
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    if is_dense(module):
         return True
     return any(p.ndim > 1 for p in module.parameters(recurse=False))
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lowrank_lab.config import TARGETS, nearest
 from lowrank_lab.layers.base import FactorizedLinear
-from lowrank_lab.layers.dense import has_matrix, is_conv1d, why_not
+from lowrank_lab.layers.dense import is_dense, why_not
 from lowrank_lab.layers.low_rank import LowRankLinear
+from lowrank_lab.layers.skipped import described_matches, listed, skipped_layers
 from lowrank_lab.layers.spec import KINDS, layers_of, record_
 from lowrank_lab.layers.trained import looks_trained
 
@@ -52,7 +53,7 @@ def factorize(
     has a `weight` for code that reads it: W, formed when it is used.
 
     A transformers model notes its factorisation in its config: what `save_pretrained` and the
-    Trainer save is loaded by `load_pretrained`.
+    Trainer save is loaded by `load_pretrained`. Pass the whole model for this, not a part of it.
 
     Args:
         model: any module; layers that are not linear stay as they are.
@@ -83,37 +84,19 @@ def factorize(
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if re.search(target, name) and _is_dense(module) and name not in skipped
+        if re.search(target, name) and is_dense(module) and name not in skipped
     ]
     if model in [m for _, m in found]:
         raise ValueError("model: a bare linear layer can't be replaced in place")
     if not found:
-        raise ValueError(
-            f"target: {target!r} matches no linear layer of the model{_matches(model, target)}"
-        )
+        instead = described_matches(model, target)
+        raise ValueError(f"target: {target!r} matches no linear layer of the model{instead}")
     _warn_trained(kind, [m for _, m in found], options)
     replaced = [(n, _made(model, n, m, kind, {"rank": rank, **options})) for n, m in found]
     _put(model, replaced)
     if skipped:
-        warnings.warn(f"target: left as they are: {_listed(skipped)}", stacklevel=2)
+        warnings.warn(f"target: left as they are: {listed(skipped)}", stacklevel=2)
     return model
-
-
-def skipped_layers(model: nn.Module, target: str = TARGETS) -> dict[str, str]:
-    """Modules that match `target` and have a matrix that `factorize` leaves dense, with the reason.
-
-    Embeddings, convolutions and norms don't count as meant.
-    """
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, FactorizedLinear) or inside or not has_matrix(module):
-            continue
-        names = [name, *(f"{name}.{p}" for p, _ in module.named_parameters(recurse=False))]
-        matched = any(re.search(target, n) for n in (names[:1] if _is_dense(module) else names))
-        if matched and (reason := why_not(module)):
-            found[name] = reason
-    return found
 
 
 def to_dense_(model: Model) -> Model:
@@ -137,10 +120,6 @@ def to_dense_(model: Model) -> Model:
     return model
 
 
-def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
 def _check_request(kind: str, rank: int | None, options: Mapping[str, Any]) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is not allowed; {nearest(kind, KINDS)}")
@@ -157,7 +136,7 @@ def _factorize_as(model: Model, spec: Mapping[str, Any]) -> Model:
     modules, replaced = dict(model.named_modules()), []
     for name, facts in layers_of(spec):
         module = modules.get(name)
-        if module is None or not _is_dense(module):
+        if module is None or not is_dense(module):
             what = "it has none" if module is None else f"it is a {type(module).__name__}"
             raise ValueError(f"layers: {name!r} is no linear layer of this model: {what}")
         if reason := why_not(module):
@@ -205,7 +184,8 @@ def _dense(layer: FactorizedLinear) -> nn.Module:
         dense.in_features, dense.out_features = layer.in_features, layer.out_features
     kept = vars(layer).keys() - set(layer.carried)
     _carry_over(layer, dense, kept)
-    return dense
+    found: nn.Module = dense
+    return found
 
 
 def _carry_over(source: nn.Module, to: nn.Module, own: Any) -> tuple[str, ...]:
@@ -247,24 +227,3 @@ def _warn_trained(kind: str, layers: list[nn.Module], options: Mapping[str, Any]
         f'away; {keep} (init="kaiming" if that is meant)',
         stacklevel=3,
     )
-
-
-def _matches(model: nn.Module, target: str) -> str:
-    """What a pattern matches instead of linear layers, in a few words."""
-    skipped = skipped_layers(model, target)
-    if skipped:
-        return f"; it matches {_listed(skipped)}"
-    others = [
-        f"{name} ({type(m).__name__})" for name, m in model.named_modules()
-        if name and re.search(target, name)
-    ]  # fmt: skip
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return f"; it matches {', '.join(others[:3])}{more}" if others else ""
-
-
-def _listed(skipped: Mapping[str, str]) -> str:
-    """Names by reason: `a, b (reason); c (another)`."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        reasons.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
