@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
 NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm)
@@ -48,8 +48,8 @@ def why_not(module: nn.Module) -> str | None:
     W: Any = own["weight"]
     if is_lazy(W):
         return "its shape is unknown before the first call"
-    if not W.is_floating_point() or type(W.data) is not Tensor:
-        return f"its weight is {W.dtype} in a {type(W).__name__}; real floating point is needed"
+    if not W.is_floating_point() or type(W.data) not in (Tensor, FakeTensor):
+        return f"its weight is {W.dtype} in a {type(W.data).__name__}"
     if "forward" in vars(module):
         return "its forward is replaced on the instance, e.g. by a hook of accelerate"
     base = nn.Linear if isinstance(module, nn.Linear) else type(module)
@@ -92,4 +92,4 @@ def _shape(p: Tensor) -> str:
 
 def is_fake_or_meta(t: Tensor) -> bool:
     """Whether a tensor has a shape but no values."""
-    return t.is_meta or isinstance(t, torch._subclasses.FakeTensor)
+    return t.is_meta or isinstance(t, FakeTensor)
