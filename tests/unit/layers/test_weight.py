@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from transformers import T5Config, T5ForConditionalGeneration
 
+from lowrank_lab.config import SIZES
 from lowrank_lab.layers import KINDS, FactorizedLinear, LoRALinear, factorize, to_dense_
+from lowrank_lab.models.llama import Llama
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -243,3 +246,28 @@ def test_a_dense_state_dict_loads_into_lora_layers_as_their_base():
     assert set(found.missing_keys) == {"A", "B"}
     assert not found.unexpected_keys
     assert torch.equal(layer.base_weight, dense.weight)
+
+
+@kinds
+def test_the_library_s_own_model_computes_its_loss_with_a_factorised_head(kind):
+    torch.manual_seed(0)
+    model = excited(Llama(SIZES["tiny"]), kind, rank=4)
+    dense, tokens = to_dense_(copy.deepcopy(model)), torch.randint(512, (2, 9))
+    ours, theirs = (m.loss(tokens[:, :-1], tokens[:, 1:]) for m in (model, dense))
+    torch.testing.assert_close(ours, theirs)
+    ours.backward(), theirs.backward()
+    head, G = model.lm_head, dense.lm_head.weight.grad
+    torch.testing.assert_close(head.B.grad, head.scale * G @ head.A.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.A.grad, head.scale * head.B.T @ G, rtol=1e-4, atol=1e-5)
+
+
+@kinds
+def test_it_has_a_shape_on_fake_and_meta_tensors(kind):
+    with FakeTensorMode():
+        layer = layer_of(kind)
+        F.linear(torch.ones(3, 6), layer.weight).sum().backward()
+        assert layer.A.grad.shape == (2, 6)
+    with torch.device("meta"):
+        layer = layer_of(kind)
+        assert layer.weight.is_meta
+        assert F.linear(torch.ones(3, 6), layer.weight).shape == (3, 5)
