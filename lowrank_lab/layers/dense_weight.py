@@ -7,13 +7,14 @@ with it. Gradients flow into the factors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
+
+from lowrank_lab.layers.association import without_autocast
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ class DenseWeight(Tensor):
     def formed(self) -> Tensor:
         """The product as an ordinary tensor, in the dtype of the factors."""
         layer = self.layer
-        with _without_autocast(layer.B.device.type):
+        with without_autocast(layer.B.device.type):
             return layer.oriented(layer.form(layer.B, layer.A, layer.other())).to(layer.B.dtype)
 
     @classmethod
@@ -105,11 +106,6 @@ class DenseWeight(Tensor):
             return weight.formed()
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    enabled = torch.is_autocast_enabled(device_type)  # there is no autocast on the meta device
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
-
-
 def _refusal(weight: DenseWeight, what: str) -> ValueError:
     kind = type(weight.layer).__name__
     return ValueError(
@@ -135,7 +131,7 @@ class _Connected(torch.autograd.Function):
             t if t is None else t.detach().requires_grad_(need)
             for t, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
-        with torch.enable_grad(), _without_autocast(G.device.type):
+        with torch.enable_grad(), without_autocast(G.device.type):
             W = ctx.layer.oriented(ctx.layer.form(*parts))
         wanted = [p for p, need in zip(parts, needs, strict=True) if p is not None and need]
         grads = iter(torch.autograd.grad(W, wanted, G))

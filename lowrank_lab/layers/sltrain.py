@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_lab.layers.association import autocast_dtype, cast, scaled_mm, weight_gradient
+from lowrank_lab.layers.association import (
+    autocast_dtype,
+    cast,
+    scaled_mm,
+    weight_gradient,
+    without_autocast,
+)
 from lowrank_lab.layers.base import FactorizedLinear, kaiming_
 from lowrank_lab.layers.dense import dense_weight_of, is_fake_or_meta, reset_linear_
 from lowrank_lab.layers.support import Positions, plain_of, random_support
@@ -175,7 +181,7 @@ class _SparsePlusLowRank(torch.autograd.Function):
         x, *kept, indices, W = ctx.saved_tensors
         needs_x, needs_B, needs_A, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = dB = dA = dvalues = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             B, A, values = (cast(t, ctx.dtype) for t in kept)
             dY = grad.reshape(-1, grad.shape[-1])
             if needs_B or needs_A or needs_values:  # G = dYᵀ · X, the gradient of W, once

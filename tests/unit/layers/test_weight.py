@@ -271,3 +271,7 @@ def test_it_has_a_shape_on_fake_and_meta_tensors(kind):
         layer = layer_of(kind)
         assert layer.weight.is_meta
         assert F.linear(torch.ones(3, 6), layer.weight).shape == (3, 5)
+        for tokens in (1, 1000):  # any order of products
+            x = torch.ones(tokens, 6, requires_grad=True)
+            layer(x).sum().backward()
+            assert (layer.A.grad.shape, x.grad.shape) == ((2, 6), x.shape)
