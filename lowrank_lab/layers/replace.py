@@ -84,7 +84,7 @@ def factorize(
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if re.search(target, name) and is_dense(module) and name not in skipped
+        if re.search(target, name) and is_dense(module) and why_not(module) is None
     ]
     if model in [m for _, m in found]:
         raise ValueError("model: a bare linear layer can't be replaced in place")
@@ -93,9 +93,9 @@ def factorize(
         raise ValueError(f"target: {target!r} matches no linear layer of the model{instead}")
     _warn_trained(kind, [m for _, m in found], options)
     replaced = [(n, _made(model, n, m, kind, {"rank": rank, **options})) for n, m in found]
-    _put(model, replaced)
     if skipped:
         warnings.warn(f"target: left as they are: {listed(skipped)}", stacklevel=2)
+    _put(model, replaced)
     return model
 
 

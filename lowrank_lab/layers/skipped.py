@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lowrank_lab.config import TARGETS
 from lowrank_lab.layers.base import FactorizedLinear
@@ -19,8 +20,8 @@ def skipped_layers(model: nn.Module, target: str = TARGETS) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, FactorizedLinear) or inside or not has_matrix(module):
+        known = isinstance(module, FactorizedLinear | ParametrizationList)
+        if known or not has_matrix(module):
             continue
         names = [name, *(f"{name}.{p}" for p, _ in module.named_parameters(recurse=False))]
         matched = any(re.search(target, n) for n in (names[:1] if is_dense(module) else names))

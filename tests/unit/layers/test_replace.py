@@ -135,6 +135,24 @@ def test_layers_that_are_left_as_they_are_are_named_with_the_reason(kind, reason
     assert reason in skipped_layers(model, r"^[023](\.down_proj)?$")["3"]
 
 
+def test_layers_within_a_module_that_is_left_are_replaced_or_named_themselves():
+    model = stack(nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2))
+    with_tensor_hook(model[4].out_proj)
+    with pytest.warns(UserWarning, match=r"3, 4 \(Multi.*; 4\.out_proj \(its weight has tensor"):
+        lab.factorize(model, rank=2, target=".")
+    assert isinstance(model[3].out_proj, LowRankLinear)
+    assert isinstance(model[4].out_proj, nn.Linear)
+
+
+def test_a_warning_as_an_error_leaves_the_model_as_it_was():
+    model = stack(Masked(8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="left as they are"):
+            lab.factorize(model, rank=2, target=".")
+    assert type(model[0]) is nn.Linear
+
+
 def test_embeddings_convolutions_and_norms_are_not_named():
     model = stack(nn.Embedding(4, 8), nn.Conv1d(2, 3, 3), nn.LayerNorm(8), nn.BatchNorm1d(8))
     assert not skipped_layers(model, ".")
