@@ -15,10 +15,11 @@ from lowrank_lab.layers.lora import (
     train_dense_,
 )
 from lowrank_lab.layers.low_rank import LowRankLinear
-from lowrank_lab.layers.replace import factorize, target_layers, to_dense_
+from lowrank_lab.layers.replace import factorize, to_dense_
 from lowrank_lab.layers.skipped import skipped_layers
 from lowrank_lab.layers.sltrain import SLTrainLinear
 from lowrank_lab.layers.spec import KINDS, factorization
+from lowrank_lab.layers.targets import target_layers
 
 __all__ = [
     "KINDS",

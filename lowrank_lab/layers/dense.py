@@ -17,13 +17,18 @@ NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNo
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is a Conv1D of transformers, which is not imported for the question."""
+    return isinstance(module, dense_kinds()[1:])
+
+
+def dense_kinds() -> tuple[type[nn.Module], ...]:
+    """nn.Linear, and Conv1D if transformers is in use."""
     source = sys.modules.get("transformers.pytorch_utils")
-    return source is not None and isinstance(module, source.Conv1D)
+    return (nn.Linear,) if source is None else (nn.Linear, source.Conv1D)
 
 
 def is_dense(module: nn.Module) -> bool:
     """Whether a module is a dense linear layer."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, dense_kinds())
 
 
 def dense_weight_of(linear: nn.Module) -> Tensor:

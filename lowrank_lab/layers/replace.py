@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lowrank_lab.config import TARGETS, nearest
 from lowrank_lab.layers.base import FactorizedLinear
-from lowrank_lab.layers.dense import is_dense, why_not
+from lowrank_lab.layers.dense import dense_kinds, is_dense, why_not
 from lowrank_lab.layers.low_rank import LowRankLinear
 from lowrank_lab.layers.skipped import described_matches, listed, skipped_layers
 from lowrank_lab.layers.spec import KINDS, layers_of, record_
+from lowrank_lab.layers.targets import matcher
 from lowrank_lab.layers.trained import looks_trained
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,15 +26,6 @@ CALL_HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
 )  # fmt: skip
-
-
-def target_layers(
-    model: nn.Module, target: str = TARGETS
-) -> Iterator[tuple[str, nn.Linear | FactorizedLinear]]:
-    """Names and modules of the linear or factorised layers that match `target`."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | FactorizedLinear) and re.search(target, name):
-            yield name, module
 
 
 def factorize(
@@ -60,7 +51,8 @@ def factorize(
         kind: one of `KINDS`: low-rank | lora | sltrain; or a `factorization`, without the other
             arguments: the same layers are made, for weights that are loaded afterwards.
         rank: r, at most min(m, n) of every layer that matches.
-        target: regular expression, searched in the full name of each layer.
+        target: regular expression, searched in the full name of each layer; or `all-linear`, every
+            layer but the head and those that share their weight (`targets.heads`).
         options: further arguments of the layer (`alpha`, `init`, …).
 
     Returns:
@@ -80,11 +72,12 @@ def factorize(
             raise ValueError("rank: with a factorisation no other argument is allowed")
         return _factorize_as(model, kind)
     _check_request(kind, rank, options)
+    matches = matcher(model, target, (*dense_kinds(), FactorizedLinear))
     skipped = skipped_layers(model, target)
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if re.search(target, name) and is_dense(module) and why_not(module) is None
+        if matches(name) and is_dense(module) and why_not(module) is None
     ]
     if model in [m for _, m in found]:
         raise ValueError("model: a bare linear layer can't be replaced in place")

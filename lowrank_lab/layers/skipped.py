@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lowrank_lab.config import TARGETS
+from lowrank_lab.config import ALL_LINEAR, TARGETS
 from lowrank_lab.layers.base import FactorizedLinear
-from lowrank_lab.layers.dense import has_matrix, is_dense, why_not
+from lowrank_lab.layers.dense import dense_kinds, has_matrix, is_dense, why_not
+from lowrank_lab.layers.targets import matcher
 
 
 def skipped_layers(model: nn.Module, target: str = TARGETS) -> dict[str, str]:
@@ -19,12 +20,16 @@ def skipped_layers(model: nn.Module, target: str = TARGETS) -> dict[str, str]:
     Embeddings, convolutions and norms don't count as meant.
     """
     found: dict[str, str] = {}
+    matches = matcher(model, target, (*dense_kinds(), FactorizedLinear))
     for name, module in model.named_modules():
         known = isinstance(module, FactorizedLinear | ParametrizationList)
         if known or not has_matrix(module):
             continue
         names = [name, *(f"{name}.{p}" for p, _ in module.named_parameters(recurse=False))]
-        matched = any(re.search(target, n) for n in (names[:1] if is_dense(module) else names))
+        if is_dense(module):
+            matched = matches(name)
+        else:
+            matched = target == ALL_LINEAR or any(map(matches, names))
         if matched and (reason := why_not(module)):
             found[name] = reason
     return found

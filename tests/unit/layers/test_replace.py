@@ -350,3 +350,12 @@ def test_keeping_trained_weights_or_asking_for_new_ones_is_silent(kind, options)
 
 def test_new_weights_are_replaced_in_silence():
     lab.factorize(stack(), rank=2, target=".")
+
+
+def test_all_linear_layers_have_conv1d_among_them_and_matrices_that_are_none_are_named():
+    model = stack(Experts(), Conv1D(8, 8), nn.Embedding(4, 8), nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match=r"^target: left as they are: 3 \(Experts is no"):
+        lab.factorize(model, rank=2, target="all-linear")
+    assert [type(m) is LowRankLinear for m in model] == [True, False, True, False, True] + 2 * [
+        False
+    ]
