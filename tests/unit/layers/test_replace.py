@@ -11,8 +11,11 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 import lowrank_lab as lab
+from lowrank_lab.config import TARGETS
 from lowrank_lab.layers import KINDS, FactorizedLinear, LowRankLinear, skipped_layers
 from lowrank_lab.layers.trained import ABOVE_RANDOM, above_random, looks_trained
+from lowrank_lab.methods.build import build_model
+from lowrank_lab.methods.resolve import resolve
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -359,3 +362,11 @@ def test_all_linear_layers_have_conv1d_among_them_and_matrices_that_are_none_are
     assert [type(m) is LowRankLinear for m in model] == [True, False, True, False, True] + 2 * [
         False
     ]
+
+
+@pytest.mark.parametrize("method", ["low-rank", "lora", "relora", "sltrain"])
+@pytest.mark.parametrize("target", [TARGETS, "."])
+def test_the_library_s_own_models_are_built_in_silence(method, target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_model(resolve(lab.RunConfig(model="tiny", method=method, target=target)))
