@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
 from lowrank_lab.config import RENAMED, InputError, RunConfig
 from lowrank_lab.studies.plain_yaml import read_value
+
+# Fields that are dictionaries: what they are options of, and their short flags.
+PAIRS = {
+    "method_options": ("method", "--option"),
+    "optimizer_options": ("optimizer", "--optimizer-option"),
+}
 
 
 def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,9 +23,10 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         flag, text = f"--{name.replace('_', '-')}", field.description or ""
         if field.annotation is bool:
             option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
-        elif name == "method_options":
-            text = "option of the method as NAME=VALUE; may be repeated"
-            option = click.option(flag, "--option", name, multiple=True, help=text)
+        elif name in PAIRS:
+            whose, short = PAIRS[name]
+            text = f"option of the {whose} as NAME=VALUE; may be repeated"
+            option = click.option(flag, short, name, multiple=True, help=text)
         else:
             if field.default is not None:
                 text += f" [default: {field.default}]"
@@ -40,12 +47,19 @@ def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
 
 def config_of(flags: dict[str, Any]) -> RunConfig:
     given = given_flags(flags)
+    for field in PAIRS.keys() & given.keys():
+        given[field] = _options(field, given[field])
+    return RunConfig(**given)
+
+
+def _options(field: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """The options of a field from texts NAME=VALUE."""
     options: dict[str, Any] = {}
-    for pair in given.pop("method_options", ()):
+    for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise InputError("method_options", pair, "must be NAME=VALUE")
+            raise InputError(field, pair, "must be NAME=VALUE")
         if name in options:
-            raise InputError("method_options", pair, f"{name} is given twice")
-        options[name] = read_value(value, f"method_options.{name}")
-    return RunConfig(**given, **({"method_options": options} if options else {}))
+            raise InputError(field, pair, f"{name} is given twice")
+        options[name] = read_value(value, f"{field}.{name}")
+    return options

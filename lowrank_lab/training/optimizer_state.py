@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.config import InputError
+from lowrank_lab.layers import current_name
 from lowrank_lab.optim.adam import is_quantized
 
 KINDS: dict[str, type] = {
@@ -170,7 +171,7 @@ class Decoder:
             if name == SHARED:
                 self._optimizer.state[cast(Any, key)] = self.decode(value, device)
                 continue
-            parameter = self._parameters[name]
+            parameter = self._parameters[name if name in self._parameters else current_name(name)]
             found = self.decode(value, parameter.device, place)
             self._optimizer.state[parameter][key] = found
 

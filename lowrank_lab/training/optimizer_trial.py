@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lowrank_lab.config import InputError, ResolvedConfig
-from lowrank_lab.methods.optimizers import adamw
+from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.methods.trial import stepped
 from lowrank_lab.training.optimizer_state import Encoder
 
 STEPS = 2
@@ -27,17 +27,7 @@ def try_optimizer(config: ResolvedConfig, device: torch.device) -> None:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         layer, embedding = nn.Linear(WIDTH, WIDTH, bias=False), nn.Embedding(2 * WIDTH, WIDTH)
         model = nn.ModuleList([layer, embedding, nn.RMSNorm(WIDTH)]).to(device, dtype)
-        targets, *rest = model.parameters()
-        optimizer = adamw([targets], [*rest], config)
-        try:
-            for _ in range(STEPS):
-                for parameter in model.parameters():
-                    parameter.grad = torch.randn_like(parameter)
-                optimizer.step()
-        except Exception as error:  # whatever a foreign class raises
-            reason = f"{type(error).__name__}: {error}"
-            allowed = f"it can't take a step as others do: {reason}"
-            raise InputError("optimizer", config.optimizer, allowed) from None
+        _, optimizer = stepped(config, model, STEPS)
     encoder = Encoder(model, optimizer)
     encoder.states()
     encoder.more()

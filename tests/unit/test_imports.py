@@ -21,8 +21,8 @@ HEAVY = (
 RECORDS = {
     "cpu/malloc.py", "memory", "paths.py", "analysis/spectra.py", "analysis/spectra_recorder.py",
     "runs", "training/checkpoint.py", "training/monitor.py", "training/optimizer_state.py",
-    "training/optimizer_trial.py", "training/peaks.py", "training/provenance.py",
-    "training/records.py", "training/trackers.py",
+    "training/optimizer_trial.py", "training/outside.py", "training/peaks.py",
+    "training/provenance.py", "training/records.py", "training/trackers.py",
 }  # fmt: skip
 
 

@@ -250,10 +250,10 @@ def test_a_run_with_it_goes_on_as_if_undisturbed(name, tmp_path, undisturbed):
 @pytest.mark.parametrize(
     ("optimizer", "options", "said"),
     [
-        (f"{__name__}.Closed", {}, "it can't take a step as others do: TypeError"),
+        (f"{__name__}.Closed", {}, "it can't step: TypeError"),
         (f"{__name__}.Handles", {}, "TextIOWrapper, which no checkpoint can have"),
         ("torch.optim.LBFGS", {}, "optimizer"),
-        (f"{OWN}.AdaHessian", {}, "it can't take a step as others do"),
+        (f"{OWN}.AdaHessian", {}, "it can't step"),
         (f"{OWN}.AliG", {}, "closure"),
         (f"{OWN}.SAM", {}, "base_optimizer"),
     ],
