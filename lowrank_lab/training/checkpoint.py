@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowrank_lab.config import InputError
 from lowrank_lab.training.optimizer_state import Decoder, Encoder
+from lowrank_lab.training.random_state import random_states, set_random_states
 
 SUMS = "SHA256SUMS"
 BEST = "best.json"  # beside the checkpoints: which of them is the best
@@ -101,7 +102,7 @@ def _write(
         "step": step, "optimizer": encoder.states(), "groups": encoder.groups(),
         "more": encoder.more(), "extra": extra,
     }  # fmt: skip
-    tensors |= {**encoder.tensors, **_random_states()}
+    tensors |= {**encoder.tensors, **random_states()}
     with warnings.catch_warnings():  # one process alone writes
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -198,23 +199,8 @@ def load(
         {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
     )
     Decoder(model, optimizer, tensors).load(facts)
-    _set_random_states(tensors)
+    set_random_states(tensors)
     return facts["step"], facts["extra"]
-
-
-def _random_states() -> dict[str, Tensor]:
-    """The states of torch's generators, which optimizers of one's own may draw from."""
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random/cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(tensors: dict[str, Tensor]) -> None:
-    if "random/cpu" in tensors:  # checkpoints of earlier versions have none
-        torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
 def _sum(path: Path) -> str:

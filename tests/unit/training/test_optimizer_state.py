@@ -1,11 +1,13 @@
 """Whatever an optimizer keeps comes back from a checkpoint; what can't is refused before work."""
 
 import math
+import random
 import sys
 import types
 from collections import deque
 from enum import Enum
 
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
@@ -146,6 +148,22 @@ CLASSES = sorted(
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_optimizer_of_a_package_goes_on_as_if_undisturbed(name, tmp_path):
     ours, theirs = resumed(lambda p: getattr(pytorch_optimizer, name)(p, lr=1e-3), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class Chancy(torch.optim.SGD):
+    """Draws from the global generators of torch, numpy and Python."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                drawn = random.gauss(0, 1) + np.random.normal() + np.random.random()
+                p.add_(p.grad * drawn * torch.rand(()), alpha=-group["lr"])
+
+
+def test_an_optimizer_that_draws_from_any_global_generator_goes_on_with_the_same_numbers(tmp_path):
+    ours, theirs = resumed(lambda p: Chancy(p, lr=0.1), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
