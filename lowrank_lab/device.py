@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,3 +40,12 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
     if t.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A block in which autocast is off; nothing to do for the meta device, which has none.
+
+    Not within a backward pass that Dynamo traces: what it traces afterwards would see it.
+    """
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()

@@ -20,7 +20,10 @@ from lowrank_lab.methods.optimizers import (
 )
 from lowrank_lab.methods.options import at_width
 from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.trial import check_events, check_per_layer, check_sharded
 from lowrank_lab.models.llama import Llama
+
+WORDS = {"no": False, "off": False, "on": True, "yes": True}  # of YAML 1.1, where a flag is meant
 
 
 def resolve(config: RunConfig) -> ResolvedConfig:
@@ -83,23 +86,35 @@ def _check_optimizer(config: RunConfig, method: Method) -> None:
             allowed = f"{method.name} brings an optimizer of its own"
             raise InputError("optimizer", config.optimizer, allowed)
         import_optimizer(config.optimizer)
+        for name, value in config.optimizer_options.items():
+            if str(value).lower() in WORDS:  # a class would take any text for true
+                allowed = "true or false, or another word for text"
+                raise InputError(f"optimizer_options.{name}", value, allowed)
         if "lr" in config.optimizer_options:
             allowed = "lr is a field of the run; the schedule sets it"
             raise InputError("optimizer_options", config.optimizer_options, allowed)
     elif config.optimizer_options:
         raise InputError("optimizer_options", config.optimizer_options, "needs an optimizer")
     own = config.optimizer is not None and config.optimizer not in ADAMS
-    if own and "merge_every" in method.options:
-        allowed = f"{method.name} resets moments, and its bias correction isn't known"
-        raise InputError("optimizer", config.optimizer, allowed)
     one_count = method.optimizer in (adamw, adamw_8bit) and config.reset_how == "scale"
-    if config.reset_every and one_count and config.reset_moments != "both":
+    if config.reset_every and one_count and not own and config.reset_moments != "both":
         allowed = "torch's AdamW has one step count for both moments; both, or prune them"
         raise InputError("reset_moments", config.reset_moments, allowed)
-    if own and (config.reset_every or config.on_refactor != "keep"):
-        name = "reset_every" if config.reset_every else "on_refactor"
-        allowed = f"the bias correction of {config.optimizer} isn't known"
-        raise InputError(name, getattr(config, name), allowed)
+    if own:
+        check_events(config, _merge_of(config, method))
+        if config.per_layer:
+            check_per_layer(config)
+        if config.parallel == "fsdp2":
+            check_sharded(config)
+
+
+def _merge_of(config: RunConfig, method: Method) -> tuple[str, float] | None:
+    """What the merges of ReLoRA do to the moments, and to which share; None without merges."""
+    if "merge_every" not in method.options:
+        return None
+    names = ("merge_moments", "merge_share")
+    how, share = (config.method_options.get(n, method.options[n].default) for n in names)
+    return how, share
 
 
 def _check_precision(config: RunConfig, method: Method) -> None:
@@ -153,14 +168,16 @@ def _target_shapes(size: Size, target: str) -> tuple[tuple[str, int, int], ...]:
 
 
 def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any]) -> dict[str, Any]:
+    given = {n: v for n, v in config.method_options.items() if v is not None}
     for name, value in config.method_options.items():
         if name not in method.options:
             known = nearest(name, method.options)
             raise InputError("method_options", name, f"{method.name} has no such option; {known}")
         option = method.options[name]
+        if option.allowed == "true or false" and str(value).lower() in WORDS:
+            given[name] = value = WORDS[value.lower()]
         if value is not None and not option.check(value):
             raise InputError(f"method_options.{name}", value, f"must be {option.allowed}")
-    given = {n: v for n, v in config.method_options.items() if v is not None}
     width = config.size.hidden_size
     options = {n: at_width(o.default, width) for n, o in method.options.items()} | given
     for name, value in options.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.projection import (
     check_projection,
@@ -18,12 +19,12 @@ from lowrank_lab.optim.projection import (
     load_projections,
     project_back_add_,
     projected_gradient,
+    projected_shapes,
     refresh_sharded_,
-    sides,
     store_projections_,
     unprojected_dim,
 )
-from lowrank_lab.optim.subspaces import Projections
+from lowrank_lab.optim.subspaces import Projections, sides
 
 
 class GoLore(ProjectedAdamW):
@@ -57,6 +58,9 @@ class GoLore(ProjectedAdamW):
         check_projection(group)
         for key in ("switch", "seed"):
             require_int(key, group[key], 0)
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         no_svd = group["refresh"] == "gram" or group["switch"] == 0

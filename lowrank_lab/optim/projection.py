@@ -22,32 +22,21 @@ from lowrank_lab.distributed import Placement
 from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
 from lowrank_lab.optim.subspaces import (
     Projections,
-    Sides,
     align_signs,
     gram_subspaces,
     leading_eigenvectors,
     leading_subspaces,
     randomized_subspaces,
+    sides,
 )
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 REFRESHES = ("svd", "randomized", "gram")
-
-
-def sides(proj_type: str, shape: tuple[int, ...]) -> Sides:
-    """The sides of an m×n gradient that are projected. `std` projects the shorter side."""
-    tall = shape[0] >= shape[1]
-    return {
-        "std": (not tall, tall),
-        "reverse_std": (tall, not tall),
-        "left": (True, False),
-        "right": (False, True),
-        "full": (True, True),
-    }[proj_type]
 
 
 def unprojected_dim(group: dict[str, Any], shape: torch.Size) -> int | None:
@@ -139,6 +128,20 @@ def gather_projections(shards: Projections, placement: Placement) -> Projections
     """Full projections from the rows that each process stores."""
     left, right = (None if P is None else placement.all_gather(P) for P in shards)
     return left, right
+
+
+def projected_shapes(group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+    """Shapes of the moments and projections of an m×n matrix; none in a group without `rank`."""
+    if "rank" not in group:
+        return {}
+    (m, n), r = shape, group["rank"]
+    left, right = sides(group["proj_type"], shape)
+    projected = (r if left else m, r if right else n)
+    shapes: Shapes = {"exp_avg": projected, "exp_avg_sq": projected}
+    if group.get("store_projection", True):
+        shapes |= {"projection_left": (m, r)} if left else {}
+        shapes |= {"projection_right": (n, r)} if right else {}
+    return shapes
 
 
 def project(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

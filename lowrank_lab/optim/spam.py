@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.optim.adam import adam_moments, adam_update_
 from lowrank_lab.optim.base import SEED_STRIDE
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require, require_int
 from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.optim.uniform import UniformAdam
@@ -61,6 +62,8 @@ class Spam(UniformAdam):
         ValueError: a value out of range or an unknown key of a group.
     """
 
+    loads_from: ClassVar[tuple[str, ...]] = ("pytorch_optimizer.SPAM",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -88,6 +91,12 @@ class Spam(UniformAdam):
         for key in ("warmup", "grad_accu_steps"):
             require_int(key, group[key], 0)
         require("density", group["density"], 0 < group["density"] <= 1, "in (0, 1]")
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        if group["density"] == 1 or len(shape) != 2:
+            return super().state_shapes(group, shape)
+        trained = (_count(torch.Size(shape), group["density"]),)
+        return super().state_shapes(group, trained) | {"mask": shape}
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
