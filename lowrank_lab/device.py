@@ -45,7 +45,8 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """A block in which autocast is off; nothing to do for the meta device, which has none.
 
-    Not within a backward pass that Dynamo traces: what it traces afterwards would see it.
+    Compiled code has its dtypes from the time of tracing. There the block does nothing: within a
+    backward pass, Dynamo would keep autocast off in all that it traces afterwards.
     """
-    available = torch.amp.is_autocast_available(device)
+    available = torch.amp.is_autocast_available(device) and not torch.compiler.is_compiling()
     return torch.autocast(device, enabled=False) if available else nullcontext()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_lab.device import autocast_dtype
+from lowrank_lab.device import autocast_dtype, without_autocast
 
 # factors: W is never formed; weight: W for Y and dX; gradient: W, and G for dB and dA as well
 Association = Literal["factors", "weight", "gradient"]
@@ -95,20 +95,21 @@ class _ThroughWeight(torch.autograd.Function):
         needs_x, needs_B, needs_A, needs_base, needs_bias, *_ = ctx.needs_input_grad
         dx = dB = dA = dbase = None
         scale = ctx.scale
-        x, B, A, base = (cast(t, ctx.dtype) for t in ctx.saved_tensors)
-        dY, X = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        if ctx.association == "gradient" and (needs_B or needs_A):
-            G = weight_gradient(dY, X)
-            dB = scaled_mm(scale, G, A.T) if needs_B else None
-            dA = scaled_mm(scale, B.T, G) if needs_A else None
-            dbase = G if needs_base else None
-            del G  # before W and dX take memory
-        else:
-            dB = scaled_mm(scale, dY.T, X @ A.T) if needs_B else None
-            dA = scaled_mm(scale, (dY @ B).T, X) if needs_A else None
-            dbase = weight_gradient(dY, X) if needs_base else None
-        if needs_x:
-            dx = grad @ _weight(B, A, base, scale)
+        with without_autocast(grad.device.type):
+            x, B, A, base = (cast(t, ctx.dtype) for t in ctx.saved_tensors)
+            dY, X = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+            if ctx.association == "gradient" and (needs_B or needs_A):
+                G = weight_gradient(dY, X)
+                dB = scaled_mm(scale, G, A.T) if needs_B else None
+                dA = scaled_mm(scale, B.T, G) if needs_A else None
+                dbase = G if needs_base else None
+                del G  # before W and dX take memory
+            else:
+                dB = scaled_mm(scale, dY.T, X @ A.T) if needs_B else None
+                dA = scaled_mm(scale, (dY @ B).T, X) if needs_A else None
+                dbase = weight_gradient(dY, X) if needs_base else None
+            if needs_x:
+                dx = grad @ _weight(B, A, base, scale)
         return dx, dB, dA, dbase, dY.sum(0) if needs_bias else None, None, None, None
 
 

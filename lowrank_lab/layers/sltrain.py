@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_lab.device import autocast_dtype
+from lowrank_lab.device import autocast_dtype, without_autocast
 from lowrank_lab.layers.association import cast, scaled_mm, weight_gradient
 from lowrank_lab.layers.base import FactorizedLinear, kaiming_
 from lowrank_lab.layers.dense import dense_weight_of, is_fake_or_meta, reset_linear_
@@ -176,16 +176,17 @@ class _SparsePlusLowRank(torch.autograd.Function):
         x, *kept, indices, W = ctx.saved_tensors
         needs_x, needs_B, needs_A, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = dB = dA = dvalues = None
-        B, A, values = (cast(t, ctx.dtype) for t in kept)
-        dY = grad.reshape(-1, grad.shape[-1])
-        if needs_B or needs_A or needs_values:  # G = dYᵀ · X, the gradient of W, once
-            G = weight_gradient(dY, cast(x, ctx.dtype).reshape(-1, x.shape[-1]))
-            dB = scaled_mm(ctx.scale, G, A.T) if needs_B else None  # dB = scale · G · Aᵀ
-            dA = scaled_mm(ctx.scale, B.T, G) if needs_A else None  # dA = scale · Bᵀ · G
-            dvalues = _entries(G, indices) if needs_values else None
-            del G  # before W and dX take memory
-        if needs_x:  # dX = dY · W
-            dx = grad @ (_weight(B, A, values, indices, ctx.scale) if W is None else W)
+        with without_autocast(grad.device.type):
+            B, A, values = (cast(t, ctx.dtype) for t in kept)
+            dY = grad.reshape(-1, grad.shape[-1])
+            if needs_B or needs_A or needs_values:  # G = dYᵀ · X, the gradient of W, once
+                G = weight_gradient(dY, cast(x, ctx.dtype).reshape(-1, x.shape[-1]))
+                dB = scaled_mm(ctx.scale, G, A.T) if needs_B else None  # dB = scale · G · Aᵀ
+                dA = scaled_mm(ctx.scale, B.T, G) if needs_A else None  # dA = scale · Bᵀ · G
+                dvalues = _entries(G, indices) if needs_values else None
+                del G  # before W and dX take memory
+            if needs_x:  # dX = dY · W
+                dx = grad @ (_weight(B, A, values, indices, ctx.scale) if W is None else W)
         return dx, dB, dA, dvalues, dY.sum(0) if needs_bias else None, None, None, None, None
 
 
