@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.placements import REPLICATED, Placement
 
 # B A counts as rank-deficient if its smallest singular value is less than this share of the
 # largest.

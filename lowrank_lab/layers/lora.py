@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.layers.association import autocast_dtype, linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear
+from lowrank_lab.placements import REPLICATED, Placement
 
 
 class LoRALinear(FactorizedLinear):

@@ -7,15 +7,14 @@ decay is decoupled and applied *after* the update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.dtensors import Layout, is_dtensor, layout_of, local_part, redistributed
 from lowrank_lab.optim.adam import (
     PRECISIONS,
     adam_direction,
@@ -28,6 +27,7 @@ from lowrank_lab.optim.adam import (
     to_state_precision,
 )
 from lowrank_lab.optim.checks import require, require_adam, require_int, require_known_keys
+from lowrank_lab.placements import REPLICATED, Placement
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
@@ -52,8 +52,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
-    # Placements of the parameters that are in shards, and of the one that is being updated.
-    placements: Mapping[Tensor, Placement] = MappingProxyType({})
+    # The parameter that is being updated, and how the processes share its update.
+    param: Tensor
     placement: Placement = REPLICATED
 
     def __init__(
@@ -110,15 +110,16 @@ class ProjectedAdamW(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device, copy=True)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        """The dimension along which a parameter of `group` may be sharded; None: not at all.
+        """The dimension along which a DTensor of `group` is updated in shards; None: not at all.
 
         `update_` then receives local shards of W, G and the moments, and uses `self.placement` for
-        everything that depends on the full matrix. By default it needs the full matrix.
+        everything that depends on the full matrix. ANY_DIM stands for updates entry by entry. By
+        default `update_` needs the full matrix, which all ranks gather.
         """
         return None
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Work shared between several sharded parameters, before `update_` of each."""
+        """Work shared between several DTensors, before `update_` of each."""
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
@@ -147,23 +148,49 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
         if "rank" in group:
-            self.prepare_sharded_([p for p in params if p in self.placements], group)
+            if sharded := [p for p in params if is_dtensor(p)]:
+                self.prepare_sharded_(sharded, group)
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
         # `_update_target` has decayed those that are rounded stochastically.
         decayed = [p for p in params if not rounds_stochastically(p, group)]
         if group["weight_decay"] > 0 and decayed:
-            torch._foreach_mul_(decayed, 1.0 - group["lr"] * group["weight_decay"])
+            parts = list(map(local_part, decayed))
+            torch._foreach_mul_(parts, 1.0 - group["lr"] * group["weight_decay"])
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
-            assert p.grad is not None
             state = self._advanced_state(p, group)
-            self.placement = self.placements.get(p, REPLICATED)
-            with self._update_target(p, state, group) as W:
-                self.update_(W, p.grad, state, group, bias_corrected_lr(state, group))
+            with self.local_parts(p, group) as (target, G, parts):
+                with self._update_target(target, parts, group) as W:
+                    self.update_(W, G, parts, group, bias_corrected_lr(state, group))
             state["step"] += 1
+
+    @contextmanager
+    def local_parts(
+        self, p: Tensor, group: dict[str, Any], in_full: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """W, G and the state of p as plain tensors, to be changed in place within the block.
+
+        They are those of p itself, or of its layout (`shard_dim`; `in_full`: gathered).
+        """
+        assert p.grad is not None
+        state = self.state[p]
+        self.param, self.placement = p, REPLICATED
+        if not is_dtensor(p):
+            yield p, p.grad, state
+            return
+        layout = self.layout(p, group, in_full)
+        self.placement = layout.placement
+        W, parts = layout.load(p), layout.load_states(state)
+        yield W, layout.load(p.grad), parts
+        layout.store_states_(state, parts)
+        layout.write_(W)
+
+    def layout(self, p: Any, group: dict[str, Any], in_full: bool = False) -> Layout:
+        """How a DTensor of a group is updated."""
+        return layout_of(p, None if in_full else self.shard_dim(group, p.shape))
 
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of p, with the weights of its moments advanced by one step."""
@@ -176,15 +203,22 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self, p: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> Iterator[Tensor]:
         """The tensor that an update changes: p, or a float32 copy that is rounded into p."""
+        part = local_part(p)
         if not rounds_stochastically(p, group):
-            yield p
+            yield part
             return
-        W = p.float()
+        W = part.float()
         yield W
         W.mul_(1.0 - group["lr"] * group["weight_decay"])
-        seed = (param_index(self, state) * SEED_STRIDE + state["step"]) % 2**63
-        p.copy_(stochastic_round(W, seed))
+        part.copy_(stochastic_round(W, self._rounding_noise(part, state["step"])))
 
+    def _rounding_noise(self, part: Tensor, step: int) -> Tensor:
+        """16 random bits per entry of the current parameter, the same with any number of ranks."""
+        seed = (param_index(self, self.param) * SEED_STRIDE + step) % 2**63
+        noise = random_bits(self.param.shape, seed, part.device)
+        if not is_dtensor(self.param) or part.shape == self.param.shape:
+            return noise
+        placements = self.layout(self.param)
     def adam_direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
         N = self.buffer("direction", R.shape, R)

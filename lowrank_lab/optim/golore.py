@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.projection import (
@@ -24,6 +23,7 @@ from lowrank_lab.optim.projection import (
     unprojected_dim,
 )
 from lowrank_lab.optim.subspaces import Projections
+from lowrank_lab.placements import REPLICATED, Placement
 
 
 class GoLore(ProjectedAdamW):

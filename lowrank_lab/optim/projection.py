@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lowrank_lab import distributed
-from lowrank_lab.distributed import Placement
 from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
@@ -32,6 +31,7 @@ from lowrank_lab.optim.subspaces import (
     leading_subspaces,
     randomized_subspaces,
 )
+from lowrank_lab.placements import Placement
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 ONE_SIDED = ("std", "reverse_std", "left", "right")

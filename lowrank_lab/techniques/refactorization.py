@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.distributed import REPLICATED, Placement
 from lowrank_lab.layers import Balance, FactorizedLinear, balance, imbalance
 from lowrank_lab.layers.balance import RANK_TOLERANCE, value_of
+from lowrank_lab.placements import REPLICATED, Placement
 from lowrank_lab.techniques.momentum import reset_momentum_, transport_moments_
 
 

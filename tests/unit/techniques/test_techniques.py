@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank_lab import factorize, refactorize_, reset_momentum_
-from lowrank_lab.distributed import Replicated
 from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.optim import Fira, GaLore
+from lowrank_lab.placements import Replicated
 
 SHAPES = [
     (64, 48, 1),
