@@ -97,11 +97,11 @@ class Apollo(ProjectedAdamW):
         require_int("seed", group["seed"], 0)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return None if group["proj"] == "svd" else unprojected_dim(group, shape)
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        if group["proj"] == "gram":
-            refresh_sharded_(self, params, group)
+        if group["proj"] != "random":
+            refresh_sharded_(self, params, group | {"refresh": group["proj"]})
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
@@ -132,7 +132,7 @@ class Apollo(ProjectedAdamW):
             return get_projections(self, state, G, group | {"refresh": group["proj"]})
         due = state["step"] % group["update_proj_gap"] == 0
         if "seed" not in state:
-            state["seed"] = (group["seed"] * SEED_STRIDE + param_index(self, state)) % 2**63
+            state["seed"] = (group["seed"] * SEED_STRIDE + param_index(self, self.param)) % 2**63
         elif due:
             state["seed"] = next_seed(state["seed"])
         shape, rank = self.placement.global_shape(G), group["rank"]
@@ -146,7 +146,7 @@ class Apollo(ProjectedAdamW):
             if due or name not in state:
                 P = random_projection(G, side, rank, left, state["seed"])
                 state[name] = self.placement.local_shard(P)
-            P = self.placement.all_gather(state[name])
+            P = self.placement.all_gather(state[name], length=side)
         return (P, None) if left else (None, P)
 
 

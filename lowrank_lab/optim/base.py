@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from lowrank_lab.dtensors import Layout, is_dtensor, layout_of, local_part, redistributed
+from lowrank_lab.dtensors import (
+    ANY_DIM,
+    Layout,
+    is_dtensor,
+    layout_of,
+    local_gradient,
+    local_part,
+    part_of,
+)
 from lowrank_lab.optim.adam import (
     PRECISIONS,
     adam_direction,
@@ -22,6 +30,7 @@ from lowrank_lab.optim.adam import (
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
+    random_bits,
     rounds_stochastically,
     stochastic_round,
     to_state_precision,
@@ -54,7 +63,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
     # The parameter that is being updated, and how the processes share its update.
     param: Tensor
+    layout: Layout | None = None
     placement: Placement = REPLICATED
+    refreshed: dict[Tensor, Any]  # new projections of DTensors, within a step
 
     def __init__(
         self,
@@ -137,6 +148,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.refreshed = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
@@ -148,7 +160,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
         if "rank" in group:
-            if sharded := [p for p in params if is_dtensor(p)]:
+            if sharded := [cast("Tensor", p) for p in params if is_dtensor(p)]:
                 self.prepare_sharded_(sharded, group)
             self._update_each_(params, group)
         else:
@@ -162,35 +174,33 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             state = self._advanced_state(p, group)
-            with self.local_parts(p, group) as (target, G, parts):
-                with self._update_target(target, parts, group) as W:
-                    self.update_(W, G, parts, group, bias_corrected_lr(state, group))
+            dim = self.shard_dim(group, p.shape)
+            with (
+                self.plain_parts(p, dim) as (part, G, parts),
+                self._update_target(part, state["step"], group) as W,
+            ):
+                self.update_(W, G, parts, group, bias_corrected_lr(state, group))
             state["step"] += 1
 
     @contextmanager
-    def local_parts(
-        self, p: Tensor, group: dict[str, Any], in_full: bool = False
+    def plain_parts(
+        self, p: Tensor, dim: int | None
     ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """W, G and the state of p as plain tensors, to be changed in place within the block.
+        """W, G and the state of p as plain tensors, which the block changes in place.
 
-        They are those of p itself, or of its layout (`shard_dim`; `in_full`: gathered).
+        They are those of p itself, or of a DTensor's layout (`layout_of`).
         """
         assert p.grad is not None
-        state = self.state[p]
-        self.param, self.placement = p, REPLICATED
-        if not is_dtensor(p):
+        state, layout = self.state[p], layout_of(p, dim) if is_dtensor(p) else None
+        self.param, self.layout = p, layout
+        self.placement = REPLICATED if layout is None else layout.placement
+        if layout is None:
             yield p, p.grad, state
             return
-        layout = self.layout(p, group, in_full)
-        self.placement = layout.placement
-        W, parts = layout.load(p), layout.load_states(state)
-        yield W, layout.load(p.grad), parts
+        W, G, parts = layout.load(), layout.gradient(), layout.load_states(state)
+        yield W, G, parts
         layout.store_states_(state, parts)
         layout.write_(W)
-
-    def layout(self, p: Any, group: dict[str, Any], in_full: bool = False) -> Layout:
-        """How a DTensor of a group is updated."""
-        return layout_of(p, None if in_full else self.shard_dim(group, p.shape))
 
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of p, with the weights of its moments advanced by one step."""
@@ -199,26 +209,21 @@ class ProjectedAdamW(torch.optim.Optimizer):
         return state
 
     @contextmanager
-    def _update_target(
-        self, p: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> Iterator[Tensor]:
-        """The tensor that an update changes: p, or a float32 copy that is rounded into p."""
-        part = local_part(p)
-        if not rounds_stochastically(p, group):
+    def _update_target(self, part: Tensor, step: int, group: dict[str, Any]) -> Iterator[Tensor]:
+        """The tensor that an update changes: `part`, or a float32 copy that is rounded into it."""
+        if not rounds_stochastically(part, group):
             yield part
             return
         W = part.float()
         yield W
         W.mul_(1.0 - group["lr"] * group["weight_decay"])
-        part.copy_(stochastic_round(W, self._rounding_noise(part, state["step"])))
-
-    def _rounding_noise(self, part: Tensor, step: int) -> Tensor:
-        """16 random bits per entry of the current parameter, the same with any number of ranks."""
+        # The bits are those of the full matrix: the same ones for any number of processes.
         seed = (param_index(self, self.param) * SEED_STRIDE + step) % 2**63
-        noise = random_bits(self.param.shape, seed, part.device)
-        if not is_dtensor(self.param) or part.shape == self.param.shape:
-            return noise
-        placements = self.layout(self.param)
+        bits = random_bits(self.param.shape, seed, part.device)
+        if self.layout is not None:
+            bits = part_of(bits, self.layout.p, self.layout.placements)
+        part.copy_(stochastic_round(W, bits))
+
     def adam_direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
         N = self.buffer("direction", R.shape, R)
@@ -248,10 +253,10 @@ class ProjectedAdamW(torch.optim.Optimizer):
         for (_, _, step_size), batch in batches.items():
             states = [self.state[p] for p in batch]
             adam_update_(
-                batch,
-                [p.grad for p in batch if p.grad is not None],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
+                list(map(local_part, batch)),
+                list(map(local_gradient, batch)),
+                [local_part(s["exp_avg"]) for s in states],
+                [local_part(s["exp_avg_sq"]) for s in states],
                 step_size=step_size,
                 betas=group["betas"],
                 eps=group["eps"],
@@ -260,12 +265,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW one by one, for float32 moments or stochastic rounding of bfloat16 weights."""
         for p in params:
-            assert p.grad is not None
             state = self._advanced_state(p, group)
-            g = to_state_precision(p.grad, group)
-            N = adam_direction(g, state, group["betas"], group["eps"])
-            with self._update_target(p, state, group) as W:
-                W.add_(N, alpha=-bias_corrected_lr(state, group))
+            with self.plain_parts(p, ANY_DIM) as (part, G, parts):
+                g = to_state_precision(G, group)
+                N = adam_direction(g, parts, group["betas"], group["eps"])
+                with self._update_target(part, state["step"], group) as W:
+                    W.add_(N, alpha=-bias_corrected_lr(state, group))
             state["step"] += 1
 
 
@@ -278,7 +283,14 @@ def check_last_group(optimizer: ProjectedAdamW) -> None:
         raise
 
 
-def param_index(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
-    """The number, from 1, of a state's parameter among all parameters of the optimizer."""
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    return next(i for i, p in enumerate(params, 1) if optimizer.state.get(p) is state)
+def param_index(optimizer: torch.optim.Optimizer, p: Tensor) -> int:
+    """The number, from 1, of a parameter among all parameters of the optimizer."""
+    # Searched for once, not for each parameter, which would take the square of their number.
+    sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+    known_sizes, known = optimizer.__dict__.get("_indices", ((), {}))
+    if sizes != known_sizes or p not in known:
+        params = (q for group in optimizer.param_groups for q in group["params"])
+        known = {q: i for i, q in enumerate(params, 1)}
+        optimizer.__dict__["_indices"] = sizes, known
+    index: int = known[p]
+    return index

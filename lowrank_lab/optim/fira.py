@@ -52,7 +52,7 @@ class Fira(ProjectedAdamW):
         check_projection(group, ONE_SIDED)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected_dim(group, shape) if group["refresh"] == "gram" else None
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         refresh_sharded_(self, params, group)

@@ -45,7 +45,7 @@ class GaLore(ProjectedAdamW):
         check_projection(group)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected_dim(group, shape) if group["refresh"] == "gram" else None
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         refresh_sharded_(self, params, group)

@@ -59,8 +59,7 @@ class GoLore(ProjectedAdamW):
             require_int(key, group[key], 0)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        no_svd = group["refresh"] == "gram" or group["switch"] == 0
-        return unprojected_dim(group, shape) if no_svd else None
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         before = [p for p in params if self.state[p].get("step", 0) < group["switch"]]
@@ -84,7 +83,7 @@ class GoLore(ProjectedAdamW):
         step = state["step"]
         if step % group["update_proj_gap"] == 0 and step >= group["switch"]:
             shape = self.placement.global_shape(G)
-            keys = [(group["seed"], param_index(self, state), step, side) for side in range(2)]
+            keys = [(group["seed"], param_index(self, self.param), step, side) for side in range(2)]
             left, right = (
                 self.placement.local_shard(
                     random_orthonormal(G, shape[side], group["rank"], keys[side])
@@ -94,7 +93,7 @@ class GoLore(ProjectedAdamW):
                 for side, projects in enumerate(sides(group["proj_type"], shape))
             )
             store_projections_(state, (left, right), G.dtype)
-            return gather_projections(load_projections(state), self.placement)
+            return gather_projections(load_projections(state), shape, self.placement)
         return get_projections(self, state, G, group)
 
 

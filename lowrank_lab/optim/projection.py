@@ -5,19 +5,23 @@ columns; the projected gradient is Lᵀ G, G R, or Lᵀ G R with both. They are 
 optimizer's state, `projection_left` and `projection_right`, so that checkpoints and byte counts
 include them.
 
-A sharded matrix (`ProjectedAdamW.placements`) is sharded along the side that isn't projected. Each
-process computes its shard of G R or Lᵀ G, of Adam's moments and of the update without the others.
-It also stores its rows of L or R, which are gathered at each use.
+A DTensor is updated in shards along the side that isn't projected. Each process computes its shard
+of G R or Lᵀ G, of Adam's moments and of the update without the others. It also stores its rows of L
+or R, which are gathered at each use. Only a refresh needs more: the full gradient, or its Gram
+matrix (`refresh: gram`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_lab import distributed
+from lowrank_lab.dtensors import Layout, full_tensor, layout_of
 from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
@@ -33,7 +37,11 @@ from lowrank_lab.optim.subspaces import (
 )
 from lowrank_lab.placements import Placement
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+PROJECTIONS = ("projection_left", "projection_right")  # in the states
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 REFRESHES = ("svd", "randomized", "gram")
 
@@ -64,27 +72,34 @@ def get_projections(
     With `spread_refresh` each parameter is refreshed at another step of the gap, so that no step
     waits for all of them; the first projections are computed together.
     """
+    shape = optimizer.placement.global_shape(G)
     if is_refresh_due(optimizer, state, group):
-        rank, old = group["rank"], load_projections(state)
-        which = sides(group["proj_type"], G.shape)
-        if "refreshed" in state:  # by `refresh_sharded_`
-            new = state.pop("refreshed")
-        elif group["refresh"] == "svd":
-            new = leading_subspaces(G, rank, which)
-        elif group["refresh"] == "gram":
-            new = gram_subspaces(G, rank, which, old=old)
-        else:
-            new = randomized_subspaces(G, rank, which, seed=state["step"], old=old)
+        new: Projections | None = optimizer.refreshed.pop(optimizer.param, None)
+        if new is None:
+            assert optimizer.placement.dim is None, "prepare_sharded_ has to call refresh_sharded_"
+            left, right = new_projections(G, load_projections(state), state["step"], group)
+            agreed = optimizer.placement.broadcast
+            new = left if left is None else agreed(left), right if right is None else agreed(right)
         store_projections_(state, new, G.dtype)
-    return gather_projections(load_projections(state), optimizer.placement)
+    return gather_projections(load_projections(state), shape, optimizer.placement)
+
+
+def new_projections(G: Tensor, old: Projections, step: int, group: dict[str, Any]) -> Projections:
+    """The projections (L, R) of a full gradient G, given the old ones."""
+    rank, which = group["rank"], sides(group["proj_type"], tuple(G.shape))
+    if group["refresh"] == "svd":
+        return leading_subspaces(G, rank, which)
+    if group["refresh"] == "gram":
+        return gram_subspaces(G, rank, which, old=old)
+    return randomized_subspaces(G, rank, which, seed=step, old=old)
 
 
 def is_refresh_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, Any]) -> bool:
-    """Whether a parameter's projections are recomputed in this step."""
+    """Whether the projections of `optimizer.param` are recomputed in this step."""
     gap = group["update_proj_gap"]
     if group.get("spread_refresh") and "refresh_offset" not in state:
         count = sum(len(g["params"]) for g in optimizer.param_groups)
-        state["refresh_offset"] = param_index(optimizer, state) * gap // (count + 1)
+        state["refresh_offset"] = param_index(optimizer, optimizer.param) * gap // (count + 1)
     step: int = state.get("step", 0) + state.get("refresh_offset", 0)
     return step % gap == 0 or all(P is None for P in load_projections(state))
 
@@ -92,52 +107,92 @@ def is_refresh_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict
 def refresh_sharded_(
     optimizer: ProjectedAdamW, params: list[Tensor], group: dict[str, Any]
 ) -> None:
-    """Recompute the projections of sharded parameters that are due, for `get_projections`.
+    """Recompute the projections of DTensors that are due, for `get_projections`.
 
-    Only the Gram matrix of a sharded gradient is communicated. Each rank solves the eigenproblem of
-    another gradient at the same time and broadcasts the eigenvectors; each rank keeps its rows.
+    Each rank solves the problem of another matrix at the same time and broadcasts the projections,
+    of which each rank keeps its rows. A matrix in shards of shards is left to `get_projections`.
     """
-    due = [p for p in params if is_refresh_due(optimizer, optimizer.state[p], group)]
-    me, rank, count = distributed.rank(), group["rank"], distributed.world_size()
-    for batch in (due[i : i + count] for i in range(0, len(due), count)):
-        mine = None
-        for owner, p in enumerate(batch):
-            local_gram = gram(_unprojected_first(p, optimizer).double())
-            total = optimizer.placements[p].all_reduce_sum_(local_gram)
-            mine = total if owner == me else mine
-        V = None if mine is None else leading_eigenvectors(mine, rank)
-        for owner, p in enumerate(batch):
-            placement, state = optimizer.placements[p], optimizer.state[p]
-            G = _unprojected_first(p, optimizer)
-            empty = G.new_empty((G.shape[1], rank), dtype=torch.float32)
-            P = V if V is not None and owner == me else empty
-            P = placement.local_shard(placement.broadcast(P, source=owner))
-            left, right = load_projections(state)
-            P = align_signs(P, right if left is None else left, placement)
-            state["refreshed"] = (P, None) if placement.dim == 1 else (None, P)
+    waiting: dict[Any, list[Layout]] = {}
+    for p in params:
+        optimizer.param = p
+        layout = layout_of(cast("DTensor", p), optimizer.shard_dim(group, p.shape))
+        if len(layout.groups) == 1 and is_refresh_due(optimizer, optimizer.state[p], group):
+            waiting.setdefault(layout.groups[0], []).append(layout)
+    for ranks, due in waiting.items():
+        count, me = dist.get_world_size(ranks), dist.get_rank(ranks)
+        for batch in (due[i : i + count] for i in range(0, len(due), count)):
+            mine: Callable[[], Projections] | None = None
+            for owner, layout in enumerate(batch):
+                problem = _problem(layout, optimizer.state[layout.p], group)
+                mine = problem if owner == me else mine
+            solved = (None, None) if mine is None else mine()
+            for owner, layout in enumerate(batch):
+                found = solved if owner == me else (None, None)
+                state = optimizer.state[layout.p]
+                optimizer.refreshed[layout.p] = _shared(found, owner, layout, state, group)
 
 
-def _unprojected_first(p: Tensor, optimizer: ProjectedAdamW) -> Tensor:
-    """A sharded gradient, transposed if its unprojected dimension is the second one."""
+def _problem(
+    layout: Layout, state: dict[str, Any], group: dict[str, Any]
+) -> Callable[[], Projections]:
+    """What computes the projections of a matrix, from what all ranks have gathered for it."""
+    p = layout.p
     assert p.grad is not None
-    return p.grad.T if optimizer.placements[p].dim == 1 else p.grad
+    if group["refresh"] == "gram" and layout.dim is not None:
+        G = layout.gradient()
+        local_gram = gram((G.T if layout.dim == 1 else G).double())
+        total = layout.placement.all_reduce_sum_(local_gram)
+        return partial(_of_gram, total, group["rank"], layout.dim)
+    old = tuple(P if P is None else full_tensor(P) for P in load_projections(state))
+    G = full_tensor(p.grad)
+    return partial(new_projections, G, cast("Projections", old), state.get("step", 0), group)
+
+
+def _of_gram(total: Tensor, rank: int, dim: int) -> Projections:
+    P = leading_eigenvectors(total, rank)
+    return (P, None) if dim == 1 else (None, P)
+
+
+def _shared(
+    solved: Projections, owner: int, layout: Layout, state: dict[str, Any], group: dict[str, Any]
+) -> Projections:
+    """This rank's rows of the projections that the owner has solved, in float32."""
+    p, placement = layout.p, layout.placement
+    old = load_projections(layout.load_states({k: state.get(k) for k in PROJECTIONS}))
+    found: list[Tensor | None] = []
+    for side, projects in enumerate(sides(group["proj_type"], tuple(p.shape))):
+        P, shape = solved[side], (p.shape[side], group["rank"])
+        if not projects:
+            found.append(None)
+            continue
+        if P is None:
+            P = torch.empty(shape, dtype=torch.float32, device=p.device)
+        P = placement.local_shard(placement.broadcast(P, owner))
+        by_gram = group["refresh"] == "gram" and layout.dim is not None
+        found.append(align_signs(P, old[side], placement) if by_gram else P)
+    return found[0], found[1]
 
 
 def load_projections(state: dict[str, Any]) -> Projections:
-    """The projections in a state: local shards where the parameter is sharded."""
+    """The projections in a state: local shards while a DTensor is updated in shards."""
     return state.get("projection_left"), state.get("projection_right")
 
 
 def store_projections_(state: dict[str, Any], new: Projections, dtype: torch.dtype) -> None:
-    """Replace the projections in a state (local shards where the parameter is sharded)."""
-    for name, projection in zip(("projection_left", "projection_right"), new, strict=True):
+    """Replace the projections in a state (local shards where `load_projections` returns them)."""
+    for name, projection in zip(PROJECTIONS, new, strict=True):
         if projection is not None:
             state[name] = projection.to(dtype)
 
 
-def gather_projections(shards: Projections, placement: Placement) -> Projections:
-    """Full projections from the rows that each process stores."""
-    left, right = (None if P is None else placement.all_gather(P) for P in shards)
+def gather_projections(
+    shards: Projections, shape: tuple[int, ...], placement: Placement
+) -> Projections:
+    """Full projections of an m×n matrix from the rows that each process stores."""
+    left, right = (
+        None if P is None else placement.all_gather(P, length=side)
+        for P, side in zip(shards, shape, strict=True)
+    )
     return left, right
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.dtensors import ANY_DIM
 from lowrank_lab.optim.adam import adam_moments, adam_update_
-from lowrank_lab.optim.base import SEED_STRIDE
+from lowrank_lab.optim.base import SEED_STRIDE, param_index
 from lowrank_lab.optim.checks import require, require_int
 from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.optim.uniform import UniformAdam
@@ -89,6 +90,9 @@ class Spam(UniformAdam):
             require_int(key, group[key], 0)
         require("density", group["density"], 0 < group["density"] <= 1, "in (0, 1]")
 
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return ANY_DIM if group["density"] == 1 or len(shape) != 2 else None
+
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
@@ -120,8 +124,7 @@ class Spam(UniformAdam):
         if density == 1 or W.ndim != 2:
             return None
         if redraw or "mask" not in state:
-            params = [p for group in self.param_groups for p in group["params"]]
-            index = next(i for i, p in enumerate(params) if p is W)
+            index = param_index(self, self.param) - 1
             old = state.get("mask")
             state["mask"] = random_mask(W, density, seed=SEED_STRIDE * index + state["step"])
             if old is not None:

@@ -1,0 +1,212 @@
+"""Optimizer steps on DTensors in gloo processes, each compared with the same steps on full tensors.
+
+python tests/sharded_steps.py WHAT FOLDER, as rank $RANK of $WORLD_SIZE. Results go to
+FOLDER/WHAT.RANK.json: by the name of a case, the largest difference to one process in weights and
+states, or what was raised.
+"""
+
+import json
+import os
+import sys
+import traceback
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowrank_lab import optim
+from lowrank_lab.dtensors import full_tensor, local_part
+
+STEPS = 9
+RANKED = {"rank": 3, "update_proj_gap": 4}
+SHAPES = ((12, 8), (8, 12), (9, 7), (6, 6), (5,))
+
+
+def ranked(method, **keys):
+    """An optimizer of matrices with a rank, and of other parameters."""
+
+    def build(params, **options):
+        matrices = [p for p in params if p.ndim == 2]
+        rest = [p for p in params if p.ndim != 2]
+        groups = [{"params": matrices, **RANKED, **keys}, {"params": rest}]
+        return method(groups, lr=0.02, weight_decay=0.1, **options)
+
+    return build
+
+
+def uniform(method, **keys):
+    return partial(method, lr=0.02, weight_decay=0.1, **keys)
+
+
+def loro(params, **options):
+    group = {"params": params[:4], "rank": 2, "update_k": 3}
+    return optim.Loro([group, {"params": params[4:]}], lr=0.02, weight_decay=0.1, **options)
+
+
+REFRESHES = ("svd", "gram", "randomized")
+METHODS = {
+    "adamw": uniform(optim.ProjectedAdamW),
+    **{f"{name} {refresh}": ranked(method, refresh=refresh)
+       for (name, method), refresh in product(
+           {"galore": optim.GaLore, "fira": optim.Fira}.items(), REFRESHES)},
+    **{f"galore {side}": ranked(optim.GaLore, proj_type=side)
+       for side in ("left", "right", "reverse_std", "full")},
+    **{f"galore full {refresh}": ranked(optim.GaLore, proj_type="full", refresh=refresh)
+       for refresh in ("gram", "randomized")},
+    "galore spread": ranked(optim.GaLore, spread_refresh=True),
+    "golore": ranked(optim.GoLore, switch=4),
+    "golore random": ranked(optim.GoLore),
+    "golore full": ranked(optim.GoLore, proj_type="full", switch=4),
+    "apollo": ranked(optim.Apollo),
+    "apollo svd": ranked(optim.Apollo, proj="svd"),
+    "apollo gram": ranked(optim.Apollo, proj="gram"),
+    "apollo seed": ranked(optim.Apollo, store_projection=False),
+    "apollo-mini": ranked(optim.Apollo, scale_type="tensor", rank=1, scale=4.0),
+    "spam": uniform(optim.Spam, update_proj_gap=4, warmup=2, grad_accu_steps=1, threshold=5.0),
+    "spam half": uniform(optim.Spam, update_proj_gap=4, warmup=2, density=0.5),
+    "stable-spam": uniform(optim.StableSpam, update_proj_gap=4),
+    "loro": loro,
+}  # fmt: skip
+PRECISE = {"state_precision": "fp32", "stochastic_rounding": True}
+
+
+def numbers(shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def shapes_of(name):
+    return ((12, 2), (2, 9), (7, 2), (2, 8), (5,), (4, 3)) if name == "loro" else SHAPES
+
+
+def parameters(name, dtype=torch.float32):
+    return [nn.Parameter(numbers(s, i, dtype)) for i, s in enumerate(shapes_of(name))]
+
+
+def on_mesh(t, mesh, placements):
+    """The DTensor of a full tensor; a dimension that the tensor hasn't is the first one."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    fitting = [
+        Shard(0) if isinstance(q, Shard) and q.dim >= t.ndim else q for q in placements
+    ]
+    return distribute_tensor(t.detach().clone(), mesh, fitting, src_data_rank=None)
+
+
+def sharded(params, mesh, placements):
+    return [nn.Parameter(on_mesh(p, mesh, placements)) for p in params]
+
+
+def give_gradients_(params, step):
+    for i, p in enumerate(params):
+        spike = 30.0 if step % 5 == 3 else 1.0
+        G = spike * numbers(p.shape, 1000 * step + i, p.dtype)
+        if i == 3 and step == 2:
+            p.grad = None  # on all ranks
+        elif hasattr(p, "device_mesh"):
+            p.grad = on_mesh(G, p.device_mesh, p.placements)
+        else:
+            p.grad = G
+
+
+def take_steps(params, optimizer, steps):
+    for step in steps:
+        give_gradients_(params, step)
+        optimizer.step()
+
+
+def difference(params, optimizer, others, other):
+    """The largest difference of weights and of states of two optimizers."""
+    pairs = list(zip(params, others, strict=True))
+    found = [(full_tensor(p).detach().float() - full_tensor(q).detach().float()).abs().max() for p, q in pairs]
+    for p, q in pairs:
+        ours, theirs = optimizer.state[p], other.state[q]
+        assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
+        for key, value in ours.items():
+            a, b = (
+                full_tensor(v).double() if isinstance(v, torch.Tensor) else torch.tensor(float(v)).double()
+                for v in (value, theirs[key])
+            )
+            assert a.shape == b.shape, (key, a.shape, b.shape)
+            scale = b.abs().max().clamp(min=1.0) if b.numel() else 1.0
+            found.append((a - b).abs().max() / scale)
+    return max(map(float, found))
+
+
+def check_stored_in_parts(optimizer, placements):
+    """States other than single numbers are DTensors, sharded where the parameters are."""
+    shares = 1 if all(q.is_replicate() for q in placements) else 2
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                local = local_part(value)
+                assert local is not value, key
+                assert local.untyped_storage().nbytes() == local.nbytes, key
+                rows = max(value.shape)
+                assert local.numel() <= value.numel() / shares * (1 + shares / rows), key
+
+
+def compare(name, mesh, placements, dtype=torch.float32, **options):
+    """A method on DTensors and on full tensors."""
+    plain = parameters(name, dtype)
+    ours = sharded(plain, mesh, placements)
+    theirs, mine = METHODS[name](plain, **options), METHODS[name](ours, **options)
+    take_steps(plain, theirs, range(STEPS))
+    take_steps(ours, mine, range(STEPS))
+    check_stored_in_parts(mine, placements)
+    return difference(ours, mine, plain, theirs)
+
+
+def steps_cases():
+    """Names of cases and functions that return a difference."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    size = dist.get_world_size()
+    meshes = {f"shard {dim}": ((size,), [Shard(dim)]) for dim in range(2)}
+    if size == 2:
+        meshes |= {"replicate": ((size,), [Replicate()]), "hsdp": ((1, 2), [Replicate(), Shard(0)])}
+    if size == 4:
+        meshes = {
+            "hsdp": ((2, 2), [Replicate(), Shard(0)]),
+            "two ways": ((2, 2), [Shard(0), Shard(1)]),
+            "twice": ((2, 2), [Shard(0), Shard(0)]),
+        }
+    for way, (shape, placements) in meshes.items():
+        mesh = init_device_mesh("cpu", shape)
+        for name in METHODS:
+            yield f"{name}, {way}", partial(compare, name, mesh, placements)
+    if size == 2:
+        mesh = init_device_mesh("cpu", (2,))
+        for name in ("adamw", "galore svd", "fira gram", "apollo", "golore"):
+            rounded = partial(compare, name, mesh, [Shard(0)], torch.bfloat16, **PRECISE)
+            yield f"{name}, rounded", rounded
+
+
+CASES = {"steps": steps_cases}
+
+
+def main(what, folder):
+    import torch.distributed as dist
+
+    rank, folder = int(os.environ["RANK"]), Path(folder)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/.store.{what}", rank=rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )  # fmt: skip
+    found = {}
+    for name, case in CASES[what]():
+        try:
+            found[name] = case()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    (folder / f"{what}.{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's own end sometimes hangs
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
