@@ -161,15 +161,18 @@ class Layout(NamedTuple):
         return joined(value, self.p, self._state_placements(key, shape), shape)
 
     def _state_placements(self, key: str, shape: torch.Size) -> Placements:
-        """Placements of a state of this full shape: projections are sharded by rows."""
+        """Placements of a state of this full shape: sharded as p is, projections by rows."""
         from torch.distributed.tensor import Replicate, Shard
 
         own: Placements = tuple(self.p.placements)
         if self.dim is None and shape == self.p.shape:
             return own
-        if self.dim is None or key.startswith("projection"):
-            return tuple(Replicate() if q.is_replicate() else Shard(0) for q in own)
-        return self.placements
+        if self.dim is not None and not key.startswith("projection"):
+            return self.placements
+        # In full the longest side; not in shards of shards, which may be too short for them.
+        dim = 0 if self.dim is not None else shape.index(max(shape))
+        first = next((i for i, q in enumerate(own) if not q.is_replicate()), None)
+        return tuple(Shard(dim) if i == first else Replicate() for i in range(len(own)))
 
 
 def layout_of(p: DTensor, dim: int | None) -> Layout:

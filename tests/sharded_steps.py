@@ -199,6 +199,7 @@ def main(what, folder):
     found = {}
     for name, case in CASES[what]():
         try:
+            os.environ.get('SHOW') and sys.stderr.write(f'{rank} {name}\n')
             found[name] = case()
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

@@ -102,9 +102,9 @@ def carry_moment(
 ) -> Tensor:
     """A moment m of the old subspace in the new one: m ← (Lₙᵀ Lₒ) m (Rₒᵀ Rₙ), with r×r products."""
     if new[0] is not None and old[0] is not None:
-        m = placement.all_reduce_sum_(new[0].T @ old[0]) @ m
+        m = placement.all_reduce_sum_(new[0].T @ old[0]).to(m.dtype) @ m
     if new[1] is not None and old[1] is not None:
-        m = m @ placement.all_reduce_sum_(old[1].T @ new[1])
+        m = m @ placement.all_reduce_sum_(old[1].T @ new[1]).to(m.dtype)
     return m
 
 
