@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lowrank_lab import optim
-from lowrank_lab.dtensors import full_tensor, local_part
+from lowrank_lab.distributed.dtensors import full_tensor, local_part
 
 STEPS = 9
 RANKED = {"rank": 3, "update_proj_gap": 4}
@@ -88,9 +88,7 @@ def on_mesh(t, mesh, placements):
     """The DTensor of a full tensor; a dimension that the tensor hasn't is the first one."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    fitting = [
-        Shard(0) if isinstance(q, Shard) and q.dim >= t.ndim else q for q in placements
-    ]
+    fitting = [Shard(0) if isinstance(q, Shard) and q.dim >= t.ndim else q for q in placements]
     return distribute_tensor(t.detach().clone(), mesh, fitting, src_data_rank=None)
 
 
@@ -119,13 +117,18 @@ def take_steps(params, optimizer, steps):
 def difference(params, optimizer, others, other):
     """The largest difference of weights and of states of two optimizers."""
     pairs = list(zip(params, others, strict=True))
-    found = [(full_tensor(p).detach().float() - full_tensor(q).detach().float()).abs().max() for p, q in pairs]
+    found = [
+        (full_tensor(p).detach().float() - full_tensor(q).detach().float()).abs().max()
+        for p, q in pairs
+    ]
     for p, q in pairs:
         ours, theirs = optimizer.state[p], other.state[q]
         assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
         for key, value in ours.items():
             a, b = (
-                full_tensor(v).double() if isinstance(v, torch.Tensor) else torch.tensor(float(v)).double()
+                full_tensor(v).double()
+                if isinstance(v, torch.Tensor)
+                else torch.tensor(float(v)).double()
                 for v in (value, theirs[key])
             )
             assert a.shape == b.shape, (key, a.shape, b.shape)
@@ -185,7 +188,76 @@ def steps_cases():
             yield f"{name}, rounded", rounded
 
 
-CASES = {"steps": steps_cases}
+class Parameters(nn.Module):
+    """The parameters of a case as a module, which FSDP2 and checkpoints ask for."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.weights = nn.ParameterList(parameters(name))
+
+
+def modules(name, mesh):
+    """A module in shards and one of full tensors, each with its optimizer."""
+    from torch.distributed.fsdp import fully_shard
+
+    ours, theirs = Parameters(name), Parameters(name)
+    if mesh is not None:
+        fully_shard(ours, mesh=mesh)
+    return [(m, METHODS[name](list(m.parameters()))) for m in (ours, theirs)]
+
+
+def saved_state(module, optimizer):
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, states = get_state_dict(module, optimizer)
+    return {"model": weights, "optimizer": states}
+
+
+def save(name, mesh, folder):
+    """Steps in shards, and their checkpoint."""
+    from torch.distributed import checkpoint
+
+    (module, optimizer), _ = modules(name, mesh)
+    take_steps(list(module.parameters()), optimizer, range(5))
+    checkpoint.save(saved_state(module, optimizer), checkpoint_id=folder / name)
+    return 0.0
+
+
+def load(name, mesh, folder):
+    """Steps from the checkpoint, and the same steps without interruption on full tensors."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    (module, optimizer), (plain, other) = modules(name, mesh)
+    state = saved_state(module, optimizer)
+    checkpoint.load(state, checkpoint_id=folder / name)
+    set_state_dict(
+        module, optimizer,
+        model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+    )  # fmt: skip
+    ours, theirs = list(module.parameters()), list(plain.parameters())
+    take_steps(ours, optimizer, range(5, STEPS))
+    take_steps(theirs, other, range(STEPS))
+    if mesh is not None:
+        check_stored_in_parts(optimizer, ours[0].placements)
+    return difference(ours, optimizer, theirs, other)
+
+
+def checkpoint_cases(act, folder):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,)) if size > 1 else None
+    for name in METHODS:
+        yield name, partial(act, name, mesh, folder)
+
+
+CASES = {
+    "steps": lambda folder: steps_cases(),
+    "save": partial(checkpoint_cases, save),
+    "load": partial(checkpoint_cases, load),
+}
 
 
 def main(what, folder):
@@ -197,9 +269,9 @@ def main(what, folder):
         world_size=int(os.environ["WORLD_SIZE"]),
     )  # fmt: skip
     found = {}
-    for name, case in CASES[what]():
+    for name, case in CASES[what](folder / "checkpoints"):
         try:
-            os.environ.get('SHOW') and sys.stderr.write(f'{rank} {name}\n')
+            os.environ.get("SHOW") and sys.stderr.write(f"{rank} {name}\n")
             found[name] = case()
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

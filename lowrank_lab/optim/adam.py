@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lowrank_lab.dtensors import is_dtensor
+from lowrank_lab.distributed.dtensors import is_dtensor
 
 PRECISIONS = ("same", "fp32")  # of the moments: that of the weights, or float32
 # A step count at which 1 − βᵗ is 1 for every β: torch's fused kernel then corrects no bias.

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lowrank_lab.dtensors import (
+from lowrank_lab.distributed.dtensors import (
     ANY_DIM,
     Layout,
     is_dtensor,
@@ -23,6 +23,7 @@ from lowrank_lab.dtensors import (
     local_part,
     part_of,
 )
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.adam import (
     PRECISIONS,
     adam_direction,
@@ -36,7 +37,6 @@ from lowrank_lab.optim.adam import (
     to_state_precision,
 )
 from lowrank_lab.optim.checks import require, require_adam, require_int, require_known_keys
-from lowrank_lab.placements import REPLICATED, Placement
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.projection import (
@@ -23,7 +24,6 @@ from lowrank_lab.optim.projection import (
     unprojected_dim,
 )
 from lowrank_lab.optim.subspaces import Projections
-from lowrank_lab.placements import REPLICATED, Placement
 
 
 class GoLore(ProjectedAdamW):

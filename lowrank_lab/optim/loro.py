@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_lab.dtensors import ANY_DIM, local_part
+from lowrank_lab.distributed.dtensors import ANY_DIM, local_part
 from lowrank_lab.layers.balance import RANK_TOLERANCE
 from lowrank_lab.optim.adam import (
     adam_direction,

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_lab.dtensors import Layout, full_tensor, layout_of
+from lowrank_lab.distributed.dtensors import Layout, full_tensor, layout_of
+from lowrank_lab.distributed.placements import Placement
 from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW, param_index
@@ -35,7 +36,6 @@ from lowrank_lab.optim.subspaces import (
     leading_subspaces,
     randomized_subspaces,
 )
-from lowrank_lab.placements import Placement
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

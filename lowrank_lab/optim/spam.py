@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
-from lowrank_lab.dtensors import ANY_DIM
+from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.optim.adam import adam_moments, adam_update_
 from lowrank_lab.optim.base import SEED_STRIDE, param_index
 from lowrank_lab.optim.checks import require, require_int

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
-from lowrank_lab.dtensors import ANY_DIM
+from lowrank_lab.distributed.dtensors import ANY_DIM
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.adam import adam_moments, adam_update_, restart_adam_
 from lowrank_lab.optim.checks import require
 from lowrank_lab.optim.state_bytes import SCALAR, Weight
 from lowrank_lab.optim.uniform import UniformAdam
-from lowrank_lab.placements import REPLICATED, Placement
 
 # Moving averages of max|g|, ‖g‖ and ‖g‖² per parameter (0-dimensional, float32 or wider)
 AVERAGES = ("max_average", "norm_average", "norm_sq_average")

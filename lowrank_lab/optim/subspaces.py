@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.layers.balance import gram
-from lowrank_lab.placements import REPLICATED, Placement
 
 OVERSAMPLING = 16  # random columns beyond the rank, in the randomized refresh
 

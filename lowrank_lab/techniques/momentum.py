@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowrank_lab.distributed.dtensors import full_tensor, is_dtensor, joint_parts, overwrite_
 from lowrank_lab.layers import Balance, generator_of
 from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import is_quantized
@@ -46,8 +47,9 @@ def transport_moments_(state_B: dict[str, Any], state_A: dict[str, Any], found: 
             moment = state[name]
             if moment.ndim != 2 or moment.shape[1 if on_right else 0] != r:
                 raise ValueError("on_refactor: 'transport' is not allowed; moments are projected")
-            wide = moment.double()
-            moment.copy_(wide @ factor if on_right else factor @ wide)
+            with joint_parts((moment, 0 if on_right else 1)) as ((part,), _):
+                wide = part.double()
+                part.copy_(wide @ factor if on_right else factor @ wide)
 
 
 @torch.no_grad()
@@ -170,7 +172,7 @@ def prune_moments_(
         dropped = _dropped(_plain(state["exp_avg"]), keep, how, generator_of(seed, index))
         for name in moments:
             if name in state:
-                state[name].copy_(_plain(state[name]).masked_fill_(dropped, 0))
+                overwrite_(state[name], _plain(state[name]).masked_fill_(dropped, 0))
         count += 1
     return count
 
@@ -187,7 +189,9 @@ def _dropped(moment: Tensor, keep: float, how: str, generator: torch.Generator) 
 
 
 def _plain(moment: Tensor) -> Tensor:
-    """A copy as an ordinary tensor: quantized moments support little more than `copy_`."""
+    """A full copy as an ordinary tensor: quantized moments support little more than `copy_`."""
+    if is_dtensor(moment):
+        return full_tensor(moment).clone()
     return torch.empty(moment.shape, dtype=moment.dtype, device=moment.device).copy_(moment)
 
 

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 
 from lowrank_lab import distributed
+from lowrank_lab.distributed.placements import REPLICATED, Placement, Sharded
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
-from lowrank_lab.placements import REPLICATED, Placement, Sharded
 from lowrank_lab.techniques import Refactorization, refactorize_
 from lowrank_lab.training.fsdp_state import (
     ShardedState,

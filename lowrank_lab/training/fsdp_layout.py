@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, ResolvedConfig
+from lowrank_lab.distributed.placements import Sharded
 from lowrank_lab.layers import FactorizedLinear
 from lowrank_lab.methods.build import partition
 from lowrank_lab.methods.optimizers import ADAMS
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.optim import ProjectedAdamW
-from lowrank_lab.placements import Sharded
 
 
 def check_fsdp(config: ResolvedConfig) -> None:

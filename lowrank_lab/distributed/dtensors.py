@@ -8,13 +8,14 @@ its states, and puts the results back. Shapes and placements are read from the t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.placements import REPLICATED, Gathered, Groups, Placement, Sharded
+from lowrank_lab.distributed.placements import REPLICATED, Gathered, Groups, Placement, Sharded
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -86,6 +87,42 @@ def write_(p: DTensor, part: Tensor, placements: Placements) -> None:
         own.copy_(redistributed(joined(part, p, placements, p.shape), tuple(p.placements)))
 
 
+def overwrite_(t: Tensor, full: Tensor) -> None:
+    """Set a tensor, in place, to a full one: of a DTensor, this rank's part."""
+    if is_dtensor(t):
+        own = local_part(t)
+        full = part_of(full.to(own.device), t, tuple(t.placements))
+        own.copy_(full)
+    else:
+        t.copy_(full)
+
+
+@contextmanager
+def joint_parts(*tensors: tuple[Tensor, int]) -> Iterator[tuple[list[Tensor], Placement]]:
+    """Plain parts of tensors, to be changed in place within the block, and their placement.
+
+    Shards along the given dimensions if the same ranks share all tensors, otherwise full tensors.
+    The placement has no dimension of its own: it differs between the tensors.
+    """
+    layouts = [layout_of(t, dim) if is_dtensor(t) else None for t, dim in tensors]
+    groups = {x.groups if x is not None and x.dim is not None else () for x in layouts}
+    if len(groups) == 1 and () in groups and not any(layouts):
+        yield [t for t, _ in tensors], REPLICATED
+        return
+    if len(groups) > 1 or () in groups:
+        layouts = [layout_of(t, None) if is_dtensor(t) else None for t, _ in tensors]
+    parts = [t if x is None else x.load() for x, (t, _) in zip(layouts, tensors, strict=True)]
+    placement = max((x.placement for x in layouts if x is not None), key=_most_shared)
+    yield parts, placement
+    for x, part in zip(layouts, parts, strict=True):
+        if x is not None:
+            x.write_(part)
+
+
+def _most_shared(placement: Placement) -> int:
+    return len(placement.groups) if isinstance(placement, Gathered) else 0
+
+
 def reshard_(module: nn.Module) -> None:
     """Give up the gathered weights of FSDP2's modules: changes of them would be lost."""
     if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
@@ -131,6 +168,10 @@ class Layout(NamedTuple):
             old = state.get(key)
             if not is_dtensor(old) or value is not local_part(old):
                 state[key] = self._store_state(key, value)
+
+    def place_states_(self, state: dict[str, Any]) -> None:
+        """Store this rank's parts of states that are full, or have other placements."""
+        self.store_states_(state, self.load_states(state))
 
     def _load_state(self, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -186,7 +227,7 @@ def layout_of(p: DTensor, dim: int | None) -> Layout:
 
     own: Placements = tuple(p.placements)
     sharding = [i for i, q in enumerate(own) if not q.is_replicate()]
-    groups = [p.device_mesh.get_group(i) for i in sharding]
+    groups = tuple(p.device_mesh.get_group(i) for i in sharding)
     if not sharding:
         return Layout(p, own, None, REPLICATED)
     if dim == ANY_DIM:

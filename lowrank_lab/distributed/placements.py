@@ -1,12 +1,10 @@
 """Placements: how processes store a matrix, `Replicated` or `Sharded` along a dimension.
 
 Optimizers, layers and techniques are written once, against the methods of a placement.
-`dtensors.layout_of` reads the placement of torch's DTensors, such as the parameters of FSDP2.
+`distributed.dtensors.layout_of` reads the placement of torch's DTensors, such as the parameters of FSDP2.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,7 +46,7 @@ class Replicated:
 
 
 REPLICATED = Replicated()
-Groups = Sequence[dist.ProcessGroup | None]  # None: the default group
+Groups = tuple[dist.ProcessGroup | None, ...]  # None: the default group
 
 
 class Gathered(Replicated):
