@@ -7,6 +7,7 @@ its states, and puts the results back. Shapes and placements are read from the t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,11 +62,20 @@ def local_gradient(p: Tensor) -> Tensor:
 
 def part_of(full: Tensor, like: DTensor, placements: Placements) -> Tensor:
     """This rank's part, a copy, of a full tensor that all ranks of the mesh of `like` have."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    everywhere = [Replicate()] * like.device_mesh.ndim
-    joint = DTensor.from_local(full, like.device_mesh, everywhere, run_check=False)
-    part = redistributed(joint, placements)
+    mesh, part = like.device_mesh, full
+    if all(q.is_replicate() or type(q) is Shard for q in placements):
+        for i, q in enumerate(placements):
+            if isinstance(q, Shard):
+                count, length = mesh.size(i), part.shape[q.dim]
+                step = -(-length // count)
+                start = min(length, step * mesh.get_local_rank(i))
+                part = part.narrow(q.dim, start, min(step, length - start))
+    else:
+        everywhere = [Replicate()] * mesh.ndim
+        joint = DTensor.from_local(full, mesh, everywhere, run_check=False)
+        part = redistributed(joint, placements)
     return part.clone(memory_format=torch.contiguous_format)
 
 
@@ -74,10 +84,16 @@ def joined(part: Tensor, like: DTensor, placements: Placements, shape: Iterable[
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size(shape)
-    stride = torch.empty(shape, device="meta").stride()
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return DTensor.from_local(
         part, like.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
+
+
+def shard_as(full: Tensor, like: DTensor) -> DTensor:
+    """A full tensor that all ranks have as a DTensor with the shape and placements of another."""
+    placements = tuple(like.placements)
+    return joined(part_of(full, like, placements), like, placements, like.shape)
 
 
 def write_(p: DTensor, part: Tensor, placements: Placements) -> None:

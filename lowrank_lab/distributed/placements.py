@@ -1,7 +1,7 @@
 """Placements: how processes store a matrix, `Replicated` or `Sharded` along a dimension.
 
 Optimizers, layers and techniques are written once, against the methods of a placement.
-`distributed.dtensors.layout_of` reads the placement of torch's DTensors, such as the parameters of FSDP2.
+`dtensors.layout_of` reads the placement of torch's DTensors, such as the parameters of FSDP2.
 """
 
 from __future__ import annotations

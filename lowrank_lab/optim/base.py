@@ -119,6 +119,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
                     self.state[p][key] = value.to(p.device, copy=True)
+        self.place_states_()
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         """The dimension along which a DTensor of `group` is updated in shards; None: not at all.
@@ -128,6 +129,18 @@ class ProjectedAdamW(torch.optim.Optimizer):
         default `update_` needs the full matrix, which all ranks gather.
         """
         return None
+
+    def dim_of(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        """`shard_dim` of any group: those without a rank are updated entry by entry."""
+        return self.shard_dim(group, shape) if "rank" in group else ANY_DIM
+
+    @torch.no_grad()
+    def place_states_(self) -> None:
+        """Shard the states of DTensors as their updates need them, full states for example."""
+        for group in self.param_groups:
+            for p in filter(is_dtensor, group["params"]):
+                layout = layout_of(p, self.dim_of(group, p.shape))
+                layout.place_states_(self.state.get(p, {}))
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Work shared between several DTensors, before `update_` of each."""
@@ -174,7 +187,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             state = self._advanced_state(p, group)
-            dim = self.shard_dim(group, p.shape)
+            dim = self.dim_of(group, p.shape)
             with (
                 self.plain_parts(p, dim) as (part, G, parts),
                 self._update_target(part, state["step"], group) as W,

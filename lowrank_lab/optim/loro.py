@@ -107,6 +107,9 @@ class Loro(ProjectedAdamW):
             fits = rank <= min(B.shape[0], A.shape[1])
             require("rank", rank, fits, f"at most min(m, n) of each pair, not {shapes}")
 
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return ANY_DIM  # exact steps, which gather the factors, are rare
+
     @torch.no_grad()
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if "rank" not in group:

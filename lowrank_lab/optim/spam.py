@@ -7,8 +7,8 @@ matrix are trained; their weights, gradients and moments are vectors of length k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,8 +182,3 @@ def spam_states(w: Weight, config: ResolvedConfig) -> int:
     if density == 1 or w.ndim != 2:
         return 2 * w.nbytes
     return 2 * int(density * w.numel()) * w.itemsize + w.numel()
-
-
-def spam_needs_full(options: Mapping[str, Any]) -> Literal["none", "all"]:
-    """A mask is drawn over a whole weight; without one, every entry is updated by itself."""
-    return "all" if options["density"] < 1 else "none"

@@ -121,7 +121,7 @@ def test_a_simulation_leaves_no_group_and_torch_as_it_was():
     before = torch.UntypedStorage.resize_, dict(vars(ShardingPropagator))
     simulate(configured("full-rank"), world_size=2)
     with pytest.raises(InputError, match="world_size: 40 is not allowed; 14 layers"):
-        simulate(configured("galore", batch=40), world_size=40)
+        simulate(configured("muon", batch=40), world_size=40)
     assert not dist.is_initialized()
     assert (torch.UntypedStorage.resize_, dict(vars(ShardingPropagator))) == before
 
