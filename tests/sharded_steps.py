@@ -16,8 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import lowrank_lab as lab
 from lowrank_lab import optim
-from lowrank_lab.distributed.dtensors import full_tensor, local_part
+from lowrank_lab.distributed.dtensors import full_tensor, local_part, overwrite_
+from lowrank_lab.layers import merge_
+from lowrank_lab.techniques import prune_moments_
 
 STEPS = 9
 RANKED = {"rank": 3, "update_proj_gap": 4}
@@ -72,8 +75,9 @@ METHODS = {
 PRECISE = {"state_precision": "fp32", "stochastic_rounding": True}
 
 
-def numbers(shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def numbers(shape, seed, dtype=None):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype or torch.get_default_dtype())
 
 
 def shapes_of(name):
@@ -117,23 +121,16 @@ def take_steps(params, optimizer, steps):
 def difference(params, optimizer, others, other):
     """The largest difference of weights and of states of two optimizers."""
     pairs = list(zip(params, others, strict=True))
-    found = [
-        (full_tensor(p).detach().float() - full_tensor(q).detach().float()).abs().max()
-        for p, q in pairs
-    ]
+    found = []
     for p, q in pairs:
+        entries = {"weight": (p, q)}
         ours, theirs = optimizer.state[p], other.state[q]
         assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
-        for key, value in ours.items():
-            a, b = (
-                full_tensor(v).double()
-                if isinstance(v, torch.Tensor)
-                else torch.tensor(float(v)).double()
-                for v in (value, theirs[key])
-            )
+        entries |= {key: (value, theirs[key]) for key, value in ours.items()}
+        for key, values in entries.items():
+            a, b = (full_tensor(torch.as_tensor(v)).detach().double() for v in values)
             assert a.shape == b.shape, (key, a.shape, b.shape)
-            scale = b.abs().max().clamp(min=1.0) if b.numel() else 1.0
-            found.append((a - b).abs().max() / scale)
+            found.append((a - b).abs().max() / b.abs().max().clamp(min=1.0))
     return max(map(float, found))
 
 
@@ -253,7 +250,166 @@ def checkpoint_cases(act, folder):
         yield name, partial(act, name, mesh, folder)
 
 
+class Net(nn.Module):
+    """Two blocks of linear layers and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 12)) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(12, 7)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def net(kind):
+    model = Net()
+    return lab.factorize(model, kind=kind, rank=4, target="blocks") if kind else model
+
+
+def fsdp(model, **how):
+    """The model in shards: each block, and the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in [*model.blocks, model]:
+        fully_shard(module, **how)
+    return model
+
+
+def train(model, optimizer, steps, act=None):
+    """Steps on the same batch on every rank; `act` follows the fourth, after an evaluation."""
+    for step in range(steps):
+        x = numbers((6, 12), 100 + step)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if act is not None and step == 3:
+            with torch.no_grad():
+                model(x)  # FSDP2 leaves the weights of its root gathered
+            act(model, optimizer)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
+
+
+def ours(model):
+    return optim.ProjectedAdamW(model.parameters(), lr=0.02)
+
+
+def galore(model):
+    matrices = [p for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2]
+    rest = [p for n, p in model.named_parameters() if "blocks" not in n or p.ndim != 2]
+    return optim.GaLore([{"params": matrices, "rank": 3}, {"params": rest}], lr=0.02)
+
+
+def refactor(on_refactor, basis="singular"):
+    return lambda model, optimizer: lab.refactorize_(model, optimizer, on_refactor, basis)
+
+
+def reset(strength=1.0):
+    return lambda model, optimizer: lab.reset_momentum_(optimizer, strength)
+
+
+def prune(how):
+    def act(model, optimizer):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        prune_moments_(optimizer, params, 0.3, how)
+
+    return act
+
+
+def merge(model, optimizer):
+    merge_(model, seed=3)
+    lab.reset_momentum_(optimizer)
+
+
+ACTS = {
+    **{f"{kind} {how} {basis} {opt.__name__}": (kind, opt, refactor(how, basis))
+       for kind in ("low-rank", "sltrain") for how in ("keep", "reset", "transport")
+       for basis in ("singular", "nearest") for opt in (adamw, ours)},
+    **{f"{opt.__name__} reset {strength}": (None, opt, reset(strength))
+       for opt in (adamw, ours, galore) for strength in (1.0, 0.7)},
+    **{f"{opt.__name__} pruned {how}": (None, opt, prune(how))
+       for opt in (adamw, ours, galore) for how in ("magnitude", "random")},
+    **{f"merge {opt.__name__}": ("lora", opt, merge) for opt in (adamw, ours)},
+}  # fmt: skip
+
+
+def act_on(case, **how):
+    """A technique in the middle of training, in shards and on full tensors."""
+    kind, optimizer, act = ACTS[case]
+    plain, sharded = net(kind), fsdp(net(kind), **how)
+    pair = [(model, optimizer(model)) for model in (plain, sharded)]
+    for model, each in pair:
+        train(model, each, 7, act)
+    (_, theirs), (_, ours_) = pair
+    for module in sharded.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return difference(list(sharded.parameters()), ours_, list(plain.parameters()), theirs)
+
+
+def technique_cases(folder):
+    torch.set_default_dtype(torch.float64)  # other sums: rounding that Adam amplifies
+    for case in ACTS:
+        yield case, partial(act_on, case)
+    for case in ("low-rank transport singular ours", "galore reset 0.7", "merge ours"):
+        yield f"{case}, kept", partial(act_on, case, reshard_after_forward=False)
+    yield "ddp", with_ddp
+    yield "mixed precision", with_mixed_precision
+    yield "full checkpoint", from_full_checkpoint
+
+
+def with_ddp():
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain, wrapped = net(None), DistributedDataParallel(net(None))
+    pair = [(model, galore(model)) for model in (plain, wrapped)]
+    for model, optimizer in pair:
+        train(model, optimizer, 7, reset(0.7))
+    (_, theirs), (_, ours_) = pair
+    return difference(list(wrapped.parameters()), ours_, list(plain.parameters()), theirs)
+
+
+def with_mixed_precision():
+    """Weights and moments keep their dtype where FSDP2 computes in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    for reduce in (torch.float32, torch.bfloat16):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce)
+        model = fsdp(net(None), mp_policy=policy)
+        before = [full_tensor(p).detach().clone() for p in model.parameters()]
+        optimizer = galore(model)
+        train(model, optimizer, 4)
+        for p, old in zip(model.parameters(), before, strict=True):
+            state = optimizer.state[p]
+            assert p.dtype == state["exp_avg"].dtype == torch.get_default_dtype()
+            change = (full_tensor(p) - old).abs().max()
+            assert 0 < change < 1, change
+    return 0.0
+
+
+def from_full_checkpoint():
+    """States of one process, loaded by load_state_dict, are sharded at once."""
+    plain, sharded = net(None), fsdp(net(None))
+    theirs, ours_ = galore(plain), galore(sharded)
+    train(plain, theirs, 3)
+    for p, q in zip(sharded.parameters(), plain.parameters(), strict=True):
+        overwrite_(p, q.detach())
+    ours_.load_state_dict(theirs.state_dict())
+    check_stored_in_parts(ours_, next(sharded.parameters()).placements)
+    train(plain, theirs, 4)
+    train(sharded, ours_, 4)
+    return difference(list(sharded.parameters()), ours_, list(plain.parameters()), theirs)
+
+
 CASES = {
+    "techniques": technique_cases,
     "steps": lambda folder: steps_cases(),
     "save": partial(checkpoint_cases, save),
     "load": partial(checkpoint_cases, load),
@@ -271,7 +427,6 @@ def main(what, folder):
     found = {}
     for name, case in CASES[what](folder / "checkpoints"):
         try:
-            os.environ.get("SHOW") and sys.stderr.write(f"{rank} {name}\n")
             found[name] = case()
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

@@ -98,17 +98,14 @@ def shard_as(full: Tensor, like: DTensor) -> DTensor:
 
 def write_(p: DTensor, part: Tensor, placements: Placements) -> None:
     """Set a DTensor, in place, to the one whose part with these placements is `part`."""
-    own = local_part(p)
-    if part is not own:
+    if part is not (own := local_part(p)):
         own.copy_(redistributed(joined(part, p, placements, p.shape), tuple(p.placements)))
 
 
 def overwrite_(t: Tensor, full: Tensor) -> None:
     """Set a tensor, in place, to a full one: of a DTensor, this rank's part."""
     if is_dtensor(t):
-        own = local_part(t)
-        full = part_of(full.to(own.device), t, tuple(t.placements))
-        own.copy_(full)
+        local_part(t).copy_(part_of(full, t, tuple(t.placements)))
     else:
         t.copy_(full)
 
@@ -121,22 +118,14 @@ def joint_parts(*tensors: tuple[Tensor, int]) -> Iterator[tuple[list[Tensor], Pl
     The placement has no dimension of its own: it differs between the tensors.
     """
     layouts = [layout_of(t, dim) if is_dtensor(t) else None for t, dim in tensors]
-    groups = {x.groups if x is not None and x.dim is not None else () for x in layouts}
-    if len(groups) == 1 and () in groups and not any(layouts):
-        yield [t for t, _ in tensors], REPLICATED
-        return
-    if len(groups) > 1 or () in groups:
+    shared = {x.groups if x is not None and x.dim is not None else () for x in layouts}
+    if len(shared) > 1 or () in shared:
         layouts = [layout_of(t, None) if is_dtensor(t) else None for t, _ in tensors]
     parts = [t if x is None else x.load() for x, (t, _) in zip(layouts, tensors, strict=True)]
-    placement = max((x.placement for x in layouts if x is not None), key=_most_shared)
-    yield parts, placement
+    yield parts, next((x.placement for x in layouts if x is not None), REPLICATED)
     for x, part in zip(layouts, parts, strict=True):
         if x is not None:
             x.write_(part)
-
-
-def _most_shared(placement: Placement) -> int:
-    return len(placement.groups) if isinstance(placement, Gathered) else 0
 
 
 def reshard_(module: nn.Module) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW, param_index
+from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.fira import EPS, growth_limiter
 from lowrank_lab.optim.projection import (
     ONE_SIDED,

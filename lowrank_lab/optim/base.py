@@ -16,14 +16,11 @@ from torch import Tensor
 
 from lowrank_lab.distributed.dtensors import (
     ANY_DIM,
-    Layout,
     is_dtensor,
-    layout_of,
     local_gradient,
     local_part,
     part_of,
 )
-from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.adam import (
     PRECISIONS,
     adam_direction,
@@ -37,11 +34,12 @@ from lowrank_lab.optim.adam import (
     to_state_precision,
 )
 from lowrank_lab.optim.checks import require, require_adam, require_int, require_known_keys
+from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
 
-class ProjectedAdamW(torch.optim.Optimizer):
+class ProjectedAdamW(DTensorOptimizer):
     """AdamW whose groups with a `rank` are updated by the subclass's `update_`.
 
     Args:
@@ -61,11 +59,6 @@ class ProjectedAdamW(torch.optim.Optimizer):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
-    # The parameter that is being updated, and how the processes share its update.
-    param: Tensor
-    layout: Layout | None = None
-    placement: Placement = REPLICATED
-    refreshed: dict[Tensor, Any]  # new projections of DTensors, within a step
 
     def __init__(
         self,
@@ -121,30 +114,6 @@ class ProjectedAdamW(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device, copy=True)
         self.place_states_()
 
-    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        """The dimension along which a DTensor of `group` is updated in shards; None: not at all.
-
-        `update_` then receives local shards of W, G and the moments, and uses `self.placement` for
-        everything that depends on the full matrix. ANY_DIM stands for updates entry by entry. By
-        default `update_` needs the full matrix, which all ranks gather.
-        """
-        return None
-
-    def dim_of(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        """`shard_dim` of any group: those without a rank are updated entry by entry."""
-        return self.shard_dim(group, shape) if "rank" in group else ANY_DIM
-
-    @torch.no_grad()
-    def place_states_(self) -> None:
-        """Shard the states of DTensors as their updates need them, full states for example."""
-        for group in self.param_groups:
-            for p in filter(is_dtensor, group["params"]):
-                layout = layout_of(p, self.dim_of(group, p.shape))
-                layout.place_states_(self.state.get(p, {}))
-
-    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Work shared between several DTensors, before `update_` of each."""
-
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
@@ -194,26 +163,6 @@ class ProjectedAdamW(torch.optim.Optimizer):
             ):
                 self.update_(W, G, parts, group, bias_corrected_lr(state, group))
             state["step"] += 1
-
-    @contextmanager
-    def plain_parts(
-        self, p: Tensor, dim: int | None
-    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """W, G and the state of p as plain tensors, which the block changes in place.
-
-        They are those of p itself, or of a DTensor's layout (`layout_of`).
-        """
-        assert p.grad is not None
-        state, layout = self.state[p], layout_of(p, dim) if is_dtensor(p) else None
-        self.param, self.layout = p, layout
-        self.placement = REPLICATED if layout is None else layout.placement
-        if layout is None:
-            yield p, p.grad, state
-            return
-        W, G, parts = layout.load(), layout.gradient(), layout.load_states(state)
-        yield W, G, parts
-        layout.store_states_(state, parts)
-        layout.write_(W)
 
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of p, with the weights of its moments advanced by one step."""
@@ -294,16 +243,3 @@ def check_last_group(optimizer: ProjectedAdamW) -> None:
     except ValueError:
         optimizer.param_groups.pop()
         raise
-
-
-def param_index(optimizer: torch.optim.Optimizer, p: Tensor) -> int:
-    """The number, from 1, of a parameter among all parameters of the optimizer."""
-    # Searched for once, not for each parameter, which would take the square of their number.
-    sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
-    known_sizes, known = optimizer.__dict__.get("_indices", ((), {}))
-    if sizes != known_sizes or p not in known:
-        params = (q for group in optimizer.param_groups for q in group["params"])
-        known = {q: i for i, q in enumerate(params, 1)}
-        optimizer.__dict__["_indices"] = sizes, known
-    index: int = known[p]
-    return index

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
-from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.projection import (
     check_projection,
     gather_projections,

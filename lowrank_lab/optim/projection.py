@@ -25,8 +25,9 @@ from lowrank_lab.distributed.dtensors import Layout, full_tensor, layout_of
 from lowrank_lab.distributed.placements import Placement
 from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
-from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.subspaces import (
     Projections,
     Sides,

@@ -16,8 +16,9 @@ from torch import Tensor
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.optim.adam import adam_moments, adam_update_
-from lowrank_lab.optim.base import SEED_STRIDE, param_index
+from lowrank_lab.optim.base import SEED_STRIDE
 from lowrank_lab.optim.checks import require, require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.optim.uniform import UniformAdam
 

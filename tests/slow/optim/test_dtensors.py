@@ -1,0 +1,52 @@
+"""Optimizers and techniques on DTensors: gloo processes compute what one process does."""
+
+import json
+import sys
+
+import pytest
+import sharded_steps
+from processes import run_all
+
+TOLERANCE = 1e-6
+# A rounding of bfloat16 weights at random may fall on the other side after a sum in another order.
+ROUNDED = 2**-7
+
+
+def results(what, size, folder):
+    """What each of the processes found, by case."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run_all([sys.executable, sharded_steps.__file__, what, str(folder)], size, timeout=900)
+    return [json.loads((folder / f"{what}.{rank}.json").read_text()) for rank in range(size)]
+
+
+def wrong(found):
+    """The cases of all ranks that differ from one process, or failed."""
+    return {
+        f"{case} (rank {rank})": value
+        for rank, cases in enumerate(found)
+        for case, value in cases.items()
+        if isinstance(value, str) or not value <= (ROUNDED if "rounded" in case else TOLERANCE)
+    }
+
+
+@pytest.mark.parametrize(("size", "least"), [(2, 100), (3, 50), (4, 75)])
+def test_every_optimizer_steps_dtensors_as_one_process_steps_tensors(size, least, tmp_path):
+    found = results("steps", size, tmp_path)
+    assert wrong(found) == {}
+    assert len(found[0]) >= least
+
+
+def test_techniques_act_on_sharded_models_as_on_one_process(tmp_path):
+    found = results("techniques", 2, tmp_path)
+    assert wrong(found) == {}
+    assert len(found[0]) >= len(sharded_steps.ACTS)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 2)])
+def test_training_goes_on_from_a_checkpoint_with_another_number_of_processes(
+    before, after, tmp_path
+):
+    assert wrong(results("save", before, tmp_path)) == {}
+    found = results("load", after, tmp_path)
+    assert wrong(found) == {}
+    assert len(found[0]) == len(sharded_steps.METHODS)
