@@ -1,10 +1,13 @@
 """Optimizers and techniques on DTensors: gloo processes compute what one process does."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import sharded_steps
+from paths import ROOT
 from processes import run_all
 
 TOLERANCE = 1e-6
@@ -50,3 +53,16 @@ def test_training_goes_on_from_a_checkpoint_with_another_number_of_processes(
     found = results("load", after, tmp_path)
     assert wrong(found) == {}
     assert len(found[0]) == len(sharded_steps.METHODS)
+
+
+def test_the_loop_of_the_how_to_page_runs_and_its_checkpoint_loads(tmp_path):
+    page = (ROOT / "docs" / "how-to" / "fsdp.md").read_text()
+    (tmp_path / "loop.py").write_text(page.split("```python\n")[1].split("```")[0])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", "loop.py", "checkpoint"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint" / ".metadata").exists()
