@@ -81,5 +81,5 @@ clean:
 	touch $@
 
 .venv/installed-dev: .venv/installed pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant,hub,explore,dask,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,dev,quant,hub,explore,dask,tensorboard,docs]'
 	touch $@

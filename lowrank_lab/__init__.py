@@ -1,6 +1,7 @@
 """lowrank_lab: methods that pretrain language models with less memory, run and doubted."""
 
 from lowrank_lab import optim
+from lowrank_lab.analysis.model_spectra import spectra
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.layers import factorize
@@ -30,6 +31,7 @@ __all__ = [
     "register_method",
     "reset_momentum_",
     "simulate_memory",
+    "spectra",
     "train",
 ]
 

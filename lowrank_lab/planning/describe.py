@@ -16,7 +16,8 @@ from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import fit
 from lowrank_lab.planning.fit import GB
 from lowrank_lab.planning.fsdp import check_world_size, per_rank
-from lowrank_lab.planning.simulate import MemoryReport, measure, simulate
+from lowrank_lab.planning.memory_report import MemoryReport
+from lowrank_lab.planning.simulate import measure, simulate
 
 MOST_OWNERS = 8
 NEVER_PERSISTENT = ("temporaries", "gathered")
@@ -68,6 +69,7 @@ def facts(
 
 def report_facts(report: MemoryReport) -> dict[str, Any]:
     config, step = report.config, report.steps[report.peak_step]
+    assert config is not None
     kept = report.steps.get("next", step).kept
     rest = report.persistent.as_dict() | {"activations": kept.activations, "logits": kept.logits}
     shared = report.world_size > 0

@@ -12,7 +12,8 @@ from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.fsdp import check_world_size, fullest, per_rank
-from lowrank_lab.planning.simulate import MemoryReport, simulate
+from lowrank_lab.planning.memory_report import MemoryReport
+from lowrank_lab.planning.simulate import simulate
 
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

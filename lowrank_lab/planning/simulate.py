@@ -12,12 +12,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -26,7 +26,6 @@ from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, warn_renam
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.memory.hidden import GLOO, LAPACK
-from lowrank_lab.memory.trace import Trace
 from lowrank_lab.memory.tracker import Tracker, resizing
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.registry import METHODS
@@ -39,6 +38,8 @@ from lowrank_lab.planning.fsdp import (
     per_rank,
     untracked_global_shapes,
 )
+from lowrank_lab.planning.memory_report import MemoryReport
+from lowrank_lab.planning.own_model import CUDA_BLOCK, AnyOptimizer, Loss, simulate_model
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import warm_start
 from lowrank_lab.training.step import (
@@ -50,58 +51,34 @@ from lowrank_lab.training.step import (
     take_step_,
 )
 
-CUDA_BLOCK = 512  # bytes: CUDA's caching allocator rounds up to a multiple of it
-
-
-@dataclass
-class MemoryReport:
-    """The memory of a configuration's training, step by step of each kind.
-
-    Attributes:
-        source: `simulated` or `measured`.
-        steps: a Trace for each kind of step, by name: `first`, `next`, and those with events.
-        persistent: weights, gradients and states between two steps, after the last of `steps`.
-        allocated: bytes at the peak of each step according to the allocator (measured only).
-        excluded: what the figures leave out, in words.
-        world_size: number of processes that share the run by FSDP2; 0 without it.
-        rank: of this process.
-        seconds: duration of the simulation or measurement.
-    """
-
-    config: ResolvedConfig
-    source: str
-    steps: dict[str, Trace] = field(default_factory=dict)
-    persistent: Breakdown = field(default_factory=Breakdown)
-    allocated: dict[str, int] = field(default_factory=dict)
-    excluded: list[str] = field(default_factory=list)
-    world_size: int = 0
-    rank: int = 0
-    seconds: float = 0.0
-
-    @property
-    def peak_step(self) -> str:
-        """The kind of step with the highest peak."""
-        return max(self.steps, key=lambda name: self.steps[name].peak.total)
-
-    @property
-    def peak(self) -> Breakdown:
-        """The breakdown at the peak, over all kinds of steps."""
-        return self.steps[self.peak_step].peak
-
 
 def simulate(
-    config: RunConfig,
+    config: RunConfig | None = None,
     device: str = "cpu",
     *,
+    model: nn.Module | None = None,
+    optimizer: AnyOptimizer | None = None,
+    batch: Any = None,
+    loss: Loss | None = None,
     world_size: int | None = None,
     rank: int | None = None,
     ranks: int | None = None,
 ) -> MemoryReport:
-    """Memory of training a configuration, from the training step itself on fake tensors.
+    """Memory of training, from the training step itself on fake tensors.
+
+    Either of a configuration, or of a model of one's own: `simulate_memory(model=…, optimizer=…,
+    batch=…)` takes a first step, another, and one with each kind of refresh that the optimizer has.
 
     Args:
         config: any method and size; `compile` is ignored, as compilers plan their own memory.
         device: `cpu`, or `cuda` with its flash attention and blocks of 512 bytes.
+        model: any module, on any device, the meta device included; it is not changed.
+        optimizer: of the model's parameters, or a function that returns one for a model. It is not
+            changed.
+        batch: what the model is called with: a tensor, a tuple of arguments or a dict of keyword
+            arguments. Of its tensors only shapes and dtypes count.
+        loss: a function of (model, batch); by default the `loss` of the model's output, or the mean
+            of the tensor that the model returns.
         world_size: number of processes that share the run and its batch by FSDP2; the report is of
             one of them.
         rank: which one; by default the one with the most bytes, as owners of layers differ.
@@ -109,9 +86,15 @@ def simulate(
 
     Raises:
         InputError: the configuration, an unknown device, or a world size that can't share it.
+        ValueError: neither or both of configuration and model, a model without optimizer or batch,
+            or one whose step reads the values of tensors.
     """
     if device not in ("cpu", "cuda"):
         raise InputError("device", device, "cpu or cuda")
+    if config is None or model is not None:
+        return simulate_model(
+            *_own_model(config, model, optimizer, batch, world_size), loss, device
+        )
     if ranks is not None:
         warn_renamed("ranks", "world_size")
         world_size = ranks if world_size is None else world_size
@@ -135,8 +118,27 @@ def simulate(
             raise InputError(name, error.value, error.allowed) from None
 
 
+def _own_model(
+    config: RunConfig | None,
+    model: nn.Module | None,
+    optimizer: AnyOptimizer | None,
+    batch: Any,
+    world_size: int | None,
+) -> tuple[nn.Module, AnyOptimizer, Any]:
+    """What `simulate_model` needs, all there."""
+    if config is not None or model is None:
+        raise ValueError("config: either it or a model, with its optimizer and a batch, is needed")
+    if optimizer is None or batch is None:
+        missing = "optimizer" if optimizer is None else "batch"
+        raise ValueError(f"{missing}: None is not allowed with a model")
+    if world_size is not None:
+        raise ValueError(f"world_size: {world_size!r} is not allowed; only with a configuration")
+    return model, optimizer, batch
+
+
 def _simulate(device: str, report: MemoryReport) -> MemoryReport:
     """The report, filled from its configuration."""
+    assert report.config is not None
     report.config = config = report.config.override(compile=False)
     started = time.perf_counter()
     with ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,12 @@ from lowrank_lab.runs.files import locked
 from lowrank_lab.runs.run import Run
 from lowrank_lab.training.monitor import asked_to_stop
 from lowrank_lab.training.preflight import check, device_of, is_finished
+from lowrank_lab.training.trackers import (
+    MetricsTracker,
+    Mirror,
+    TrackerBuilder,
+    tracker_builders,
+)
 from lowrank_lab.training.trainer import Terminated, Trainer, TrainingError
 
 OnStep = Callable[[dict[str, Any]], None]  # gets each row of metrics.jsonl
@@ -27,6 +33,7 @@ def train(
     *,
     label: str | None = None,
     on_step: OnStep | None = None,
+    trackers: Sequence[str | MetricsTracker] | None = None,
 ) -> Run:
     """Train a configuration, or resume its interrupted run; its folder as a Run.
 
@@ -34,6 +41,10 @@ def train(
         folder: the run folder; by default data/runs/<run id>. A finished run is returned as it is.
         label: what figures call the run.
         on_step: called after every step with its row of metrics.jsonl.
+        trackers: where metrics are mirrored to while the run trains: `tensorboard` (event files in
+            the run folder), `module.Class` (called with the run's name) or objects with the methods
+            of `training.trackers.MetricsTracker`, such as accelerate's trackers. By default those
+            that the environment variable LOWRANK_LAB_TRACKERS names.
 
     Raises:
         InputError: before anything is written; also a folder that another process trains in, that
@@ -43,7 +54,7 @@ def train(
         Terminated: SIGTERM came; the step was finished and its state saved.
     """
     with distributed.process_group(device_of(config)), fast_process():
-        return _train(config, folder, label, on_step)
+        return _train(config, folder, label, on_step, tracker_builders(trackers))
 
 
 @contextmanager
@@ -54,7 +65,11 @@ def fast_process() -> Iterator[None]:
 
 
 def _train(
-    config: RunConfig, folder: Path | str | None, label: str | None, on_step: OnStep | None
+    config: RunConfig,
+    folder: Path | str | None,
+    label: str | None,
+    on_step: OnStep | None,
+    trackers: list[TrackerBuilder],
 ) -> Run:
     config, corpus = check(config)
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
@@ -69,23 +84,44 @@ def _train(
     with lock, asked_to_stop() as stop:
         distributed.barrier()
         if not is_finished(target, config):  # the process that had the lock may have finished it
-            _loop(Trainer(config, corpus, target, label), on_step, stop)
+            _loop(Trainer(config, corpus, target, label), on_step, stop, trackers)
         distributed.barrier()
     return Run(target)
 
 
-def _loop(trainer: Trainer, on_step: OnStep | None, stop: Callable[[], bool]) -> None:
+def _loop(
+    trainer: Trainer,
+    on_step: OnStep | None,
+    stop: Callable[[], bool],
+    trackers: list[TrackerBuilder],
+) -> None:
     try:
         trainer.resume()
-        while trainer.updates < trainer.config.total_steps:
-            row = trainer.advance()
-            if on_step is not None:
-                on_step(row)
-            if distributed.any_rank(stop(), trainer.device):
-                trainer.save_checkpoint()
-                line = f"stopped after step {trainer.updates}; started again, it goes on from there"
-                raise Terminated(line)
-        trainer.finish()
+        with _mirror(trainer, trackers) as mirror:
+            while trainer.updates < trainer.config.total_steps:
+                row = trainer.advance()
+                mirror.log(row)
+                if on_step is not None:
+                    on_step(row)
+                if distributed.any_rank(stop(), trainer.device):
+                    trainer.save_checkpoint()
+                    after = f"stopped after step {trainer.updates}"
+                    raise Terminated(f"{after}; started again, it goes on from there")
+            trainer.finish()
+            if distributed.is_rank_zero():
+                mirror.log_result(Run(trainer.folder).result)
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename or trainer.folder}"
         raise TrainingError(f"{what}; {trainer.kept_state()}; started again, it goes on") from error
+
+
+@contextmanager
+def _mirror(trainer: Trainer, trackers: list[TrackerBuilder]) -> Iterator[Mirror]:
+    """The trackers of a run, from its current step on; the first process alone has any."""
+    chosen = trackers if distributed.is_rank_zero() else []
+    folder, config = trainer.folder, trainer.config
+    mirror = Mirror(chosen, config, folder.name, folder, trainer.updates)
+    try:
+        yield mirror
+    finally:
+        mirror.finish()

@@ -67,7 +67,7 @@ class Records:
             append_jsonl(self.folder / "metrics.jsonl", [row])
 
     def spectra(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows of `analysis.spectra.SpectraRecorder`."""
+        """Append rows of `analysis.spectra_recorder.SpectraRecorder`."""
         if self.writes:
             append_jsonl(self.folder / "spectra.jsonl", rows)
 

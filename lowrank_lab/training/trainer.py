@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab import distributed
-from lowrank_lab.analysis.spectra import SpectraRecorder
+from lowrank_lab.analysis.spectra_recorder import SpectraRecorder
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.splits import Split

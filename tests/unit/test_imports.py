@@ -19,8 +19,9 @@ HEAVY = (
 ).split()
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
-    "cpu/malloc.py", "memory", "paths.py", "analysis/spectra.py", "runs", "training/checkpoint.py",
-    "training/monitor.py", "training/peaks.py", "training/provenance.py", "training/records.py",
+    "cpu/malloc.py", "memory", "paths.py", "analysis/spectra.py", "analysis/spectra_recorder.py",
+    "runs", "training/checkpoint.py", "training/monitor.py", "training/peaks.py",
+    "training/provenance.py", "training/records.py", "training/trackers.py",
 }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from lowrank_lab import RunConfig, factorize, refactorize_, reset_momentum_, train
 from lowrank_lab.analysis.spectra import (
-    SpectraRecorder,
     captured_energy,
     effective_rank,
     energy_in_top,
@@ -21,6 +20,7 @@ from lowrank_lab.analysis.spectra import (
     subspace_overlap,
     update_singular_values,
 )
+from lowrank_lab.analysis.spectra_recorder import SpectraRecorder
 from lowrank_lab.config import TARGETS
 from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.methods.build import build

@@ -1,0 +1,133 @@
+"""The singular values of any model's weights as a table: `lowrank_lab.spectra`."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lowrank_lab.analysis.spectra import (
+    effective_rank,
+    factor_health,
+    gradient_singular_values,
+    singular_values,
+    stable_rank,
+    update_singular_values,
+)
+from lowrank_lab.layers import FactorizedLinear
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "layer", "kind", "shape", "rank", "effective_rank", "stable_rank", "condition_B",
+    "condition_A", "imbalance", "singular_values", "update", "gradient",
+)  # fmt: skip
+
+
+def spectra(
+    model: nn.Module, target: str = "", *, start: Mapping[str, Tensor] | None = None
+) -> pd.DataFrame:
+    """Singular values of the weights of a model, one row per layer.
+
+    Covers factorised layers and every other module with a matrix as `weight`, except embeddings:
+    nn.Linear and its subclasses, and GPT-2's Conv1D. The model is not changed.
+
+    Args:
+        model: any module, on any device. Weights sharded by FSDP2 are gathered one at a time, so
+            all processes have to call this.
+        target: regular expression, searched in the full name of each layer; all by default.
+        start: an earlier `state_dict()` of the model, cloned, for `update`.
+
+    Returns:
+        A table with the columns
+
+        - `layer`, `kind` (class), `shape` (of the weight), `rank` (of factors, otherwise missing);
+        - `singular_values`: float32 array, descending, r values for a product of factors;
+          `effective_rank` and `stable_rank` of them;
+        - `condition_B`, `condition_A` (infinite where rank-deficient) and `imbalance` of factors;
+        - `update`: singular values of W − W₀, with `start`;
+        - `gradient`: singular values of the gradient step in W, where there are gradients.
+
+        A layer with entries that are not finite has NaN in place of numbers. `explode` of an array
+        column gives one row per singular value, as seaborn wants them.
+
+    Raises:
+        ValueError: no layer matches, a layer is on the meta device, or `start` lacks its weight.
+    """
+    import pandas as pd
+
+    rows = [_row(name, layer, start) for name, layer in _layers(model, target)]
+    if not rows:
+        raise ValueError(f"target: {target!r} is not allowed; no linear layer has such a name")
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _layers(model: nn.Module, target: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if re.search(target, name) and (isinstance(module, FactorizedLinear) or _is_dense(module)):
+            yield name, module
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a module has a matrix of its own as `weight`, and is no embedding."""
+    own = "weight" in module._parameters or is_parametrized(module, "weight")
+    weight = getattr(module, "weight", None) if own else None
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+@torch.no_grad()
+def _row(name: str, module: nn.Module, start: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    if any(p.is_meta for p in module.parameters()):
+        raise ValueError(f"model: {name} is not allowed; its weight is on the meta device")
+    layer: Any = _gathered(module)
+    factorized = isinstance(layer, FactorizedLinear)
+    row: dict[str, Any] = {"layer": name, "kind": type(module).__name__}
+    row["shape"] = tuple((layer.dense_weight() if factorized else layer.weight).shape)
+    row["rank"] = layer.rank if factorized else None
+    finite = all(bool(p.isfinite().all()) for p in layer.parameters())
+    values = singular_values(layer) if finite else torch.full((1,), torch.nan)
+    row["singular_values"] = values.cpu().numpy()
+    row["effective_rank"] = float(effective_rank(values)) if finite else torch.nan
+    row["stable_rank"] = float(stable_rank(values)) if finite else torch.nan
+    if not finite:
+        return row
+    if factorized:
+        row |= factor_health(layer)._asdict()
+    if start is not None:
+        row["update"] = update_singular_values(layer, _start_of(name, layer, start)).cpu().numpy()
+    gradient = gradient_singular_values(layer)
+    row["gradient"] = None if gradient is None else gradient.cpu().numpy()
+    return row
+
+
+def _gathered(module: nn.Module) -> nn.Module:
+    """The module, or a copy with full weights and gradients where these are DTensors."""
+    if not any(hasattr(p, "full_tensor") for p in module._parameters.values()):
+        return module
+    full = copy.copy(module)
+    full._parameters = {name: _full(p) for name, p in module._parameters.items()}
+    return full
+
+
+def _full(parameter: Any) -> Any:
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    full = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
+    full.grad = None if parameter.grad is None else parameter.grad.full_tensor()
+    return full
+
+
+def _start_of(name: str, layer: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of an earlier state_dict of the model that belongs to a layer."""
+    missing = [key for key in layer.state_dict() if f"{name}.{key}" not in start]
+    if missing:
+        raise ValueError(
+            f"start: no {name}.{missing[0]}; state_dict() of the same model is allowed"
+        )
+    return {key: start[f"{name}.{key}"] for key in layer.state_dict()}
