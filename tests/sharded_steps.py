@@ -158,6 +158,23 @@ def compare(name, mesh, placements, dtype=torch.float32, **options):
     return difference(ours, mine, plain, theirs)
 
 
+def refuses_nan(name, mesh):
+    """A gradient that can't be decomposed ends the step on all ranks, with nothing changed."""
+    from torch.distributed.tensor import Shard
+
+    params = sharded(parameters(name), mesh, [Shard(0)])
+    optimizer = METHODS[name](params)
+    give_gradients_(params, 0)
+    local_part(params[0].grad).fill_(torch.nan)
+    before = [full_tensor(p).clone() for p in params]
+    try:
+        optimizer.step()
+    except (torch.linalg.LinAlgError, RuntimeError):
+        pairs = zip(params, before, strict=True)
+        return max(float((full_tensor(p) - q).abs().max()) for p, q in pairs)
+    return "no error"
+
+
 def steps_cases():
     """Names of cases and functions that return a difference."""
     import torch.distributed as dist
@@ -180,6 +197,8 @@ def steps_cases():
             yield f"{name}, {way}", partial(compare, name, mesh, placements)
     if size == 2:
         mesh = init_device_mesh("cpu", (2,))
+        for name in ("galore svd", "galore gram", "galore full", "golore", "apollo svd"):
+            yield f"{name}, not finite", partial(refuses_nan, name, mesh)
         for name in ("adamw", "galore svd", "fira gram", "apollo", "golore"):
             rounded = partial(compare, name, mesh, [Shard(0)], torch.bfloat16, **PRECISE)
             yield f"{name}, rounded", rounded

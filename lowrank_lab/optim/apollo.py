@@ -20,10 +20,10 @@ from lowrank_lab.optim.projection import (
     check_projection,
     get_projections,
     projected_gradient,
-    refresh_sharded_,
     sides,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 from lowrank_lab.optim.subspaces import Projections
 
 PROJECTIONS = ("random", "svd", "gram")

@@ -15,9 +15,9 @@ from lowrank_lab.optim.projection import (
     get_projections,
     project_back_add_,
     projected_gradient,
-    refresh_sharded_,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 
 NORM_GROWTH_LIMIT = 1.01  # γ
 EPS = 1e-8

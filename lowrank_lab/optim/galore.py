@@ -13,9 +13,9 @@ from lowrank_lab.optim.projection import (
     get_projections,
     project_back_add_,
     projected_gradient,
-    refresh_sharded_,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 
 
 class GaLore(ProjectedAdamW):

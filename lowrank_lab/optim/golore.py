@@ -19,11 +19,11 @@ from lowrank_lab.optim.projection import (
     load_projections,
     project_back_add_,
     projected_gradient,
-    refresh_sharded_,
     sides,
     store_projections_,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 from lowrank_lab.optim.subspaces import Projections
 
 

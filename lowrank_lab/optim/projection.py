@@ -13,17 +13,12 @@ matrix (`refresh: gram`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_lab.distributed.dtensors import Layout, full_tensor, layout_of
 from lowrank_lab.distributed.placements import Placement
-from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
@@ -31,15 +26,13 @@ from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.subspaces import (
     Projections,
     Sides,
-    align_signs,
     gram_subspaces,
-    leading_eigenvectors,
     leading_subspaces,
     randomized_subspaces,
 )
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    pass
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 PROJECTIONS = ("projection_left", "projection_right")  # in the states
@@ -103,75 +96,6 @@ def is_refresh_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict
         state["refresh_offset"] = param_index(optimizer, optimizer.param) * gap // (count + 1)
     step: int = state.get("step", 0) + state.get("refresh_offset", 0)
     return step % gap == 0 or all(P is None for P in load_projections(state))
-
-
-def refresh_sharded_(
-    optimizer: ProjectedAdamW, params: list[Tensor], group: dict[str, Any]
-) -> None:
-    """Recompute the projections of DTensors that are due, for `get_projections`.
-
-    Each rank solves the problem of another matrix at the same time and broadcasts the projections,
-    of which each rank keeps its rows. A matrix in shards of shards is left to `get_projections`.
-    """
-    waiting: dict[Any, list[Layout]] = {}
-    for p in params:
-        optimizer.param = p
-        layout = layout_of(cast("DTensor", p), optimizer.shard_dim(group, p.shape))
-        if len(layout.groups) == 1 and is_refresh_due(optimizer, optimizer.state[p], group):
-            waiting.setdefault(layout.groups[0], []).append(layout)
-    for ranks, due in waiting.items():
-        count, me = dist.get_world_size(ranks), dist.get_rank(ranks)
-        for batch in (due[i : i + count] for i in range(0, len(due), count)):
-            mine: Callable[[], Projections] | None = None
-            for owner, layout in enumerate(batch):
-                problem = _problem(layout, optimizer.state[layout.p], group)
-                mine = problem if owner == me else mine
-            solved = (None, None) if mine is None else mine()
-            for owner, layout in enumerate(batch):
-                found = solved if owner == me else (None, None)
-                state = optimizer.state[layout.p]
-                optimizer.refreshed[layout.p] = _shared(found, owner, layout, state, group)
-
-
-def _problem(
-    layout: Layout, state: dict[str, Any], group: dict[str, Any]
-) -> Callable[[], Projections]:
-    """What computes the projections of a matrix, from what all ranks have gathered for it."""
-    p = layout.p
-    assert p.grad is not None
-    if group["refresh"] == "gram" and layout.dim is not None:
-        G = layout.gradient()
-        local_gram = gram((G.T if layout.dim == 1 else G).double())
-        total = layout.placement.all_reduce_sum_(local_gram)
-        return partial(_of_gram, total, group["rank"], layout.dim)
-    old = tuple(P if P is None else full_tensor(P) for P in load_projections(state))
-    G = full_tensor(p.grad)
-    return partial(new_projections, G, cast("Projections", old), state.get("step", 0), group)
-
-
-def _of_gram(total: Tensor, rank: int, dim: int) -> Projections:
-    P = leading_eigenvectors(total, rank)
-    return (P, None) if dim == 1 else (None, P)
-
-
-def _shared(
-    solved: Projections, owner: int, layout: Layout, state: dict[str, Any], group: dict[str, Any]
-) -> Projections:
-    """This rank's rows of the projections that the owner has solved, in float32."""
-    p, placement = layout.p, layout.placement
-    old = load_projections(layout.load_states({k: state.get(k) for k in PROJECTIONS}))
-    found: list[Tensor | None] = []
-    for side, projects in enumerate(sides(group["proj_type"], tuple(p.shape))):
-        P, shape = solved[side], (p.shape[side], group["rank"])
-        if not projects:
-            found.append(None)
-            continue
-        if P is None:
-            P = torch.empty(shape, dtype=torch.float32, device=p.device)
-        P = placement.local_shard(placement.broadcast(P, owner))
-        by_gram = group["refresh"] == "gram" and layout.dim is not None
-        found.append(align_signs(P, old[side], placement) if by_gram else P)
-    return found[0], found[1]
 
 
 def load_projections(state: dict[str, Any]) -> Projections:
