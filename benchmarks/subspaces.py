@@ -14,8 +14,7 @@ from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.layers import LowRankLinear
 from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.optim.projection import sides
-from lowrank_lab.optim.subspaces import leading_subspaces, randomized_subspaces
+from lowrank_lab.optim.subspaces import leading_subspaces, randomized_subspaces, sides
 from lowrank_lab.techniques import refactorize_
 from lowrank_lab.training.preflight import check as checked
 from lowrank_lab.training.trainer import Trainer

@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # Attention and MLP projections; embeddings, norms and the LM head always stay full rank.
 TARGETS = r"\.(q|k|v|o|gate|up|down)_proj$"
+ALL_LINEAR = "all-linear"  # a target: every linear layer but the head
 
 
 class InputError(ValueError):
@@ -136,7 +137,9 @@ class RunConfig(BaseModel):
         None, "rank r; default: a quarter of the hidden size", ge=1, le=1 << 50
     )
     init: Literal["kaiming", "spectral"] | None = help_field(None, "initialisation of the factors")
-    target: str = help_field(TARGETS, "regular expression of the layers to apply the method to")
+    target: str = help_field(
+        TARGETS, "regular expression of the layers to apply the method to, or all-linear"
+    )
     method_options: dict[str, Any] = help_field({}, "options of the method, by name")
     refactor_every: int = help_field(0, "refactorization period, 0 = never", ge=0, le=1 << 50)
     reset_every: int = help_field(0, "momentum reset period, 0 = never", ge=0, le=1 << 50)
@@ -234,6 +237,12 @@ class RunConfig(BaseModel):
             values = {**values, new: values[old]}
             del values[old]
         return values
+
+    @field_validator("target")
+    @classmethod
+    def _all_linear(cls, target: str) -> str:
+        """All linear layers of the model here, without the head, are those that TARGETS matches."""
+        return TARGETS if target == ALL_LINEAR else target
 
     @model_validator(mode="before")
     @classmethod

@@ -33,6 +33,7 @@ ANY_SHAPES = (SQUARE, TALL, WIDE, (1, 7), (7, 1), (9,), (), (3, 4, 2))
 FACTORS = ((16, 16, 4), (24, 10, 3), (10, 24, 3), (12, 9, 1), (9, 6, 6), (6, 9, 6), (8, 8, 8),
            (12, 30, 8), (30, 12, 8), (13, 13, 9), (1, 5, 1), (5, 1, 1), (1, 1, 1))  # fmt: skip
 DECAY = {"weight_decay": 0.1}
+PUBLISHED = {"forgive_zero": False}  # a gradient may lie inside Fira's subspace at a refresh
 
 
 def combined(groups, **options):
@@ -83,10 +84,14 @@ GALORE = Row(
 FIRA = Row(
     "fira", optim.Fira, {**GAPS, "alpha": 1.0, "proj_type": "std"}, OFTEN,
     equations=equations.fira, package=partial(FiraAdamW, no_deprecation_warning=True),
-    cases=(*SIDES, DECAY, *({"alpha": alpha} for alpha in (0.5, 2.0, 3.0))),
+    cases=tuple(
+        PUBLISHED | keys for keys in (*SIDES, DECAY, *({"alpha": a} for a in (0.5, 2.0, 3.0)))
+    ),
+    half=(PUBLISHED,),
     # It adds its two parts to W one after the other: two roundings where the package has one.
     package_is_right=fira_is_right, bf16=2.0, converges=ADAM, unknown=("scale",),
-    refused=(*BAD_PROJECTIONS, ({"proj_type": "full"}, "proj_type: 'full'")),
+    refused=(*BAD_PROJECTIONS, ({"proj_type": "full"}, "proj_type: 'full'"),
+             ({"forgive_zero": 1}, "forgive_zero: 1")),
 )  # fmt: skip
 GOLORE = Row(
     "golore", optim.GoLore, {**GAPS, "scale": 1.0, "switch": 15}, {**OFTEN, "switch": 3},
@@ -96,6 +101,7 @@ GOLORE = Row(
         {"proj_type": "full", "switch": 0}, DECAY, {"scale": 0.25}, {"scale": 2.0},
     ),
     converges=ADAM | {"rank": 5, "steps": 800, "switch": 200}, unknown=("alpha",),
+    stops=(9, 10, 14, 19, 20, 21),  # the switch is at 15, the first random projection at 20
     refused=(
         *BAD_PROJECTIONS, ({"refresh": "qr"}, "refresh: 'qr'"), ({"switch": -1}, "switch: -1"),
         ({"switch": 0.8}, "switch: 0.8"), ({"switch": True}, "switch: True"),
@@ -131,6 +137,7 @@ SPAM = Row(
     {**OFTEN, "warmup": 1, "grad_accu_steps": 1}, "whole", spiky_gradients, 80,
     equations=equations.spam, package=pytorch_optimizer.SPAM, theirs=spam_in_package,
     sizes=tuple((shape, None) for shape in ANY_SHAPES), cases=({}, DECAY),
+    stops=(4, 5, 23, 24, 25, 29),  # clipping begins at 5, the reset is at 25
     converges={"steps": 600, "lr": 0.1, "share": 1e-3, "update_proj_gap": 50, "warmup": 5},
     unknown=("gamma1", "rank"),
     refused=(
@@ -147,7 +154,7 @@ STABLE_SPAM = Row(
     equations=equations.stable_spam, package=pytorch_optimizer.StableSPAM,
     sizes=SPAM.sizes, cases=SPAM.cases,
     converges={"steps": 600, "lr": 0.1, "share": 1e-3, "update_proj_gap": 50},
-    unknown=("density",),
+    unknown=("density",), stops=(7, 23, 24, 25),
     refused=(
         ({"lr": -1.0}, "lr: "), ({"gamma1": 1.0}, "gamma1: "), ({"gamma2": -0.1}, "gamma2: "),
         ({"theta": 1.0}, "theta: "), ({"update_proj_gap": 0}, "update_proj_gap: "),
@@ -158,7 +165,7 @@ LORO = Row(
     equations=equations.loro, tolerance=1e-3,
     sizes=tuple(((m, n), r) for m, n, r in FACTORS), cases=({}, DECAY, {"scale": 4.0}),
     converges={"steps": 1000, "lr": 0.05, "share": 1e-4, "rank": 3, "update_k": 50, "scale": 1.0},
-    unknown=("alpha",),
+    unknown=("alpha",), stops=(8, 9, 10, 19),  # steps 10 and 20 are exact
     refused=(
         ({"rank": 0}, "rank: 0"), ({"rank": 3}, r"params: \(\(6, 2\), \(2, 4\)\)"),
         ({"rank": 2.0}, "rank: 2.0"), ({"update_k": 0}, "update_k: 0"),

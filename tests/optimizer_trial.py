@@ -37,6 +37,7 @@ class Row:
     converges: dict = field(default_factory=dict)  # `steps`, `lr`, `share`, and keys
     refused: tuple = ()  # pairs of keys and the start of the message
     unknown: tuple = ()  # keys that its groups don't have
+    stops: tuple = (7, 9, 10)  # steps at which it is saved: a refresh is at hand, due or done
 
     def __repr__(self):
         return self.name

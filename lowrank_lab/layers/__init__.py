@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -17,6 +15,7 @@ from lowrank_lab.layers.base import FactorizedLinear
 from lowrank_lab.layers.lora import LoRALinear, generator_of, lora_layers, merge_, train_dense_
 from lowrank_lab.layers.low_rank import LowRankLinear
 from lowrank_lab.layers.sltrain import SLTrainLinear
+from lowrank_lab.layers.targets import target_layers
 
 __all__ = [
     "KINDS",
@@ -45,15 +44,6 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
-def target_layers(
-    model: nn.Module, target: str = TARGETS
-) -> Iterator[tuple[str, nn.Linear | FactorizedLinear]]:
-    """Names and modules of the linear or factorised layers that match `target`."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | FactorizedLinear) and re.search(target, name):
-            yield name, module
-
-
 def factorize(
     model: Model, kind: str = "low-rank", *, rank: int, target: str = TARGETS, **options: Any
 ) -> Model:
@@ -63,7 +53,8 @@ def factorize(
         model: any module; layers that are not nn.Linear stay as they are.
         kind: one of `KINDS`: low-rank | lora | sltrain.
         rank: r, at most min(m, n) of every layer that matches.
-        target: regular expression, searched in the full name of each layer.
+        target: regular expression, searched in the full name of each layer; or `all-linear`, every
+            layer but the head and those that share their weight (`targets.heads`).
         options: further arguments of the layer (`alpha`, `init`, …).
 
     Returns:

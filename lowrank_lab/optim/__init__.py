@@ -1,4 +1,7 @@
-"""The optimizers of the methods, one per file: ordinary torch.optim.Optimizers for any model."""
+"""The optimizers of the methods, one per file: ordinary torch.optim.Optimizers for any model.
+
+`param_groups` makes their groups from a model.
+"""
 
 from lowrank_lab.optim.apollo import Apollo
 from lowrank_lab.optim.base import ProjectedAdamW
@@ -7,6 +10,7 @@ from lowrank_lab.optim.fira import Fira
 from lowrank_lab.optim.galore import GaLore
 from lowrank_lab.optim.golore import GoLore
 from lowrank_lab.optim.loro import Loro
+from lowrank_lab.optim.param_groups import param_groups
 from lowrank_lab.optim.spam import Spam
 from lowrank_lab.optim.stable_spam import StableSpam
 
@@ -20,4 +24,5 @@ __all__ = [
     "ProjectedAdamW",
     "Spam",
     "StableSpam",
+    "param_groups",
 ]

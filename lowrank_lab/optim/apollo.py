@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.fira import EPS, growth_limiter
@@ -20,11 +20,11 @@ from lowrank_lab.optim.projection import (
     check_projection,
     get_projections,
     projected_gradient,
-    sides,
+    projected_shapes,
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
-from lowrank_lab.optim.subspaces import Projections
+from lowrank_lab.optim.subspaces import Projections, next_seed, sides
 
 PROJECTIONS = ("random", "svd", "gram")
 
@@ -67,6 +67,8 @@ class Apollo(ProjectedAdamW):
         "store_projection": True, "seed": 0,
     }  # fmt: skip
 
+    loads_from: ClassVar[tuple[str, ...]] = (*ProjectedAdamW.loads_from, "apollo_torch")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -97,6 +99,13 @@ class Apollo(ProjectedAdamW):
         require("scale", scale, is_number(scale) and 0 <= scale < math.inf, "at least 0")
         require_int("seed", group["seed"], 0)
 
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        shapes = super().state_shapes(group, shape) | projected_shapes(group, shape)
+        if "rank" in group:
+            shapes |= {} if group["disable_nl"] else {"residual_norm": ()}
+            shapes |= {"seed": None} if group["proj"] == "random" else {}
+        return shapes
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
@@ -121,9 +130,7 @@ class Apollo(ProjectedAdamW):
         if not group["disable_nl"]:
             S_norm = torch.linalg.vector_norm(phi * G_norm)
             S_norm = self.placement.global_norm(S_norm) if axis is not None else S_norm
-            phi = phi / growth_limiter(
-                state, root * S_norm if group["scale_front"] else S_norm, forgive_zero=True
-            )
+            phi = phi / growth_limiter(state, root * S_norm if group["scale_front"] else S_norm)
         # W ← W − lr · √scale · φ∘G
         W.addcmul_(G, (root * phi).to(G.dtype), value=-step_size)
 
@@ -162,13 +169,3 @@ def random_projection(like: Tensor, side: int, rank: int, left: bool, seed: int)
     shape = (side, rank) if left else (rank, side)
     P = torch.randn(shape, generator=generator, device=like.device).div_(math.sqrt(rank))
     return (P if left else P.T).to(like.dtype).contiguous()
-
-
-def next_seed(seed: int) -> int:
-    """The seed of the projection that follows the one of `seed`, in the package's sequence.
-
-    It is the last of 15 draws below 2⁶³ − 1 from torch's CPU generator. numpy has the same Mersenne
-    Twister, and needs no tensors: under fake tensors they would have no values.
-    """
-    words = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=30, dtype=np.uint32)
-    return (int(words[-2]) << 32 | int(words[-1])) % (2**63 - 1)

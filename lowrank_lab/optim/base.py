@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,7 +23,6 @@ from lowrank_lab.distributed.dtensors import (
     part_of,
 )
 from lowrank_lab.optim.adam import (
-    PRECISIONS,
     adam_direction,
     adam_moments,
     adam_update_,
@@ -33,13 +33,15 @@ from lowrank_lab.optim.adam import (
     stochastic_round,
     to_state_precision,
 )
-from lowrank_lab.optim.checks import require, require_adam, require_int, require_known_keys
+from lowrank_lab.optim.checked import CheckedOptimizer
+from lowrank_lab.optim.checks import non_finite, require, require_adam, require_int
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
+from lowrank_lab.optim.saved_state import load_, prepared
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
 
-class ProjectedAdamW(DTensorOptimizer):
+class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     """AdamW whose groups with a `rank` are updated by the subclass's `update_`.
 
     Args:
@@ -58,7 +60,7 @@ class ProjectedAdamW(DTensorOptimizer):
             of a ranked group that isn't a matrix or has a side shorter than the rank.
     """
 
-    group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
+    loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
 
     def __init__(
         self,
@@ -82,36 +84,26 @@ class ProjectedAdamW(DTensorOptimizer):
         require_adam(defaults)
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        precision = (self.defaults | param_group).get("state_precision", "same")
-        known = " or ".join(PRECISIONS)
-        require("state_precision", precision, precision in PRECISIONS, known)
-        if "rank" not in param_group:
-            super().add_param_group(param_group)
-            return
-        require_known_keys(param_group, ("rank", *self.defaults, *self.group_defaults))
-        for key, default in self.group_defaults.items():
-            param_group.setdefault(key, default)
-        super().add_param_group(param_group)
-        check_last_group(self)
-
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a ranked group with keys or parameters that the method doesn't support."""
         rank = group["rank"]
+        projects = type(self).update_ is not ProjectedAdamW.update_
+        require("rank", rank, projects, f"{type(self).__name__} has no groups with a rank")
         require_int("rank", rank, 1)
         for p in group["params"]:
             allowed = f"at most the smaller side of each matrix, not {tuple(p.shape)}"
             require("rank", rank, p.ndim == 2 and rank <= min(p.shape), allowed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every state keeps its own dtype instead of its parameter's."""
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
-                    self.state[p][key] = value.to(p.device, copy=True)
+        """As torch's, from this class or from a package that it replaces.
+
+        The values of the saved groups replace the present ones, as in torch; keys that a saved
+        group lacks stay as they are. `foreign_state` says which packages' states are converted.
+
+        Raises:
+            ValueError: the state isn't one of this optimizer. Nothing has changed then.
+        """
+        load_(self, state_dict, partial(prepared, self))
         self.place_states_()
 
     def update_(
@@ -123,9 +115,16 @@ class ProjectedAdamW(DTensorOptimizer):
         """
         raise NotImplementedError
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step. Parameters without a gradient are skipped."""
+        """One optimizer step. Parameters without a gradient are skipped.
+
+        `torch.compile` leaves it out: a function that calls it is compiled around the call.
+
+        Raises:
+            RuntimeError: a sparse gradient; a matrix that isn't finite where it is decomposed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -135,7 +134,14 @@ class ProjectedAdamW(DTensorOptimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("sparse gradients are not supported; use a dense embedding")
-            self.step_group_(params, group)
+            try:
+                self.step_group_(params, group)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                which = non_finite(self, params)
+                if which is None:
+                    raise
+                message = f"{which} is not finite; {type(self).__name__} can't decompose it"
+                raise RuntimeError(message) from error
         self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
         return loss
 
@@ -234,12 +240,3 @@ class ProjectedAdamW(DTensorOptimizer):
                 with self._update_target(part, state["step"], group) as W:
                     W.add_(N, alpha=-bias_corrected_lr(state, group))
             state["step"] += 1
-
-
-def check_last_group(optimizer: ProjectedAdamW) -> None:
-    """Check the group that was added last, and remove it if it is refused."""
-    try:
-        optimizer.check_group(optimizer.param_groups[-1])
-    except ValueError:
-        optimizer.param_groups.pop()
-        raise

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-FOREIGN_KEYS = ("params", "param_names", "initial_lr")  # group keys that torch itself adds
+import torch
+from torch import Tensor
+
+from lowrank_lab.config import nearest
+from lowrank_lab.optim.dtensor_optimizer import param_index
+
+# Group keys of other programs, which no optimizer reads: torch's schedulers and SWA, Lightning's
+# LearningRateMonitor (`name`), timm's groups.
+FOREIGN_KEYS = (
+    "params", "param_names", "name", "group_name", "lr_scale", "initial_lr", "max_lr", "min_lr",
+    "base_momentum", "max_momentum", "swa_lr",
+)  # fmt: skip
+# Group keys of torch's AdamW with the values that change nothing here; None: any value.
+NEUTRAL: Mapping[str, bool | None] = {
+    "amsgrad": False, "maximize": False, "capturable": False, "differentiable": False,
+    "decoupled_weight_decay": True, "foreach": None, "fused": None,
+}  # fmt: skip
 
 
 def require(field: str, value: object, allows: bool, allowed: str) -> None:
@@ -33,17 +50,65 @@ def require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
 def require_adam(values: Mapping[str, Any]) -> None:
     """Require Adam's hyperparameters, of a group or an optimizer, to be in range."""
     for key in ("lr", "eps", "weight_decay"):
-        require(key, values[key], values[key] >= 0, "at least 0")
+        value = values[key]
+        require(key, value, isinstance(value, Real | Tensor) and float(value) >= 0, "at least 0")
     betas = values["betas"]
-    require("betas", betas, all(0 <= b < 1 for b in betas), "each in [0, 1)")
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    require("betas", betas, pair and all(0 <= b < 1 for b in betas), "two, each in [0, 1)")
 
 
-def require_known_keys(param_group: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Refuse a group with a key that is neither one of these nor one of torch's."""
-    known = {*FOREIGN_KEYS, *keys}
-    allowed = f"no such key; known: {', '.join(sorted(known))}"
+def require_known_keys(
+    param_group: Mapping[str, Any], keys: Iterable[str], ranked: Iterable[str] = ()
+) -> None:
+    """Refuse a group with a key that neither this optimizer nor another program reads.
+
+    Args:
+        keys: those of every group.
+        ranked: those of a group with `rank` alone, `rank` among them.
+    """
+    keys, ranked = set(keys), set(ranked)
     for key, value in param_group.items():
-        require(key, value, key in known, allowed)
+        if key in NEUTRAL and key not in keys:
+            neutral = NEUTRAL[key]
+            require(key, value, neutral is None or value == neutral, f"only {neutral}")
+            continue
+        known = key in keys or key in ranked or key in FOREIGN_KEYS
+        require(key, value, known, f"no such key; {nearest(key, keys | ranked)}")
+        fits = key not in ranked or key in keys or "rank" in param_group
+        require(key, value, fits, "only in a group with a rank")
+
+
+def parameter_name(optimizer: torch.optim.Optimizer, p: Tensor) -> str:
+    """How messages call a parameter: its number, from 0, and its name if the group has names."""
+    number = in_group = param_index(optimizer, p) - 1
+    for group in optimizer.param_groups:
+        if in_group < len(group["params"]):
+            names = group.get("param_names")
+            return f"parameter {number}" + (f" ({names[in_group]})" if names else "")
+        in_group -= len(group["params"])
+    raise ValueError("the parameter is in no group of the optimizer")
+
+
+def require_real(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
+    """Refuse complex parameters."""
+    for p in group["params"]:
+        if p.is_complex():
+            which = f"{parameter_name(optimizer, p)}, {p.dtype}"
+            require("params", which, False, "real parameters; see torch.view_as_real")
+
+
+def non_finite(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> str | None:
+    """Which of these parameters, or of their gradients, is the first that isn't finite.
+
+    Of a DTensor only the local part is looked at: other processes may not have failed.
+    """
+    for p in params:
+        for what, value in (("the gradient of ", p.grad), ("", p.detach())):
+            part: Any = value
+            part = part.to_local() if hasattr(part, "to_local") else part
+            if part is not None and not part.isfinite().all():
+                return what + parameter_name(optimizer, p)
+    return None
 
 
 def is_number(value: object) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.checked import Shapes
+from lowrank_lab.optim.checks import require_bool
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
     channel_norms,
@@ -15,6 +17,7 @@ from lowrank_lab.optim.projection import (
     get_projections,
     project_back_add_,
     projected_gradient,
+    projected_shapes,
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
@@ -36,6 +39,9 @@ class Fira(ProjectedAdamW):
       rounding (`gram_subspaces`).
     * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
       gap.
+    * `forgive_zero` (True): after a residual of zero, growth isn't limited for one step. False is
+      the published rule: after one gradient that is zero, or inside the subspace, the residual is
+      limited to 1e-8, and needs about 1800 steps to grow back.
 
     As in the package, alpha scales both back-projections: with alpha ≠ 1 the residual is G −
     alpha·P R. `full` is refused: with both sides projected, a channel has no rank axis along which
@@ -44,12 +50,19 @@ class Fira(ProjectedAdamW):
 
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "svd",
-        "spread_refresh": False,
+        "spread_refresh": False, "forgive_zero": True,
     }  # fmt: skip
+
+    loads_from: ClassVar[tuple[str, ...]] = (*ProjectedAdamW.loads_from, "fira")
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check_projection(group, ONE_SIDED)
+        require_bool("forgive_zero", group["forgive_zero"])
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        norm: Shapes = {"residual_norm": ()} if "rank" in group else {}
+        return super().state_shapes(group, shape) | projected_shapes(group, shape) | norm
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
@@ -73,14 +86,14 @@ class Fira(ProjectedAdamW):
         rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
         residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
         S_norm = self.placement.global_norm((residual_sq * phi.square()).sum().sqrt())
-        phi = phi / growth_limiter(state, S_norm)
+        phi = phi / growth_limiter(state, S_norm, group["forgive_zero"])
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
         N.addcmul_(R, phi.to(N.dtype), value=-1)
         project_back_add_(W, N, left, right, alpha=-step_size * alpha)
         W.addcmul_(G, phi.to(G.dtype), value=-step_size)
 
 
-def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = False) -> Tensor:
+def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = True) -> Tensor:
     """Fira's norm-growth limiter, max(‖S‖ / (‖S_prev‖ + ε), γ) / γ; 1 at the first step.
 
     ‖S_prev‖ is the limited norm of the previous step, `residual_norm` in the state.
@@ -88,8 +101,7 @@ def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = Fal
     Args:
         state: of the parameter; its `residual_norm` is replaced.
         norm: ‖S‖ (0-dimensional).
-        forgive_zero: no limit after a norm of zero. By the published rule, updates that have been
-            zero once stay near zero for about 1800 steps.
+        forgive_zero: no limit after a norm up to ε; False is the published rule (see Fira).
     """
     if "residual_norm" not in state:
         state["residual_norm"] = norm
@@ -97,6 +109,6 @@ def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = Fal
     previous = state["residual_norm"]
     limiter: Tensor = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
     if forgive_zero:
-        limiter = torch.where(previous > 0, limiter, 1.0)
+        limiter = torch.where(previous > EPS, limiter, 1.0)
     state["residual_norm"] = norm / limiter
     return limiter

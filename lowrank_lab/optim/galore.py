@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.projection import (
     check_projection,
     get_projections,
     project_back_add_,
     projected_gradient,
+    projected_shapes,
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
@@ -40,9 +42,16 @@ class GaLore(ProjectedAdamW):
         "spread_refresh": False,
     }  # fmt: skip
 
+    loads_from: ClassVar[tuple[str, ...]] = (
+        *ProjectedAdamW.loads_from, "galore_torch", "pytorch_optimizer.GaLore",
+    )  # fmt: skip
+
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check_projection(group)
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)

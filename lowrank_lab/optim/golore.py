@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.projection import (
@@ -19,12 +20,12 @@ from lowrank_lab.optim.projection import (
     load_projections,
     project_back_add_,
     projected_gradient,
-    sides,
+    projected_shapes,
     store_projections_,
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
-from lowrank_lab.optim.subspaces import Projections
+from lowrank_lab.optim.subspaces import Projections, sides
 
 
 class GoLore(ProjectedAdamW):
@@ -58,6 +59,9 @@ class GoLore(ProjectedAdamW):
         check_projection(group)
         for key in ("switch", "seed"):
             require_int(key, group[key], 0)
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)

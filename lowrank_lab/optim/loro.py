@@ -80,6 +80,7 @@ class Loro(ProjectedAdamW):
         ValueError: a hyperparameter out of range, an unknown key, parameters that are not pairs.
     """
 
+    loads_from: ClassVar[tuple[str, ...]] = ("torch",)
     group_defaults: ClassVar[dict[str, Any]] = {"update_k": 500, "scale": None}
 
     def __init__(

@@ -21,14 +21,15 @@ from torch import Tensor
 from lowrank_lab.distributed.placements import Placement
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.subspaces import (
     Projections,
-    Sides,
     gram_subspaces,
     leading_subspaces,
     randomized_subspaces,
+    sides,
 )
 
 if TYPE_CHECKING:
@@ -38,18 +39,6 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 PROJECTIONS = ("projection_left", "projection_right")  # in the states
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 REFRESHES = ("svd", "randomized", "gram")
-
-
-def sides(proj_type: str, shape: tuple[int, ...]) -> Sides:
-    """The sides of an m×n gradient that are projected. `std` projects the shorter side."""
-    tall = shape[0] >= shape[1]
-    return {
-        "std": (not tall, tall),
-        "reverse_std": (tall, not tall),
-        "left": (True, False),
-        "right": (False, True),
-        "full": (True, True),
-    }[proj_type]
 
 
 def unprojected_dim(group: dict[str, Any], shape: torch.Size) -> int | None:
@@ -119,6 +108,20 @@ def gather_projections(
         for P, side in zip(shards, shape, strict=True)
     )
     return left, right
+
+
+def projected_shapes(group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+    """Shapes of the moments and projections of an m×n matrix; none in a group without `rank`."""
+    if "rank" not in group:
+        return {}
+    (m, n), r = shape, group["rank"]
+    left, right = sides(group["proj_type"], shape)
+    projected = (r if left else m, r if right else n)
+    shapes: Shapes = {"exp_avg": projected, "exp_avg_sq": projected}
+    if group.get("store_projection", True):
+        shapes |= {"projection_left": (m, r)} if left else {}
+        shapes |= {"projection_right": (n, r)} if right else {}
+    return shapes
 
 
 def project(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

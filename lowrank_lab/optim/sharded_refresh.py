@@ -18,9 +18,8 @@ from lowrank_lab.optim.projection import (
     is_refresh_due,
     load_projections,
     new_projections,
-    sides,
 )
-from lowrank_lab.optim.subspaces import Projections, align_signs, leading_eigenvectors
+from lowrank_lab.optim.subspaces import Projections, align_signs, leading_eigenvectors, sides
 
 
 def refresh_sharded_(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.optim.adam import adam_moments, adam_update_
 from lowrank_lab.optim.base import SEED_STRIDE
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.state_bytes import Weight
@@ -63,6 +64,8 @@ class Spam(UniformAdam):
         ValueError: a value out of range or an unknown key of a group.
     """
 
+    loads_from: ClassVar[tuple[str, ...]] = ("pytorch_optimizer.SPAM",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -93,6 +96,12 @@ class Spam(UniformAdam):
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return ANY_DIM if group["density"] == 1 or len(shape) != 2 else None
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        if group["density"] == 1 or len(shape) != 2:
+            return super().state_shapes(group, shape)
+        trained = (_count(torch.Size(shape), group["density"]),)
+        return super().state_shapes(group, trained) | {"mask": shape}
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.adam import adam_moments, adam_update_, restart_adam_
+from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
 from lowrank_lab.optim.state_bytes import SCALAR, Weight
 from lowrank_lab.optim.uniform import UniformAdam
@@ -48,6 +49,8 @@ class StableSpam(UniformAdam):
         ValueError: a value out of range or an unknown key of a group.
     """
 
+    loads_from: ClassVar[tuple[str, ...]] = ("pytorch_optimizer.StableSPAM",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -71,6 +74,10 @@ class StableSpam(UniformAdam):
         super().check_group(group)
         for key in ("gamma1", "gamma2", "theta"):
             require(key, group[key], 0 <= group[key] < 1, "in [0, 1)")
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        averages: Shapes = dict.fromkeys(AVERAGES, ())
+        return super().state_shapes(group, shape) | averages
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return ANY_DIM

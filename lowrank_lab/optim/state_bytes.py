@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lowrank_lab.config import ResolvedConfig
-from lowrank_lab.optim.projection import sides
+from lowrank_lab.optim.subspaces import sides
 
 SCALAR = 4  # bytes of a step count or a norm, float32
 

@@ -5,6 +5,7 @@ Shapes in this file: G is m×n; L is m×r and R is n×r, both with orthonormal c
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,18 @@ OVERSAMPLING = 16  # random columns beyond the rank, in the randomized refresh
 
 Sides = tuple[bool, bool]  # (left, right)
 Projections = tuple[Tensor | None, Tensor | None]  # L (m×r), R (n×r)
+
+
+def sides(proj_type: str, shape: tuple[int, ...]) -> Sides:
+    """The sides of an m×n gradient that are projected. `std` projects the shorter side."""
+    tall = shape[0] >= shape[1]
+    return {
+        "std": (not tall, tall),
+        "reverse_std": (tall, not tall),
+        "left": (True, False),
+        "right": (False, True),
+        "full": (True, True),
+    }[proj_type]
 
 
 def leading_subspaces(G: Tensor, rank: int, which: Sides) -> Projections:
@@ -95,3 +108,13 @@ def align_signs(P: Tensor, old: Tensor | None, placement: Placement = REPLICATED
         return P
     agreement = placement.all_reduce_sum_((P * old).sum(0))
     return P * torch.where(agreement < 0, -1.0, 1.0)
+
+
+def next_seed(seed: int) -> int:
+    """The seed of the projection that follows the one of `seed`, in the package's sequence.
+
+    It is the last of 15 draws below 2⁶³ − 1 from torch's CPU generator. numpy has the same Mersenne
+    Twister, and needs no tensors: under fake tensors they would have no values.
+    """
+    words = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=30, dtype=np.uint32)
+    return (int(words[-2]) << 32 | int(words[-1])) % (2**63 - 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import ProjectedAdamW, check_last_group
-from lowrank_lab.optim.checks import require_adam, require_int, require_known_keys
+from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.checks import require_int
 
 
 class UniformAdam(ProjectedAdamW):
@@ -18,17 +18,17 @@ class UniformAdam(ProjectedAdamW):
     Every default is also a key of a group. `update_` applies weight decay itself.
     """
 
+    has_ranked_groups: ClassVar[bool] = False
+
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         torch.optim.Optimizer.__init__(self, params, {**defaults, "correct_bias": True})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        require_known_keys(param_group, self.defaults)
-        torch.optim.Optimizer.add_param_group(self, param_group)
-        check_last_group(self)
+    def check_any_group(self, group: dict[str, Any]) -> None:
+        super().check_any_group(group)
+        self.check_group(group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse values of a group that are out of range."""
-        require_adam(group)
         require_int("update_proj_gap", group["update_proj_gap"], 1)
 
     def dim_of(self, group: dict[str, Any], shape: torch.Size) -> int | None:

@@ -48,12 +48,9 @@ def test_its_first_ten_lines_of_python_train_a_model(text_corpus, tmp_path, monk
 
 
 def test_its_layers_optimizers_and_techniques_work_on_a_model():
-    model, dense = Llama(SIZES["mini"]), Llama(SIZES["mini"])
+    model, dense_model = Llama(SIZES["mini"]), Llama(SIZES["mini"])
     optimizer = lab.optim.GaLore(model.parameters(), lr=0.1)
-    matrices = [p for p in dense.parameters() if p.ndim == 2 and min(p.shape) >= 128]
-    others = [p for p in dense.parameters() if p.ndim == 1]
-    names = {"lab": lab, "model": model, "optimizer": optimizer}
-    names |= {"matrices": matrices, "others": others}
+    names = {"lab": lab, "model": model, "dense_model": dense_model, "optimizer": optimizer}
     exec(BLOCKS[1], names)
     assert isinstance(names["optimizer"], lab.optim.GaLore)
     assert len(names["optimizer"].param_groups) == 2

@@ -25,7 +25,8 @@ from small_matrices import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_lab.optim.apollo import Apollo, next_seed, random_projection
+from lowrank_lab.optim.apollo import Apollo, random_projection
+from lowrank_lab.optim.subspaces import next_seed
 from lowrank_lab.techniques import reset_momentum_
 
 KEYS = {

@@ -21,8 +21,13 @@ from small_matrices import (
 from torch import nn
 
 from lowrank_lab.optim import Fira, GaLore
-from lowrank_lab.optim.projection import project, project_back_add_, sides
-from lowrank_lab.optim.subspaces import gram_subspaces, leading_subspaces, randomized_subspaces
+from lowrank_lab.optim.projection import project, project_back_add_
+from lowrank_lab.optim.subspaces import (
+    gram_subspaces,
+    leading_subspaces,
+    randomized_subspaces,
+    sides,
+)
 
 STRENGTH = {GaLore: "scale", Fira: "alpha"}  # what multiplies the step inside the subspace
 

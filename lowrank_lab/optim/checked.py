@@ -1,0 +1,58 @@
+"""The part of every optimizer here that checks groups, and says what its states consist of."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from lowrank_lab.optim.adam import PRECISIONS
+from lowrank_lab.optim.checks import (
+    require_adam,
+    require_bool,
+    require_choice,
+    require_known_keys,
+    require_real,
+)
+
+# Entries of a state: shapes of tensors, None for Python numbers
+Shapes = dict[str, tuple[int, ...] | None]
+
+
+class CheckedOptimizer(torch.optim.Optimizer):
+    """An optimizer that refuses groups that it would misread."""
+
+    group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
+    has_ranked_groups: ClassVar[bool] = True
+    loads_from: ClassVar[tuple[str, ...]] = ()  # sources of `foreign_state.converted`
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        ranked = ("rank", *self.group_defaults) if self.has_ranked_groups else ()
+        require_known_keys(param_group, self.defaults, ranked)
+        if "rank" in param_group:
+            for key, default in self.group_defaults.items():
+                param_group.setdefault(key, default)
+        super().add_param_group(param_group)
+        try:
+            self.check_any_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def check_any_group(self, group: dict[str, Any]) -> None:
+        """Refuse a group, ranked or not, with values or parameters that are not supported."""
+        require_adam(group)
+        require_real(self, group)
+        if "state_precision" in group:
+            require_choice("state_precision", group["state_precision"], PRECISIONS)
+            require_bool("stochastic_rounding", group["stochastic_rounding"])
+        if "rank" in group:
+            self.check_group(group)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuse a group with keys or parameters that the method doesn't support."""
+
+    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
+        """The entries that a parameter of this shape has in its state after a step."""
+        numbers = ("step", "exp_avg_weight", "exp_avg_sq_weight")
+        return {**dict.fromkeys(numbers), "exp_avg": shape, "exp_avg_sq": shape}
