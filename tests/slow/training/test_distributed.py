@@ -58,7 +58,6 @@ IN_SHARDS = {
     "apollo svd": changed("apollo", {"proj": "svd"}),
     "galore randomized": changed("galore", {"refresh": "randomized"}),
     "spam half": changed("spam", {"density": 0.5}),
-    "muon pruned": changed("muon", reset_how="random", reset_strength=0.9),  # has owners
     "low-rank sgd": changed("low-rank", optimizer="torch.optim.SGD", reset_every=0),
     "apollo-mini front": changed("apollo-mini", {"scale_front": True}),
     "keep": changed("low-rank", on_refactor="keep", reset_every=0),
