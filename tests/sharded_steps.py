@@ -384,6 +384,36 @@ def technique_cases(folder):
     yield "full checkpoint", from_full_checkpoint
 
 
+def tensor_parallel_cases(folder):
+    torch.set_default_dtype(torch.float64)
+    for name in ("adamw", "galore svd", "fira gram", "apollo", "spam half", "stable-spam"):
+        yield name, partial(with_tensor_parallel, name)
+
+
+def with_tensor_parallel(name):
+    """FSDP2 over tensor parallelism: of some weights, each rank has a strided shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plain, sharded = net(None), net(None)
+    for block in sharded.blocks:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(block, mesh["tensor"], plan)
+    fsdp(sharded, mesh=mesh["data"])
+    pair = [(m, METHODS[name](list(m.parameters()))) for m in (plain, sharded)]
+    for model, optimizer in pair:
+        train(model, optimizer, 7, reset(0.7))
+    (_, theirs), (_, ours_) = pair
+    for module in [*sharded.blocks, sharded]:
+        module.reshard()
+    return difference(list(sharded.parameters()), ours_, list(plain.parameters()), theirs)
+
+
 def with_ddp():
     from torch.nn.parallel import DistributedDataParallel
 
@@ -429,6 +459,7 @@ def from_full_checkpoint():
 
 CASES = {
     "techniques": technique_cases,
+    "tensor-parallel": tensor_parallel_cases,
     "steps": lambda folder: steps_cases(),
     "save": partial(checkpoint_cases, save),
     "load": partial(checkpoint_cases, load),

@@ -66,3 +66,9 @@ def test_the_loop_of_the_how_to_page_runs_and_its_checkpoint_loads(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoint" / ".metadata").exists()
+
+
+def test_weights_in_strided_shards_of_tensor_parallelism_are_updated(tmp_path):
+    found = results("tensor-parallel", 4, tmp_path)
+    assert wrong(found) == {}
+    assert len(found[0]) >= 6
