@@ -107,8 +107,10 @@ def _reset_state_(
             if name in state:  # a custom method may have only one of the moments
                 _scale_(state[name], keep)
             state[f"{name}_weight"] *= keep
-        if not keep and len(set(moments)) == 2:  # a full reset restarts the growth limiter too
-            state.pop("residual_norm", None)
+        if not keep and len(set(moments)) == 2 and "residual_norm" in state:
+            # A full reset restarts the growth limiter too. The entry stays: states with the same
+            # entries load into each other.
+            state["residual_norm"].fill_(math.inf)
         return
     if set(moments) != {"exp_avg", "exp_avg_sq"}:
         raise ValueError(

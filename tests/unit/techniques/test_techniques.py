@@ -531,3 +531,19 @@ def test_amsgrad_s_maximum_is_part_of_a_full_reset():
     advance(W, optimizer, gradients(5, seed=1))
     advance(fresh_W, make([fresh_W]), gradients(5, seed=1))
     assert torch.equal(W, fresh_W)
+
+
+def test_a_state_saved_right_after_a_reset_loads_and_goes_on_as_a_fresh_optimizer():
+    def made():
+        W = nn.Parameter(torch.eye(6)[:, :4].clone())
+        return W, Fira([{"params": [W], "rank": 2, "update_proj_gap": 1}], lr=0.1)
+
+    (W, saved), (V, loaded), (U, fresh) = made(), made(), made()
+    W.grad = torch.ones(6, 4)
+    saved.step()
+    reset_momentum_(saved)
+    loaded.load_state_dict(saved.state_dict())
+    for p, optimizer in ((V, loaded), (U, fresh)):
+        p.grad = torch.arange(24.0).view(6, 4).sin() * 1e3  # the growth limiter would act
+        optimizer.step()
+    assert torch.equal(V, U)
