@@ -96,7 +96,7 @@ class Fira(ProjectedAdamW):
 def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = True) -> Tensor:
     """Fira's norm-growth limiter, max(‖S‖ / (‖S_prev‖ + ε), γ) / γ; 1 at the first step.
 
-    ‖S_prev‖ is the limited norm of the previous step, `residual_norm` in the state; ∞ doesn't limit.
+    ‖S_prev‖, the limited norm of the previous step, is `residual_norm` in the state; ∞: no limit.
 
     Args:
         state: of the parameter; its `residual_norm` is replaced.
