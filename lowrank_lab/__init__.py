@@ -4,7 +4,8 @@ from lowrank_lab import optim
 from lowrank_lab.analysis.model_spectra import spectra
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.cpu.onednn_matmul import fast_products
-from lowrank_lab.layers import factorize
+from lowrank_lab.layers import factorization, factorize, to_dense_
+from lowrank_lab.layers.pretrained import load_pretrained
 from lowrank_lab.methods.own import load_own_methods, register_method
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.simulate import simulate as simulate_memory
@@ -22,9 +23,11 @@ __all__ = [
     "RunConfig",
     "TrainingError",
     "__version__",
+    "factorization",
     "factorize",
     "fast_products",
     "load",
+    "load_pretrained",
     "load_runs",
     "optim",
     "refactorize_",
@@ -32,6 +35,7 @@ __all__ = [
     "reset_momentum_",
     "simulate_memory",
     "spectra",
+    "to_dense_",
     "train",
 ]
 

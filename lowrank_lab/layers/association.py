@@ -12,6 +12,7 @@ x Aᵀ and dY B exist already, otherwise 2 · `thin` or `gradient`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -93,7 +94,7 @@ class _ThroughWeight(torch.autograd.Function):
         needs_x, needs_B, needs_A, needs_base, needs_bias, *_ = ctx.needs_input_grad
         dx = dB = dA = dbase = None
         scale = ctx.scale
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             x, B, A, base = (cast(t, ctx.dtype) for t in ctx.saved_tensors)
             dY, X = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
             if ctx.association == "gradient" and (needs_B or needs_A):
@@ -134,9 +135,17 @@ def scaled_mm(scale: float, left: Tensor, right: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast computes products with x; None where it is that of x."""
     device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device
+        return None
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A block in which autocast is off; nothing to do for the meta device, which has none."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def cast(t: Any, dtype: torch.dtype | None) -> Any:

@@ -55,8 +55,11 @@ def balance(B: Tensor, A: Tensor, placement: Placement = REPLICATED) -> Balance:
     Args:
         B, A: the factors, m×r and r×n, or their local shards.
         placement: `Sharded` for shards.
+
+    Raises:
+        ValueError: complex factors, or factors with NaN or infinity.
     """
-    B, A = B.double(), A.double()
+    B, A = _wide(B), _wide(A)
     found = _from_grams(*_grams(B, A, placement))
     lost = placement.all_reduce_max_(B.new_tensor(float(found is None)))  # all ranks use the same
     if found is None or value_of(lost, usually=0):
@@ -91,14 +94,24 @@ def imbalance(B: Tensor, A: Tensor, placement: Placement = REPLICATED) -> Tensor
 
     0 for zero factors. Arguments as for `balance`.
     """
-    left, right = _grams(B.double(), A.double(), placement)
+    left, right = _grams(_wide(B), _wide(A), placement)
     total = left.norm() + right.norm()
     return torch.where(total > 0, (left - right).norm() / total, torch.zeros_like(total))
 
 
 def _grams(B: Tensor, A: Tensor, placement: Placement) -> Tensor:
-    """BᵀB and A Aᵀ (2, r, r) of the full factors."""
-    return placement.all_reduce_sum_(torch.stack([gram(B), gram(A.T)]))
+    """BᵀB and A Aᵀ (2, r, r) of the full factors; every rank refuses the same factors."""
+    found = placement.all_reduce_sum_(torch.stack([gram(B), gram(A.T)]))
+    if not value_of(found.isfinite().all(), usually=True):
+        raise ValueError("factors: NaN or infinity is not allowed; finite numbers")
+    return found
+
+
+def _wide(factor: Tensor) -> Tensor:
+    """A factor in float64."""
+    if factor.is_complex():
+        raise ValueError(f"factors: {factor.dtype} is not allowed; real floating point")
+    return factor.double()
 
 
 def value_of(scalar: Tensor, usually: float) -> float:

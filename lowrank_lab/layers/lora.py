@@ -6,10 +6,9 @@ reset) makes Adam forget the old ones, `train_dense_` is the full-rank warm star
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,15 @@ from torch import Tensor, nn
 
 from lowrank_lab.distributed.dtensors import full_tensor, joint_parts, overwrite_, reshard_
 from lowrank_lab.layers.association import autocast_dtype, linear_through_weight
-from lowrank_lab.layers.base import FactorizedLinear
+from lowrank_lab.layers.base import FactorizedLinear, kaiming_
+from lowrank_lab.layers.dense import dense_weight_of, reset_linear_
 
 
 class LoRALinear(FactorizedLinear):
-    """y = W₀ x + (α/r) · B (A x) + bias, with W₀ (m×n, the parameter `weight`) frozen.
+    """y = W₀ x + (α/r) · B (A x) + bias, with W₀ (m×n, the parameter `base_weight`) frozen.
 
-    B starts at zero: at first the layer computes what the dense layer did.
+    B starts at zero: at first the layer computes what the dense layer did. State dicts in which W₀
+    is called `weight`, as it was before, still load.
 
     Args:
         linear: the dense layer to replace; the layer takes over its weight as W₀, and its bias.
@@ -32,9 +33,10 @@ class LoRALinear(FactorizedLinear):
         init: `kaiming` draws A Kaiming-uniform(a=√5), i.e. within ±1/√n, as LoRA and peft do.
     """
 
+    other_name: ClassVar[str] = "base_weight"
     has_other_weights: ClassVar[bool] = True
 
-    weight: nn.Parameter
+    base_weight: nn.Parameter
 
     def __init__(
         self,
@@ -43,20 +45,40 @@ class LoRALinear(FactorizedLinear):
         alpha: float | None = None,
         init: Literal["kaiming"] = "kaiming",
     ) -> None:
-        alpha = 32.0 if alpha is None else alpha
-        super().__init__(linear.in_features, linear.out_features, rank, alpha / max(rank, 1))
+        super().__init__(linear, rank, 32.0 if alpha is None else alpha)
         if init != "kaiming":
             raise ValueError(f"init: {init!r} is not allowed; kaiming, as W₀ has the dense init")
-        W = linear.weight.detach()
-        self.weight = nn.Parameter(W, requires_grad=False)
+        W = dense_weight_of(linear).detach().contiguous()
+        self.base_weight = nn.Parameter(W, requires_grad=False)
         self.B = nn.Parameter(W.new_zeros(self.out_features, rank))
         self.A = nn.Parameter(W.new_empty(rank, self.in_features))
         self.bias = linear.bias
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.reset_factors()
 
-    def dense_weight(self) -> Tensor:
-        """W₀ + scale · B A, m×n. Forms the product: for tests and export."""
-        return self.weight + super().dense_weight()
+    @torch.no_grad()
+    def reset_factors(self) -> None:
+        """Draw A Kaiming-uniform(a=√5) and set B to zero, in place; W₀ stays."""
+        kaiming_(self.A)
+        self.B.zero_()
+
+    def reset_parameters(self) -> None:
+        """Draw W₀ and the bias as nn.Linear does, and the factors as at construction, in place."""
+        with torch.no_grad():
+            reset_linear_(self.base_weight, None, self.in_features)
+        super().reset_parameters()
+
+    def form(self, B: Tensor, A: Tensor, other: Tensor | None) -> Tensor:
+        """W₀ + scale · B A, m×n."""
+        assert other is not None
+        return other + super().form(B, A, None)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        old, new = f"{prefix}weight", f"{prefix}base_weight"
+        if old in state_dict and new not in state_dict:
+            state_dict[new] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) → (..., m), by the cheapest association; the scale acts on r channels.
@@ -65,12 +87,12 @@ class LoRALinear(FactorizedLinear):
         would lose, at every step, all entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀.
         """
         association = self.association(x, base=True)
-        dtype = autocast_dtype(x) or self.weight.dtype
+        dtype = autocast_dtype(x) or self.base_weight.dtype
         if association != "factors" and dtype.itemsize >= 4:
             return linear_through_weight(
-                x, self.B, self.A, self.weight, self.bias, self.scale, association
+                x, self.B, self.A, self.base_weight, self.bias, self.scale, association
             )
-        return F.linear(x, self.weight, self.bias) + F.linear(
+        return F.linear(x, self.base_weight, self.bias) + F.linear(
             F.linear(x, self.A) * self.scale, self.B
         )
 
@@ -85,14 +107,14 @@ class LoRALinear(FactorizedLinear):
         Args:
             generator: CPU generator of the new A, so that A is the same on any device.
         """
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = torch.promote_types(self.base_weight.dtype, torch.float32)
         A = full_tensor(self.A)
-        with joint_parts((self.weight, 0), (self.B, 0)) as ((W, B), _):
+        with joint_parts((self.base_weight, 0), (self.B, 0)) as ((W, B), _):
             # W₀ ← W₀ + (α/r) · B A
             W.copy_(torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=self.scale))
             B.zero_()
         drawn = torch.empty(A.shape, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        kaiming_(drawn, generator)
         overwrite_(self.A, drawn.to(A.dtype))
 
 
@@ -132,12 +154,18 @@ def train_dense_(model: nn.Module, on: bool) -> list[str]:
     """
     names = []
     for name, layer in lora_layers(model):
-        for p, trains in ((layer.weight, on), (layer.B, not on), (layer.A, not on)):
+        for p, trains in ((layer.base_weight, on), (layer.B, not on), (layer.A, not on)):
             p.requires_grad_(trains)
             if not trains:
                 p.grad = None
         names.append(name)
     return names
+
+
+def current_name(name: str) -> str:
+    """The name of a parameter that is called `name` in an old checkpoint: W₀ was `weight`."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.base_weight" if last == "weight" else name
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:

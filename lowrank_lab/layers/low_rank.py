@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_lab.layers.association import linear_through_weight
-from lowrank_lab.layers.base import FactorizedLinear
+from lowrank_lab.layers.base import FactorizedLinear, kaiming_
+from lowrank_lab.layers.dense import dense_weight_of, is_fake_or_meta, reset_linear_
 
 
 class LowRankLinear(FactorizedLinear):
@@ -22,7 +22,16 @@ class LowRankLinear(FactorizedLinear):
         alpha: α; default 32 for `kaiming` as in the paper's code, r (a scale of 1) for `spectral`.
         init: `kaiming` draws both factors Kaiming-uniform(a=√5), as the paper's code does;
             `spectral` splits the truncated SVD of the dense initial weight evenly.
+
+    `drawn_rows` counts the last rows of A that `spectral` had to draw, beside zero columns of B,
+    because the weight has a rank below r.
+
+    Raises:
+        ValueError: of FactorizedLinear; an unknown init; `spectral` of a weight with NaN or
+            infinity, or on the meta device.
     """
+
+    drawn_rows: int = 0
 
     def __init__(
         self,
@@ -33,26 +42,57 @@ class LowRankLinear(FactorizedLinear):
     ) -> None:
         if alpha is None:
             alpha = 32.0 if init == "kaiming" else float(rank)
-        super().__init__(linear.in_features, linear.out_features, rank, alpha / max(rank, 1))
-        W = linear.weight
-        self.B = nn.Parameter(W.new_empty(self.out_features, rank))
-        self.A = nn.Parameter(W.new_empty(rank, self.in_features))
+        super().__init__(linear, rank, alpha)
+        if init not in ("kaiming", "spectral"):
+            raise ValueError(f"init: {init!r} is not allowed; kaiming or spectral")
+        W = dense_weight_of(linear)
+        self.init = init
+        self.B = nn.Parameter(W.new_empty(self.out_features, rank), W.requires_grad)
+        self.A = nn.Parameter(W.new_empty(rank, self.in_features), W.requires_grad)
         self.bias = linear.bias
         if init == "kaiming":
-            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        elif init == "spectral":
-            self._init_spectral(W)
+            self.reset_factors()
         else:
-            raise ValueError(f"init: {init!r} is not allowed; kaiming or spectral")
+            self._init_spectral(W)
+
+    @torch.no_grad()
+    def reset_factors(self) -> None:
+        """Draw the factors, in place; with `spectral`, split a new weight as nn.Linear draws it."""
+        if self.init == "kaiming":
+            kaiming_(self.B)
+            kaiming_(self.A)
+            return
+        W = self.B.new_empty(self.out_features, self.in_features)
+        reset_linear_(W, None, self.in_features)
+        if not is_fake_or_meta(W):
+            self._init_spectral(W)
 
     @torch.no_grad()
     def _init_spectral(self, W: Tensor) -> None:
-        """scale · B A = the best rank-r approximation of W, with BᵀB = AAᵀ."""
+        """scale · B A = the best rank-r approximation of W, with BᵀB = AAᵀ.
+
+        A pair of a zero column of B and a zero row of A would have no gradient for ever. Where the
+        rank of W is less than r, the rows of A are therefore drawn; B A stays the same.
+        """
+        if W.is_meta:
+            raise ValueError("init: 'spectral' is not allowed; the weight is on the meta device")
+        fake = is_fake_or_meta(W)
+        if not fake and not W.isfinite().all():
+            raise ValueError("init: 'spectral' is not allowed; the weight has NaN or infinity")
         U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
         root = (S[: self.rank] / self.scale).sqrt()
         self.B.copy_(U[:, : self.rank] * root)
         self.A.copy_(root[:, None] * Vh[: self.rank])
+        if fake:
+            return
+        tolerance = max(W.shape) * torch.finfo(S.dtype).eps * S[0]
+        found = int((S[: self.rank] > tolerance).sum())
+        self.drawn_rows = self.rank - found
+        if self.drawn_rows:
+            drawn = torch.empty_like(self.A)
+            kaiming_(drawn)
+            self.A[found:] = drawn[found:]
+            self.B[:, found:] = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) → (..., m), by the cheaper association; the scale acts on r channels."""

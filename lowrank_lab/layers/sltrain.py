@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
-from lowrank_lab.layers.association import autocast_dtype, cast, scaled_mm, weight_gradient
-from lowrank_lab.layers.base import FactorizedLinear
+from lowrank_lab.layers.association import (
+    autocast_dtype,
+    cast,
+    scaled_mm,
+    weight_gradient,
+    without_autocast,
+)
+from lowrank_lab.layers.base import FactorizedLinear, kaiming_
+from lowrank_lab.layers.dense import dense_weight_of, is_fake_or_meta, reset_linear_
+from lowrank_lab.layers.support import Positions, plain_of, random_support
 
 
 class SLTrainLinear(FactorizedLinear):
@@ -28,12 +36,14 @@ class SLTrainLinear(FactorizedLinear):
         keep_weight: save the weight for the backward pass instead of forming it twice: faster, but
             m·n more entries of activation memory per layer.
         generator: CPU generator of the support, which is then the same on any device; torch's
-            default generator if None.
+            default generator if None. On the meta device a seed is drawn from it, and `to_empty`
+            draws the support: processes that share a model need the same generator state.
 
     Raises:
         ValueError: a rank, sparsity or init that is not allowed; a layer of 2³¹ entries or more.
     """
 
+    other_name: ClassVar[str] = "values"
     has_other_weights: ClassVar[bool] = True
 
     indices: Tensor  # k = ⌊δmn⌋ flat positions i·n + j, ascending; int32
@@ -50,63 +60,101 @@ class SLTrainLinear(FactorizedLinear):
         keep_weight: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        m, n = linear.out_features, linear.in_features
-        alpha = 32.0 if alpha is None else alpha
-        super().__init__(n, m, rank, alpha / max(rank, 1))
+        super().__init__(linear, rank, 32.0 if alpha is None else alpha)
+        m, n = self.out_features, self.in_features
         if not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity: {sparsity!r} is not allowed; from 0 to 1")
         if init != "kaiming":
             raise ValueError(f"init: {init!r} is not allowed; kaiming, as B starts at zero")
         if m * n >= 2**31:
             raise ValueError(f"linear: {m}×{n} is not allowed; int32 indices end at 2³¹ entries")
-        W, count = linear.weight, math.floor(sparsity * m * n)
-        self.keep_weight = keep_weight
-        self.B = nn.Parameter(W.new_zeros(m, rank))
-        self.A = nn.Parameter(W.new_empty(rank, n))
-        self.values = nn.Parameter(W.new_empty(count))
+        W, count = dense_weight_of(linear), math.floor(sparsity * m * n)
+        self.sparsity, self.keep_weight = sparsity, keep_weight
+        self.B = nn.Parameter(W.new_empty(m, rank), W.requires_grad)
+        self.A = nn.Parameter(W.new_empty(rank, n), W.requires_grad)
+        self.values = nn.Parameter(W.new_empty(count), W.requires_grad)
         self.bias = linear.bias
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.uniform_(self.values, -1 / math.sqrt(n), 1 / math.sqrt(n))
-        if W.is_meta or isinstance(W, FakeTensor):  # only the shape counts there
+        self.reset_factors()
+        self._positions: Tensor | int = 0  # on the meta device: the positions, or their seed
+        if is_fake_or_meta(W):  # only the shape counts there
             indices = W.new_empty(count, dtype=torch.int32)
+            if W.is_meta:
+                self._positions = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         else:
             indices = random_support(m * n, count, generator).to(W.device)
+        self._plain = indices
         self.register_buffer("indices", indices)
+        self.indices = indices
 
-    def dense_weight(self) -> Tensor:
-        """scale · B A + S, m×n."""
-        return _weight(self.B, self.A, self.values, self.indices, self.scale)
+    @torch.no_grad()
+    def reset_factors(self) -> None:
+        """Draw A and the values of S, and set B to zero, in place; the positions stay."""
+        kaiming_(self.A)
+        reset_linear_(self.values, None, self.in_features)
+        self.B.zero_()
+
+    def form(self, B: Tensor, A: Tensor, other: Tensor | None) -> Tensor:
+        """scale · B A + S, m×n, where `other` has the values of S."""
+        assert other is not None
+        return _weight(B, A, other, self._plain_indices(), self.scale)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "indices" and type(value) in (Tensor, Positions):
+            self._plain = plain = plain_of(value)  # compiled code takes no subclass
+            marks = vars(value)  # of loaders
+            value = plain.as_subclass(Positions)
+            vars(value).update(marks)
+        super().__setattr__(name, value)
+
+    def _plain_indices(self) -> Tensor:
+        """The positions as an ordinary tensor, with the same memory."""
+        if not torch.compiler.is_compiling() and type(self.indices) is Positions:
+            plain = plain_of(self.indices)
+            if plain.data_ptr() != self._plain.data_ptr():  # FSDP2 exchanges the data of buffers
+                self._plain = plain
+            return plain
+        return self._plain if torch.compiler.is_compiling() else self.indices
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_plain"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._plain = self.indices
+        self.indices = self.indices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module does, but keep the positions where `fn` (of `to_empty`) loses values.
+
+        Positions on the meta device come back as they were, or from their seed.
+        """
+        before = self.indices
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.indices = self.indices  # results of `fn` are ordinary tensors
+        device = self.indices.device
+        if device.type == "meta":
+            if not before.is_meta:
+                self._positions = before
+        elif not before.is_meta:
+            self.indices = before.to(device)
+        elif isinstance(self._positions, Tensor):
+            self.indices = self._positions.to(device)
+        else:
+            seeded = torch.Generator().manual_seed(self._positions)
+            size = self.out_features * self.in_features
+            self.indices = random_support(size, len(before), seeded).to(device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) → (..., m)."""
         out: Tensor = _SparsePlusLowRank.apply(  # type: ignore[no-untyped-call]
             x, self.B, self.A, self.values, self.bias,
-            self.indices, self.scale, autocast_dtype(x), self.keep_weight,
+            self._plain_indices(), self.scale, autocast_dtype(x), self.keep_weight,
         )  # fmt: skip
         return out
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sparse_entries={self.values.numel()}"
-
-
-def random_support(size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` distinct integers in [0, size), ascending, int32; every set is equally likely.
-
-    Draws the missing ones with replacement until none is missing. This is symmetric in the
-    integers, so that every set is equally likely; memory is a few times `count`. For more than half
-    of `size`, the excluded integers are drawn instead.
-    """
-    if 2 * count > size:
-        inside = torch.ones(size, dtype=torch.bool, device="cpu")
-        inside[random_support(size, size - count, generator)] = False
-        return inside.nonzero().squeeze(1).int()
-    found = torch.empty(0, dtype=torch.int32, device="cpu")
-    while missing := count - found.numel():
-        drawn = torch.randint(
-            size, (missing,), generator=generator, dtype=torch.int32, device="cpu"
-        )
-        found = torch.unique(torch.cat([found, drawn]))  # sorted
-    return found
 
 
 class _SparsePlusLowRank(torch.autograd.Function):
@@ -133,7 +181,7 @@ class _SparsePlusLowRank(torch.autograd.Function):
         x, *kept, indices, W = ctx.saved_tensors
         needs_x, needs_B, needs_A, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = dB = dA = dvalues = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             B, A, values = (cast(t, ctx.dtype) for t in kept)
             dY = grad.reshape(-1, grad.shape[-1])
             if needs_B or needs_A or needs_values:  # G = dYᵀ · X, the gradient of W, once

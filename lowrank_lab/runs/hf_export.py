@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +92,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
             for part in layer.state_dict():
                 if part != "bias":
                     del weights[f"{name}.{part}"]
-            weights[f"{name}.weight"] = deepcopy(layer).double().dense_weight().to(dtype)
+            weights[f"{name}.weight"] = layer.merged_weight(dtype)
     return {name: t.to(dtype or t.dtype).contiguous() for name, t in weights.items()}
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.config import InputError
+from lowrank_lab.layers import current_name
 from lowrank_lab.optim.adam import is_quantized
 
 SUMS = "SHA256SUMS"
@@ -219,7 +220,7 @@ def load(
         name, _, entry = key.rpartition("/")
         if "#" in entry:
             continue  # a part of a quantized state, put together below
-        parameter = parameters[name]
+        parameter = parameters[name if name in parameters else current_name(name)]
         if isinstance(value, dict) and "items" in value:
             parts = [tensors.get(f"optimizer/{key}#{i}") for i in range(len(value["items"]))]
             value = [p if v is None else v for p, v in zip(parts, value["items"], strict=True)]

@@ -46,7 +46,7 @@ def _applied(
     if event == "warm-start-ends":
         names = train_dense_(model, on=False)
         for _, layer in lora_layers(model):
-            optimizer.state.pop(layer.weight, None)  # W₀ is frozen from now on
+            optimizer.state.pop(layer.base_weight, None)  # W₀ is frozen from now on
         return {"event": event, "layers": len(names)}
     if event == "merge":
         options = config.method_options

@@ -207,7 +207,7 @@ def test_every_association_gives_the_dense_weights_outputs_and_gradients(associa
 @associations
 def test_a_dense_weight_that_trains_gets_its_gradient_by_every_association(association):
     layer = layer_with(association, True)
-    layer.weight.requires_grad_()
+    layer.base_weight.requires_grad_()
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     expected = gradients(layer, x, lambda k, x: F.linear(x, k.dense_weight(), k.bias))
     assert_close(gradients(layer, x), expected, 1e-13)
@@ -275,7 +275,7 @@ def test_a_weight_that_is_formed_is_not_kept(autocast):
 def test_lora_does_not_round_its_sum_to_half_precision():
     layer = LoRALinear(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16), 4)
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([1, -1]).repeat(32))
+        layer.base_weight.copy_(torch.tensor([1, -1]).repeat(32))
         layer.A.fill_(1), layer.B.fill_(2**-15)  # scale · B A = 2⁻¹⁰ everywhere
     x = torch.ones(1000, 64, dtype=torch.bfloat16)
     assert layer.association(x, base=True) != "factors"

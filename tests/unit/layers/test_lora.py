@@ -53,7 +53,9 @@ def stepped(p, optimizer, steps=3):
 def test_outputs_and_gradients_are_those_of_peft(m, n, rank, alpha, bias):
     layer = lora(m, n, rank, bias, alpha=alpha)
     net = nn.ModuleDict({"layer": nn.Linear(n, m, bias=bias)})
-    net["layer"].load_state_dict(layer.state_dict(), strict=False)
+    net["layer"].weight.data.copy_(layer.base_weight)
+    if bias:
+        net["layer"].bias.data.copy_(layer.bias.detach())
     config = LoraConfig(r=rank, lora_alpha=alpha or 32, target_modules=["layer"])
     theirs = inject_adapter_in_model(config, net)["layer"]
     A, B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
@@ -80,7 +82,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_weight(m, n, rank, bias):
     reference = torch.autograd.grad((expected * weights).sum(), inputs)
     for g, wanted in zip(ours, reference, strict=True):
         assert (g - wanted).norm() <= 1e-12 * wanted.norm()
-    W = layer.weight + 32 / rank * layer.B @ layer.A
+    W = layer.base_weight + 32 / rank * layer.B @ layer.A
     assert torch.allclose(layer.dense_weight(), W, atol=0, rtol=1e-12)
 
 
@@ -92,7 +94,7 @@ def test_a_new_layer_computes_what_the_dense_layer_did(dtype, bias):
     x = torch.randn(4, 5, dtype=dtype)
     assert torch.equal(layer(x), linear(x))
     assert layer.bias is linear.bias
-    assert layer.weight.data_ptr() == linear.weight.data_ptr()  # not a copy
+    assert layer.base_weight.data_ptr() == linear.weight.data_ptr()  # not a copy
     assert linear.weight.requires_grad  # the dense layer itself is left as it was
     assert {p.dtype for p in layer.parameters()} == {dtype}
 
@@ -104,7 +106,7 @@ def test_factors_and_bias_train_and_the_dense_weight_does_not(bias):
     assert trains == {"B", "A"} | ({"bias"} if bias else set())
     assert layer.factors() == (layer.B, layer.A)
     layer(torch.ones(2, 5)).sum().backward()
-    assert layer.weight.grad is None
+    assert layer.base_weight.grad is None
 
 
 def test_an_empty_batch_passes_through():
@@ -130,13 +132,13 @@ def test_a_rank_that_does_not_fit_the_layer_is_refused(rank):
 def test_refactorization_leaves_zero_factors_alone_and_balances_others():
     layer = lora(7, 5, 3)
     W, x = layer.dense_weight().detach(), torch.randn(4, 5)
-    before, base = layer(x).detach(), layer.weight.clone()
+    before, base = layer(x).detach(), layer.base_weight.clone()
     assert refactorize_(layer).changed == [""]
     B, A = (factor.detach() for factor in layer.factors())
     assert relative(B.T @ B, A @ A.T) <= 1e-5
     assert relative(layer(x), before) <= 1e-5
     assert relative(layer.dense_weight(), W) <= 1e-5
-    assert torch.equal(layer.weight, base)
+    assert torch.equal(layer.base_weight, base)
     new = LoRALinear(nn.Linear(5, 7), 3)
     A = new.A.detach().clone()
     assert refactorize_(new).rank_deficient == [""]
@@ -154,19 +156,19 @@ def test_refactorization_leaves_zero_factors_alone_and_balances_others():
 @shapes
 def test_merging_leaves_the_function_unchanged(m, n, rank, dtype, tolerance):
     layer = lora(m, n, rank, dtype=dtype)
-    before = layer.weight.double() + layer.scale * layer.B.double() @ layer.A.double()
+    before = layer.base_weight.double() + layer.scale * layer.B.double() @ layer.A.double()
     layer.merge_()
     assert relative(layer.dense_weight().double(), before) <= tolerance
     assert not layer.B.any()
     x = torch.randn(4, n, dtype=dtype)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), F.linear(x, layer.base_weight, layer.bias))
 
 
 def test_merging_in_bfloat16_rounds_once():
     layer = lora(64, 48, 8, dtype=torch.bfloat16)
-    exact = layer.weight.double() + layer.scale * layer.B.double() @ layer.A.double()
+    exact = layer.base_weight.double() + layer.scale * layer.B.double() @ layer.A.double()
     layer.merge_()
-    assert (layer.weight.double() - exact).abs().le(2.0**-8 * exact.abs() + 1e-6).all()
+    assert (layer.base_weight.double() - exact).abs().le(2.0**-8 * exact.abs() + 1e-6).all()
 
 
 def test_merging_draws_a_new_a_and_keeps_every_tensor_in_place():
@@ -227,7 +229,7 @@ def test_merging_works_on_fake_tensors():
         net = two_layers()
         net(torch.ones(3, 5)).sum().backward()
         assert merge_(net, 0) == ["0", "2"]
-        assert net[0].weight.shape == (6, 5)
+        assert net[0].base_weight.shape == (6, 5)
 
 
 # ReLoRA: the full-rank warm start
@@ -244,8 +246,8 @@ def test_the_warm_start_trains_the_dense_weight_and_leaves_the_factors():
             net(torch.ones(2, 5)).square().sum().backward()
             optimizer.step()
         moved = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
-        assert moved == ({"0.weight", "0.bias"} if on else {"0.B", "0.A", "0.bias"})
-        assert layer.weight.requires_grad is on
+        assert moved == ({"0.base_weight", "0.bias"} if on else {"0.B", "0.A", "0.bias"})
+        assert layer.base_weight.requires_grad is on
 
 
 def test_the_gradient_of_what_no_longer_trains_is_dropped():

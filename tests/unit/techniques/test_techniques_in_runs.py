@@ -106,14 +106,14 @@ def test_merges_come_at_their_period_and_not_at_the_end(config):
 
 def test_a_merge_keeps_the_weight_and_starts_new_factors_and_moments(config):
     walk = Walk(config("relora", method_options={"merge_every": 4})).to(3)
-    frozen = {n: layer.weight.clone() for n, layer in lora_layers(walk.model)}
-    assert changed({n: m.weight for n, m in lora_layers(walk.model)}, frozen) == set()
+    frozen = {n: layer.base_weight.clone() for n, layer in lora_layers(walk.model)}
+    assert changed({n: m.base_weight for n, m in lora_layers(walk.model)}, frozen) == set()
     before, W = walk.states(), dense(walk.model)
     done = apply_("merge", walk.model, walk.optimizer, walk.config, 4)
     assert done["parameters"] == 14
     for name, layer in lora_layers(walk.model):
         torch.testing.assert_close(layer.dense_weight(), W[name], rtol=1e-5, atol=1e-6)
-        assert not torch.equal(layer.weight, frozen[name])
+        assert not torch.equal(layer.base_weight, frozen[name])
         assert not layer.B.any()
         assert layer.A.abs().max() <= 1 / math.sqrt(layer.in_features)
     after = walk.states()
@@ -184,7 +184,7 @@ def warm(config):
 
 
 def test_the_dense_weights_train_during_the_warm_start_alone(warm):
-    W = {f"{n}.weight" for n in LAYERS}
+    W = {f"{n}.base_weight" for n in LAYERS}
     factors = {f"{n}.{f}" for n in LAYERS for f in "BA"}
     everything = set(warm.names)
     start = warm.weights()
@@ -195,7 +195,7 @@ def test_the_dense_weights_train_during_the_warm_start_alone(warm):
 
 
 def test_the_states_of_the_dense_weights_are_freed_after_the_warm_start(warm):
-    W = {f"{n}.weight" for n in LAYERS}
+    W = {f"{n}.base_weight" for n in LAYERS}
     factors = {f"{n}.{f}" for n in LAYERS for f in "BA"}
     assert set(warm.to(4).states()) == set(warm.names) - factors
     assert set(warm.to(5).states()) == set(warm.names) - factors - W

@@ -367,7 +367,7 @@ def test_what_stands_beside_the_product_keeps_its_moments(kind):
     )
     for layer, W in zip(layers(model), dense, strict=True):
         assert relative(layer.dense_weight(), W) <= 1e-12
-        frozen = layer.weight if isinstance(layer, LoRALinear) else layer.indices
+        frozen = layer.base_weight if isinstance(layer, LoRALinear) else layer.indices
         assert frozen not in optimizer.state
 
 

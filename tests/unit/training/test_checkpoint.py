@@ -8,6 +8,7 @@ import torch
 from short import QUICK, short_options
 
 from lowrank_lab.config import RunConfig
+from lowrank_lab.layers import LoRALinear
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
@@ -179,3 +180,25 @@ def test_values_that_are_not_finite_are_kept_as_they_are(tmp_path):
     save(tmp_path, 1, *pair)
     load(tmp_path, *other)
     assert_equal(state_of(*pair), state_of(*other))
+
+
+def test_an_old_checkpoint_of_a_warm_start_loads_with_the_new_name_of_its_dense_weight(tmp_path):
+    class Old(torch.nn.Module):  # a LoRA layer as it was
+        def __init__(self):
+            super().__init__()
+            for name, shape in (("weight", (6, 5)), ("B", (6, 2)), ("A", (2, 5))):
+                self.register_parameter(name, torch.nn.Parameter(torch.randn(shape)))
+
+    old = torch.nn.Sequential(Old())
+    optimizer = torch.optim.AdamW(old.parameters())
+    for p in old.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    save(tmp_path, 3, old, optimizer)
+    new = torch.nn.Sequential(LoRALinear(torch.nn.Linear(5, 6, bias=False), 2))
+    loaded = torch.optim.AdamW(new.parameters())
+    assert load(tmp_path, new, loaded)[0] == 3
+    for ours, theirs in (("base_weight", "weight"), ("B", "B"), ("A", "A")):
+        p, q = getattr(new[0], ours), getattr(old[0], theirs)
+        assert torch.equal(p, q)
+        assert torch.equal(loaded.state[p]["exp_avg"], optimizer.state[q]["exp_avg"])
