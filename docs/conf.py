@@ -24,6 +24,7 @@ extensions = [
     "sphinx_click",
     "lowrank_lab_book",
 ]
+autodoc_mock_imports = [n for n in ("lightning", "transformers") if find_spec(n) is None]
 exclude_patterns = ["_static", "extension", "**/.ipynb_checkpoints"]
 smartquotes = False  # --precision has two hyphens
 default_role = "code"

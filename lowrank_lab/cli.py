@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -76,15 +76,23 @@ def _fail(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+# Fields that are dictionaries: what they are options of, and their short flags.
+PAIRS = {
+    "method_options": ("method", "--option"),
+    "optimizer_options": ("optimizer", "--optimizer-option"),
+}
+
+
 def _config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add one option per field of RunConfig, and hidden options for earlier field names."""
     for name, field in reversed(RunConfig.model_fields.items()):
         flag, text = f"--{name.replace('_', '-')}", field.description or ""
         if field.annotation is bool:
             option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
-        elif name == "method_options":
-            text = "option of the method as NAME=VALUE; may be repeated"
-            option = click.option(flag, "--option", name, multiple=True, help=text)
+        elif name in PAIRS:
+            whose, short = PAIRS[name]
+            text = f"option of the {whose} as NAME=VALUE; may be repeated"
+            option = click.option(flag, short, name, multiple=True, help=text)
         else:
             if field.default is not None:
                 text += f" [default: {field.default}]"
@@ -105,16 +113,23 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _config(flags: dict[str, Any]) -> RunConfig:
     given = _given(flags)
-    options = {}
-    for pair in given.pop("method_options", ()):
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise InputError("method_options", pair, "must be NAME=VALUE")
-        try:  # YAML 1.1 reads 1e-3 as text
-            options[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
-            options[name] = value
-    return RunConfig(**given, **({"method_options": options} if options else {}))
+    for name in PAIRS.keys() & given.keys():
+        given[name] = dict(_pair(name, text) for text in given[name])
+    return RunConfig(**given)
+
+
+def _pair(field: str, text: str) -> tuple[str, Any]:
+    """Name and value of NAME=VALUE: a number, a truth value, a list or a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(field, text, "must be NAME=VALUE")
+    with suppress(ValueError):
+        if "e" in value.lower():  # YAML 1.1 reads 1e-3 as text
+            return name, float(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value
 
 
 @click.group(cls=_OneLine)

@@ -382,9 +382,27 @@ def technique_cases(folder):
         yield case, partial(act_on, case)
     for case in ("low-rank transport singular ours", "galore reset 0.7", "merge ours"):
         yield f"{case}, kept", partial(act_on, case, reshard_after_forward=False)
+    yield "not finite", refuses_factors_that_are_not_finite
     yield "ddp", with_ddp
     yield "mixed precision", with_mixed_precision
     yield "full checkpoint", from_full_checkpoint
+
+
+def refuses_factors_that_are_not_finite():
+    """What one rank alone sees is refused by all, before any layer has changed."""
+    import torch.distributed as dist
+
+    model = fsdp(net("low-rank"))
+    last = [p for name, p in model.named_parameters() if name.endswith(".A")][-1]
+    if dist.get_rank() == 1:
+        local_part(last).fill_(torch.nan)
+    before = [full_tensor(p).clone() for p in model.parameters()]
+    try:
+        lab.refactorize_(model)
+    except ValueError:
+        pairs = zip(model.parameters(), before, strict=True)
+        return max(float((full_tensor(p) - q).nan_to_num().abs().max()) for p, q in pairs)
+    return "no error"
 
 
 def tensor_parallel_cases(folder):

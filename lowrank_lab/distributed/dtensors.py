@@ -102,6 +102,12 @@ def write_(p: DTensor, part: Tensor, placements: Placements) -> None:
         own.copy_(redistributed(joined(part, p, placements, p.shape), tuple(p.placements)))
 
 
+def non_finite(t: Tensor) -> Tensor:
+    """1 if a tensor has NaN or infinite entries, on any rank, else 0 (0-dimensional, float64)."""
+    found = (~local_part(t).isfinite().all()).double()
+    return layout_of(t, ANY_DIM).placement.all_reduce_max_(found) if is_dtensor(t) else found
+
+
 def overwrite_(t: Tensor, full: Tensor) -> None:
     """Set a tensor, in place, to a full one: of a DTensor, this rank's part."""
     if is_dtensor(t):

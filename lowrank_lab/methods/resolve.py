@@ -20,6 +20,7 @@ from lowrank_lab.methods.optimizers import (
 )
 from lowrank_lab.methods.options import at_width
 from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.methods.trial import check_events, check_per_layer, check_sharded
 from lowrank_lab.models.llama import Llama
 
 
@@ -89,17 +90,25 @@ def _check_optimizer(config: RunConfig, method: Method) -> None:
     elif config.optimizer_options:
         raise InputError("optimizer_options", config.optimizer_options, "needs an optimizer")
     own = config.optimizer is not None and config.optimizer not in ADAMS
-    if own and "merge_every" in method.options:
-        allowed = f"{method.name} resets moments, and its bias correction isn't known"
-        raise InputError("optimizer", config.optimizer, allowed)
     one_count = method.optimizer in (adamw, adamw_8bit) and config.reset_how == "scale"
-    if config.reset_every and one_count and config.reset_moments != "both":
+    if config.reset_every and one_count and not own and config.reset_moments != "both":
         allowed = "torch's AdamW has one step count for both moments; both, or prune them"
         raise InputError("reset_moments", config.reset_moments, allowed)
-    if own and (config.reset_every or config.on_refactor != "keep"):
-        name = "reset_every" if config.reset_every else "on_refactor"
-        allowed = f"the bias correction of {config.optimizer} isn't known"
-        raise InputError(name, getattr(config, name), allowed)
+    if own:
+        check_events(config, _merge_of(config, method))
+        if config.per_layer:
+            check_per_layer(config)
+        if config.parallel == "fsdp2":
+            check_sharded(config)
+
+
+def _merge_of(config: RunConfig, method: Method) -> tuple[str, float] | None:
+    """What the merges of ReLoRA do to the moments, and to which share; None without merges."""
+    if "merge_every" not in method.options:
+        return None
+    names = ("merge_moments", "merge_share")
+    how, share = (config.method_options.get(n, method.options[n].default) for n in names)
+    return how, share
 
 
 def _check_precision(config: RunConfig, method: Method) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.distributed.dtensors import joint_parts, reshard_
+from lowrank_lab.distributed.dtensors import joint_parts, non_finite, reshard_
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.layers import Balance, FactorizedLinear, balance, imbalance
 from lowrank_lab.layers.balance import RANK_TOLERANCE, value_of
-from lowrank_lab.techniques.momentum import reset_momentum_, transport_moments_
+from lowrank_lab.techniques.layouts import WEIGHT_COPIES
+from lowrank_lab.techniques.momentum import reset_momentum_, resettable
+from lowrank_lab.techniques.states import unwrapped
+from lowrank_lab.techniques.transport import require_transportable, transport_
+
+
+class NotFiniteError(ValueError):
+    """A factor has NaN or infinite entries."""
 
 
 class Refactorization(NamedTuple):
@@ -42,7 +50,8 @@ def refactorize_(
         module: a factorised layer, or any model that contains some.
         optimizer: of the factors; needed to `reset` or `transport` their moments.
         on_refactor: `keep` leaves the factors' moments unchanged, `reset` restarts Adam on them,
-            `transport` transforms them with the factors (`transport_moments_`).
+            `transport` transforms them with the factors (`transport_moments_`): first moments of
+            any name exactly (Adam and its relatives, SGD, Muon, Lion), second ones approximately.
         basis: `singular`: BᵀB is diagonal and descending, as published. `nearest`: the balanced
             factors of minimal rotation (`Balance.minimal_rotation`), so that kept moments still
             belong to nearly the same entries.
@@ -52,8 +61,9 @@ def refactorize_(
         The names of the changed and of the skipped layers.
 
     Raises:
-        ValueError: `on_refactor` or `basis` is not allowed, the optimizer is missing, or moments
-            that should be transported are projected.
+        ValueError: `on_refactor` or `basis` is not allowed, the optimizer is missing, doesn't hold
+            the factors or has states that can't follow them, or a factor is not finite. Nothing
+            has changed then. The latter is a NotFiniteError.
 
     Source: 2505.22922, weight refactorization, by r×r matrices instead of the m×n product.
     """
@@ -61,16 +71,14 @@ def refactorize_(
         raise ValueError(f"on_refactor: {on_refactor!r} is not allowed; keep, reset or transport")
     if on_refactor != "keep" and optimizer is None:
         raise ValueError(f"optimizer: None is not allowed; {on_refactor} changes its moments")
-    if on_refactor == "transport":
-        assert optimizer is not None
-        _refuse_projected(module, optimizer)
     if basis not in ("singular", "nearest"):
         raise ValueError(f"basis: {basis!r} is not allowed; singular or nearest")
     reshard_(module)
+    _require_finite(module)
+    if optimizer is not None:
+        _require_moments_follow(module, optimizer, on_refactor)
     done = Refactorization([], [], [])
-    for name, layer in module.named_modules():
-        if not isinstance(layer, FactorizedLinear):
-            continue
+    for name, layer in factorized_layers(module):
         factors = layer.factors()
         with joint_parts((factors[0], 0), (factors[1], 1)) as ((B, A), placement):
             found, skipped = balance_factors_(B, A, basis, above, placement)
@@ -83,8 +91,7 @@ def refactorize_(
             reset_momentum_(optimizer, params=factors)
         elif on_refactor == "transport":
             assert optimizer is not None
-            states = [optimizer.state.get(factor, {}) for factor in factors]
-            transport_moments_(states[0], states[1], found)
+            transport_(optimizer, *factors, found)
     return done
 
 
@@ -124,11 +131,34 @@ def _balance_(B: Tensor, A: Tensor, found: Balance, placement: Placement) -> Non
     A.copy_(found.T_inverse.to(wide) @ A.to(wide))
 
 
-def _refuse_projected(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse moments in a subspace of the factors: they can't be transported."""
-    for layer in module.modules():
-        for factor in layer.factors() if isinstance(layer, FactorizedLinear) else ():
-            state = optimizer.state.get(factor, {})
-            projected = state.keys() & {"projection_left", "projection_right"}
-            if projected or ("exp_avg" in state and state["exp_avg"].shape != factor.shape):
-                raise ValueError("on_refactor: 'transport' is not allowed; moments are projected")
+def _require_finite(module: nn.Module) -> None:
+    """Refuse factors with NaN or infinite entries, by the name of their layer."""
+    for name, layer in factorized_layers(module):
+        lost = torch.stack([non_finite(factor) for factor in layer.factors()]).sum()
+        if value_of(lost, usually=0):
+            raise NotFiniteError(f"module: {name!r} is not allowed; its factors are not finite")
+
+
+def _require_moments_follow(
+    module: nn.Module, optimizer: torch.optim.Optimizer, on_refactor: str
+) -> None:
+    """Refuse an optimizer whose states can't follow the factors in this way."""
+    factors = [factor for _, layer in factorized_layers(module) for factor in layer.factors()]
+    if on_refactor == "transport":
+        require_transportable(optimizer, factors)
+    elif on_refactor == "reset":
+        for _, layer in factorized_layers(module):
+            resettable(optimizer, params=layer.factors())
+    else:
+        states = [inner.state.get(f, {}) for inner in unwrapped(optimizer) for f in factors]
+        for name in WEIGHT_COPIES.intersection(name for state in states for name in state):
+            kind = type(optimizer).__name__
+            allowed = f"{kind}'s state {name!r} belongs to the old factors; reset"
+            raise ValueError(f"on_refactor: 'keep' is not allowed; {allowed}")
+
+
+def factorized_layers(module: nn.Module) -> Iterator[tuple[str, FactorizedLinear]]:
+    """Names and modules of the factorised layers of a model."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, FactorizedLinear):
+            yield name, layer

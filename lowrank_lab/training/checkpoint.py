@@ -25,6 +25,7 @@ from lowrank_lab.layers import current_name
 from lowrank_lab.optim.adam import is_quantized
 
 SUMS = "SHA256SUMS"
+PLAIN = (int, float, str, type(None))  # what JSON keeps as it is
 BEST = "best.json"  # beside the checkpoints: which of them is the best
 
 
@@ -98,8 +99,13 @@ def _write(
 
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
     scalars: dict[str, Any] = {}
+    lost: set[str] = set()
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        state = optimizer.state.get(parameter, {})
+        if odd := {key for key, value in state.items() if not _storable(value)}:
+            lost |= odd
+            continue  # a part of a state is none
+        for key, value in state.items():
             if is_quantized(value):
                 parts, context = value.__tensor_flatten__()
                 signed, dtype = cast(tuple[bool, torch.dtype], context)
@@ -115,6 +121,9 @@ def _write(
                 tensors |= {f"optimizer/{name}/{key}{place}": v for place, v in listed.items()}
             else:
                 scalars[f"{name}/{key}"] = value
+    for place, group in enumerate(optimizer.param_groups):
+        counted = {k: v for k, v in group.items() if isinstance(v, Tensor) and "lr" not in k}
+        tensors |= {f"groups/{place}/{k}": v.clone() for k, v in counted.items()}
     with warnings.catch_warnings():  # one process alone writes
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -123,15 +132,28 @@ def _write(
         except CheckpointException as error:  # it is no Exception, and hides its cause
             raise next(iter(error.failures.values()))[0] from None
     groups = [
-        {k: v for k, v in group.items() if isinstance(v, int | float | str | None)}
-        for group in optimizer.param_groups
+        {k: v for k, v in group.items() if isinstance(v, PLAIN)} for group in optimizer.param_groups
     ]
     facts = {"step": step, "optimizer": scalars, "groups": groups, "extra": extra}
+    if lost:
+        kind = type(optimizer).__name__
+        facts["lost"] = f"{kind}'s {', '.join(sorted(lost))} can't be stored; it starts again"
     (folder / "state.json").write_text(json.dumps(facts))
     sums = "".join(f"{_sum(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
     (folder / SUMS).write_text(sums)
     for file in [*folder.iterdir(), folder]:
         _fsync(file)
+
+
+def _storable(value: Any) -> bool:
+    """Whether a state is a tensor, a plain value, or a list of such."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(v, (Tensor, *PLAIN)) or _is_plain_list(v) for v in value)
+    return isinstance(value, (Tensor, *PLAIN))
+
+
+def _is_plain_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, PLAIN) for v in value)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -230,6 +252,13 @@ def load(
         optimizer.state[parameter][entry] = on_device
     for group, kept in zip(optimizer.param_groups, facts["groups"], strict=True):
         group.update(kept)  # foreign optimizers count steps there
+    for key, value in tensors.items():
+        if key.startswith("groups/"):
+            _, place, entry = key.split("/", 2)
+            group = optimizer.param_groups[int(place)]
+            group[entry] = value.to(group["params"][0].device)
+    if "lost" in facts:
+        report(facts["lost"])
     return facts["step"], facts["extra"]
 
 

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import nn
 
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.splits import Split
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.techniques.states import unwrapped
 from lowrank_lab.training.step import autocast
+
+
+@contextmanager
+def evaluation_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block, the weights that the optimizer wants to be evaluated and published.
+
+    Schedule-free optimizers train at one point and average at another; their `eval()` and `train()`
+    switch between the two. The training weights come back bit by bit, which `train()` alone would
+    round. A no-op for all other optimizers.
+    """
+    switches = switching(optimizer)
+    kept = [p.detach().clone() for p in model.parameters()] if switches else []
+    for switch in switches:
+        switch.eval()
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.train()
+        with torch.no_grad():
+            for p, before in zip(model.parameters() if switches else (), kept, strict=True):
+                p.copy_(before)
+
+
+def switching(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The optimizers, within wrappers, that have both `eval` and `train`."""
+    return [
+        inner
+        for inner in unwrapped(optimizer)
+        if all(callable(getattr(inner, name, None)) for name in ("eval", "train"))
+    ]
 
 
 @torch.no_grad()

@@ -12,7 +12,12 @@ from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.layers import lora_layers, merge_, train_dense_
 from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
+from lowrank_lab.techniques import (
+    NotFiniteError,
+    prune_moments_,
+    refactorize_,
+    reset_momentum_,
+)
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import Event
 
@@ -27,7 +32,15 @@ def apply_(
 ) -> dict[str, Any]:
     """Apply one event after `updates` updates; what it did, as a record."""
     with record_function(event):
-        return _applied(event, model, optimizer, config, updates, shards)
+        try:
+            return _applied(event, model, optimizer, config, updates, shards)
+        except (InputError, NotFiniteError):
+            raise
+        except ValueError as error:  # of a method of one's own, whose optimizer isn't known
+            reset = {"reset": "reset_every", "refactor": "on_refactor"}
+            name = reset.get(event, "optimizer")
+            value = getattr(config, name) if event in reset else type(optimizer).__name__
+            raise InputError(name, value, str(error)) from None
 
 
 def _applied(

@@ -86,7 +86,7 @@ class ShardedState:
         for name, p in self._mirror_params.items():
             if chosen is None or id(p) in chosen:
                 state = self.optimizer.state.get(p, {})
-                counts[name in self._owner] += "exp_avg" in state or "momentum_buffer" in state
+                counts[name in self._owner] += any(v is not None for v in state.values())
         owned = torch.tensor(counts[1], device=self._device)
         return counts[0] + int(distributed.all_reduce_sum_(owned))
 

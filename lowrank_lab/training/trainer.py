@@ -21,11 +21,13 @@ from lowrank_lab.memory.breakdown import Breakdown, persistent
 from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.methods.build import build
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.techniques import NotFiniteError
 from lowrank_lab.training import checkpoint
 from lowrank_lab.training.batches import Batches
-from lowrank_lab.training.evaluate import evaluate
+from lowrank_lab.training.evaluate import evaluate, evaluation_weights, switching
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.monitor import LossWatch
+from lowrank_lab.training.outside import OutsideState
 from lowrank_lab.training.peaks import PeakMemory
 from lowrank_lab.training.preflight import device_of
 from lowrank_lab.training.provenance import ran_on
@@ -61,12 +63,15 @@ class Trainer:
         else:
             self.model, self.optimizer = self._shards.model, self._shards.optimizer
         self.model.to(self.device).train()
+        for switch in switching(self.optimizer):  # some can't step before
+            switch.train()
         if config.compile:
             self.model.compile_blocks()
         self.updates = 0
         self.seconds = 0.0  # spent in training steps, evaluations not counted
         self.bytes = Breakdown()
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
+        self._outside = OutsideState(self.optimizer)
         self._batches = Batches(config, corpus, self.device)
         self._peaks = PeakMemory(
             self.model, self.optimizer, trackable=not config.compile and self._shards is None
@@ -94,6 +99,7 @@ class Trainer:
         self._peaks.by_kind = extra.get("peaks", {})
         self._watch = LossWatch(extra.get("recent_losses", ()))
         self._skipped = extra.get("skipped", 0)
+        self._outside.restore_(extra.get("outside", {}), self._report_damage)
         self._best = extra.get("best", {})
         if warm_start(self.config):
             train_dense_(self.model, on=self.updates < warm_start(self.config))
@@ -148,11 +154,14 @@ class Trainer:
     def _step(self, kind: str) -> dict[str, Any]:
         """One update and its events, timed and with its peak memory; the start of its row."""
         started, batches = time.perf_counter(), self._batches.of(self.updates)
-        with self._peaks.of_step(kind, first=self.updates == 0):
-            values, events = take_step_(
-                self.model, self.optimizer, batches, self.config, self.updates,
-                per_layer=self._per_layer, check=self._finite, shards=self._shards,
-            )  # fmt: skip
+        try:
+            with self._peaks.of_step(kind, first=self.updates == 0):
+                values, events = take_step_(
+                    self.model, self.optimizer, batches, self.config, self.updates,
+                    per_layer=self._per_layer, check=self._finite, shards=self._shards,
+                )  # fmt: skip
+        except NotFiniteError as error:
+            self._stop(f"after step {self.updates + 1}: {error}")
         peak = self._peaks.by_kind.get(kind)
         if self.updates == 0:
             self.bytes = self._persistent()
@@ -177,8 +186,9 @@ class Trainer:
         self._gather()
         if not self._records.writes:
             return
-        model, _ = self._plain()
-        self._records.model(model, self.corpus)
+        model, optimizer = self._plain()
+        with evaluation_weights(model, optimizer):
+            self._records.model(model, self.corpus)
         self._records.result({
             **losses,
             **perplexities(losses),
@@ -194,7 +204,8 @@ class Trainer:
         })  # fmt: skip
 
     def evaluate(self, split: Split, tokens: int) -> float:
-        loss = evaluate(self.model, self.corpus, split, tokens, self.config)
+        with evaluation_weights(self.model, self.optimizer):
+            loss = evaluate(self.model, self.corpus, split, tokens, self.config)
         if not math.isfinite(loss):
             self._stop(f"the {split} loss after step {self.updates} is {loss}")
         return loss
@@ -212,7 +223,7 @@ class Trainer:
                 self.folder / "checkpoints", self.updates, model, optimizer,
                 kept=self.config.keep_latest, loss=loss, seconds=self.seconds,
                 peaks=self._peaks.by_kind, recent_losses=list(self._watch.recent), best=self._best,
-                skipped=self._skipped, bytes=self.bytes.as_dict(),
+                skipped=self._skipped, outside=self._outside.changed(), bytes=self.bytes.as_dict(),
             )  # fmt: skip
 
     def kept_state(self) -> str:
@@ -268,4 +279,5 @@ class Trainer:
     def _record_spectra(self) -> None:
         self._gather()
         if self._records.writes:
-            self._records.spectra(self._spectra.rows(self.updates))
+            with evaluation_weights(*self._plain()):
+                self._records.spectra(self._spectra.rows(self.updates))

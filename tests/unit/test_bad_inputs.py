@@ -33,7 +33,10 @@ BAD = {
         f"{TRAIN} --method galore --optimizer torch.optim.NAdam", ["optimizer", "galore"],
     ),
     "reset of an unknown optimizer": (
-        f"{TRAIN} --optimizer torch.optim.Adagrad --reset-every 20", ["reset_every", "Adagrad"],
+        f"{TRAIN} --optimizer pytorch_optimizer.SaRA --reset-every 20", ["reset_every", "20"],
+    ),
+    "reset without moments": (
+        f"{TRAIN} --optimizer torch.optim.SGD --reset-every 20", ["reset_every", "no moments"],
     ),
     "merge beyond the run": (
         f"{TRAIN} --method relora --steps 9 --option merge_every=9", ["merge_every", "9"],

@@ -82,7 +82,10 @@ def test_what_the_library_imports_is_required(project):
     optional = [text for name in ("quant", "hub", "dask", "transformers") for text in extras[name]]
     texts = [*project["dependencies"], *optional]
     required = {canonicalize_name(Requirement(text).name) for text in texts}
-    assert imported_packages(ROOT / "lowrank_lab") <= required
+    integrations = imported_packages(ROOT / "lowrank_lab" / "integrations") - required
+    peers = {canonicalize_name(Requirement(text).name) for text in extras["peers"]}
+    assert integrations <= peers
+    assert imported_packages(ROOT / "lowrank_lab") - integrations <= required
 
 
 def test_what_the_tests_import_is_in_the_extras(project):

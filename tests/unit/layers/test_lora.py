@@ -338,7 +338,7 @@ def test_only_the_given_parameters_that_have_moments_are_pruned():
 def test_quantized_moments_can_be_pruned(how):
     eight_bit = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit
     p = nn.Parameter(torch.zeros(32, 32))
-    optimizer = torch.optim.SGD([p])
+    optimizer = torch.optim.AdamW([p])
     state = {
         name: eight_bit.zeros((32, 32), name == "exp_avg") for name in ("exp_avg", "exp_avg_sq")
     }

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from lowrank_lab import InputError, RunConfig, figures, load_runs, simulate_memory, train
 from lowrank_lab.cli import main
 from lowrank_lab.memory.formulas import by_formula
-from lowrank_lab.methods.build import build
+from lowrank_lab.methods.build import build, partition
+from lowrank_lab.methods.optimizers import adamw
 from lowrank_lab.methods.own import register_method
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
@@ -345,18 +346,83 @@ def test_options_without_an_optimizer_are_refused(config):
     assert_refused(call, "optimizer_options", "needs an optimizer")
 
 
-@pytest.mark.parametrize("path", ["torch.optim.NAdam", "torch.optim.Adamax", "torch.optim.SGD"])
-@pytest.mark.parametrize("field", ["reset_every", "on_refactor"])
-def test_resets_of_foreign_moments_are_refused(config, path, field):
-    values = {"reset_every": 4} if field == "reset_every" else {}
-    values |= {"refactor_every": 4, "on_refactor": "reset"} if field == "on_refactor" else {}
-    call = lambda: resolve(config("low-rank", rank=4, optimizer=path, **values))  # noqa: E731
-    assert_refused(call, field, path)
+RESETS = {"reset_every": 4}
+REFUSED = {
+    "no moments": ("torch.optim.SGD", {}, RESETS, "reset_every", "keeps no moments"),
+    "unknown": ("pytorch_optimizer.SaRA", {}, RESETS, "reset_every", "a restart is known for"),
+    "partial": (
+        "torch.optim.NAdam", {}, {**RESETS, "reset_strength": 0.5}, "reset_every", "as a whole",
+    ),
+    "pruned": (
+        "torch.optim.Adamax", {}, {**RESETS, "reset_how": "magnitude"}, "reset_every", "not only",
+    ),
+    "carried": (
+        "torch.optim.Adamax", {}, {"refactor_every": 4, "on_refactor": "transport"}, "on_refactor",
+        "'exp_inf' is no average",
+    ),
+    "kept copies": (
+        "pytorch_optimizer.ScheduleFreeAdamW", {}, {"refactor_every": 4}, "on_refactor",
+        "belongs to the old factors",
+    ),
+    "no ordinary step": ("torch.optim.LBFGS", {}, RESETS, "optimizer", "it can't step"),
+    "counts per group": (
+        "pytorch_optimizer.AdamP", {}, {"per_layer": True, "clip": 0}, "per_layer", "per group",
+    ),
+}  # fmt: skip
 
 
-def test_merges_which_reset_moments_are_refused_with_a_foreign_optimizer(config):
-    call = lambda: resolve(config("relora", rank=4, optimizer="torch.optim.NAdam"))  # noqa: E731
-    assert_refused(call, "optimizer", "torch.optim.NAdam")
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_the_states_of_a_named_optimizer_cannot_do_is_refused_before_the_run(config, case):
+    path, options, values, field, said = case
+    values = {**values, "optimizer": path, "optimizer_options": options, "rank": 4}
+    assert_refused(lambda: resolve(config("low-rank", **values)), field, said)
+
+
+def test_merges_with_an_unknown_optimizer_are_refused(config):
+    def relora(path):
+        return resolve(config("relora", rank=4, optimizer=path))
+
+    assert_refused(lambda: relora("pytorch_optimizer.SaRA"), "optimizer", "a restart is known for")
+    assert relora("torch.optim.NAdam").method == "relora"
+
+
+KNOWN = {
+    "RAdam": ("torch.optim.RAdam", {}),
+    "SGD": ("torch.optim.SGD", {"momentum": 0.9}),
+    "NAdam": ("torch.optim.NAdam", {}),
+    "Adagrad": ("torch.optim.Adagrad", {}),
+    "AdamP": ("pytorch_optimizer.AdamP", {}),
+}
+
+
+@pytest.mark.parametrize(("path", "options"), KNOWN.values(), ids=KNOWN)
+def test_a_reset_in_a_run_is_a_restart_of_a_named_optimizer(config, path, options):
+    given = {"optimizer": path, "optimizer_options": options, "reset_params": "all", "rank": 4}
+    resolved = resolve(config("low-rank", reset_every=8, recovery_steps=3, **given))
+    (ours, optimizer), (theirs, other) = build(resolved), build(resolved)
+    chance = torch.Generator().manual_seed(0)
+    for step in range(12):
+        tokens = torch.randint(200, (2, 2, 16), generator=chance)
+        gradients(ours, [tuple(tokens)], resolved)
+        events = update_(ours, optimizer, resolved, step)
+        assert [e["parameters"] for e in events] == [len(list(ours.parameters()))] * (step == 7)
+        if step == 8:  # the first after the reset
+            other = adamw(*partition(theirs, resolved.target), resolved)
+        gradients(theirs, [tuple(tokens)], resolved)
+        set_learning_rate(other, resolved, step)
+        other.step()
+        other.zero_grad()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
+def test_a_reset_of_a_named_optimizer_works_from_the_command_line(text_corpus, tmp_path):
+    line = "train --model tiny --num-layers 1 --vocab-size byte --batch 2 --sequence-length 16"
+    line += " --steps 8 --reset-every 4 --recovery-steps 2 --eval-tokens 64 --test-tokens 64"
+    line += f" --corpus {text_corpus} --out {tmp_path / 'run'} --optimizer torch.optim.SGD"
+    done = CliRunner().invoke(main, [*line.split(), "--optimizer-option", "momentum=0.9"])
+    assert done.exit_code == 0, done.output
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert rows.count('"event": "reset"') == 1
 
 
 @pytest.mark.parametrize("method", ["galore", "muon", "loro"])

@@ -305,6 +305,10 @@ def torch_adam(parameters, **options):
     return torch.optim.Adam(parameters, lr=0.01, **options)
 
 
+def torch_radam(parameters, **options):
+    return torch.optim.RAdam(parameters, lr=0.01, **options)
+
+
 def plain(parameters, **options):
     return GaLore(parameters, lr=0.01, weight_decay=0.1, **options)
 
@@ -410,7 +414,7 @@ def test_resetting_one_moment_leaves_the_other_alone(make):
     assert state["exp_avg_sq_weight"] == before["exp_avg_sq_weight"]
 
 
-@pytest.mark.parametrize("make", [torch_adamw, torch_adam])
+@pytest.mark.parametrize("make", [torch_adamw, torch_adam, torch_radam])
 @pytest.mark.parametrize("strength", [0.01, 0.5, 0.99])
 @pytest.mark.parametrize("steps", [1, 10, 300])
 def test_torch_s_step_count_is_mapped_as_the_docstring_says(make, strength, steps):
