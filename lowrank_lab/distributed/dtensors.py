@@ -1,7 +1,7 @@
 """torch's DTensors: their local parts, and how an optimizer updates one and stores its states.
 
 FSDP2's `fully_shard` and tensor parallelism turn parameters into DTensors. An optimizer's update is
-written for plain tensors: `Layout` gives it the local part of a parameter, of its gradient and of
+written for plain tensors: `ShardLayout` gives it the local part of a parameter, of its gradient and of
 its states, and puts the results back. Shapes and placements are read from the tensors alone.
 """
 
@@ -142,7 +142,7 @@ def reshard_(module: nn.Module) -> None:
                 each.reshard()
 
 
-class Layout(NamedTuple):
+class ShardLayout(NamedTuple):
     """How a DTensor parameter is updated: `layout_of`."""
 
     p: DTensor
@@ -227,7 +227,7 @@ class Layout(NamedTuple):
         return tuple(Shard(dim) if i == first else Replicate() for i in range(len(own)))
 
 
-def layout_of(p: DTensor, dim: int | None) -> Layout:
+def layout_of(p: DTensor, dim: int | None) -> ShardLayout:
     """How a DTensor parameter is updated in shards along `dim`, or in full (None).
 
     In shards along `dim`, whatever p's own are, if p is sharded along one dimension of its mesh
@@ -240,10 +240,10 @@ def layout_of(p: DTensor, dim: int | None) -> Layout:
     sharding = [i for i, q in enumerate(own) if not q.is_replicate()]
     groups = tuple(p.device_mesh.get_group(i) for i in sharding)
     if not sharding:
-        return Layout(p, own, None, REPLICATED)
+        return ShardLayout(p, own, None, REPLICATED)
     if dim == ANY_DIM:
-        return Layout(p, own, ANY_DIM, Sharded(ANY_DIM, groups, p.shape))
+        return ShardLayout(p, own, ANY_DIM, Sharded(ANY_DIM, groups, p.shape))
     if dim is None or len(sharding) > 1:
-        return Layout(p, (Replicate(),) * len(own), None, Gathered(groups))
+        return ShardLayout(p, (Replicate(),) * len(own), None, Gathered(groups))
     placements = tuple(Shard(dim) if i == sharding[0] else q for i, q in enumerate(own))
-    return Layout(p, placements, dim, Sharded(dim, groups, p.shape))
+    return ShardLayout(p, placements, dim, Sharded(dim, groups, p.shape))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed.dtensors import ANY_DIM, Layout, is_dtensor, layout_of
+from lowrank_lab.distributed.dtensors import ANY_DIM, ShardLayout, is_dtensor, layout_of
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 
 
@@ -24,7 +24,7 @@ class DTensorOptimizer(torch.optim.Optimizer):
 
     # The parameter that is being updated, and how the processes share its update.
     param: Tensor
-    layout: Layout | None = None
+    layout: ShardLayout | None = None
     placement: Placement = REPLICATED
     refreshed: dict[Tensor, Any]  # new projections of DTensors, within a step
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_lab.distributed.dtensors import Layout, full_tensor, is_dtensor, layout_of
+from lowrank_lab.distributed.dtensors import ShardLayout, full_tensor, is_dtensor, layout_of
 from lowrank_lab.layers.balance import gram, value_of
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.projection import (
@@ -33,7 +33,7 @@ def refresh_sharded_(
     Raises:
         LinAlgError: a gradient that can't be decomposed; on all ranks, before anything has changed.
     """
-    waiting: dict[Any, list[Layout]] = {}
+    waiting: dict[Any, list[ShardLayout]] = {}
     for p in params:
         optimizer.param = p
         assert is_dtensor(p)
@@ -56,7 +56,7 @@ def refresh_sharded_(
 
 
 def _problem(
-    layout: Layout, state: dict[str, Any], group: dict[str, Any]
+    layout: ShardLayout, state: dict[str, Any], group: dict[str, Any]
 ) -> Callable[[], Projections]:
     """What computes the projections of a matrix, from what all ranks have gathered for it."""
     p = layout.p
@@ -91,7 +91,11 @@ def _solved(problem: Callable[[], Projections]) -> Projections:
 
 
 def _shared(
-    solved: Projections, owner: int, layout: Layout, state: dict[str, Any], group: dict[str, Any]
+    solved: Projections,
+    owner: int,
+    layout: ShardLayout,
+    state: dict[str, Any],
+    group: dict[str, Any],
 ) -> Projections:
     """This rank's rows of the projections that the owner has solved, in float32."""
     p, placement = layout.p, layout.placement
