@@ -1,7 +1,7 @@
 """torch's DTensors: their local parts, and how an optimizer updates one and stores its states.
 
 FSDP2's `fully_shard` and tensor parallelism turn parameters into DTensors. An optimizer's update is
-written for plain tensors: `ShardLayout` gives it the local part of a parameter, of its gradient and of
+written for plain tensors: `ShardLayout` gives it the local parts of a parameter, its gradient and
 its states, and puts the results back. Shapes and placements are read from the tensors alone.
 """
 
