@@ -1,5 +1,10 @@
 """lowrank_lab: methods that pretrain language models with less memory, run and doubted."""
 
+from lowrank_lab.commands.interrupts import exit_quietly_until_handled
+
+exit_quietly_until_handled()  # before torch, which takes seconds to import
+
+# ruff: noqa: E402
 from lowrank_lab import optim
 from lowrank_lab.analysis.model_spectra import spectra
 from lowrank_lab.config import InputError, RunConfig

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 # Attention and MLP projections; embeddings, norms and the LM head always stay full rank.
 TARGETS = r"\.(q|k|v|o|gate|up|down)_proj$"
+EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 ALL_LINEAR = "all-linear"  # a target: every linear layer but the head
 
 
@@ -35,6 +36,12 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.allowed)
+
+
+def check_utf8(field: str, value: str) -> None:
+    """Refuse text that no record can keep: a file's name may be any bytes."""
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError(field, value, "it is not UTF-8")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -169,7 +176,9 @@ class RunConfig(BaseModel):
     lr: float | None = help_field(
         None, "peak learning rate; default: the method's at this width", gt=0, le=100
     )
-    warmup: float = help_field(0.1, "share of the steps for warm-up", ge=0, lt=1)
+    warmup: float = help_field(
+        0.1, "share of the steps for warm-up, below 1; or its steps, from 2", ge=0, le=1 << 50
+    )
     schedule: Literal["cosine", "linear", "constant"] = help_field("cosine", "decay after warm-up")
     min_lr_ratio: float = help_field(0.1, "final learning rate / peak", ge=0, le=1)
     optimizer: str | None = help_field(None, "optimizer instead of AdamW, as module.Class")
@@ -253,6 +262,16 @@ class RunConfig(BaseModel):
                 raise InputError(name, value, "must be a number or a name, not true or false")
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_with_exponents(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`4e6` as a number wherever one is meant: YAML 1.1 and a command line give it as text."""
+        for name, value in values.items():
+            if isinstance(value, str):
+                check_utf8(name, value)
+        texts = {n for n, f in cls.model_fields.items() if f.annotation in (str, str | None)}
+        return {n: v if n in texts else _number(v) for n, v in values.items()}
+
     @model_validator(mode="after")
     def _fields_agree(self) -> RunConfig:
         if self.model not in SIZES:
@@ -293,6 +312,9 @@ class RunConfig(BaseModel):
 
     def _check_periods(self) -> None:
         total = self.total_steps
+        if self.warmup >= 1 and (self.warmup < 2 or self.warmup % 1 or self.warmup >= total):
+            allowed = f"a share of the steps below 1, or whole steps from 2 to below {total}"
+            raise InputError("warmup", self.warmup, allowed)
         for name in ("refactor_every", "reset_every"):
             if getattr(self, name) >= total:
                 allowed = f"must be below the {total} steps of the run, or 0 for never"
@@ -328,6 +350,13 @@ class RunConfig(BaseModel):
         if self.tokens is not None:
             return self.tokens // self.tokens_per_step
         return self.steps if self.steps is not None else 200
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: `warmup`, or that share of all steps."""
+        if self.warmup >= 1:
+            return int(self.warmup)
+        return math.ceil(round(self.warmup * self.total_steps, 6))  # 0.07 · 100 is 7, not 8
 
     def cadence(self, name: Literal["eval_every", "spectra_every", "checkpoint_every"]) -> int:
         """Steps between two records, with the default that follows the run's length."""
@@ -403,6 +432,13 @@ class ResolvedConfig(RunConfig):
     def override(self, **changes: Any) -> ResolvedConfig:
         """Other values for fields that no default follows from; all others stay as they are."""
         return ResolvedConfig(**{**self.model_dump(), **changes})
+
+
+def _number(value: Any) -> Any:
+    """Text such as `4e6` as a number, in the values of a mapping too; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: _number(inner) for name, inner in value.items()}
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _as_input_error(error: ValidationError, values: dict[str, Any]) -> InputError:

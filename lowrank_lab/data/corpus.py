@@ -61,7 +61,7 @@ class Corpus:
         path = self.folder / "tokenizer.json"
         if not path.exists():
             raise InputError("corpus", self.facts["name"], "it is numbers, not text: no tokenizer")
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes())
 
     def num_windows(self, split: Split, sequence_length: int) -> int:
         """Windows of `sequence_length` inputs, each with the token that follows them."""

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from lowrank_lab.config import InputError
+from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.splits import FORMAT, SPLITS
+from lowrank_lab.data.store import open_or_build, short_hash
 
 ALPHABET = 16
 TOKENS = {"train": 4_000_000, "validation": 300_000, "test": 300_000}
@@ -34,6 +36,18 @@ def markov_source(alphabet: int, seed: int = 0) -> tuple[np.ndarray, float, floa
     rate = float(-(pairs[:, :, None] * P * np.log(P)).sum())
     single = pairs.sum(0)
     return P, rate, float(-(single * np.log(single)).sum())
+
+
+def prepare(alphabet: int | str, root: Path) -> Corpus:
+    """The corpus of an alphabet, built if it doesn't exist yet.
+
+    Raises:
+        InputError: an alphabet of another size, or see `build`.
+    """
+    if not isinstance(alphabet, int) or not 7 <= alphabet <= 64:
+        raise InputError("vocab_size", alphabet, "markov has an alphabet of 7 to 64 symbols")
+    folder = root / f"markov-{short_hash([FORMAT, alphabet])}"
+    return open_or_build(folder, "markov", lambda target: build(target, alphabet))
 
 
 def build(target: Path, alphabet: int) -> dict[str, Any]:

@@ -6,6 +6,10 @@
                                         large splits continue in train.1.bin … (token_files.py)
     tokenizer.json                      byte-level BPE of the training part, or the one given
     corpus.json README.md               counts, SHA-256 of the token files, entropy (markov)
+    sources.json                        of c4 and hub: stamps and SHA-256 of the files read
+
+Hashed are all text of `text:`, each time; the files of `c4` and of a local `hub` when their size,
+mtime or ctime is new; of a dataset of the hub its name alone.
 
 A document's split follows from the hash of its name, or of its text where it has none, so that
 nothing moves between splits when another document changes.
@@ -13,20 +17,23 @@ nothing moves between splits when another document changes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
+import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.data import markov
+from lowrank_lab.data.build import Texts, build_text, check_sizes
 from lowrank_lab.data.corpus import Corpus
+from lowrank_lab.data.files import SOURCES, facts_of, known_facts, stamp
 from lowrank_lab.data.sources import (
     PACKAGES,
     by_text,
@@ -35,31 +42,13 @@ from lowrank_lab.data.sources import (
     spilled,
     text_documents,
 )
-from lowrank_lab.data.splits import FORMAT, SPLITS, Split
+from lowrank_lab.data.splits import FORMAT, SPLITS
 from lowrank_lab.data.store import open_or_build, short_hash
-from lowrank_lab.data.streams import Hub, c4_documents, c4_identity, hub_documents
-from lowrank_lab.data.token_files import (
-    new_counts,
-    pack,
-    progress_of,
-    save_progress,
-)
-from lowrank_lab.data.tokenizer import (
-    byte_tokenizer,
-    encode,
-    read_tokenizer,
-    train_bpe,
-    vocabulary_of,
-)
+from lowrank_lab.data.streams import Hub, c4_documents, c4_identity, c4_shards, hub_documents
+from lowrank_lab.data.tokenizer import read_tokenizer, vocabulary_of
 from lowrank_lab.paths import data_folder, located
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 LOG = logging.getLogger(__name__)
-
-SMALLEST_PART = 512  # bytes of text
-Texts = Callable[[], Iterator[tuple[Split, str]]]  # yields the same texts in each call
 
 
 def vocabulary(config: RunConfig) -> int | Literal["byte"]:
@@ -88,7 +77,7 @@ def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
     kind, _, path = config.corpus.partition(":")
     root = root if root is not None else data_folder() / "corpora"
     if config.corpus == "markov":
-        return _prepare_markov(config, root)
+        return markov.prepare(vocabulary(config), root)
     if config.corpus == "python":
         return _prepare_text("python", python_documents, config, root)
     if kind in ("text", "c4"):
@@ -102,15 +91,21 @@ def prepare(config: RunConfig, root: Path | None = None) -> Corpus:
         name = f"{kind}-{source.resolve().name}"
         if kind == "text":
             return _prepare_text(name, lambda: text_documents(source), config, root)
-        return _prepare_stream(
-            name, lambda: by_text(c4_documents(source)), c4_identity(source), config, root
+        stream = Stream(
+            lambda: by_text(c4_documents(source)), c4_shards(source), source, c4_identity(source)
         )
+        return _prepare_stream(name, stream, config, root)
     if kind == "hub" and path:
         hub = Hub.parse(path)
         name = f"hub-{hub.name.rstrip('/').rpartition('/')[2]}"
-        return _prepare_stream(
-            name, lambda: by_text(hub_documents(hub)), hub.identity(), config, root
+        stream = Stream(
+            lambda: by_text(hub_documents(hub)),
+            hub.files(),
+            Path(hub.name),
+            hub.identity(),
+            (hub.config, hub.split),
         )
+        return _prepare_stream(name, stream, config, root)
     known = ("python", "markov", "text:PATH", "c4:PATH", "hub:NAME")
     raise InputError("corpus", config.corpus, nearest(kind, known))
 
@@ -136,21 +131,54 @@ def _prepare_text(
             sizes = dict.fromkeys(SPLITS, 0)
             for entry in entries:
                 sizes[entry.split] += entry.size
-            _check_sizes(config, sizes)
-            return _build_text(target, config, vocab, lambda: spilled(spill, entries))
+            check_sizes(config, sizes)
+            return build_text(target, config, vocab, lambda: spilled(spill, entries))
 
     return open_or_build(folder, name, build)
 
 
-def _prepare_stream(
-    name: str, texts: Texts, identity: object, config: RunConfig, root: Path
-) -> Corpus:
-    """A corpus of texts in the order of their stream."""
+class Stream(NamedTuple):
+    """Texts in the order of their stream, and what tells them from others.
+
+    Attributes:
+        files: that the texts are read from; none of a dataset of the hub.
+        source: the folder of the files, or the one file.
+        earlier: the identity by which earlier versions told corpora apart.
+        part: of the files' content that is read.
+    """
+
+    texts: Texts
+    files: list[Path]
+    source: Path
+    earlier: list[Any]
+    part: tuple[str | None, ...] = ()
+
+
+def _prepare_stream(name: str, stream: Stream, config: RunConfig, root: Path) -> Corpus:
+    """A corpus of a stream: built again if the content of one of its files has changed."""
     vocab = _checked_vocabulary(config)
-    folder = root / f"{name}-{_text_hash(name, vocab, identity, config)}"
-    return open_or_build(
-        folder, name, partial(_build_text, config=config, vocab=vocab, texts=texts)
-    )
+    earlier = root / f"{name}-{_text_hash(name, vocab, stream.earlier, config)}"
+    whole = partial(build_text, config=config, vocab=vocab, texts=stream.texts)
+    if not stream.files or _is_earlier(earlier):
+        return open_or_build(earlier, name, whole)
+    facts = facts_of(stream.files, known_facts(root.glob(f"{glob.escape(name)}-*")))
+    named = [path.relative_to(stream.source).as_posix() for path in stream.files]
+    content = [*zip(named, (facts[str(path)][-1] for path in stream.files), strict=True)]
+    folder = root / f"{name}-{_text_hash(name, vocab, [*stream.part, content], config)}"
+
+    def build(target: Path) -> dict[str, Any]:
+        found = whole(target)
+        if any(stamp(path) != facts[str(path)][:-1] for path in stream.files):
+            raise RuntimeError(f"{config.corpus} changed while it was read")
+        (target / SOURCES).write_text(json.dumps(facts))
+        return found
+
+    return open_or_build(folder, name, build)
+
+
+def _is_earlier(folder: Path) -> bool:
+    """Whether an earlier version, which recorded no sources, built a corpus there."""
+    return (folder / "corpus.json").exists() and not (folder / SOURCES).exists()
 
 
 def _checked_vocabulary(config: RunConfig) -> int | Literal["byte"]:
@@ -171,58 +199,3 @@ def _text_hash(name: str, vocab: object, content: object, config: RunConfig) -> 
     if config.tokenizer is not None:
         given = [hashlib.sha256(located(config.tokenizer).read_bytes()).hexdigest()]
     return short_hash([FORMAT, name, vocab, content, *given])
-
-
-def _check_sizes(config: RunConfig, sizes: dict[Split, int]) -> None:
-    """Refuse text that is empty, or of which a split has less than SMALLEST_PART bytes."""
-    if not any(sizes.values()):
-        raise InputError("corpus", config.corpus, "it has no text")
-    for split in SPLITS:
-        if sizes[split] < SMALLEST_PART:
-            raise InputError("corpus", config.corpus, f"too short: its {split} part is empty")
-
-
-def _build_text(
-    target: Path, config: RunConfig, vocab: int | Literal["byte"], texts: Texts
-) -> dict[str, Any]:
-    """Tokenizer and token files in `target`; a killed build is resumed."""
-    file = target / "tokenizer.json"
-    if progress_of(target) is None:
-        _tokenizer_for(config, vocab, texts).save(str(file))
-        save_progress(target, new_counts())
-    tokenizer = read_tokenizer(str(file))
-    counts = pack(
-        target,
-        texts(),
-        partial(encode, tokenizer="byte" if vocab == "byte" else tokenizer),
-        lambda so_far: LOG.info(
-            "%s: %s documents, %s tokens so far", config.corpus,
-            *(f"{sum(so_far[kind].values()):,}" for kind in ("documents", "tokens")),
-        ),
-    )  # fmt: skip
-    _check_sizes(config, counts["bytes"])
-    return {"vocab_size": vocabulary_of(tokenizer), **counts}
-
-
-def _tokenizer_for(config: RunConfig, vocab: int | Literal["byte"], texts: Texts) -> Tokenizer:
-    if config.tokenizer is not None:
-        return read_tokenizer(config.tokenizer)
-    if vocab == "byte":
-        return byte_tokenizer()
-    training = (text for split, text in texts() if split == "train")
-    first = next(training, None)
-    if first is None:
-        raise InputError("corpus", config.corpus, "it has no text")
-    tokenizer = train_bpe(chain([first], training), vocab)
-    if tokenizer.get_vocab_size() < vocab:
-        reached = f"the text is too short: it gives {tokenizer.get_vocab_size()} entries"
-        raise InputError("vocab_size", vocab, reached)
-    return tokenizer
-
-
-def _prepare_markov(config: RunConfig, root: Path) -> Corpus:
-    alphabet = vocabulary(config)
-    if not isinstance(alphabet, int) or not 7 <= alphabet <= 64:
-        raise InputError("vocab_size", alphabet, "markov has an alphabet of 7 to 64 symbols")
-    folder = root / f"markov-{short_hash([FORMAT, alphabet])}"
-    return open_or_build(folder, "markov", lambda target: markov.build(target, alphabet))

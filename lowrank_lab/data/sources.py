@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lowrank_lab.config import InputError
-from lowrank_lab.data.splits import Split, split_of
+from lowrank_lab.data.files import files_in, readable
+from lowrank_lab.data.splits import Split, digest_of, split_of
 
 # Packages whose sources make up the `python` corpus beside the standard library. Their wheels
 # have the same .py files on every platform, except the generated ones in GENERATED.
@@ -54,24 +55,47 @@ def python_documents() -> Iterator[tuple[str, str]]:
 
 
 def text_documents(source: Path) -> Iterator[tuple[str, str]]:
-    """Each text file of a folder as a document, or one file cut at line ends."""
+    """Each text file of a folder as a document, or one file cut at line ends.
+
+    Raises:
+        InputError: a file can't be read, or isn't UTF-8 text.
+    """
+    refuse_saved_dataset("text", source)
     if not source.is_dir():
         size = sum(map(len, _decoded(source)))
         chunks = _chunks(_decoded(source), size)
         yield from ((f"{source.name}#{i}", chunk) for i, chunk in enumerate(chunks))
         return
-    for file in sorted(p for p in source.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file()):
-        yield str(file.relative_to(source)), "".join(_decoded(file))
+    for file in files_in(source):
+        if file.suffix.lower() in TEXT_SUFFIXES:
+            yield str(file.relative_to(source)), "".join(_decoded(file))
+
+
+def refuse_saved_dataset(kind: str, source: Path) -> None:
+    """Refuse a folder of `Dataset.save_to_disk`, whose JSON files are no texts."""
+    if is_saved_dataset(source):
+        allowed = f"`datasets` has saved it there: hub:{source}"
+        raise InputError("corpus", f"{kind}:{source}", allowed)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
+    one = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return one or (folder / "dataset_dict.json").is_file()
 
 
 def _decoded(file: Path) -> Iterator[str]:
-    """The text of a file, some 1 MiB at a time."""
+    """The text of a file without its byte order mark, some 1 MiB at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with file.open("rb") as raw:
-        if b"\0" in raw.read(65536):
+    with readable(f"text:{file}", file), file.open("rb") as raw:
+        begin = raw.read(65536)
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InputError("corpus", f"text:{file}", "it is UTF-16; convert it to UTF-8")
+        if b"\0" in begin:
             raise InputError("corpus", f"text:{file}", "it is binary, not text")
-        raw.seek(0)
-        position, piece = 0, b"\0"
+        position = len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0
+        raw.seek(position)
+        piece = b"\0"
         while piece:
             piece = raw.read(1 << 20)
             begins = position - len(decoder.getstate()[0])  # bytes of an incomplete character
@@ -131,7 +155,7 @@ def distinct(documents: Iterable[tuple[str, str]], spill: BinaryIO | None = None
         digest = hashlib.sha256(raw).digest()
         if digest in seen or not text.strip():
             continue
-        key = hashlib.sha256(name.encode()).digest()
+        key = digest_of(name)
         seen[digest] = Entry(key, digest, split_of(name), written, len(raw))
         written += len(raw)
         if spill is not None:

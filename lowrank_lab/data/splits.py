@@ -12,9 +12,14 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_SHARE = {"validation": 0.025, "test": 0.025}
 
 
+def digest_of(name: str) -> bytes:
+    """SHA-256 of a name, also of a file's name that is not UTF-8."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
+
 def split_of(name: str) -> Split:
     """The split a document belongs to, by the hash of its name."""
-    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    share = int.from_bytes(digest_of(name)[:8], "big") / 2**64
     if share < HELD_OUT_SHARE["test"]:
         return "test"
     return "validation" if share < sum(HELD_OUT_SHARE.values()) else "train"

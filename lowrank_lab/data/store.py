@@ -28,7 +28,7 @@ def open_or_build(folder: Path, name: str, build: Callable[[Path], dict[str, Any
             sizes = {s: sum(p.stat().st_size for p in shard_paths(target, s)) for s in SPLITS}
             facts["tokens"] = {split: size // 2 for split, size in sizes.items()}
             facts["sha256"] = _sha256(files)
-            (target / "README.md").write_text(_readme(facts))
+            (target / "README.md").write_text(_readme(facts), "utf-8", "surrogateescape")
             forget_progress(target)
             (target / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
             target.chmod(0o755)

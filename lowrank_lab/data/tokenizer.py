@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # its names in other tokenizers
+NO_TEXT = "\U0010ffff" * 3  # noncharacters
+THREAD = "train-bpe"
 BPE_SAMPLE_BYTES = 20_000_000
 LARGEST_VOCABULARY = 1 << 16  # tokens are uint16
 
@@ -53,8 +57,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(texts, BPE_SAMPLE_BYTES), trainer)
+    sample = _sample(texts, BPE_SAMPLE_BYTES)
+    _interruptible(lambda: tokenizer.train_from_iterator(sample, trainer))
     return tokenizer
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Call a function in a thread: Ctrl-C ends the wait for it, but not code outside of Python."""
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
+    done.wait()
+    if errors:
+        raise errors[0]
 
 
 def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:
@@ -79,7 +103,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     if not file.is_file():
         raise InputError("tokenizer", path, "there is no such file")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(file.read_bytes())
     except Exception as error:  # tokenizers raises no narrower one
         raise InputError("tokenizer", path, f"not a tokenizer.json: {error}") from None
     tokenizer.no_truncation()
@@ -107,21 +131,54 @@ def end_of_text(tokenizer: Tokenizer) -> str:
     raise ValueError(f"it has no token that ends a text: {' '.join(END_NAMES)}")
 
 
-def encode(texts: list[str], tokenizer: Tokenizer | Literal["byte"]) -> np.ndarray:
+class TextEncoder(NamedTuple):
+    """A tokenizer whose special tokens match no text, and the token that ends a text."""
+
+    plain: Tokenizer
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TextEncoder:
+        """The encoder of a tokenizer: `<s>` in a text is three characters, not a special token."""
+        from tokenizers import Tokenizer
+
+        facts = json.loads(tokenizer.to_str())
+        end = end_of_text(tokenizer)  # which the vocabulary alone may have
+        special = {end, *(t["content"] for t in facts["added_tokens"] if t["special"])}
+        # Under these names their ids stay, and no text has them.
+        renamed = {t: f"{NO_TEXT}{i}{NO_TEXT}" for i, t in enumerate(sorted(special))}
+        for token in facts["added_tokens"]:
+            token["content"] = renamed.get(token["content"], token["content"])
+        facts["post_processor"] = None  # it adds special tokens
+        _rename(facts["model"], renamed)
+        return cls(Tokenizer.from_str(json.dumps(facts)), tokenizer.get_vocab()[end])
+
+
+def _rename(model: dict[str, Any], renamed: dict[str, str]) -> None:
+    """Rename tokens of a model; merges that would build one are dropped."""
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {renamed.get(token, token): i for token, i in vocab.items()}
+    else:  # Unigram: pairs with scores
+        model["vocab"] = [[renamed.get(token, token), score] for token, score in vocab]
+    if model.get("unk_token") in renamed:
+        model["unk_token"] = renamed[model["unk_token"]]
+    if "merges" in model:
+        pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & renamed.keys()]
+
+
+def encode(texts: list[str], tokenizer: TextEncoder | Literal["byte"]) -> np.ndarray:
     """All texts as one uint16 array, each followed by the end-of-text token.
 
-    Where a text spells that token out, it is encoded as ordinary text.
+    Special tokens that stand in a text are encoded as the text they are.
     """
-    end = END_OF_TEXT if tokenizer == "byte" else end_of_text(tokenizer)
-    harmless = "<|end of text|>" if end == END_OF_TEXT else f"{end[0]} {end[1:]}"
-    texts = [text.replace(end, harmless) for text in texts]
     if tokenizer == "byte":  # END_OF_TEXT is its token 0
         raw = [np.frombuffer(text.encode(), np.uint8) for text in texts]
         ids = [np.append(_BYTE_IDS[r], np.uint16(0)) for r in raw]
     else:
-        last = tokenizer.token_to_id(end)
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [np.array([*e.ids, last], np.uint16) for e in encoded]
+        encoded = tokenizer.plain.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.array([*e.ids, tokenizer.end], np.uint16) for e in encoded]
     return np.concatenate(ids) if ids else np.empty(0, np.uint16)
 
 

@@ -21,11 +21,13 @@ from matplotlib.transforms import Bbox, offset_copy
 from PIL import Image
 
 from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.runs.files import replacing
 
 PALETTE = (  # Okabe and Ito's, for what is no method
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000",
 )  # fmt: skip
 OTHER_COLOURS = ("#DDCC77", "#88CCEE", "#AA7744", "#B0B0B0")  # of methods of one's own
+KINDS = ("png", "svg", "csv")
 STYLE: Any = {
     "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.axisbelow": True, "axes.titlesize": 10, "axes.labelsize": 9.5, "font.size": 9,
@@ -93,11 +95,14 @@ def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
     """Write `stem`.png, `stem`.svg, and the numbers as `stem`.csv."""
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv")]
+    png, svg, csv = paths = [stem.with_name(f"{stem.name}.{kind}") for kind in KINDS]
     with mpl.rc_context(STYLE), _laid_out(figure) as box:
-        figure.savefig(paths[0], bbox_inches=box, metadata={"Software": None})
-        figure.savefig(paths[1], bbox_inches=box, metadata={"Date": None})
-    table.to_csv(paths[2], index=False)
+        with replacing(png) as to:
+            figure.savefig(to, format="png", bbox_inches=box, metadata={"Software": None})
+        with replacing(svg) as to:
+            figure.savefig(to, format="svg", bbox_inches=box, metadata={"Date": None})
+    with replacing(csv) as to:
+        table.to_csv(to, index=False)
     return paths
 
 

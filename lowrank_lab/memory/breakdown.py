@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +83,35 @@ def storages_of(t: Tensor) -> list[torch.UntypedStorage]:
     return [s for part in parts if isinstance(part, Tensor) for s in storages_of(part)]
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, str, Tensor]]:
+    """The tensors of an optimizer's states, in lists and objects too: owner, key and tensor.
+
+    The owner is a parameter, or a name of the optimizer's own.
+    """
+    states: dict[Any, Any] = optimizer.state
+    for owner, state in states.items():
+        for key, value in state.items() if isinstance(state, dict) else [("", state)]:
+            for tensor in _tensors_in(value):
+                yield owner, str(key), tensor
+
+
+def _tensors_in(value: Any, seen: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """The tensors in lists, mappings and objects that are no parameters.
+
+    Args:
+        seen: ids of what `value` is in: an object may refer to itself.
+    """
+    if isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter):  # of the model
+            yield value
+        return
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list | tuple | set | deque):
+        parts = vars(value).values() if hasattr(value, "__dict__") else ()
+    for part in () if id(value) in seen else parts:
+        yield from _tensors_in(part, (*seen, id(value)))
+
+
 def persistent(
     model: nn.Module, optimizer: torch.optim.Optimizer, per_layer: bool = False
 ) -> Breakdown:
@@ -92,9 +123,11 @@ def persistent(
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     indices = [b for name, b in model.named_buffers() if name.endswith("indices")]
-    states = [
-        (k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)
-    ]
+    states = [(key, tensor) for _, key, tensor in state_tensors(optimizer)]
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        whole = optimizer.state_dict().items()
+        more = [value for key, value in whole if key not in ("state", "param_groups")]
+        states += [("", tensor) for tensor in _tensors_in(more)]
     return Breakdown(
         weights=tensor_bytes([*model.parameters(), *model.buffers()]),
         frozen=tensor_bytes(frozen),

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_lab.memory.breakdown import storages_of
+from lowrank_lab.memory.breakdown import state_tensors, storages_of
 from lowrank_lab.memory.hidden import Hidden
 from lowrank_lab.memory.ledger import Ledger
 from lowrank_lab.memory.modules import ModuleStack
@@ -204,11 +204,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._handles.append(p.register_post_accumulate_grad_hook(self._gradient(name)))  # type: ignore[no-untyped-call]
 
     def _name_states(self) -> None:
-        for p, state in self._optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    kind = "projections" if key.startswith("projection") else "optimizer_states"
-                    self.record(value, kind, self._updated.get(p, key))
+        for owner, key, tensor in state_tensors(self._optimizer):
+            kind = "projections" if key.startswith("projection") else "optimizer_states"
+            self.record(tensor, kind, self._updated.get(owner, key))
 
     def _gradient_hooks(self) -> Iterator[RemovableHandle]:
         for p, name in self._names.items():

@@ -23,6 +23,8 @@ from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.trial import check_events, check_per_layer, check_sharded
 from lowrank_lab.models.llama import Llama
 
+WORDS = {"no": False, "off": False, "on": True, "yes": True}  # of YAML 1.1, where a flag is meant
+
 
 def resolve(config: RunConfig) -> ResolvedConfig:
     """The configuration with all defaults filled in, checked for its method.
@@ -84,6 +86,10 @@ def _check_optimizer(config: RunConfig, method: Method) -> None:
             allowed = f"{method.name} brings an optimizer of its own"
             raise InputError("optimizer", config.optimizer, allowed)
         import_optimizer(config.optimizer)
+        for name, value in config.optimizer_options.items():
+            if str(value).lower() in WORDS:  # a class would take any text for true
+                allowed = "true or false, or another word for text"
+                raise InputError(f"optimizer_options.{name}", value, allowed)
         if "lr" in config.optimizer_options:
             allowed = "lr is a field of the run; the schedule sets it"
             raise InputError("optimizer_options", config.optimizer_options, allowed)
@@ -162,14 +168,16 @@ def _target_shapes(size: Size, target: str) -> tuple[tuple[str, int, int], ...]:
 
 
 def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any]) -> dict[str, Any]:
+    given = {n: v for n, v in config.method_options.items() if v is not None}
     for name, value in config.method_options.items():
         if name not in method.options:
             known = nearest(name, method.options)
             raise InputError("method_options", name, f"{method.name} has no such option; {known}")
         option = method.options[name]
+        if option.allowed == "true or false" and str(value).lower() in WORDS:
+            given[name] = value = WORDS[value.lower()]
         if value is not None and not option.check(value):
             raise InputError(f"method_options.{name}", value, f"must be {option.allowed}")
-    given = {n: v for n, v in config.method_options.items() if v is not None}
     width = config.size.hidden_size
     options = {n: at_width(o.default, width) for n, o in method.options.items()} | given
     for name, value in options.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.layers import factorize
@@ -76,26 +76,41 @@ def check_per_layer(config: RunConfig) -> None:
         raise InputError("per_layer", True, f"{config.optimizer} counts steps per group")
 
 
-def stepped(config: RunConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Two factorised layers, and the optimizer of the configuration after one step on them.
+def stepped(
+    config: RunConfig, model: nn.Module | None = None, steps: int = 1
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and the optimizer of the configuration after steps on random gradients.
+
+    Args:
+        model: whose first parameter is the target; by default two factorised layers, all targets.
 
     Raises:
         InputError: it can't be built, or can't take an ordinary step.
     """
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    targets: list[Tensor] = []
+    rest: list[Tensor] = []
+    if model is None:
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+        factorize(model, rank=2, target=".", init="kaiming")
+        targets += model.parameters()
+    else:
+        rest += model.parameters()
+        targets.append(rest.pop(0))
     generator = torch.Generator().manual_seed(0)
-    factorize(model, rank=2, target=".")
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
     tried = config.replace(lr=config.lr or 1e-3)
-    optimizer = adamw(list(model.parameters()), [], cast(ResolvedConfig, tried))
+    optimizer = adamw(targets, rest, cast(ResolvedConfig, tried))
     try:
-        for p in model.parameters():
-            p.grad = p.detach().clone()
-        optimizer.step()
+        if callable(switch := getattr(optimizer, "train", None)):
+            switch()
+        for _ in range(steps):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+            optimizer.step()
     except Exception as error:  # whatever a foreign class raises
-        line = " ".join(str(error).split())
+        line = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError("optimizer", config.optimizer, f"it can't step: {line}") from None
     return model, optimizer
 

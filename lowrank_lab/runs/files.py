@@ -60,14 +60,26 @@ def _hold(path: Path) -> TextIO:
         file.close()  # another process has just removed it: try again
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden file to write beside `path`; it replaces `path` at the end of the block.
+
+    If the block fails or is interrupted, it is removed and `path` stays as it is.
+    """
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    with partial.open("w") as file:
+    with replacing(path) as partial, partial.open("w") as file:
         file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -104,7 +116,6 @@ def cut_jsonl(path: Path, last_step: int) -> list[int]:
         The steps of the remaining rows.
     """
     rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [row["step"] for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lowrank_lab.data.tokenizer import TextEncoder
 from lowrank_lab.runs.run import Run
 
 
@@ -16,7 +17,8 @@ def sample(
         tokens: number of new tokens.
         temperature: softmax temperature; 0 takes the most likely token.
     """
-    ids = run.tokenizer.encode(prompt or "\n").ids
+    encoder = TextEncoder.of(run.tokenizer).plain  # as the texts of its corpus were encoded
+    ids = encoder.encode(prompt or "\n", add_special_tokens=False).ids
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _ in range(tokens):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowrank_lab.config import InputError
+from lowrank_lab.data.files import once_each
 from lowrank_lab.runs.files import Row, append_jsonl, read_jsonl, write_json
 
 
@@ -64,8 +65,9 @@ class FolderRecords:
     @cached_property
     def facts(self) -> dict[str, Any]:
         try:
-            facts = json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:  # not JSON, or not even text
+            text = (self.folder / "config.json").read_text()
+            facts = json.loads(text, object_pairs_hook=once_each)
+        except (ValueError, OSError) as error:  # not JSON, not even text, or not a file
             raise InputError("run", str(self.folder), f"config.json is damaged: {error}") from None
         if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
             allowed = "it is not a run folder: its config.json is not a run's"

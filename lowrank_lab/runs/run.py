@@ -202,7 +202,7 @@ class Run:
 
         path = self.folder / "tokenizer.json"
         if path.exists():
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_buffer(path.read_bytes())
         corpus = prepare(self.config)
         if self.ran_on.get("corpus_sha256") not in (None, corpus.facts["sha256"]):
             allowed = "it has changed since the run, which kept no tokenizer of its own"
@@ -350,7 +350,9 @@ def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
     """The columns that are constant within a run."""
     inside = run.folder.relative_to(runs_folder(folder)).as_posix()
     config = run.config
-    facts = {"run": run.folder.name if inside == "." else inside, "label": run.label}
+    name = run.folder.name if inside == "." else inside
+    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    facts = {"run": shown, "label": run.label}
     facts |= {name: getattr(config, name) for name in DESCRIBES}
     if not run.finished:
         return facts

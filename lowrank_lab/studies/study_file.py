@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.studies.plain_yaml import read_yaml
 from lowrank_lab.studies.shipped import find_notebook, find_study
 from lowrank_lab.studies.variants import combinations
 from lowrank_lab.training.preflight import check
@@ -124,14 +123,11 @@ def _errors_named(place: str) -> Iterator[None]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
         raise InputError("study", path.name, "its name may have letters, digits, _ and -")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("study", str(path), f"not YAML: {error}") from None
+    content = read_yaml(path, "study")
     if not isinstance(content, dict):
         allowed = "it must be a mapping with base, variants, grid, seeds"
         raise InputError("study", str(path), allowed)
-    return {str(key): value for key, value in content.items()}
+    return content
 
 
 def _check_keys(content: dict[str, Any], name: str) -> None:
@@ -157,6 +153,8 @@ def _pairs(content: Any, labels: set[str], partly: bool, place: str) -> tuple[tu
     for pair in content:
         if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
             raise InputError(place, pair, "must be two labels: does the first end lower?")
+        if not all(isinstance(label, str) for label in pair):
+            raise InputError(place, pair, "a label is text: quote it")
         missing = [label for label in pair if label not in labels]
         if missing and not partly:
             raise InputError(place, missing[0], f"no such label; {nearest(missing[0], labels)}")

@@ -15,17 +15,16 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_lab.config import InputError
-from lowrank_lab.layers import current_name
-from lowrank_lab.optim.adam import is_quantized
+from lowrank_lab.training.optimizer_state import Decoder, Encoder
+from lowrank_lab.training.random_state import random_states, set_random_states
 
 SUMS = "SHA256SUMS"
-PLAIN = (int, float, str, type(None))  # what JSON keeps as it is
 BEST = "best.json"  # beside the checkpoints: which of them is the best
 
 
@@ -98,32 +97,12 @@ def _write(
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
-    scalars: dict[str, Any] = {}
-    lost: set[str] = set()
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        if odd := {key for key, value in state.items() if not _storable(value)}:
-            lost |= odd
-            continue  # a part of a state is none
-        for key, value in state.items():
-            if is_quantized(value):
-                parts, context = value.__tensor_flatten__()
-                signed, dtype = cast(tuple[bool, torch.dtype], context)
-                scalars[f"{name}/{key}"] = {"signed": signed, "dtype": str(dtype)}
-                for part in parts:
-                    tensors[f"optimizer/{name}/{key}#{part}"] = getattr(value, part)
-            elif isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value
-            elif isinstance(value, list | tuple):  # foreign optimizers keep lists of tensors
-                plain = [None if isinstance(v, Tensor) else v for v in value]
-                scalars[f"{name}/{key}"] = {"items": plain}
-                listed = {f"#{i}": v for i, v in enumerate(value) if isinstance(v, Tensor)}
-                tensors |= {f"optimizer/{name}/{key}{place}": v for place, v in listed.items()}
-            else:
-                scalars[f"{name}/{key}"] = value
-    for place, group in enumerate(optimizer.param_groups):
-        counted = {k: v for k, v in group.items() if isinstance(v, Tensor) and "lr" not in k}
-        tensors |= {f"groups/{place}/{k}": v.clone() for k, v in counted.items()}
+    encoder = Encoder(model, optimizer)
+    facts = {
+        "step": step, "optimizer": encoder.states(), "groups": encoder.groups(),
+        "more": encoder.more(), "extra": extra,
+    }  # fmt: skip
+    tensors |= {**encoder.tensors, **random_states()}
     with warnings.catch_warnings():  # one process alone writes
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -131,29 +110,11 @@ def _write(
             dcp_save(packed, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
         except CheckpointException as error:  # it is no Exception, and hides its cause
             raise next(iter(error.failures.values()))[0] from None
-    groups = [
-        {k: v for k, v in group.items() if isinstance(v, PLAIN)} for group in optimizer.param_groups
-    ]
-    facts = {"step": step, "optimizer": scalars, "groups": groups, "extra": extra}
-    if lost:
-        kind = type(optimizer).__name__
-        facts["lost"] = f"{kind}'s {', '.join(sorted(lost))} can't be stored; it starts again"
     (folder / "state.json").write_text(json.dumps(facts))
     sums = "".join(f"{_sum(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
     (folder / SUMS).write_text(sums)
     for file in [*folder.iterdir(), folder]:
         _fsync(file)
-
-
-def _storable(value: Any) -> bool:
-    """Whether a state is a tensor, a plain value, or a list of such."""
-    if isinstance(value, list | tuple):
-        return all(isinstance(v, (Tensor, *PLAIN)) or _is_plain_list(v) for v in value)
-    return isinstance(value, (Tensor, *PLAIN))
-
-
-def _is_plain_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(v, PLAIN) for v in value)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -237,44 +198,9 @@ def load(
     model.load_state_dict(
         {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
     )
-    parameters = dict(model.named_parameters())
-    for key, value in {**_tensors_of_optimizer(tensors), **facts["optimizer"]}.items():
-        name, _, entry = key.rpartition("/")
-        if "#" in entry:
-            continue  # a part of a quantized state, put together below
-        parameter = parameters[name if name in parameters else current_name(name)]
-        if isinstance(value, dict) and "items" in value:
-            parts = [tensors.get(f"optimizer/{key}#{i}") for i in range(len(value["items"]))]
-            value = [p if v is None else v for p, v in zip(parts, value["items"], strict=True)]
-        elif isinstance(value, dict):
-            value = _quantized(tensors, f"optimizer/{key}", **value)
-        on_device = value.to(parameter.device) if isinstance(value, Tensor) else value
-        optimizer.state[parameter][entry] = on_device
-    for group, kept in zip(optimizer.param_groups, facts["groups"], strict=True):
-        group.update(kept)  # foreign optimizers count steps there
-    for key, value in tensors.items():
-        if key.startswith("groups/"):
-            _, place, entry = key.split("/", 2)
-            group = optimizer.param_groups[int(place)]
-            group[entry] = value.to(group["params"][0].device)
-    if "lost" in facts:
-        report(facts["lost"])
+    Decoder(model, optimizer, tensors).load(facts)
+    set_random_states(tensors)
     return facts["step"], facts["extra"]
-
-
-def _tensors_of_optimizer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "optimizer/"
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _quantized(tensors: dict[str, Tensor], key: str, signed: bool, dtype: str) -> Tensor:
-    """A state of torchao's 8-bit optimizers, from its parts."""
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    parts = [tensors[f"{key}#{part}"] for part in OptimState8bit.tensor_attrs]
-    shown = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
-    state: Tensor = OptimState8bit(*parts, signed, shown[dtype])
-    return state
 
 
 def _sum(path: Path) -> str:

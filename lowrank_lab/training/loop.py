@@ -14,6 +14,7 @@ from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.paths import data_folder
 from lowrank_lab.runs.files import locked
 from lowrank_lab.runs.run import Run
+from lowrank_lab.training.extend import as_extension, begin_extension
 from lowrank_lab.training.monitor import asked_to_stop
 from lowrank_lab.training.preflight import check, device_of, is_finished
 from lowrank_lab.training.trackers import (
@@ -38,7 +39,8 @@ def train(
     """Train a configuration, or resume its interrupted run; its folder as a Run.
 
     Args:
-        folder: the run folder; by default data/runs/<run id>. A finished run is returned as it is.
+        folder: the run folder; by default data/runs/<run id>. A finished run is returned as it is;
+            with more steps it is extended, where its schedule is constant (`training.extend`).
         label: what figures call the run.
         on_step: called after every step with its row of metrics.jsonl.
         trackers: where metrics are mirrored to while the run trains: `tensorboard` (event files in
@@ -71,6 +73,8 @@ def _train(
     on_step: OnStep | None,
     trackers: list[TrackerBuilder],
 ) -> Run:
+    if folder is not None:
+        config = as_extension(config, Path(folder))
     config, corpus = check(config)
     target = Path(folder) if folder is not None else data_folder() / "runs" / config.run_id
     finished = is_finished(target, config)
@@ -82,6 +86,8 @@ def _train(
         raise InputError("corpus", config.corpus, "it has changed since the run in out began")
     lock = locked(target) if distributed.is_rank_zero() else nullcontext()
     with lock, asked_to_stop() as stop:
+        if distributed.is_rank_zero():
+            begin_extension(config, target)
         distributed.barrier()
         if not is_finished(target, config):  # the process that had the lock may have finished it
             _loop(Trainer(config, corpus, target, label), on_step, stop, trackers)

@@ -12,7 +12,9 @@ from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.prepare import prepare
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import RUNNER_FILES, Run
+from lowrank_lab.training.extend import check_extension, extends
 from lowrank_lab.training.fsdp_layout import check_fsdp
+from lowrank_lab.training.optimizer_trial import try_optimizer
 
 
 def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
@@ -23,7 +25,7 @@ def check(config: RunConfig) -> tuple[ResolvedConfig, Corpus]:
             `repeat`, a held-out part shorter than a sequence, or a device that isn't there.
     """
     given, config = config, resolve(config)
-    device_of(config)
+    try_optimizer(config, device_of(config))
     _check_processes(config)
     if config.parallel == "fsdp2":
         check_fsdp(config)
@@ -69,10 +71,10 @@ def _check_processes(config: ResolvedConfig) -> None:
 
 
 def is_finished(folder: Path, config: ResolvedConfig) -> bool:
-    """Whether this run has finished in a folder.
+    """Whether this run has finished in a folder, with as many steps.
 
     Raises:
-        InputError: the folder has anything else in it.
+        InputError: the folder has anything else in it, or a shorter run that can't be extended.
     """
     if folder.is_file():
         raise InputError("out", str(folder), "it is a file; name a folder")
@@ -82,6 +84,9 @@ def is_finished(folder: Path, config: ResolvedConfig) -> bool:
             raise InputError("out", str(folder), "it has files in it that are not a run")
         return False
     run = Run(folder)
+    if extends(config, run.config):
+        check_extension(config, run)
+        return False
     if run.config.run_id != config.run_id:
         ours, theirs = config.model_dump(), run.config.model_dump()
         differing = [n for n in ours if ours[n] != theirs[n] and n not in NOT_IN_RUN_ID]

@@ -17,8 +17,9 @@ PACKAGE = Path(__file__).resolve().parent.parent
 TRAINING_SOURCES = (
     "config.py", "distributed", "cpu/onednn_matmul.py", "data", "models", "layers", "optim",
     "techniques", "methods", "training/batches.py", "training/evaluate.py", "training/events.py",
-    "training/fsdp.py", "training/fsdp_layout.py", "training/fsdp_state.py", "training/loop.py",
-    "training/preflight.py", "training/schedule.py", "training/step.py", "training/trainer.py",
+    "training/extend.py", "training/fsdp.py", "training/fsdp_layout.py", "training/fsdp_state.py",
+    "training/loop.py", "training/preflight.py", "training/schedule.py", "training/step.py",
+    "training/trainer.py",
 )  # fmt: skip
 
 

@@ -49,8 +49,7 @@ def warm_start(config: ResolvedConfig) -> int:
 
 def scheduled_rate(step: int, config: ResolvedConfig) -> float:
     """Linear warm-up to the peak, then the decay to `min_lr_ratio` of it; no resets."""
-    total = config.total_steps
-    warmup_steps = math.ceil(round(config.warmup * total, 6))  # 0.07 · 100 is 7, not 8
+    total, warmup_steps = config.total_steps, config.warmup_steps
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
     if config.schedule == "constant":

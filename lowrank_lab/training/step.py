@@ -103,7 +103,8 @@ def set_clock_(optimizer: torch.optim.Optimizer, updates: int) -> None:
 
     With spread refreshes, the largest weight is due.
     """
-    states = [(p, s) for p, s in optimizer.state.items() if isinstance(s.get("step"), int)]
+    each = [(p, s) for p, s in optimizer.state.items() if isinstance(s, dict)]
+    states = [(p, s) for p, s in each if isinstance(s.get("step"), int)]
     offset = 0
     if states:
         offset = max(states, key=lambda item: item[0].numel())[1].get("refresh_offset", 0)

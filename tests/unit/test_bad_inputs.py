@@ -103,9 +103,9 @@ BAD = {
     "missing text": ("data --corpus text:{tmp}/none", ["corpus", "none", "no such file"]),
     "text without a path": ("data --corpus text:", ["corpus", "no such file"]),
     "missing shards": ("data --corpus c4:{tmp}/none", ["corpus", "none", "no such file"]),
-    "folder without shards": ("data --corpus c4:{tmp}/folder", ["corpus", "folder", ".json.gz"]),
-    "shard that is no gzip": (
-        "data --corpus c4:{tmp}/short.txt", ["corpus", "short.txt line 1", "damaged gzip"],
+    "folder without shards": ("data --corpus c4:{tmp}/folder", ["corpus", "folder", ".jsonl"]),
+    "shard that is no JSON": (
+        "data --corpus c4:{tmp}/short.txt", ["corpus", "short.txt line 1", "not JSON"],
     ),
     "dataset that isn't there": ("data --corpus hub:/none/here", ["corpus", "/none/here"]),
     "dataset without a name": ("data --corpus hub:", ["corpus", "hub:", "hub:NAME"]),
@@ -191,6 +191,29 @@ BAD = {
     "sample of nothing": ("sample {tmp}/folder", ["run", "folder", "config.json"]),
     "report on nothing": ("report {tmp}/folder", ["folder", "no runs"]),
     "report on no folder": ("report {tmp}/none", ["folder", "none", "no such folder"]),
+    "study with a key twice": (
+        "study {tmp}/studies/twice.yaml", ["twice.yaml, line 2 and line 4", "lr", "once"],
+    ),
+    "study with an octal number": (
+        "study {tmp}/studies/octal.yaml", ["octal.yaml, line 1", "010", "quote"],
+    ),
+    "study with a time as a number": (
+        "study {tmp}/studies/clock.yaml", ["clock.yaml, line 1", "1:30", "quote"],
+    ),
+    "study with a label that is a number": (
+        "study {tmp}/studies/label.yaml", ["label.yaml, line 1", "8", "quote"],
+    ),
+    "study that is a folder": ("study {tmp}/studies/folder.yaml", ["folder.yaml", "no such file"]),
+    "option with an octal number": (
+        f"{TRAIN} --method galore --option scale=010", ["method_options.scale", "010", "quote"],
+    ),
+    "option given twice": (
+        f"{TRAIN} --method galore --option scale=1 --option scale=2", ["scale=2", "twice"],
+    ),
+    "optimizer that needs a closure": (f"{TRAIN} --optimizer torch.optim.LBFGS", ["LBFGS"]),
+    "link to nothing": ("data --corpus text:{tmp}/links", ["gone.txt", "link to nothing"]),
+    "corpus that is no file": ("data --corpus text:/dev/null", ["null", "no file"]),
+    "text in UTF-16": ("data --corpus text:{tmp}/wide.txt", ["wide.txt", "UTF-16"]),
     "missing study": ("study {tmp}/none.yaml", ["study", "none.yaml", "no such file"]),
     "study not YAML": ("study {tmp}/studies/broken.yaml", ["study", "broken.yaml", "YAML"]),
     "study not a mapping": ("study {tmp}/studies/list.yaml", ["study", "list.yaml", "mapping"]),
@@ -217,6 +240,10 @@ BAD = {
 STUDIES = {
     "broken": "base: [",
     "list": "- base",
+    "twice": "base:\n  lr: 0.1\n  steps: 9\n  lr: 0.2",
+    "octal": "base: {steps: 010}",
+    "clock": "{time_limit: 1:30, base: {corpus: markov}}",
+    "label": "{base: {corpus: markov}, variants: {8: {rank: 8}}}",
     "key": "gird: {rank: [1]}",
     "field": "base: {rnak: 3}",
     "value": "variants: {mine: {method: low-rank, model: tiny, rank: 99}}",
@@ -236,6 +263,10 @@ def places(tmp_path, text_corpus):
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
     (tmp_path / "latin.txt").write_bytes("größer ".encode("latin-1") * 99)
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "wide.txt").write_text("größer " * 99, "utf-16")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "gone.txt").symlink_to(tmp_path / "none")
+    (tmp_path / "studies" / "folder.yaml").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text('{"config": {"mod')
     (tmp_path / "run").mkdir()

@@ -14,7 +14,9 @@ from written_runs import write_run
 from lowrank_lab import report
 from lowrank_lab.analysis import tables
 from lowrank_lab.cli import main
+from lowrank_lab.commands import interrupts
 from lowrank_lab.config import InputError
+from lowrank_lab.report import drawings, page
 from lowrank_lab.runs.files import append_jsonl, read_jsonl
 from lowrank_lab.runs.run import Run, final_table, find_runs, load_runs
 
@@ -184,8 +186,8 @@ def test_the_page_stands_alone_and_each_picture_has_words(folder, tmp_path):
 
 
 def test_a_report_reads_only_what_its_figures_show(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MOST_LABELS", 2)
-    monkeypatch.setattr(report, "MOST_FIGURES", 2)
+    monkeypatch.setattr(drawings, "MOST_LABELS", 2)
+    monkeypatch.setattr(drawings, "MOST_FIGURES", 2)
     for i in range(4):
         write_run(tmp_path / f"{i}", f"galore {i}", loss=2 + i / 10)
     for i in (2, 3):
@@ -297,11 +299,11 @@ def test_pictures_that_are_shown_are_renewed_and_no_others_are_put_beside_them(
     shown.mkdir(parents=True)
     for name in ("tradeoff", "of_old"):
         (shown / f"{name}.png").write_bytes(b"old")
-    drawn = report._pictures
+    drawn = page.drawn
     monkeypatch.setattr(
-        report, "_pictures", lambda *a: (p for p in drawn(*a) if p.name in ("tradeoff", "memory"))
+        page, "drawn", lambda *a: (p for p in drawn(*a) if p.name in ("tradeoff", "memory"))
     )
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(interrupts, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     assert CliRunner().invoke(main, ["report"]).exit_code == 0
     made = tmp_path / "data" / "runs" / "kept" / "one" / "figures"
     assert {path.name for path in shown.iterdir()} == {"tradeoff.png", "of_old.png"}

@@ -18,7 +18,8 @@ from paper_studies import (
 )
 from paths import NOTEBOOKS
 
-from lowrank_lab.cli import _config, _given, main
+from lowrank_lab.cli import main
+from lowrank_lab.commands.flags import config_of, given_flags
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning import resources
@@ -104,11 +105,11 @@ def test_the_other_commands_of_a_head_are_about_its_runs(size):
     flags = flags_of("train", command_in(head, "-m lowrank_lab train"))
     assert flags.pop("label") == "galore"
     assert flags.pop("out").parent.as_posix() == f"data/runs/paper_{size}"
-    config = resolve(_config(flags))
+    config = resolve(config_of(flags))
     assert config.run_id == run_id
     assert config.batch % (8 * config.gradient_accumulation) == 0  # for eight processes
-    asked = _config(
-        {"steps": 1000} | _given(flags_of("memory", command_in(head, "lowrank-lab memory")))
+    asked = config_of(
+        {"steps": 1000} | given_flags(flags_of("memory", command_in(head, "lowrank-lab memory")))
     )
     for name in ("model", "method", "rank", "batch", "gradient_accumulation", "clip"):
         assert getattr(asked, name) == getattr(galore, name), name
@@ -135,4 +136,4 @@ def test_missing_shards_are_one_line_that_says_what_to_put_where(tmp_path, monke
     missing, empty = said
     assert missing.startswith("paper_60m.yaml: full-rank: corpus: 'c4:c4/en' is not allowed")
     assert f"here or in {tmp_path}; put .json.gz shards of C4 there" in missing
-    assert "c4/en' is not allowed; there is no .json.gz file in it" in empty
+    assert "c4/en' is not allowed; there is no shard in it: .json .json.gz" in empty

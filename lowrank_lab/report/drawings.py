@@ -1,33 +1,22 @@
-"""Report on a folder of runs: a table, figures and a self-contained HTML page."""
+"""The figures of a folder of runs, chosen by what its runs vary."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from lowrank_lab import figures
 from lowrank_lab.analysis import grid
 from lowrank_lab.analysis.tables import (
-    claims,
     comparable,
-    differences,
-    formatted,
-    structure,
     summary,
 )
-from lowrank_lab.config import InputError
-from lowrank_lab.runs.kept import KeptRecords, is_study, open_study, write_study
-from lowrank_lab.runs.records import Records, Thinned
 from lowrank_lab.runs.run import (
     Run,
     complete_runs,
@@ -45,7 +34,6 @@ MOST_ROWS = 32  # labels in a figure with one row per label
 FEWEST_RANKS = 3  # ranks per variant, in a study over ranks
 FEWEST_RATES = 3  # learning rates per label, in a study over learning rates
 SPEED = ("device", "threads", "processes")  # seconds are compared only if all runs agree in these
-KEPT_ROWS = 200  # training steps per run that `keep` copies, besides evaluations and events
 
 
 @dataclass(frozen=True)
@@ -72,12 +60,12 @@ def pictures(folder: Path | str, *about: str) -> Iterator[Picture]:
     """
     runs = complete_runs(folder)
     finals = finals_of(runs, folder)
-    for picture in _pictures(runs, finals, summary(finals)["label"], folder):
+    for picture in drawn(runs, finals, summary(finals)["label"], folder):
         if not about or picture.name.startswith(about):
             yield picture
 
 
-def _pictures(
+def drawn(
     runs: Sequence[Run],
     finals: pd.DataFrame,
     ranking: pd.Series[str],
@@ -230,114 +218,6 @@ def _memory_of(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame([{"label": run.label, **run.memory} for run in measured])
 
 
-def write_report(
-    folder: Path | str,
-    title: str | None = None,
-    description: str = "",
-    out: Path | str | None = None,
-    figures_in: Path | str | None = None,
-    pairs: Sequence[tuple[str, str]] = (),
-) -> Path:
-    """Write report.html (self-contained), CSV tables and figures/ into the folder of the runs.
-
-    Args:
-        out: output folder; by default `folder`.
-        figures_in: folder of the figures; by default `out`/figures.
-        pairs: pairs of labels (A, B) for the study's claims A < B; see `claims`.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        InputError: there are no runs, or unfinished runs.
-    """
-    folder = Path(folder)
-    out = Path(out) if out is not None else folder
-    figures_in = Path(figures_in) if figures_in is not None else out / "figures"
-    runs = complete_runs(folder)
-    finals = finals_of(runs, folder)
-    table = summary(finals)
-    out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / "table.csv", index=False)
-    parts = [_heading(title or folder.name, description, finals), *_origins_section(runs)]
-    parts.append(_html_table(formatted(table)))
-    if pairs:
-        asked = claims(finals, pairs)
-        parts += ["<h2>Is A below B?</h2>", _html_table(formatted(asked))]
-        asked.to_csv(out / "claims.csv", index=False)
-    every = differences(finals, table["label"])
-    if len(every):
-        parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(every))]
-        every.to_csv(out / "differences.csv", index=False)
-    ends = structure(runs)
-    if len(ends.columns) > 1:
-        ends.to_csv(out / "structure.csv", index=False)
-        parts += ["<h2>How the recorded layers ended</h2>", _html_table(formatted(ends))]
-    for picture in _pictures(runs, finals, table["label"], folder, pairs):
-        png, *_ = figures.save(picture.figure, picture.table, figures_in / picture.name)
-        parts.append(_html_figure(picture, png))
-    parts.append(_runs_section(runs, out))
-    page = out / "report.html"
-    partial = out / ".report.html"
-    partial.write_text(_PAGE.format(title=html.escape(title or folder.name), body="\n".join(parts)))
-    partial.replace(page)
-    return page
-
-
-def asked_in(file: Path) -> tuple[str, list[tuple[str, str]]]:
-    """The description and the pairs of a study file; both empty if there is no such file."""
-    content = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
-    return content.get("description", ""), [(a, b) for a, b in content.get("pairs", ())]
-
-
-def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> dict[str, str]:
-    """Add the records of finished runs, without weights, to a kept study.
-
-    Other runs in `out` stay; runs with the same name are replaced.
-
-    Args:
-        out: the folder of the kept study. Steps that a sibling study already stores are not
-            stored again.
-        rows: training steps to keep per run, besides evaluations and events.
-
-    Returns:
-        For each run name, the study that stores its steps.
-
-    Raises:
-        InputError: a run is unfinished, two runs share a name, or `out` has run folders; also the
-            errors of `write_study`.
-    """
-    runs, out = find_runs(folder), Path(out).resolve()
-    complete_runs(folder)  # raises on unfinished runs
-    records: dict[str, Records] = {}
-    if is_study(out):
-        kept = open_study(out)
-        records |= {name: KeptRecords(kept, name) for name in kept.runs}
-    elif any(out.glob("*/config.json")):
-        raise InputError("keep", str(out), "it has run folders; tables need a folder of their own")
-    names = [run.folder.resolve().name for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        if names.count(name) > 1:
-            raise InputError("keep", str(folder), f"two of its runs have the name {name}")
-        records[name] = Thinned(run.records, rows)
-    shared = write_study(out, records)
-    return {name: shared.get(name, out.name) for name in names}
-
-
-def _heading(title: str, description: str, finals: pd.DataFrame) -> str:
-    facts = [
-        f"{len(finals)} runs",
-        f"model {', '.join(sorted(finals['model'].unique()))}",
-        f"corpus {', '.join(sorted(finals['corpus'].unique()))}",
-        f"{finals['tokens_seen'].min():,}–{finals['tokens_seen'].max():,} tokens per run"
-        if finals["tokens_seen"].nunique() > 1
-        else f"{finals['tokens_seen'].iloc[0]:,} tokens per run",
-    ]
-    lines = [f"<p>{html.escape(part)}</p>" for part in description.split("\n\n") if part.strip()]
-    lines.append(f"<p>{html.escape('; '.join(facts))}.</p>")
-    return f"<h1>{html.escape(title)}</h1>\n" + "\n".join(lines)
-
-
 def origins(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
     """Differences in environment among the runs: name → value → number of runs."""
     names = {name: None for run in runs for name in run.ran_on}
@@ -345,77 +225,3 @@ def origins(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
         name: Counter(str(run.ran_on.get(name, "not recorded")) for run in runs) for name in names
     }
     return {name: dict(counts) for name, counts in counted.items() if len(counts) > 1}
-
-
-def _origins_section(runs: Sequence[Run]) -> Iterator[str]:
-    differing = origins(runs)
-    if differing:
-        yield "<p>These runs come from different machines or versions:</p>\n<ul>"
-        for name, counts in differing.items():
-            words = "; ".join(f"{value[:60]} ({n} runs)" for value, n in counts.items())
-            yield f"<li>{html.escape(name.replace('_', ' '))}: {html.escape(words)}</li>"
-        yield "</ul>"
-        if set(SPEED) & set(differing):
-            yield "<p>Their seconds can't be compared, so there is no figure over time.</p>"
-
-
-def _html_table(table: pd.DataFrame) -> str:
-    return f'<div class="scroll">{table.to_html(index=False, border=0, escape=True)}</div>'
-
-
-def _html_figure(picture: Picture, png: Path) -> str:
-    source = figures.data_uri(png.read_bytes())
-    caption = html.escape(picture.caption)
-    return (
-        f'<figure><img alt="{caption}" src="{source}">'
-        f"<figcaption>{caption} Data: {html.escape(picture.name)}.csv</figcaption></figure>"
-    )
-
-
-def _runs_section(runs: Sequence[Run], out: Path) -> str:
-    """The configuration of each run, with a link to its executed notebook, if any."""
-    items = []
-    for run in runs:
-        notebook = run.folder / "notebook.ipynb"
-        link = ""
-        if notebook.exists() and notebook.is_relative_to(out):
-            href = html.escape(notebook.relative_to(out).as_posix(), quote=True)
-            link = f' · <a href="{href}">executed notebook</a>'
-        shown = html.escape(
-            json.dumps(_changed(run.facts["config"]) | {"ran_on": run.ran_on}, indent=1)
-        )
-        items.append(
-            f"<details><summary>{html.escape(run.label)} · {html.escape(run.folder.name)}{link}"
-            f"</summary><pre>{shown}</pre></details>"
-        )
-    return "<h2>Runs</h2>\n" + "\n".join(items)
-
-
-def _changed(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration that are not None, {}, False or 0."""
-    return {k: v for k, v in config.items() if v not in (None, {}, False)}
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; background: #fff; }}
-h1 {{ margin-bottom: 0; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 14px; margin: 1rem 0; }}
-th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }}
-td {{ white-space: nowrap; }}
-th {{ vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; }}
-figure {{ margin: 2rem 0; }}
-img {{ max-width: 100%; height: auto; }}
-figcaption {{ color: #555; font-size: 14px; }}
-pre {{ background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: 12.5px; }}
-summary {{ cursor: pointer; padding: .15rem 0; }}
-</style></head>
-<body>
-{body}
-</body></html>
-"""

@@ -1,0 +1,1 @@
+"""The commands of `lowrank-lab`, one file per command or group of commands."""

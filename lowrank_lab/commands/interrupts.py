@@ -1,0 +1,148 @@
+"""Ctrl-C, SIGTERM and readers that leave: a command ends with one line, whenever they come.
+
+The package imports this module first. In a process that is the command line, a signal then ends it
+at once, as nothing has begun: importing torch takes seconds. `handled` takes over while a command
+works, so that what it has begun is put away.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+
+
+class Stopped(BaseException):
+    """SIGTERM came: raised in the main thread, as Python raises KeyboardInterrupt for SIGINT."""
+
+
+def exit_quietly_until_handled() -> None:
+    """In a process of the command line, end at a signal with one line and without a traceback."""
+    modules = ("lowrank_lab", "lowrank_lab.cli")
+    by_module = any(a == "-m" and b in modules for a, b in pairwise(sys.orig_argv))
+    by_name = Path(sys.argv[0] if sys.argv else "").name == "lowrank-lab"
+    child = "--multiprocessing-fork" in sys.orig_argv  # its parent ends it
+    if (
+        (by_module or by_name)
+        and not child
+        and threading.current_thread() is threading.main_thread()
+    ):
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, _leave)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())
+    os._exit(128 + number)
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Within the block, SIGINT raises KeyboardInterrupt and SIGTERM raises Stopped."""
+    if not _in_main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    usual = sys.unraisablehook
+    for number, handler in zip(SIGNALS, (signal.default_int_handler, stop), strict=True):
+        if before[number] not in (signal.SIG_IGN, None):
+            signal.signal(number, handler)
+    sys.unraisablehook = _raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        for number, old in before.items():
+            if old is not None:
+                signal.signal(number, old)
+
+
+def _raise_again(unraisable: Any) -> None:
+    """A signal that came within a destructor is lost there: send it again."""
+    for kind, number in zip((KeyboardInterrupt, Stopped), SIGNALS, strict=True):
+        if issubclass(unraisable.exc_type, kind):
+            signal.raise_signal(number)
+            return
+    sys.__unraisablehook__(unraisable)
+
+
+@contextmanager
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of spawned processes, which end with the block, also when it is interrupted.
+
+    Ctrl-C reaches all processes of a terminal: these never see it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # processes inherit it
+    pool = ProcessPoolExecutor(count, get_context("spawn"))
+    try:
+        for _ in range(count):
+            pool.submit(int)  # starts a process
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield pool
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in active_children():
+            child.terminate()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Forgiving(io.FileIO):
+    """A file descriptor that drops what comes after its reader has left, or after an error."""
+
+    _ended = False
+
+    def write(self, data: Any) -> int:
+        if self._ended:
+            return len(data)
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            self._ended = True
+            return len(data)
+        except OSError:
+            self._ended = True
+            raise
+
+
+def let_readers_leave() -> None:
+    """Let `| head -1` end the output but not the command; print names that are not UTF-8 as bytes.
+
+    Streams that something else has replaced stay as they are.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
+            continue
+        stream.flush()
+        raw = io.BufferedWriter(_Forgiving(stream.fileno(), "w", closefd=False))
+        errors = "surrogateescape" if name == "stdout" else stream.errors
+        lines = stream.line_buffering
+        new = io.TextIOWrapper(
+            raw, stream.encoding, errors, line_buffering=lines, write_through=name == "stderr"
+        )
+        setattr(sys, name, new)

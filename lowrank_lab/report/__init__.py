@@ -1,0 +1,9 @@
+"""Reports on folders of runs: a table, figures and a self-contained HTML page."""
+
+from lowrank_lab.report.drawings import Picture, best, memory_of, origins, pictures
+from lowrank_lab.report.kept import keep
+from lowrank_lab.report.page import asked_in, write_report
+
+__all__ = [
+    "Picture", "asked_in", "best", "keep", "memory_of", "origins", "pictures", "write_report",
+]  # fmt: skip
