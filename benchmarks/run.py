@@ -19,7 +19,7 @@ PEERS = ("galore_torch", "fira", "apollo_torch", "pytorch_optimizer", "transform
 TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 SUITES = (
     "imports", "study_growth", "corpora", "recording", "layers", "subspaces", "optimizers",
-    "training", "steps", "growth",
+    "training", "steps", "growth", "many_matrices",
 )  # fmt: skip
 
 

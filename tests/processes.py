@@ -54,6 +54,11 @@ def _start(what, jobs, folder, timeout, size):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(list(jobs)))
     command = [sys.executable, __file__, what, str(folder / "jobs.json"), str(folder)]
+    run_all(command, size, timeout)
+
+
+def run_all(command, size=SIZE, timeout=600):
+    """Run a command as that many processes; each knows its rank as torchrun's do."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
     started = [
         subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})

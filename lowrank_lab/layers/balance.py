@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 
 # B A counts as rank-deficient if its smallest singular value is less than this share of the
 # largest.
@@ -128,7 +128,7 @@ def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
 def _triangular(X: Tensor, placement: Placement = REPLICATED) -> Tensor:
     """R (r×r) of X = Q R; with shards (rows of X), R of their stacked triangles."""
     R: Tensor = torch.linalg.qr(X, mode="r")[1]
-    if placement is REPLICATED:
+    if placement.dim is None:
         return R
     missing = X.shape[1] - R.shape[0]  # a shard with fewer than r rows has fewer in R
     return _triangular(placement.all_gather(F.pad(R, (0, 0, 0, missing))))

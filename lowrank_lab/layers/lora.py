@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_lab.device import autocast_dtype
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.distributed.dtensors import full_tensor, joint_parts, overwrite_, reshard_
 from lowrank_lab.layers.association import linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear, kaiming_
 from lowrank_lab.layers.dense import dense_weight_of, reset_linear_
@@ -98,26 +98,25 @@ class LoRALinear(FactorizedLinear):
         )
 
     @torch.no_grad()
-    def merge_(
-        self, generator: torch.Generator | None = None, placement: Placement = REPLICATED
-    ) -> None:
+    def merge_(self, generator: torch.Generator | None = None) -> None:
         """Add (α/r) · B A to W₀, draw A again and set B to zero, in place; W stays the same.
 
         The sum is computed in float32 or wider and rounded once, to the dtype of W₀: in bfloat16,
-        entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀ are lost.
+        entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀ are lost. Of DTensors (FSDP2),
+        each rank merges its rows; only A is gathered.
 
         Args:
             generator: CPU generator of the new A, so that A is the same on any device.
-            placement: `Sharded` for shards that are rows of W₀ and B and columns of A.
         """
         wide = torch.promote_types(self.base_weight.dtype, torch.float32)
-        W, B, A = (t.to(wide) for t in (self.base_weight, self.B, placement.all_gather(self.A, 1)))
-        # W₀ ← W₀ + (α/r) · B A
-        self.base_weight.copy_(torch.addmm(W, B, A, alpha=self.scale))
+        A = full_tensor(self.A)
+        with joint_parts((self.base_weight, 0), (self.B, 0)) as ((W, B), _):
+            # W₀ ← W₀ + (α/r) · B A
+            W.copy_(torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=self.scale))
+            B.zero_()
         drawn = torch.empty(A.shape, dtype=torch.float32, device="cpu")
         kaiming_(drawn, generator)
-        self.A.copy_(placement.local_shard(drawn, 1))
-        self.B.zero_()
+        overwrite_(self.A, drawn.to(A.dtype))
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -138,6 +137,7 @@ def merge_(model: nn.Module, seed: int) -> list[str]:
     Returns:
         The names of the merged layers.
     """
+    reshard_(model)
     names = []
     for index, (name, layer) in enumerate(lora_layers(model)):
         layer.merge_(generator_of(seed, index))

@@ -45,7 +45,7 @@ def above_random(W: Tensor) -> float:
     """
     W = W.detach().float()
     m, n = W.shape
-    start = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=W.dtype)
     v, sigma = start.to(W.device), W.new_zeros(())
     for _ in range(ITERATIONS):
         v = W.T @ (W @ (v / v.norm().clamp(min=1e-30)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lowrank_lab.methods.optimizers import OptimizerBuilder
 from lowrank_lab.methods.options import ByWidth, Option
@@ -28,10 +28,8 @@ class Method:
         init: default initialisation of the factors.
         layer_options: names of the options that the layers take, and not the optimizer.
         per_layer: whether each weight can be updated by itself within the backward pass.
-        needs_full: which weights the optimizer needs in full for an update; all others it updates
-            entry by entry. A function of the method's options where these decide.
-        shardable: whether processes can update shards of those that `shard_dim` of the optimizer
-            names a dimension for.
+        needs_full: which weights the optimizer can't update as DTensors: with fsdp2 they are
+            gathered for it.
         states: elements of optimizer state of an m×n target weight, in words.
         state_bytes: bytes of a weight's optimizer states; None: not known.
         projection_bytes: the share of them that is stored projections; None: there are none.
@@ -54,8 +52,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     layer_options: tuple[str, ...] = ()
     per_layer: bool = True
-    needs_full: FullWeights | Callable[[Mapping[str, Any]], FullWeights] = "all"
-    shardable: bool = False
+    needs_full: FullWeights = "all"
     states: str = ""
     state_bytes: StateRule | None = None
     projection_bytes: StateRule | None = None
@@ -68,7 +65,3 @@ class Method:
         halved = self.halve_lr_at_high_rank and (self.layers is None or lr is self.spectral_lr)
         high = halved and rank is not None and 2 * rank >= width
         return lr.at(width) * (0.5 if high else 1.0)
-
-    def full_weights(self, options: Mapping[str, Any]) -> FullWeights:
-        """Which weights the optimizer needs in full, with these options of the method."""
-        return self.needs_full(options) if callable(self.needs_full) else self.needs_full

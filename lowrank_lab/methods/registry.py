@@ -28,7 +28,7 @@ from lowrank_lab.methods.options import ByWidth, Option, adam_options, projectio
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
-from lowrank_lab.optim.spam import spam_needs_full, spam_states
+from lowrank_lab.optim.spam import spam_states
 from lowrank_lab.optim.stable_spam import stable_spam_states
 from lowrank_lab.optim.state_bytes import (
     adamw_states,
@@ -165,7 +165,7 @@ ROWS = (
         },
         layer_options=("alpha",),
         per_layer=False,
-        needs_full="targets",
+        needs_full="none",
         states="2r(m+n)",
         state_bytes=two_moments,
         colour="#332288",
@@ -185,8 +185,7 @@ ROWS = (
             **projection_options(PROJ_TYPES, REFRESHES, spread=True),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
         },
-        needs_full="targets",
-        shardable=True,
+        needs_full="none",
         states="2r·max(m,n) + r·min(m,n)",
         state_bytes=projected_states,
         projection_bytes=stored_projections,
@@ -208,8 +207,7 @@ ROWS = (
                 ByWidth({64: 0.5, 96: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
             ),
         },
-        needs_full="targets",
-        shardable=True,
+        needs_full="none",
         states="2r·max(m,n) + r·min(m,n) + 1",
         state_bytes=limited_states,
         projection_bytes=stored_projections,
@@ -223,8 +221,7 @@ ROWS = (
         lr=ByWidth({64: 4e-2, 512: 1e-2}),
         uses_rank=True,
         options=_APOLLO,
-        needs_full="targets",
-        shardable=True,
+        needs_full="none",
         states="2r·max(m,n) + r·min(m,n) + 1; without store_projection r·min(m,n) less",
         state_bytes=limited_states,
         projection_bytes=stored_projections,
@@ -243,8 +240,7 @@ ROWS = (
             "scale": Option.number(ByWidth({64: 32.0, 512: 128.0}), 0, 1e6),
             "scale_type": Option.choice("tensor", ("channel", "tensor")),
         },
-        needs_full="targets",
-        shardable=True,
+        needs_full="none",
         states="2·max(m,n) + min(m,n) + 1; without store_projection min(m,n) less",
         state_bytes=limited_states,
         projection_bytes=stored_projections,
@@ -265,8 +261,7 @@ ROWS = (
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
             "switch": Option.integer(0, 0),
         },
-        needs_full="targets",
-        shardable=True,
+        needs_full="none",
         states="2r·max(m,n) + r·min(m,n)",
         state_bytes=projected_states,
         projection_bytes=stored_projections,
@@ -288,7 +283,7 @@ ROWS = (
             "grad_accu_steps": Option.integer(20, 0),
             "density": Option.number(1.0, 1e-6, 1),
         },
-        needs_full=spam_needs_full,
+        needs_full="none",
         states="2mn; with density d < 1 about 2dmn and a mask",
         state_bytes=spam_states,
         colour="#44AA99",
@@ -306,7 +301,7 @@ ROWS = (
             "theta": Option.number(0.999, 0, 0.999999),
             "update_proj_gap": Option.integer(1000, 1),
         },
-        shardable=True,
+        needs_full="none",
         states="2mn + 3",
         state_bytes=stable_spam_states,
         colour="#117733",

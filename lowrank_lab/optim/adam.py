@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lowrank_lab.distributed.dtensors import is_dtensor
+
 PRECISIONS = ("same", "fp32")  # of the moments: that of the weights, or float32
 # A step count at which 1 − βᵗ is 1 for every β: torch's fused kernel then corrects no bias.
 _LONG_AGO = 1e12
@@ -101,14 +103,18 @@ def rounds_stochastically(p: Tensor, group: dict[str, Any]) -> bool:
     return bool(group.get("stochastic_rounding")) and p.dtype == torch.bfloat16
 
 
-def stochastic_round(W: Tensor, seed: int) -> Tensor:
-    """Round W (float32) up or down to bfloat16, at random and unbiased."""
+def random_bits(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+    """Random numbers of 16 bits (int32) of that shape, for `stochastic_round`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32, device=device)
+
+
+def stochastic_round(W: Tensor, bits: Tensor) -> Tensor:
+    """Round W (float32) up or down to bfloat16, unbiased, by random bits shaped like W."""
     # bfloat16 is the upper half of float32: a random lower half carries into it or not.
-    generator = torch.Generator(W.device).manual_seed(seed)
-    noise = torch.randint(1 << 16, W.shape, generator=generator, dtype=torch.int32, device=W.device)
-    return (W.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
+    return (W.view(torch.int32) + bits).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
 def is_quantized(t: Any) -> bool:
     """Whether a state is a wrapper around several tensors, such as torchao's 8-bit moments."""
-    return bool(is_traceable_wrapper_subclass(t))
+    return is_traceable_wrapper_subclass(t) and not is_dtensor(t)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW, param_index
+from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.fira import EPS, growth_limiter
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
@@ -20,9 +21,9 @@ from lowrank_lab.optim.projection import (
     get_projections,
     projected_gradient,
     projected_shapes,
-    refresh_sharded_,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 from lowrank_lab.optim.subspaces import Projections, next_seed, sides
 
 PROJECTIONS = ("random", "svd", "gram")
@@ -106,11 +107,11 @@ class Apollo(ProjectedAdamW):
         return shapes
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return None if group["proj"] == "svd" else unprojected_dim(group, shape)
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        if group["proj"] == "gram":
-            refresh_sharded_(self, params, group)
+        if group["proj"] != "random":
+            refresh_sharded_(self, params, group | {"refresh": group["proj"]})
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
@@ -139,7 +140,7 @@ class Apollo(ProjectedAdamW):
             return get_projections(self, state, G, group | {"refresh": group["proj"]})
         due = state["step"] % group["update_proj_gap"] == 0
         if "seed" not in state:
-            state["seed"] = (group["seed"] * SEED_STRIDE + param_index(self, state)) % 2**63
+            state["seed"] = (group["seed"] * SEED_STRIDE + param_index(self, self.param)) % 2**63
         elif due:
             state["seed"] = next_seed(state["seed"])
         shape, rank = self.placement.global_shape(G), group["rank"]
@@ -153,7 +154,7 @@ class Apollo(ProjectedAdamW):
             if due or name not in state:
                 P = random_projection(G, side, rank, left, state["seed"])
                 state[name] = self.placement.local_shard(P)
-            P = self.placement.all_gather(state[name])
+            P = self.placement.all_gather(state[name], length=side)
         return (P, None) if left else (None, P)
 
 

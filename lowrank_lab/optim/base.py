@@ -7,34 +7,41 @@ decay is decoupled and applied *after* the update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.distributed.dtensors import (
+    ANY_DIM,
+    is_dtensor,
+    local_gradient,
+    local_part,
+    part_of,
+)
 from lowrank_lab.optim.adam import (
     adam_direction,
     adam_moments,
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
+    random_bits,
     rounds_stochastically,
     stochastic_round,
     to_state_precision,
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import non_finite, require, require_adam, require_int
+from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
 from lowrank_lab.optim.saved_state import load_, prepared
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
 
-class ProjectedAdamW(CheckedOptimizer):
+class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     """AdamW whose groups with a `rank` are updated by the subclass's `update_`.
 
     Args:
@@ -54,9 +61,6 @@ class ProjectedAdamW(CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
-    # Placements of the parameters that are in shards, and of the one that is being updated.
-    placements: Mapping[Tensor, Placement] = MappingProxyType({})
-    placement: Placement = REPLICATED
 
     def __init__(
         self,
@@ -100,17 +104,7 @@ class ProjectedAdamW(CheckedOptimizer):
             ValueError: the state isn't one of this optimizer. Nothing has changed then.
         """
         load_(self, state_dict, partial(prepared, self))
-
-    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        """The dimension along which a parameter of `group` may be sharded; None: not at all.
-
-        `update_` then receives local shards of W, G and the moments, and uses `self.placement` for
-        everything that depends on the full matrix. By default it needs the full matrix.
-        """
-        return None
-
-    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Work shared between several sharded parameters, before `update_` of each."""
+        self.place_states_()
 
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
@@ -135,6 +129,7 @@ class ProjectedAdamW(CheckedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.refreshed = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
@@ -153,22 +148,26 @@ class ProjectedAdamW(CheckedOptimizer):
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
         if "rank" in group:
-            self.prepare_sharded_([p for p in params if p in self.placements], group)
+            if sharded := [cast("Tensor", p) for p in params if is_dtensor(p)]:
+                self.prepare_sharded_(sharded, group)
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
         # `_update_target` has decayed those that are rounded stochastically.
         decayed = [p for p in params if not rounds_stochastically(p, group)]
         if group["weight_decay"] > 0 and decayed:
-            torch._foreach_mul_(decayed, 1.0 - group["lr"] * group["weight_decay"])
+            parts = list(map(local_part, decayed))
+            torch._foreach_mul_(parts, 1.0 - group["lr"] * group["weight_decay"])
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
-            assert p.grad is not None
             state = self._advanced_state(p, group)
-            self.placement = self.placements.get(p, REPLICATED)
-            with self._update_target(p, state, group) as W:
-                self.update_(W, p.grad, state, group, bias_corrected_lr(state, group))
+            dim = self.dim_of(group, p.shape)
+            with (
+                self.plain_parts(p, dim) as (part, G, parts),
+                self._update_target(part, state["step"], group) as W,
+            ):
+                self.update_(W, G, parts, group, bias_corrected_lr(state, group))
             state["step"] += 1
 
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -178,18 +177,20 @@ class ProjectedAdamW(CheckedOptimizer):
         return state
 
     @contextmanager
-    def _update_target(
-        self, p: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> Iterator[Tensor]:
-        """The tensor that an update changes: p, or a float32 copy that is rounded into p."""
-        if not rounds_stochastically(p, group):
-            yield p
+    def _update_target(self, part: Tensor, step: int, group: dict[str, Any]) -> Iterator[Tensor]:
+        """The tensor that an update changes: `part`, or a float32 copy that is rounded into it."""
+        if not rounds_stochastically(part, group):
+            yield part
             return
-        W = p.float()
+        W = part.float()
         yield W
         W.mul_(1.0 - group["lr"] * group["weight_decay"])
-        seed = (param_index(self, state) * SEED_STRIDE + state["step"]) % 2**63
-        p.copy_(stochastic_round(W, seed))
+        # The bits are those of the full matrix: the same ones for any number of processes.
+        seed = (param_index(self, self.param) * SEED_STRIDE + step) % 2**63
+        bits = random_bits(self.param.shape, seed, part.device)
+        if self.layout is not None:
+            bits = part_of(bits, self.layout.p, self.layout.placements)
+        part.copy_(stochastic_round(W, bits))
 
     def adam_direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
@@ -220,10 +221,10 @@ class ProjectedAdamW(CheckedOptimizer):
         for (_, _, step_size), batch in batches.items():
             states = [self.state[p] for p in batch]
             adam_update_(
-                batch,
-                [p.grad for p in batch if p.grad is not None],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
+                list(map(local_part, batch)),
+                list(map(local_gradient, batch)),
+                [local_part(s["exp_avg"]) for s in states],
+                [local_part(s["exp_avg_sq"]) for s in states],
                 step_size=step_size,
                 betas=group["betas"],
                 eps=group["eps"],
@@ -232,16 +233,10 @@ class ProjectedAdamW(CheckedOptimizer):
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW one by one, for float32 moments or stochastic rounding of bfloat16 weights."""
         for p in params:
-            assert p.grad is not None
             state = self._advanced_state(p, group)
-            g = to_state_precision(p.grad, group)
-            N = adam_direction(g, state, group["betas"], group["eps"])
-            with self._update_target(p, state, group) as W:
-                W.add_(N, alpha=-bias_corrected_lr(state, group))
+            with self.plain_parts(p, ANY_DIM) as (part, G, parts):
+                g = to_state_precision(G, group)
+                N = adam_direction(g, parts, group["betas"], group["eps"])
+                with self._update_target(part, state["step"], group) as W:
+                    W.add_(N, alpha=-bias_corrected_lr(state, group))
             state["step"] += 1
-
-
-def param_index(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
-    """The number, from 1, of a state's parameter among all parameters of the optimizer."""
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    return next(i for i, p in enumerate(params, 1) if optimizer.state.get(p) is state)

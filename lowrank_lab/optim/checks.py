@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import nearest
+from lowrank_lab.optim.dtensor_optimizer import param_index
 
 # Group keys of other programs, which no optimizer reads: torch's schedulers and SWA, Lightning's
 # LearningRateMonitor (`name`), timm's groups.
@@ -79,13 +80,12 @@ def require_known_keys(
 
 def parameter_name(optimizer: torch.optim.Optimizer, p: Tensor) -> str:
     """How messages call a parameter: its number, from 0, and its name if the group has names."""
-    number = 0
+    number = in_group = param_index(optimizer, p) - 1
     for group in optimizer.param_groups:
-        for i, q in enumerate(group["params"]):
-            if q is p:
-                names = group.get("param_names")
-                return f"parameter {number}" + (f" ({names[i]})" if names else "")
-            number += 1
+        if in_group < len(group["params"]):
+            names = group.get("param_names")
+            return f"parameter {number}" + (f" ({names[in_group]})" if names else "")
+        in_group -= len(group["params"])
     raise ValueError("the parameter is in no group of the optimizer")
 
 

@@ -18,9 +18,9 @@ from lowrank_lab.optim.projection import (
     project_back_add_,
     projected_gradient,
     projected_shapes,
-    refresh_sharded_,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 
 NORM_GROWTH_LIMIT = 1.01  # γ
 EPS = 1e-8
@@ -65,7 +65,7 @@ class Fira(ProjectedAdamW):
         return super().state_shapes(group, shape) | projected_shapes(group, shape) | norm
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected_dim(group, shape) if group["refresh"] == "gram" else None
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         refresh_sharded_(self, params, group)
@@ -96,7 +96,7 @@ class Fira(ProjectedAdamW):
 def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = True) -> Tensor:
     """Fira's norm-growth limiter, max(‖S‖ / (‖S_prev‖ + ε), γ) / γ; 1 at the first step.
 
-    ‖S_prev‖ is the limited norm of the previous step, `residual_norm` in the state.
+    ‖S_prev‖, the limited norm of the previous step, is `residual_norm` in the state; ∞: no limit.
 
     Args:
         state: of the parameter; its `residual_norm` is replaced.

@@ -15,9 +15,9 @@ from lowrank_lab.optim.projection import (
     project_back_add_,
     projected_gradient,
     projected_shapes,
-    refresh_sharded_,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 
 
 class GaLore(ProjectedAdamW):
@@ -54,7 +54,7 @@ class GaLore(ProjectedAdamW):
         return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected_dim(group, shape) if group["refresh"] == "gram" else None
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         refresh_sharded_(self, params, group)

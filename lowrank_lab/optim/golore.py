@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed import REPLICATED, Placement
-from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.distributed.placements import REPLICATED, Placement
+from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.projection import (
     check_projection,
     gather_projections,
@@ -20,10 +21,10 @@ from lowrank_lab.optim.projection import (
     project_back_add_,
     projected_gradient,
     projected_shapes,
-    refresh_sharded_,
     store_projections_,
     unprojected_dim,
 )
+from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 from lowrank_lab.optim.subspaces import Projections, sides
 
 
@@ -63,8 +64,7 @@ class GoLore(ProjectedAdamW):
         return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        no_svd = group["refresh"] == "gram" or group["switch"] == 0
-        return unprojected_dim(group, shape) if no_svd else None
+        return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         before = [p for p in params if self.state[p].get("step", 0) < group["switch"]]
@@ -88,7 +88,7 @@ class GoLore(ProjectedAdamW):
         step = state["step"]
         if step % group["update_proj_gap"] == 0 and step >= group["switch"]:
             shape = self.placement.global_shape(G)
-            keys = [(group["seed"], param_index(self, state), step, side) for side in range(2)]
+            keys = [(group["seed"], param_index(self, self.param), step, side) for side in range(2)]
             left, right = (
                 self.placement.local_shard(
                     random_orthonormal(G, shape[side], group["rank"], keys[side])
@@ -98,7 +98,7 @@ class GoLore(ProjectedAdamW):
                 for side, projects in enumerate(sides(group["proj_type"], shape))
             )
             store_projections_(state, (left, right), G.dtype)
-            return gather_projections(load_projections(state), self.placement)
+            return gather_projections(load_projections(state), shape, self.placement)
         return get_projections(self, state, G, group)
 
 
@@ -107,9 +107,9 @@ def carry_moment(
 ) -> Tensor:
     """A moment m of the old subspace in the new one: m ← (Lₙᵀ Lₒ) m (Rₒᵀ Rₙ), with r×r products."""
     if new[0] is not None and old[0] is not None:
-        m = placement.all_reduce_sum_(new[0].T @ old[0]) @ m
+        m = placement.all_reduce_sum_(new[0].T @ old[0]).to(m.dtype) @ m
     if new[1] is not None and old[1] is not None:
-        m = m @ placement.all_reduce_sum_(old[1].T @ new[1])
+        m = m @ placement.all_reduce_sum_(old[1].T @ new[1]).to(m.dtype)
     return m
 
 

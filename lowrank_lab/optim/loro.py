@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_lab.distributed.dtensors import ANY_DIM, local_part
 from lowrank_lab.layers.balance import RANK_TOLERANCE
 from lowrank_lab.optim.adam import (
     adam_direction,
@@ -44,6 +45,8 @@ from lowrank_lab.optim.adam import (
 )
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require, require_int
+
+Factor = tuple[Tensor, Tensor, dict[str, Any]]  # W, G and state of B or A
 
 
 class Loro(ProjectedAdamW):
@@ -105,6 +108,9 @@ class Loro(ProjectedAdamW):
             fits = rank <= min(B.shape[0], A.shape[1])
             require("rank", rank, fits, f"at most min(m, n) of each pair, not {shapes}")
 
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return ANY_DIM  # exact steps, which gather the factors, are rare
+
     @torch.no_grad()
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if "rank" not in group:
@@ -114,7 +120,7 @@ class Loro(ProjectedAdamW):
         for B, A in pairs:
             self._step_pair_(B, A, group)
         if group["weight_decay"] > 0 and pairs:
-            factors = [p for pair in pairs for p in pair]
+            factors = [local_part(p) for pair in pairs for p in pair]
             torch._foreach_mul_(factors, 1.0 - group["lr"] * group["weight_decay"])
 
     def _step_pair_(self, B: Tensor, A: Tensor, group: dict[str, Any]) -> None:
@@ -122,8 +128,10 @@ class Loro(ProjectedAdamW):
         states = self._advanced_state(B, group), self._advanced_state(A, group)
         scale = group["rank"] / B.shape[0] if group["scale"] is None else group["scale"]
         # B ← B − lr · r/d · Adam(G_B);  A ← A − lr · r/d · Adam(G_A)
-        update = _exact_ if (states[0]["step"] + 1) % group["update_k"] == 0 else _approximate_
-        update((B, A), states, group, scale)
+        exact = (states[0]["step"] + 1) % group["update_k"] == 0
+        update, dim = (_exact_, None) if exact else (_approximate_, ANY_DIM)
+        with self.plain_parts(B, dim) as of_B, self.plain_parts(A, dim) as of_A:
+            update((of_B, of_A), group, scale)
         for state in states:
             state["step"] += 1
 
@@ -153,40 +161,29 @@ def _eps(state: dict[str, Any], group: dict[str, Any]) -> float:
     return eps * math.sqrt(state["exp_avg_sq_weight"]) if group["correct_bias"] else eps
 
 
-def _approximate_(
-    factors: tuple[Tensor, Tensor],
-    states: tuple[dict[str, Any], dict[str, Any]],
-    group: dict[str, Any],
-    scale: float,
-) -> None:
+def _approximate_(factors: tuple[Factor, Factor], group: dict[str, Any], scale: float) -> None:
     """X ← X − lr · scale · m̂ / (√v̂ + ε) for both factors, in place."""
-    for X, state in zip(factors, states, strict=True):
-        assert X.grad is not None
+    for X, G, state in factors:
         m, v = adam_moments(state, X)
         step_size, eps = scale * bias_corrected_lr(state, group), _eps(state, group)
-        adam_update_([X], [X.grad], [m], [v], step_size=step_size, betas=group["betas"], eps=eps)
+        adam_update_([X], [G], [m], [v], step_size=step_size, betas=group["betas"], eps=eps)
 
 
-def _exact_(
-    factors: tuple[Tensor, Tensor],
-    states: tuple[dict[str, Any], dict[str, Any]],
-    group: dict[str, Any],
-    scale: float,
-) -> None:
+def _exact_(factors: tuple[Factor, Factor], group: dict[str, Any], scale: float) -> None:
     """The retraction of W − lr·T, then a restart of Adam on both factors, in place.
 
     Where W − lr·T has a rank below r, its balanced factors would have a zero column and row, which
     get no gradient ever again: the pair takes an approximate step instead.
     """
     lr, directions = group["lr"], []
-    for X, state in zip(factors, states, strict=True):
-        assert X.grad is not None
-        N = adam_direction(X.grad, state, group["betas"], _eps(state, group))
+    for _, G, state in factors:
+        N = adam_direction(G, state, group["betas"], _eps(state, group))
         # m̂ / (√v̂ + ε) = √w₂/w₁ · N
         directions.append(N.double() * bias_corrected_lr(state, {**group, "lr": 1.0}))
         restart_adam_(state)
-    B, A, full_rank = retraction(*factors, directions[0], directions[1], lr)
-    for X, D, new in zip(factors, directions, (B, A), strict=True):
+    (B, _, _), (A, _, _) = factors
+    new_B, new_A, full_rank = retraction(B, A, directions[0], directions[1], lr)
+    for X, D, new in zip((B, A), directions, (new_B, new_A), strict=True):
         X.copy_(torch.where(full_rank, new, X - lr * scale * D))
 
 

@@ -5,36 +5,38 @@ columns; the projected gradient is Lᵀ G, G R, or Lᵀ G R with both. They are 
 optimizer's state, `projection_left` and `projection_right`, so that checkpoints and byte counts
 include them.
 
-A sharded matrix (`ProjectedAdamW.placements`) is sharded along the side that isn't projected. Each
-process computes its shard of G R or Lᵀ G, of Adam's moments and of the update without the others.
-It also stores its rows of L or R, which are gathered at each use.
+A DTensor is updated in shards along the side that isn't projected. Each process computes its shard
+of G R or Lᵀ G, of Adam's moments and of the update without the others. It also stores its rows of L
+or R, which are gathered at each use. Only a refresh needs more: the full gradient, or its Gram
+matrix (`refresh: gram`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowrank_lab import distributed
-from lowrank_lab.distributed import Placement
-from lowrank_lab.layers.balance import gram
+from lowrank_lab.distributed.placements import Placement
 from lowrank_lab.optim.adam import to_state_precision
-from lowrank_lab.optim.base import ProjectedAdamW, param_index
+from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.subspaces import (
     Projections,
-    align_signs,
     gram_subspaces,
-    leading_eigenvectors,
     leading_subspaces,
     randomized_subspaces,
     sides,
 )
 
+if TYPE_CHECKING:
+    pass
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+PROJECTIONS = ("projection_left", "projection_right")  # in the states
 ONE_SIDED = ("std", "reverse_std", "left", "right")
 REFRESHES = ("svd", "randomized", "gram")
 
@@ -53,80 +55,58 @@ def get_projections(
     With `spread_refresh` each parameter is refreshed at another step of the gap, so that no step
     waits for all of them; the first projections are computed together.
     """
+    shape = optimizer.placement.global_shape(G)
     if is_refresh_due(optimizer, state, group):
-        rank, old = group["rank"], load_projections(state)
-        which = sides(group["proj_type"], G.shape)
-        if "refreshed" in state:  # by `refresh_sharded_`
-            new = state.pop("refreshed")
-        elif group["refresh"] == "svd":
-            new = leading_subspaces(G, rank, which)
-        elif group["refresh"] == "gram":
-            new = gram_subspaces(G, rank, which, old=old)
-        else:
-            new = randomized_subspaces(G, rank, which, seed=state["step"], old=old)
+        new: Projections | None = optimizer.refreshed.pop(optimizer.param, None)
+        if new is None:
+            assert optimizer.placement.dim is None, "prepare_sharded_ has to call refresh_sharded_"
+            left, right = new_projections(G, load_projections(state), state["step"], group)
+            agreed = optimizer.placement.broadcast
+            new = left if left is None else agreed(left), right if right is None else agreed(right)
         store_projections_(state, new, G.dtype)
-    return gather_projections(load_projections(state), optimizer.placement)
+    return gather_projections(load_projections(state), shape, optimizer.placement)
+
+
+def new_projections(G: Tensor, old: Projections, step: int, group: dict[str, Any]) -> Projections:
+    """The projections (L, R) of a full gradient G, given the old ones."""
+    rank, which = group["rank"], sides(group["proj_type"], tuple(G.shape))
+    if group["refresh"] == "svd":
+        return leading_subspaces(G, rank, which)
+    if group["refresh"] == "gram":
+        return gram_subspaces(G, rank, which, old=old)
+    return randomized_subspaces(G, rank, which, seed=step, old=old)
 
 
 def is_refresh_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, Any]) -> bool:
-    """Whether a parameter's projections are recomputed in this step."""
+    """Whether the projections of `optimizer.param` are recomputed in this step."""
     gap = group["update_proj_gap"]
     if group.get("spread_refresh") and "refresh_offset" not in state:
         count = sum(len(g["params"]) for g in optimizer.param_groups)
-        state["refresh_offset"] = param_index(optimizer, state) * gap // (count + 1)
+        state["refresh_offset"] = param_index(optimizer, optimizer.param) * gap // (count + 1)
     step: int = state.get("step", 0) + state.get("refresh_offset", 0)
     return step % gap == 0 or all(P is None for P in load_projections(state))
 
 
-def refresh_sharded_(
-    optimizer: ProjectedAdamW, params: list[Tensor], group: dict[str, Any]
-) -> None:
-    """Recompute the projections of sharded parameters that are due, for `get_projections`.
-
-    Only the Gram matrix of a sharded gradient is communicated. Each rank solves the eigenproblem of
-    another gradient at the same time and broadcasts the eigenvectors; each rank keeps its rows.
-    """
-    due = [p for p in params if is_refresh_due(optimizer, optimizer.state[p], group)]
-    me, rank, count = distributed.rank(), group["rank"], distributed.world_size()
-    for batch in (due[i : i + count] for i in range(0, len(due), count)):
-        mine = None
-        for owner, p in enumerate(batch):
-            local_gram = gram(_unprojected_first(p, optimizer).double())
-            total = optimizer.placements[p].all_reduce_sum_(local_gram)
-            mine = total if owner == me else mine
-        V = None if mine is None else leading_eigenvectors(mine, rank)
-        for owner, p in enumerate(batch):
-            placement, state = optimizer.placements[p], optimizer.state[p]
-            G = _unprojected_first(p, optimizer)
-            empty = G.new_empty((G.shape[1], rank), dtype=torch.float32)
-            P = V if V is not None and owner == me else empty
-            P = placement.local_shard(placement.broadcast(P, source=owner))
-            left, right = load_projections(state)
-            P = align_signs(P, right if left is None else left, placement)
-            state["refreshed"] = (P, None) if placement.dim == 1 else (None, P)
-
-
-def _unprojected_first(p: Tensor, optimizer: ProjectedAdamW) -> Tensor:
-    """A sharded gradient, transposed if its unprojected dimension is the second one."""
-    assert p.grad is not None
-    return p.grad.T if optimizer.placements[p].dim == 1 else p.grad
-
-
 def load_projections(state: dict[str, Any]) -> Projections:
-    """The projections in a state: local shards where the parameter is sharded."""
+    """The projections in a state: local shards while a DTensor is updated in shards."""
     return state.get("projection_left"), state.get("projection_right")
 
 
 def store_projections_(state: dict[str, Any], new: Projections, dtype: torch.dtype) -> None:
-    """Replace the projections in a state (local shards where the parameter is sharded)."""
-    for name, projection in zip(("projection_left", "projection_right"), new, strict=True):
+    """Replace the projections in a state (local shards where `load_projections` returns them)."""
+    for name, projection in zip(PROJECTIONS, new, strict=True):
         if projection is not None:
             state[name] = projection.to(dtype)
 
 
-def gather_projections(shards: Projections, placement: Placement) -> Projections:
-    """Full projections from the rows that each process stores."""
-    left, right = (None if P is None else placement.all_gather(P) for P in shards)
+def gather_projections(
+    shards: Projections, shape: tuple[int, ...], placement: Placement
+) -> Projections:
+    """Full projections of an m×n matrix from the rows that each process stores."""
+    left, right = (
+        None if P is None else placement.all_gather(P, length=side)
+        for P, side in zip(shards, shape, strict=True)
+    )
     return left, right
 
 

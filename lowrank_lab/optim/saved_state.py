@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
@@ -115,9 +114,6 @@ def _require_entries(
     here = f"the entries of {type(optimizer).__name__}: {', '.join(shapes)}"
     require(f"state_dict: {name}", f"without {', '.join(missing)}", not missing, here)
     require(f"state_dict: {name}", f"with {', '.join(unknown)}", not unknown, here)
-    wrapped: Any = p  # a DTensor, whose state may be of either kind
-    placements = getattr(optimizer, "placements", ())
-    sharded = is_traceable_wrapper_subclass(wrapped) or p in placements
     for key, shape in shapes.items():
         value = entries[key]
         is_tensor = isinstance(value, Tensor)
@@ -125,7 +121,7 @@ def _require_entries(
         if shape is None:
             fits, allowed = isinstance(value, int | float), "a number"
         else:
-            fits, allowed = is_tensor and (sharded or found == shape), str(shape)
+            fits, allowed = is_tensor and found == shape, str(shape)
         require(f"state_dict: {key} of {name}", found, fits, allowed)
 
 

@@ -7,17 +7,19 @@ matrix are trained; their weights, gradients and moments are vectors of length k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.optim.adam import adam_moments, adam_update_
 from lowrank_lab.optim.base import SEED_STRIDE
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require, require_int
+from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.optim.uniform import UniformAdam
 
@@ -92,6 +94,9 @@ class Spam(UniformAdam):
             require_int(key, group[key], 0)
         require("density", group["density"], 0 < group["density"] <= 1, "in (0, 1]")
 
+    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return ANY_DIM if group["density"] == 1 or len(shape) != 2 else None
+
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         if group["density"] == 1 or len(shape) != 2:
             return super().state_shapes(group, shape)
@@ -129,8 +134,7 @@ class Spam(UniformAdam):
         if density == 1 or W.ndim != 2:
             return None
         if redraw or "mask" not in state:
-            params = [p for group in self.param_groups for p in group["params"]]
-            index = next(i for i, p in enumerate(params) if p is W)
+            index = param_index(self, self.param) - 1
             old = state.get("mask")
             state["mask"] = random_mask(W, density, seed=SEED_STRIDE * index + state["step"])
             if old is not None:
@@ -188,8 +192,3 @@ def spam_states(w: Weight, config: ResolvedConfig) -> int:
     if density == 1 or w.ndim != 2:
         return 2 * w.nbytes
     return 2 * int(density * w.numel()) * w.itemsize + w.numel()
-
-
-def spam_needs_full(options: Mapping[str, Any]) -> Literal["none", "all"]:
-    """A mask is drawn over a whole weight; without one, every entry is updated by itself."""
-    return "all" if options["density"] < 1 else "none"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.distributed.dtensors import ANY_DIM
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.adam import adam_moments, adam_update_, restart_adam_
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
@@ -79,7 +80,7 @@ class StableSpam(UniformAdam):
         return super().state_shapes(group, shape) | averages
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return 0
+        return ANY_DIM
 
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]
@@ -131,7 +132,7 @@ def clip_and_normalize(
     tiny = torch.finfo(m.dtype).tiny
     # AdaClip: m ← θm + (1−θ) max|g|;  m̂ = m / (1 − θᵀ);  g ← g · m̂ / max|g| where |g| > m̂
     size = G.abs()
-    peak = placement.all_reduce_max_(size.max().to(m.dtype))
+    peak = placement.all_reduce_max_((size.max() if size.numel() else size.sum()).to(m.dtype))
     m_hat = m.lerp_(peak, 1 - theta) / (1 - theta**T)
     g = torch.where(size > m_hat, G * (m_hat / peak.clamp(min=tiny)), G)
     # AdaGN: n ← γ₁n + (1−γ₁)‖g‖;  s ← γ₂s + (1−γ₂)‖g‖²;  g ← g/‖g‖ · n̂ / (√ŝ + ε)

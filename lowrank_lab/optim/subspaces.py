@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.layers.balance import gram
 
 OVERSAMPLING = 16  # random columns beyond the rank, in the randomized refresh

@@ -31,6 +31,9 @@ class UniformAdam(ProjectedAdamW):
         """Refuse values of a group that are out of range."""
         require_int("update_proj_gap", group["update_proj_gap"], 1)
 
+    def dim_of(self, group: dict[str, Any], shape: torch.Size) -> int | None:
+        return self.shard_dim(group, shape)
+
     @torch.no_grad()
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         self._update_each_([p for p in params if p.numel() > 0], group)

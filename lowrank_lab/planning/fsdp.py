@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from lowrank_lab.config import InputError, ResolvedConfig
+from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.memory.formulas import (
     element_bytes,
@@ -26,11 +27,11 @@ from lowrank_lab.memory.formulas import (
 )
 from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.methods.registry import METHODS
+from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.training.fsdp_layout import check_fsdp
 
-if TYPE_CHECKING:
-    from lowrank_lab.optim.base import ProjectedAdamW
+Way = Literal["shard", "part", "owner"]  # of a weight's states
 
 
 def check_world_size(config: ResolvedConfig, world_size: int) -> ResolvedConfig:
@@ -56,13 +57,16 @@ def check_world_size(config: ResolvedConfig, world_size: int) -> ResolvedConfig:
 @contextmanager
 def fake_rank(world_size: int, rank: int) -> Iterator[None]:
     """A process group with this rank, in which every collective returns at once."""
+    from torch.distributed.tensor import _redistribute
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    _redistribute._gen_transform_infos.cache_clear()  # it doesn't tell ranks apart
     try:
         with untracked_global_shapes():
             yield
     finally:
+        _redistribute._gen_transform_infos.cache_clear()
         dist.destroy_process_group()
 
 
@@ -89,8 +93,8 @@ def per_rank(config: ResolvedConfig, world_size: int) -> list[Breakdown]:
     """Weights, gradients and states of each rank.
 
     Weights and gradients are padded to the same number of rows (or columns) on all ranks; sparse
-    positions are replicated. Where an optimizer updates shards, the states are those of the shard;
-    a layer that it needs in full has one owner with all its states.
+    positions are replicated. Optimizers of this package and AdamW shard their states; a layer that
+    another optimizer needs in full has one owner with all its states.
 
     Raises:
         InputError: a method of one's own or an optimizer by import path: states aren't known.
@@ -102,7 +106,7 @@ def per_rank(config: ResolvedConfig, world_size: int) -> list[Breakdown]:
             continue
         for rank, report in enumerate(found):
             if place.way == "part":
-                _add_part_(report, w, config, world_size)
+                _add_part_(report, w, place.update_dim, config, (world_size, rank))
             else:
                 _add_states_(report, _share(w, place.dim, world_size, rank), config)
     for owner, layer in _owned(config, placed, world_size):
@@ -116,41 +120,38 @@ class Place(NamedTuple):
 
     layer: int  # its number; a layer is updated together
     dim: int  # of the shards
-    way: Literal["shard", "part", "owner"]  # of its states
+    way: Way
+    update_dim: int | None = None  # of the shards of its moments; None: of all states alike
 
 
 def _placed(config: ResolvedConfig, world_size: int) -> Iterator[tuple[Weight, Place]]:
     """All weights of a configuration, placed as `training.fsdp` places them."""
-    method, cuts = METHODS[config.method], _cuts(config, world_size)
+    method, dims = METHODS[config.method], _update_dims(config)
     for number, layer in enumerate(layers(config)):
         for index, w in enumerate(layer):
-            whole = _needed_whole(w, config)
-            cut = cuts.get((w.shape, w.target)) if whole else None
-            if cut is not None:
-                yield w, Place(number, cut, "part")
-                continue
+            owned = dims is None and w.trains and _needed_whole(w, config)
+            dim = ANY_DIM if dims is None or not w.trains else dims[w.shape, w.target]
+            way: Way = "owner" if owned else "shard" if dim == ANY_DIM else "part"
             is_A = method.layers is not None and index == 1
-            by_columns = is_A and not whole and not w.shape[1] % world_size
-            way: Literal["shard", "owner"] = "owner" if whole and w.trains else "shard"
-            yield w, Place(number, int(by_columns), way)
+            by_columns = (dim == 1 or (is_A and not owned)) and not w.shape[1] % world_size
+            yield w, Place(number, int(by_columns), way, None if dim == ANY_DIM else dim)
 
 
-def _cuts(config: ResolvedConfig, world_size: int) -> dict[tuple[tuple[int, ...], bool], int]:
-    """The dimension of the shards that are updated in place, by shape and target."""
-    method = METHODS[config.method]
-    found: dict[tuple[tuple[int, ...], bool], int] = {}
-    if not method.shardable:
-        return found
-    all_in_full = method.full_weights(config.method_options) == "all"
-    for shape, target in {(w.shape, w.target) for w in weights(config)}:
-        if any(n % world_size for n in shape) or not (target or all_in_full):
-            continue
-        one = [torch.empty(shape, device="meta", requires_grad=True)]
-        optimizer = method.optimizer(*((one, []) if target else ([], one)), config)
-        group = next(group for group in optimizer.param_groups if group["params"])
-        dim = cast("ProjectedAdamW", optimizer).shard_dim(group, torch.Size(shape))
-        if dim is not None:
-            found[shape, target] = dim
+def _update_dims(config: ResolvedConfig) -> dict[tuple[tuple[int, ...], bool], int | None] | None:
+    """`ProjectedAdamW.dim_of` by shape and target; None: another optimizer."""
+    method, found = METHODS[config.method], {}
+    if config.optimizer is not None or not method.fake_steps:
+        return None
+    metas = [(w, torch.empty(w.shape, device="meta", requires_grad=True)) for w in weights(config)]
+    metas = [(w, p) for w, p in metas if w.trains]
+    targets, rest = ([p for w, p in metas if w.target == target] for target in (True, False))
+    optimizer = method.optimizer(targets, rest, config)
+    if not isinstance(optimizer, ProjectedAdamW):
+        return None
+    of_param = {p: (w.shape, w.target) for w, p in metas}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            found[of_param[p]] = optimizer.dim_of(group, p.shape)
     return found
 
 
@@ -202,14 +203,28 @@ def _add_states_(report: Breakdown, w: Weight, config: ResolvedConfig) -> None:
     report.projections += projection_bytes(w, config)
 
 
-def _add_part_(report: Breakdown, w: Weight, config: ResolvedConfig, world_size: int) -> None:
-    """An equal share of the states, and scalars of the full weight, which all ranks have."""
+def _add_part_(
+    report: Breakdown, w: Weight, dim: int | None, config: ResolvedConfig, place: tuple[int, int]
+) -> None:
+    """A rank's share of states, and scalars of the full weight, which all ranks have.
+
+    Moments are sharded along `dim`, projections by rows. Where `dim` is None the update gathers
+    all states, whose shares are about equal.
+    """
     numbers = state_bytes(w._replace(shape=(0,) * len(w.shape)), config)
-    report.optimizer_states += (state_bytes(w, config) - numbers) // world_size + numbers
-    report.projections += projection_bytes(w, config) // world_size
+    projections = projection_bytes(w, config)
+    moments = state_bytes(w, config) - projections - numbers
+    rank_shares = [_share(w, side, *place).shape[side] for side in range(len(w.shape))]
+    if dim is None:
+        moments, projections = moments // place[0], projections // place[0]
+    else:
+        moments = moments * rank_shares[dim] // w.shape[dim]
+        projections = projections * rank_shares[1 - dim] // w.shape[1 - dim]
+    report.optimizer_states += moments + projections + numbers
+    report.projections += projections
 
 
 def _needed_whole(w: Weight, config: ResolvedConfig) -> bool:
     """Whether an update needs the weight in full, and not entry by entry."""
-    which = METHODS[config.method].full_weights(config.method_options)
+    which = METHODS[config.method].needs_full
     return which == "all" or (which == "targets" and w.target)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.distributed.dtensors import full_tensor, is_dtensor
 from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import is_quantized
 from lowrank_lab.techniques.states import Entry, Held, entries, held_by
@@ -110,8 +111,10 @@ def _reset_state_(entry: Entry, keep: float, moments: Sequence[str]) -> None:
             if name in state:  # a custom method may have only one of the moments
                 _scale_(state[name], keep)
             state[f"{name}_weight"] *= keep
-        if not keep and len(set(moments)) == 2:  # a full reset restarts the growth limiter too
-            state.pop("residual_norm", None)
+        if not keep and len(set(moments)) == 2 and "residual_norm" in state:
+            # A full reset restarts the growth limiter too. The entry stays: states with the same
+            # entries load into each other.
+            state["residual_norm"].fill_(math.inf)
     elif not keep:
         _restart_(entry)
     elif partial == "buffer":  # no bias correction
@@ -170,7 +173,9 @@ def _scale_adam_(state: dict[str, Any], betas: tuple[float, float], keep: float)
 
 
 def plain(moment: Tensor) -> Tensor:
-    """A copy as an ordinary tensor: quantized moments support little more than `copy_`."""
+    """A full copy as an ordinary tensor: quantized moments support little more than `copy_`."""
+    if is_dtensor(moment):
+        return full_tensor(moment).clone()
     return torch.empty(moment.shape, dtype=moment.dtype, device=moment.device).copy_(moment)
 
 

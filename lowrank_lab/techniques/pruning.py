@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowrank_lab.distributed.dtensors import overwrite_
 from lowrank_lab.layers import generator_of
 from lowrank_lab.techniques.momentum import MOMENTS, plain
 from lowrank_lab.techniques.states import Entry, entry_of, held_by, require_held
@@ -67,7 +68,7 @@ def prune_moments_(
         largest = plain(entry.state[_first(entry)])
         dropped = _dropped(largest, keep, how, generator_of(seed, index))
         for name in names:
-            entry.state[name].copy_(plain(entry.state[name]).masked_fill_(dropped, 0))
+            overwrite_(entry.state[name], plain(entry.state[name]).masked_fill_(dropped, 0))
         count += 1
     return count
 

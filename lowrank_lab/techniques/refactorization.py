@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.distributed import REPLICATED, Placement
+from lowrank_lab.distributed.dtensors import joint_parts, non_finite, reshard_
+from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.layers import Balance, FactorizedLinear, balance, imbalance
 from lowrank_lab.layers.balance import RANK_TOLERANCE, value_of
 from lowrank_lab.techniques.layouts import WEIGHT_COPIES
@@ -36,14 +37,14 @@ def refactorize_(
     on_refactor: Literal["keep", "reset", "transport"] = "keep",
     basis: Literal["singular", "nearest"] = "singular",
     above: float = 0.0,
-    placement: Placement = REPLICATED,
 ) -> Refactorization:
     """Balance the factors of every factorised layer: B ← U√Σ, A ← √ΣVᵀ with B A = U Σ Vᵀ, in place.
 
     Afterwards BᵀB = AAᵀ = Σ, diagonal and descending; the product is the same up to rounding. A
     scale in front of the product and a sparse part beside it don't change. Layers with a
     rank-deficient product (B = 0 at the start of LoRA; RANK_TOLERANCE) are skipped and named in the
-    result.
+    result. Factors that are DTensors (FSDP2) are balanced in shards, all ranks together; they
+    exchange only r×r matrices if A is sharded by columns, otherwise A as well.
 
     Args:
         module: a factorised layer, or any model that contains some.
@@ -55,7 +56,6 @@ def refactorize_(
             factors of minimal rotation (`Balance.minimal_rotation`), so that kept moments still
             belong to nearly the same entries.
         above: layers with an `imbalance` (0 to 1) of at most this are skipped.
-        placement: `Sharded` for shards that are rows of B and columns of A.
 
     Returns:
         The names of the changed and of the skipped layers.
@@ -73,30 +73,47 @@ def refactorize_(
         raise ValueError(f"optimizer: None is not allowed; {on_refactor} changes its moments")
     if basis not in ("singular", "nearest"):
         raise ValueError(f"basis: {basis!r} is not allowed; singular or nearest")
-    _require_finite(module, placement)
+    reshard_(module)
+    _require_finite(module)
     if optimizer is not None:
         _require_moments_follow(module, optimizer, on_refactor)
     done = Refactorization([], [], [])
     for name, layer in factorized_layers(module):
-        B, A = layer.factors()
-        if above and not value_of(imbalance(B, A, placement) > above, usually=True):
-            done.balanced.append(name)
+        factors = layer.factors()
+        with joint_parts((factors[0], 0), (factors[1], 1)) as ((B, A), placement):
+            found, skipped = balance_factors_(B, A, basis, above, placement)
+        if found is None:
+            getattr(done, skipped).append(name)
             continue
-        found = balance(B, A, placement)
-        if not value_of(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0], usually=True):
-            done.rank_deficient.append(name)
-            continue
-        if basis == "nearest":
-            found = Balance(*map(placement.broadcast, found.minimal_rotation()))
-        _balance_(B, A, found, placement)
         done.changed.append(name)
         if on_refactor == "reset":
             assert optimizer is not None
-            reset_momentum_(optimizer, params=(B, A))
+            reset_momentum_(optimizer, params=factors)
         elif on_refactor == "transport":
             assert optimizer is not None
-            transport_(optimizer, B, A, found)
+            transport_(optimizer, *factors, found)
     return done
+
+
+def balance_factors_(
+    B: Tensor, A: Tensor, basis: str, above: float, placement: Placement = REPLICATED
+) -> tuple[Balance | None, str]:
+    """Balance B and A in place; their balance, or None and the name of the list of those skipped.
+
+    Args:
+        B, A: the factors, or shards: rows of B and columns of A.
+        basis, above: of `refactorize_`.
+        placement: of the shards.
+    """
+    if above and not value_of(imbalance(B, A, placement) > above, usually=True):
+        return None, "balanced"
+    found = balance(B, A, placement)
+    if not value_of(found.S[-1] > RANK_TOLERANCE[B.dtype] * found.S[0], usually=True):
+        return None, "rank_deficient"
+    if basis == "nearest":
+        found = Balance(*map(placement.broadcast, found.minimal_rotation()))
+    _balance_(B, A, found, placement)
+    return found, ""
 
 
 def _balance_(B: Tensor, A: Tensor, found: Balance, placement: Placement) -> None:
@@ -114,11 +131,10 @@ def _balance_(B: Tensor, A: Tensor, found: Balance, placement: Placement) -> Non
     A.copy_(found.T_inverse.to(wide) @ A.to(wide))
 
 
-def _require_finite(module: nn.Module, placement: Placement) -> None:
+def _require_finite(module: nn.Module) -> None:
     """Refuse factors with NaN or infinite entries, by the name of their layer."""
     for name, layer in factorized_layers(module):
-        finite = torch.stack([factor.isfinite().all() for factor in layer.factors()]).all()
-        lost = placement.all_reduce_max_((~finite).double())  # all ranks refuse together
+        lost = torch.stack([non_finite(factor) for factor in layer.factors()]).sum()
         if value_of(lost, usually=0):
             raise NotFiniteError(f"module: {name!r} is not allowed; its factors are not finite")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.distributed.dtensors import joint_parts
 from lowrank_lab.layers import Balance
 from lowrank_lab.techniques.layouts import ADAM, Layout
 from lowrank_lab.techniques.states import Entry, entries, held_by
@@ -44,9 +45,10 @@ def transport_moments_(
                 continue
             if moment.ndim != 2 or moment.shape[1 if on_right else 0] != r:
                 raise ValueError("on_refactor: 'transport' is not allowed; moments are projected")
-            wide = torch.empty(moment.shape, dtype=moment.dtype, device=moment.device)
-            wide = wide.copy_(moment).double()  # quantized moments support little more than copy_
-            moment.copy_(wide @ factor if on_right else factor @ wide)
+            with joint_parts((moment, 0 if on_right else 1)) as ((part,), _):
+                wide = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+                wide = wide.copy_(part).double()  # quantized ones support little more than copy_
+                part.copy_(wide @ factor if on_right else factor @ wide)
 
 
 def require_transportable(optimizer: torch.optim.Optimizer, factors: Iterable[Tensor]) -> None:

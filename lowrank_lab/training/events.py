@@ -94,8 +94,7 @@ def _reset_or_prune_(
         if params is None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
         seed = config.seed * 1_000_003 + updates
-        each = params if shards is None else shards.each_full(params)
-        count = prune_moments_(optimizer, each, 1 - strength, how, seed, moments)
+        count = prune_moments_(optimizer, params, 1 - strength, how, seed, moments)
     else:
         count = reset_momentum_(optimizer, strength, moments, params)
     return count if shards is None else shards.count(params)

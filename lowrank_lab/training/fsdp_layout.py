@@ -1,10 +1,8 @@
 """Which rank stores and updates which weight of a sharded model: functions of names and shapes.
 
-Three kinds of weights:
-
-* updated entry by entry (AdamW, SPAM): every rank updates its shard;
-* updated in shards along the unprojected dimension (`ProjectedAdamW.shard_dim`): so do these;
-* updated as full matrices: each has an owner, the rank that stores its states and updates it.
+Weights that the optimizer can't update as DTensors have an owner each: the rank that stores their
+states and updates them as full matrices. The optimizers of this package need no owners, and torch's
+Adam and AdamW neither.
 """
 
 from __future__ import annotations
@@ -12,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, ResolvedConfig
-from lowrank_lab.distributed import Sharded
 from lowrank_lab.layers import FactorizedLinear
 from lowrank_lab.methods.build import partition
 from lowrank_lab.methods.optimizers import ADAMS
@@ -39,54 +36,42 @@ def check_fsdp(config: ResolvedConfig) -> None:
             raise InputError(name, value, allowed)
 
 
-def sharded_placements(
-    weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, config: ResolvedConfig
-) -> dict[str, Sharded]:
-    """Placements of the weights whose shards are updated by projections, by name.
-
-    The world size divides both of their dimensions.
-    """
-    found: dict[str, Sharded] = {}
-    method = METHODS[config.method]
-    if not method.shardable or not isinstance(optimizer, ProjectedAdamW):
-        return found
-    all_in_full = method.full_weights(config.method_options) == "all"
-    names: dict[Tensor, str] = {p: name for name, p in weights.items()}
-    for group in optimizer.param_groups:
-        for p in group["params"] if "rank" in group or all_in_full else ():
-            dim = optimizer.shard_dim(group, p.shape)
-            if dim is not None and not any(n % distributed.world_size() for n in p.shape):
-                found[names[p]] = Sharded(dim)
-    return found
-
-
-def names_needing_full(model: nn.Module, config: ResolvedConfig) -> set[str]:
-    """Names of the weights that the optimizer of the run can't update entry by entry."""
-    method = METHODS[config.method]
+def names_needing_owners(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: ResolvedConfig
+) -> set[str]:
+    """Names of the weights that the optimizer of the run can't update as DTensors."""
+    if isinstance(optimizer, ProjectedAdamW):
+        return set()
     foreign = config.optimizer not in (None, *ADAMS)
-    which = "all" if foreign else method.full_weights(config.method_options)
+    which = "all" if foreign else METHODS[config.method].needs_full
     targets, rest = partition(model, config.target)
     chosen = {id(p) for p in {"none": [], "targets": targets, "all": targets + rest}[which]}
     return {name for name, p in model.named_parameters() if id(p) in chosen}
 
 
-def column_sharded(
-    mirror: nn.Module, needed: set[str], placements: Mapping[str, Sharded]
-) -> set[str]:
-    """Names of the weights that are sharded by columns; all others are sharded by rows."""
+def column_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, owned: set[str]) -> set[str]:
+    """Names of the weights that are sharded by columns; all others are sharded by rows.
+
+    Columns suit the projected optimizers for wide matrices, and refactorization for A. FSDP2 asks
+    for the same number of columns on all ranks.
+    """
     factors = {
-        f"{name}.A"
-        for name, layer in mirror.named_modules()
-        if isinstance(layer, FactorizedLinear)
-        and not layer.in_features % distributed.world_size()
-        and f"{name}.A" not in needed
+        f"{name}.A" for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)
     }
-    return factors | {name for name, placement in placements.items() if placement.dim == 1}
+    projected = set()
+    if isinstance(optimizer, ProjectedAdamW):
+        for group in optimizer.param_groups:
+            projected |= {p for p in group["params"] if optimizer.dim_of(group, p.shape) == 1}
+    return {
+        name
+        for name, p in model.named_parameters()
+        if (name in factors or p in projected)
+        and name not in owned
+        and not p.shape[1] % distributed.world_size()
+    }
 
 
-def assign_owners(
-    names: set[str], sizes: Mapping[str, int], some_sharded: bool
-) -> list[tuple[int, list[str]]]:
+def assign_owners(names: set[str], sizes: Mapping[str, int]) -> list[tuple[int, list[str]]]:
     """Owners of units: the weights of one layer, which are updated together.
 
     Largest unit first, each to the rank with the fewest entries so far: states are spread evenly.
@@ -94,14 +79,12 @@ def assign_owners(
     Args:
         names: of the weights that are updated as full matrices.
         sizes: entries of every weight of the model, in its order.
-        some_sharded: whether other matrices are updated in shards; ranks without a unit are then
-            not idle.
 
     Returns:
         Pairs of an owner and the names of its unit.
 
     Raises:
-        InputError: more ranks than units, and nothing else to update.
+        InputError: more ranks than units.
     """
     layers: dict[str, list[str]] = {}
     for name in names:
@@ -110,7 +93,7 @@ def assign_owners(
     units = [sorted(unit, key=order.__getitem__) for unit in layers.values()]
     units.sort(key=lambda unit: (-sum(sizes[name] for name in unit), order[unit[0]]))
     ranks = distributed.world_size()
-    if units and not some_sharded and len(units) < ranks:
+    if units and len(units) < ranks:
         allowed = f"{len(units)} layers are updated as full matrices: at most as many processes"
         raise InputError("nproc-per-node", ranks, allowed)
     entries, assigned = [0] * ranks, []

@@ -1,16 +1,16 @@
 """A sharded model, the mirror for its optimizer, and conversion from and to a full model.
 
 torch's `fully_shard` shards the model: weights are gathered block by block while they compute, and
-gradients arrive averaged and sharded. The *mirror* is a copy of the model with ordinary tensors as
-parameters: this rank's shard of a weight, or a placeholder for a weight that has an owner
-(`fsdp_layout`). The optimizer's states belong to the mirror's parameters.
+gradients arrive averaged and sharded. The optimizer's parameters are those of the *mirror*, a copy
+of the model's modules: the sharded weights themselves, or a placeholder for a weight that has an
+owner (`fsdp_layout`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,19 +20,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.distributed.dtensors import full_tensor, local_part, overwrite_, shard_as
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.methods.build import build, build_model, build_optimizer
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
-from lowrank_lab.training.fsdp_layout import (
-    assign_owners,
-    column_sharded,
-    names_needing_full,
-    sharded_placements,
-)
+from lowrank_lab.training.fsdp_layout import assign_owners, column_sharded, names_needing_owners
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
 
 class ShardedState:
@@ -52,28 +48,23 @@ class ShardedState:
         if device.type != "cpu":  # fake tensors can't be moved, and are on the CPU
             self.model.to(device)
         self.mirror = _mirror_of(self.model)
-        self._mirror_params = dict(self.mirror.named_parameters())
-        self.optimizer = build_optimizer(self.mirror, config)
-        needed = names_needing_full(self.model, config)
-        self._placements = sharded_placements(self._mirror_params, self.optimizer, config)
-        self._mesh = self._fully_shard(column_sharded(self.mirror, needed, self._placements))
+        trial = build_optimizer(self.mirror, config)  # of the placeholders: it has no states yet
+        owned = names_needing_owners(self.model, trial, config)
+        self._fully_shard(column_sharded(self.mirror, trial, owned))
         self._dtensors = {n: cast("DTensor", p) for n, p in self.model.named_parameters()}
         sizes = {name: p.numel() for name, p in self._dtensors.items()}
-        owned = needed - self._placements.keys()
-        self._units = assign_owners(owned, sizes, some_sharded=bool(self._placements))
+        self._units = assign_owners(owned, sizes)
         self._owner = {name: owner for owner, names in self._units for name in names}
         for name, p in self._dtensors.items():
             if name not in self._owner:
-                self._mirror_params[name].data = local_shard_of(p)
-        if isinstance(self.optimizer, ProjectedAdamW):
-            self.optimizer.placements = {
-                self._mirror_params[name]: p for name, p in self._placements.items()
-            }
+                _set_parameter(self.mirror, name, cast("nn.Parameter", p))
+        self._mirror_params = dict(self.mirror.named_parameters())
+        self.optimizer = build_optimizer(self.mirror, config)
         # Rank 0's full model and optimizer on the CPU, for records; `gather_full_` updates them.
         self.full_copy = build(config) if distributed.is_rank_zero() else None
 
-    def _fully_shard(self, columns: set[str]) -> Any:
-        """Shard the model, the weights named in `columns` by columns; return the device mesh."""
+    def _fully_shard(self, columns: set[str]) -> None:
+        """Shard the model, the weights named in `columns` by columns."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         from torch.distributed.tensor import Shard
@@ -87,7 +78,6 @@ class ShardedState:
                 shard_placement_fn=lambda p: Shard(1) if id(p) in by_columns else None,
             )  # fmt: skip
         register_fsdp_forward_method(self.model, "loss")
-        return mesh
 
     def count(self, params: Sequence[Tensor] | None) -> int:
         """The number of the mirror's parameters (None: of all) that have moments on any rank."""
@@ -101,71 +91,16 @@ class ShardedState:
         return counts[0] + int(distributed.all_reduce_sum_(owned))
 
     @contextmanager
-    def _full(self, names: Sequence[str]) -> Iterator[None]:
-        """Full weights in the mirror, and their full states, on every rank within the block."""
-        with ExitStack() as states:
-            for name in names:
-                states.enter_context(self._full_states(name))
-                self._mirror_params[name].data = self._dtensors[name].full_tensor()
-            yield
-        for name in names:
-            p, mirrored = self._dtensors[name], self._mirror_params[name]
-            local_shard_of(p).copy_(shard_view(mirrored.data, shard_dim_of(p)))
-            mirrored.data = placeholder(p) if name in self._owner else local_shard_of(p)
-
-    @contextmanager
-    def _full_states(self, name: str) -> Iterator[None]:
-        """Full states of a weight within the block, on every rank or on its owner."""
-        dims = self._sharded_states(name)
-        state = self.optimizer.state.get(self._mirror_params[name], {})
-        state.update({key: self._gather_state(name, key, dim) for key, dim in dims.items()})
+    def _full(self, *names: str) -> Iterator[None]:
+        """Full weights in the mirror, on every rank within the block, of those with an owner."""
+        owned = [name for name in names if name in self._owner]
+        for name in owned:
+            self._mirror_params[name].data = self._dtensors[name].full_tensor()
         yield
-        for key, dim in dims.items():
-            state[key] = shard_view(state[key], dim).clone(memory_format=torch.contiguous_format)
-
-    def each_full(self, params: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Parameters of the mirror, one at a time, each with full states while it is yielded."""
-        names: dict[Tensor, str] = {p: name for name, p in self._mirror_params.items()}
-        for p in params:
-            with self._full_states(names[p]):
-                yield p
-
-    def _sharded_states(self, name: str) -> dict[str, int]:
-        """The dimensions of a weight's sharded states."""
-        state = self.optimizer.state.get(self._mirror_params[name], {})
-        shape = local_shard_of(self._dtensors[name]).shape
-        dims = {key: self._state_shard_dim(name, key, value, shape) for key, value in state.items()}
-        return {key: dim for key, dim in dims.items() if dim is not None}
-
-    def _state_shard_dim(self, name: str, key: str, value: Any, shape: torch.Size) -> int | None:
-        """The dimension along which a weight's state is sharded, or None.
-
-        Args:
-            name: of the weight.
-            key: of the state.
-            value: of the state, a shard or full.
-            shape: of the weight, the shard's or the full one as for the state.
-        """
-        if name in self._owner or not isinstance(value, Tensor):
-            return None
-        if name in self._placements:
-            dim = 0 if key.startswith("projection") else self._placements[name].dim
-            return dim if value.ndim else None  # norms of the full matrix are numbers
-        return shard_dim_of(self._dtensors[name]) if value.shape == shape else None
-
-    def _gather_state(self, name: str, key: str, dim: int) -> Tensor:
-        """A full state from its shards along a dimension."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        shard: Tensor = self.optimizer.state[self._mirror_params[name]][key]
-        even = shard.shape[dim] * distributed.world_size()
-        length = even if name in self._placements else self._dtensors[name].shape[dim]
-        shape = torch.Size(length if i == dim else n for i, n in enumerate(shard.shape))
-        joint = DTensor.from_local(
-            shard, self._mesh, [Shard(dim)], run_check=False,
-            shape=shape, stride=torch.empty(shape, device="meta").stride(),
-        )  # fmt: skip
-        return joint.full_tensor()
+        for name in owned:
+            p, mirrored = self._dtensors[name], self._mirror_params[name]
+            overwrite_(p, mirrored.data)
+            mirrored.data = placeholder(p)
 
     @torch.no_grad()
     def gather_full_(self, gradients: bool = False) -> None:
@@ -176,13 +111,11 @@ class ShardedState:
         full = dict(self.full_copy[0].named_parameters()) if self.full_copy else {}
         owned: dict[str, Any] = {}
         for name, p in self._dtensors.items():
-            state = dict(self.optimizer.state.get(self._mirror_params[name], {}))
-            weight = p.full_tensor()
-            grad = full_gradient(p) if gradients else None
-            for key, dim in self._sharded_states(name).items():
-                state[key] = self._gather_state(name, key, dim).cpu()
+            found = self.optimizer.state.get(self._mirror_params[name], {})
+            state = {k: _on_cpu(v) for k, v in found.items()}
+            weight, grad = p.full_tensor(), full_gradient(p) if gradients else None
             if name in self._owner and state:
-                owned[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+                owned[name] = state
             if self.full_copy:
                 full[name].copy_(weight)
                 full[name].grad = None if grad is None else grad.cpu()
@@ -199,16 +132,18 @@ class ShardedState:
         """Load this rank's shards of a full model and of its optimizer's states."""
         for name, weight in model.named_parameters():
             p, mirrored = self._dtensors[name], self._mirror_params[name]
-            local_shard_of(p).copy_(shard_view(weight, shard_dim_of(p)))
+            overwrite_(p, weight.detach())
             state = optimizer.state.get(weight, {})
             if not state or self._owner.get(name) not in (None, distributed.rank()):
                 continue
             for key, value in state.items():
-                dim = self._state_shard_dim(name, key, value, weight.shape)
-                local = value if dim is None else shard_view(value, dim).contiguous()
-                if isinstance(local, Tensor):
-                    local = local.to(p.device, copy=True)
-                self.optimizer.state[mirrored][key] = local
+                own = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+                entries = isinstance(value, Tensor) and value.shape == p.shape
+                if entries and name not in self._owner:
+                    own = shard_as(own, p)
+                self.optimizer.state[mirrored][key] = own
+        if isinstance(self.optimizer, ProjectedAdamW):
+            self.optimizer.place_states_()
         _copy_groups_(optimizer, self.optimizer)
 
     def new_full(self) -> tuple[Llama, torch.optim.Optimizer]:
@@ -218,7 +153,7 @@ class ShardedState:
     def persistent(self) -> Breakdown:
         """Bytes of weights, gradients and states that this rank stores between steps."""
         found = persistent(self.mirror, self.optimizer)
-        shards = [(local_shard_of(p), p.requires_grad) for p in self._dtensors.values()]
+        shards = [(local_part(p), p.requires_grad) for p in self._dtensors.values()]
         found.frozen = tensor_bytes(shard for shard, trains in shards if not trains)
         found.gradients = tensor_bytes(shard for shard, trains in shards if trains)
         found.weights = found.frozen + found.gradients + tensor_bytes(self.model.buffers())
@@ -230,10 +165,14 @@ def _mirror_of(model: Llama) -> Llama:
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     mirror = copy.deepcopy(model, shared)
     for name, weight in model.named_parameters():
-        module, _, last = name.rpartition(".")
-        mirrored = nn.Parameter(placeholder(weight), requires_grad=weight.requires_grad)
-        setattr(mirror.get_submodule(module), last, mirrored)
+        stand_in = nn.Parameter(placeholder(weight), requires_grad=weight.requires_grad)
+        _set_parameter(mirror, name, stand_in)
     return mirror
+
+
+def _set_parameter(model: nn.Module, name: str, p: nn.Parameter) -> None:
+    module, _, last = name.rpartition(".")
+    setattr(model.get_submodule(module), last, p)
 
 
 def placeholder(p: Tensor) -> Tensor:
@@ -241,22 +180,9 @@ def placeholder(p: Tensor) -> Tensor:
     return torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
 
 
-def local_shard_of(p: DTensor) -> Tensor:
-    """This rank's shard itself, for changes in place; FSDP would not see other changes."""
-    return cast("DTensor", p.detach()).to_local()
-
-
-def shard_dim_of(p: DTensor) -> int:
-    """The dimension along which a weight is sharded."""
-    return cast("Shard", p.placements[0]).dim
-
-
-def shard_view(full: Tensor, dim: int) -> Tensor:
-    """This rank's shard of a full tensor, as a view; the last shards may be shorter or empty."""
-    length = full.shape[dim]
-    step = -(-length // distributed.world_size())
-    start = min(length, step * distributed.rank())
-    return full.narrow(dim, start, min(step, length - start))
+def _on_cpu(value: Any) -> Any:
+    """A state on the CPU, a DTensor in full."""
+    return full_tensor(value).cpu() if isinstance(value, Tensor) else value
 
 
 def full_gradient(p: DTensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from lowrank_lab.data.corpus import Corpus
 PACKAGE = Path(__file__).resolve().parent.parent
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
-    "config.py", "device.py", "distributed.py", "cpu/onednn_matmul.py", "data", "models", "layers",
+    "config.py", "device.py", "distributed", "cpu/onednn_matmul.py", "data", "models", "layers",
     "optim", "techniques", "methods", "training/batches.py", "training/evaluate.py",
     "training/events.py", "training/extend.py", "training/fsdp.py", "training/fsdp_layout.py",
     "training/fsdp_state.py", "training/loop.py", "training/preflight.py", "training/schedule.py",

@@ -11,7 +11,7 @@ from paths import ROOT
 from lowrank_lab.cli import main
 
 
-@pytest.mark.parametrize("suite", ["imports", "layers"])
+@pytest.mark.parametrize("suite", ["imports", "layers", "many_matrices"])
 def test_a_suite_runs_and_its_rows_have_what_others_rely_on(suite):
     assert_rows_of(suite)
 

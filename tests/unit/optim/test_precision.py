@@ -11,7 +11,7 @@ from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro
-from lowrank_lab.optim.adam import stochastic_round
+from lowrank_lab.optim.adam import random_bits, stochastic_round
 from lowrank_lab.optim.projection import channel_norms
 from lowrank_lab.optim.subspaces import leading_subspaces, randomized_subspaces
 
@@ -74,19 +74,23 @@ def test_random_rounding_keeps_updates_that_rounding_to_nearest_loses(method):
     assert moved % 2**-8 == 0
 
 
+def rounded_at(W, seed):
+    return stochastic_round(W, random_bits(W.shape, seed, W.device))
+
+
 def test_random_rounding_has_the_right_expectation_and_repeats_itself():
     W = torch.full((200_000,), 1 + 0.3 * 2**-7)
-    rounded = stochastic_round(W, seed=1).float()
+    rounded = rounded_at(W, seed=1).float()
     assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
     share = (rounded > 1).float().mean().item()
     assert share == pytest.approx(0.3, abs=0.005)
-    assert torch.equal(rounded, stochastic_round(W, seed=1).float())
-    assert not torch.equal(rounded, stochastic_round(W, seed=2).float())
+    assert torch.equal(rounded, rounded_at(W, seed=1).float())
+    assert not torch.equal(rounded, rounded_at(W, seed=2).float())
 
 
 def test_random_rounding_leaves_what_bfloat16_holds_and_what_is_not_finite():
     W = torch.tensor([0.0, -0.0, 1.5, -3.0, float("inf"), -float("inf"), float("nan")])
-    rounded = stochastic_round(W, seed=0).float()
+    rounded = rounded_at(W, seed=0).float()
     assert torch.equal(rounded.nan_to_num(7), W.nan_to_num(7))
 
 

@@ -44,8 +44,8 @@ def test_formula_and_simulation_of_a_process_agree_to_the_byte(method):
 
 @pytest.mark.parametrize("proj_type", ["std", "left", "right"])
 @pytest.mark.parametrize("method", ["galore", "fira", "golore"])
-def test_projections_without_gathering_leave_each_process_its_share_of_states(method, proj_type):
-    options = {"refresh": "gram", "proj_type": proj_type}
+def test_projections_leave_each_process_its_share_of_states(method, proj_type):
+    options = {"proj_type": proj_type}
     config = configured(method, rank=4, method_options=options, batch=4)
     whole, shares = per_rank(resolve(config), 1)[0], per_rank(resolve(config), 2)
     assert at_rest(simulate(config, world_size=2, rank=1).persistent) == at_rest(shares[1])
@@ -60,10 +60,10 @@ def test_adam_s_states_at_7b_are_spread_over_all_processes(ranks, mebibytes):
 
 
 def test_owners_share_the_layers_that_are_updated_whole():
-    config = RunConfig(model="7b", precision="bf16", method="galore", rank=1024)
+    config = RunConfig(model="7b", precision="bf16", method="muon")
     states = [each.optimizer_states for each in per_rank(resolve(config), 64)]
     whole = per_rank(resolve(config), 1)[0].optimizer_states
-    assert sum(states) == pytest.approx(whole, rel=1e-6)
+    assert sum(states) == pytest.approx(whole, rel=1e-5)  # AdamW's counters are on all ranks
     assert max(states) < 1.2 * min(states)
     assert per_rank(resolve(config), 64)[
         fullest(per_rank(resolve(config), 64))[0]
@@ -121,7 +121,7 @@ def test_a_simulation_leaves_no_group_and_torch_as_it_was():
     before = torch.UntypedStorage.resize_, dict(vars(ShardingPropagator))
     simulate(configured("full-rank"), world_size=2)
     with pytest.raises(InputError, match="world_size: 40 is not allowed; 14 layers"):
-        simulate(configured("galore", batch=40), world_size=40)
+        simulate(configured("muon", batch=40), world_size=40)
     assert not dist.is_initialized()
     assert (torch.UntypedStorage.resize_, dict(vars(ShardingPropagator))) == before
 

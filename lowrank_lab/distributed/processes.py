@@ -1,4 +1,4 @@
-"""Process group, collectives and tensor placements. With one process, every collective is a no-op.
+"""Process group and collectives. With one process, every collective is a no-op.
 
 torchrun starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK. With `ddp` each process has
 the full model and computes an equal share of every batch. Gradients are averaged in buckets after
@@ -7,9 +7,6 @@ the same numbers. torch's DistributedDataParallel is not used for three reasons:
 but our loss is another method; it fixes the trainable parameters at construction, and warm starts
 change them; its gradient buckets can't be freed by `per_layer`. The cost: communication does not
 overlap with the backward pass.
-
-A placement says how the processes store a tensor: `Replicated` or `Sharded` along a dimension.
-Optimizers and layers are written once, against the methods of a placement.
 """
 
 from __future__ import annotations
@@ -153,76 +150,3 @@ def equal_on_all_ranks(value: int) -> bool:
     extremes = torch.tensor([value, -value], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     return int(extremes[0]) == -int(extremes[1])
-
-
-class Replicated:
-    """Replicated placement: each process has the full matrix, and every collective is a no-op."""
-
-    dim: int | None = None  # the sharded dimension
-
-    def global_shape(self, t: Tensor) -> tuple[int, ...]:
-        """The shape of the full tensor whose local shard is `t`."""
-        return tuple(t.shape)
-
-    def all_reduce_sum_(self, t: Tensor) -> Tensor:
-        """Sum over the shards, in place."""
-        return t
-
-    def all_reduce_max_(self, t: Tensor) -> Tensor:
-        """Maximum over the shards, in place."""
-        return t
-
-    def global_norm(self, t: Tensor) -> Tensor:
-        """Norms of full tensors from the norms of their local shards."""
-        return t
-
-    def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
-        """The value of `t` on rank `source`; other machines may have rounded it differently."""
-        return t
-
-    def local_shard(self, t: Tensor, dim: int = 0) -> Tensor:
-        """This rank's shard along `dim` of a full tensor."""
-        return t
-
-    def all_gather(self, t: Tensor, dim: int = 0) -> Tensor:
-        """The full tensor from equal shards along `dim`."""
-        return t
-
-
-REPLICATED = Replicated()
-
-
-class Sharded(Replicated):
-    """Sharded placement: each process has an equal shard of the matrix along dimension `dim`."""
-
-    def __init__(self, dim: int) -> None:
-        self.dim: int = dim
-
-    def global_shape(self, t: Tensor) -> tuple[int, ...]:
-        return tuple(n * world_size() if i == self.dim else n for i, n in enumerate(t.shape))
-
-    def all_reduce_sum_(self, t: Tensor) -> Tensor:
-        return all_reduce_sum_(t)
-
-    def all_reduce_max_(self, t: Tensor) -> Tensor:
-        dist.all_reduce(t, dist.ReduceOp.MAX)
-        return t
-
-    def global_norm(self, t: Tensor) -> Tensor:
-        return all_reduce_sum_(t.double().square()).sqrt().to(t.dtype)
-
-    def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
-        dist.broadcast(t := t.contiguous(), source)
-        return t
-
-    def local_shard(self, t: Tensor, dim: int = 0) -> Tensor:
-        # A copy: a view would keep the full tensor alive.
-        return t.chunk(world_size(), dim)[rank()].clone(memory_format=torch.contiguous_format)
-
-    def all_gather(self, t: Tensor, dim: int = 0) -> Tensor:
-        shards = t.new_empty((world_size(), *t.shape))
-        dist.all_gather(list(shards), t.contiguous())
-        return shards.flatten(0, 1) if dim == 0 else torch.cat(list(shards), dim)
-
-
-Placement = Replicated | Sharded

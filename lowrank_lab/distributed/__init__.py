@@ -1,0 +1,33 @@
+"""Several processes: their group and collectives, placements of tensors, and torch's DTensors."""
+
+from lowrank_lab.distributed.processes import (
+    all_reduce_mean_,
+    all_reduce_sum_,
+    any_rank,
+    barrier,
+    equal_on_all_ranks,
+    is_launched,
+    is_rank_zero,
+    local_chunk,
+    local_rank,
+    local_rank_zero_first,
+    process_group,
+    rank,
+    world_size,
+)
+
+__all__ = [
+    "all_reduce_mean_",
+    "all_reduce_sum_",
+    "any_rank",
+    "barrier",
+    "equal_on_all_ranks",
+    "is_launched",
+    "is_rank_zero",
+    "local_chunk",
+    "local_rank",
+    "local_rank_zero_first",
+    "process_group",
+    "rank",
+    "world_size",
+]
