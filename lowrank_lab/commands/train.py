@@ -16,7 +16,14 @@ from lowrank_lab.commands.flags import config_flags, config_of
 @config_flags
 @click.option("--out", type=click.Path(path_type=Path), help="run folder; continues a run in it")
 @click.option("--label", help="name of the run in tables and figures")
-def train(out: Path | None, label: str | None, **flags: Any) -> None:
+@click.option(
+    "--tracker",
+    "trackers",
+    metavar="NAME",
+    multiple=True,
+    help="mirror the metrics to tensorboard, or to a class module.Class; may be repeated",
+)
+def train(out: Path | None, label: str | None, trackers: tuple[str, ...], **flags: Any) -> None:
     """Train one run, or continue it."""
     from tqdm import tqdm
 
@@ -30,7 +37,7 @@ def train(out: Path | None, label: str | None, **flags: Any) -> None:
             bar.update(row["step"] - bar.n)
             bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}", refresh=False)
 
-        run = train_run(config, out, label=label, on_step=show)
+        run = train_run(config, out, label=label, on_step=show, trackers=trackers or None)
     if not distributed.is_rank_zero():
         return
     result = run.result

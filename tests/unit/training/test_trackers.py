@@ -6,9 +6,12 @@ import warnings
 
 import pytest
 from accelerate.tracking import TensorBoardTracker
+from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lowrank_lab import InputError, RunConfig
+from lowrank_lab.cli import main
+from lowrank_lab.runs.run import Run
 from lowrank_lab.training.loop import train
 from lowrank_lab.training.trackers import VARIABLE
 
@@ -145,3 +148,15 @@ def test_what_is_no_tracker_is_refused_before_anything_is_written(config, tmp_pa
         train(config, tmp_path / "run", trackers=[asked])
     assert refused.value.field == "trackers"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_names_trackers(config, tmp_path):
+    folder = tmp_path / "run"
+    given = {**config.model_dump(exclude_unset=True), "out": folder, "tracker": "tensorboard"}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    result = CliRunner().invoke(main, ["train", *flags])
+    assert result.exit_code == 0, result.output
+    assert scalars(folder / "tensorboard")["loss"] == expected(Run(folder), "loss")
+    refused = CliRunner().invoke(main, ["train", *flags, "--tracker=none", f"--out={folder}2"])
+    assert refused.exit_code == 2
+    assert "trackers: 'none'" in refused.output
