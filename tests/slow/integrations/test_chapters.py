@@ -6,7 +6,7 @@ import warnings
 import pytest
 from paths import ROOT
 
-PAGES = ("plain-loop", "transformers", "lightning")
+PAGES = ("plain-loop", "transformers", "accelerate", "lightning")
 
 
 @pytest.mark.parametrize("page", PAGES)
