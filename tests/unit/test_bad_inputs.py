@@ -181,7 +181,7 @@ BAD = {
         ["warm_start", "9"],
     ),
     "more ranks than layers": (
-        "memory --model tiny --method galore --rank 4 --batch 40 --world-size 40",
+        "memory --model tiny --method muon --batch 40 --world-size 40",
         ["world_size", "40", "14 layers"],
     ),
     "ranks to measure": (
