@@ -31,6 +31,7 @@ class Job:
     parameters: dict[str, Any]
     works_in: Path | None = None  # the notebook's working directory, if it isn't `folder`
     memory: int = 0  # estimated peak, in bytes
+    device_memory: int = 0  # the same of a CUDA device
     any_version: bool = False  # accept a finished run of another version of the training code
     source: Path | None = None  # a finished run of another study, to copy
     state: State = "queued"

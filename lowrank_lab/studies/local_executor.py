@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -46,6 +47,7 @@ def execute(
     report: Callable[[list[Job]], None],
     time_limit: float | None = None,
     memory: int | None = None,
+    device_memory: int | None = None,
 ) -> None:
     """Run all jobs, except those done and, without `retry`, those that failed before.
 
@@ -53,19 +55,21 @@ def execute(
         jobs: how many at a time; by default one per core or CUDA device.
         time_limit: seconds after which a job is stopped and has failed.
         memory: bytes that all running jobs may take together; a job that needs more runs alone.
+        device_memory: bytes that the running jobs of one CUDA device may take together.
     """
     waiting, places, stop = plan_states(todo, retry), _places(jobs), threading.Event()
-    running: dict[Future[None], tuple[Job, dict[str, str]]] = {}
+    running: dict[Future[None], tuple[Job, Place]] = {}
     over: list[Future[None]] = []
     with ThreadPoolExecutor(len(places)) as pool:
         try:
             while waiting or running:
-                used = sum(job.memory for job, _ in running.values())
-                job = _next(waiting, used, memory) if places else None
-                if job is not None:
-                    place = places.pop()
-                    future = pool.submit(run_job, job, place, time_limit, lambda: not stop.is_set())
-                    running[future] = job, place
+                found = _next(waiting, places, list(running.values()), memory, device_memory)
+                if found is not None:
+                    job, place = found
+                    future = pool.submit(
+                        run_job, job, place.environment, time_limit, lambda: not stop.is_set()
+                    )
+                    running[future] = found
                     continue
                 report(todo)
                 for future in wait(running, 0.5, FIRST_COMPLETED).done:
@@ -79,12 +83,32 @@ def execute(
     report(todo)
 
 
-def _next(waiting: list[Job], used: int, memory: int | None) -> Job | None:
-    """Take the first job that fits beside the running ones, or the first of all if none runs."""
-    for job in waiting:
-        if memory is None or not used or used + job.memory <= memory:
-            waiting.remove(job)
-            return job
+@dataclass(frozen=True)
+class Place:
+    """Where one job at a time runs."""
+
+    environment: Mapping[str, str]
+    device: str = ""  # of CUDA, by the name in CUDA_VISIBLE_DEVICES
+
+
+def _next(
+    waiting: list[Job],
+    places: list[Place],
+    running: Sequence[tuple[Job, Place]],
+    memory: int | None,
+    device_memory: int | None,
+) -> tuple[Job, Place] | None:
+    """Take the first job that fits beside the running ones, and its place; if none runs, any."""
+    used = sum(job.memory for job, _ in running)
+    for place in places:
+        on_device = sum(job.device_memory for job, other in running if other.device == place.device)
+        for job in waiting:
+            fits = not used or memory is None or used + job.memory <= memory
+            shares = place.device and on_device and device_memory is not None
+            if fits and (not shares or on_device + job.device_memory <= (device_memory or 0)):
+                waiting.remove(job)
+                places.remove(place)
+                return job, place
     return None
 
 
@@ -93,17 +117,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _places(jobs: int | None) -> list[dict[str, str]]:
-    """The environments of jobs that run at the same time: one per core, or per CUDA device."""
+def cuda_devices() -> list[str]:
+    """The CUDA devices of this process, by the names that CUDA_VISIBLE_DEVICES takes.
+
+    Where that variable is set, by a cluster for example, they are those of its list: numbers of
+    other devices than the first, UUIDs or MIG instances.
+    """
     import torch
 
-    devices = torch.cuda.device_count()
-    count = jobs or devices or cores()
-    places = [dict.fromkeys(THREADS, str(max(1, cores() // count))) for _ in range(count)]
-    for index, place in enumerate(places):
-        if devices:
-            place["CUDA_VISIBLE_DEVICES"] = str(index % devices)
-    return places[::-1]  # taken from the end
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in given.split(",")] if given else map(str, range(count))
+    return list(names)[:count]
+
+
+def _places(jobs: int | None) -> list[Place]:
+    """Places of jobs that run at the same time: one per core, or per CUDA device."""
+    devices = cuda_devices()
+    count = jobs or len(devices) or cores()
+    threads = dict.fromkeys(THREADS, str(max(1, cores() // count)))
+    if not devices:
+        return [Place(threads)] * count
+    turns = (devices[i % len(devices)] for i in range(count))
+    return [Place(threads | {"CUDA_VISIBLE_DEVICES": device}, device) for device in turns]
 
 
 def run_job(

@@ -61,7 +61,8 @@ def plan_study(
             raise InputError("out", str(place), "it leads out of the study's folder")
         job = _run_job(read.notebook, place, label, config)
         found = finished_run(run_id, places) if reuse and not place.exists() else None
-        todo.append(replace(job, memory=need.memory, any_version=reuse, source=found))
+        job = replace(job, memory=need.memory, device_memory=need.device)
+        todo.append(replace(job, any_version=reuse, source=found))
     plan_states(todo, retry)
     comparison_job(read, folder, todo)  # refuses a notebook that lacks a parameter
     return Plan(read, folder, todo, needs)

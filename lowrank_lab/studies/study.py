@@ -64,10 +64,10 @@ def run_study(
             folder.mkdir(parents=True, exist_ok=True)
             execute_on(client, todo, retry, report, limit)
     else:
-        memory = machine_memory()
-        check_fits(plan, memory, device_memory())
+        memory, on_device = machine_memory(), device_memory()
+        check_fits(plan, memory, on_device)
         folder.mkdir(parents=True, exist_ok=True)
-        execute(todo, jobs, retry, report, limit, memory)
+        execute(todo, jobs, retry, report, limit, memory, on_device)
     if any(job.state != "done" for job in todo):
         return todo, None
     comparison = comparison_job(plan.study, folder, todo)

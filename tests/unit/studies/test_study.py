@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from paths import NOTEBOOKS
 from studies import PARAMETERS, mark_done, write_notebook
@@ -209,6 +210,52 @@ def test_jobs_run_at_a_time_only_as_far_as_memory_reaches(study_file, tmp_path, 
     assert max(m for m in most if m != 20) <= 10
     assert order.index("2") < order.index("1")  # a small one goes beside what runs
     assert most.count(20) == 1  # alone
+
+
+def devices_of(monkeypatch, count, given=None):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    return running_jobs.cuda_devices()
+
+
+def test_a_study_stays_on_the_cuda_devices_that_it_was_given(monkeypatch):
+    assert devices_of(monkeypatch, 0) == []
+    assert devices_of(monkeypatch, 2) == ["0", "1"]
+    assert devices_of(monkeypatch, 2, "2, 3") == ["2", "3"]
+    assert devices_of(monkeypatch, 2, "GPU-8f6d,MIG-11c2") == ["GPU-8f6d", "MIG-11c2"]
+    assert devices_of(monkeypatch, 1, "5,-1,6") == ["5"]  # torch sees none after an invalid one
+    assert devices_of(monkeypatch, 0, "") == []
+
+
+def test_jobs_take_turns_on_devices_and_share_one_only_as_far_as_its_memory_reaches(
+    study_file, tmp_path, monkeypatch
+):
+    devices_of(monkeypatch, 2, "4,GPU-7")
+    running, most, seen = {}, {}, set()
+
+    def run_job(job, environment, *arguments):
+        device = environment["CUDA_VISIBLE_DEVICES"]
+        seen.add(device)
+        running.setdefault(device, []).append(job.device_memory)
+        most[device] = max(most.get(device, 0), sum(running[device]))
+        time.sleep(0.05)
+        running[device].remove(job.device_memory)
+        job.state = "done"
+
+    monkeypatch.setattr(running_jobs, "run_job", run_job)
+    notebook = study_file("1").parent.parent / "short.ipynb"
+    sizes = (6, 6, 6, 3, 3, 4)
+    todo = [
+        Job(f"{i}", tmp_path / f"{i}", notebook, {}, device_memory=m) for i, m in enumerate(sizes)
+    ]
+    running_jobs.execute(todo, 4, False, lambda jobs: None, device_memory=10)
+    assert {job.state for job in todo} == {"done"}
+    assert seen == {"4", "GPU-7"}
+    assert max(most.values()) <= 10
+    assert min(most.values()) > 6  # some did share
 
 
 HOSTILE = {
