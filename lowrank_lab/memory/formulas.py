@@ -76,7 +76,7 @@ def layers(config: ResolvedConfig) -> Iterator[list[Weight]]:
         layer = [weight((m, r), target=True), weight((r, n), target=True)]
         if kind == "lora":
             layer.append(weight((m, n), target=True, trains=False))
-        elif kind == "sltrain":
+        elif kind == "sltrain" and sparse_entries(config, m, n):
             layer.append(weight((sparse_entries(config, m, n),), target=True))
         yield layer
 

@@ -48,7 +48,8 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Opt
 def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]]:
     """The trainable parameters of the target layers, and all others; each is in exactly one list.
 
-    Biases of target layers are among the others.
+    Biases of target layers are among the others. Empty ones (SLTrain's sparse part of density 0)
+    are left out: torch's fused optimizers don't take them on CUDA.
     """
     of_targets = {
         id(p)
@@ -56,7 +57,7 @@ def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]
         for name, p in layer.named_parameters(recurse=False)
         if name != "bias"
     }
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad and p.numel()]
     targets: list[Tensor] = [p for p in trainable if id(p) in of_targets]
     rest: list[Tensor] = [p for p in trainable if id(p) not in of_targets]
     if len({id(p) for p in trainable}) != len(targets) + len(rest):

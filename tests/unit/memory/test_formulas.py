@@ -110,6 +110,7 @@ def test_states_are_the_bytes_of_the_formula(method, precision, text_corpus):
         model="tiny", method=method, precision=precision, corpus=text_corpus, rank=RANK
     )
     assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(resolve(config))
+    assert all(p.numel() for group in optimizer.param_groups for p in group["params"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -130,6 +131,7 @@ OTHERS = [
     ("galore", {"proj_type": "left"}), ("galore", {"proj_type": "full"}),
     ("fira", {"proj_type": "reverse_std"}), ("apollo", {"store_projection": False}),
     ("apollo-mini", {"proj_type": "right"}), ("spam", {"density": 0.3}),
+    ("sltrain", {"sparsity": 0.0}), ("sltrain", {"sparsity": 1.0}),
 ]  # fmt: skip
 
 
@@ -139,6 +141,7 @@ def test_states_follow_the_options_of_the_method(method, options, text_corpus):
     model, optimizer = build(resolve(config))
     step(model, optimizer)
     assert persistent(model, optimizer).optimizer_states == optimizer_state_bytes(resolve(config))
+    assert all(p.numel() for group in optimizer.param_groups for p in group["params"])
 
 
 def test_states_of_an_unknown_optimizer_have_no_formula():
