@@ -182,9 +182,11 @@ def plain(moment: Tensor) -> Tensor:
 def _scale_(moment: Tensor, factor: float) -> None:
     """Multiply a moment by a factor, in place; 0 also clears inf and NaN."""
     if is_quantized(moment):  # supports little more than copy_
-        moment.copy_(plain(moment) * factor if factor else torch.zeros(moment.shape))
+        zeros = torch.zeros(moment.shape, device=moment.device)
+        moment.copy_(plain(moment) * factor if factor else zeros)
         for part in ("codes", "scale") if not factor else ():  # not every code book has a 0
-            getattr(moment, part, torch.empty(0)).zero_()
+            if hasattr(moment, part):
+                getattr(moment, part).zero_()
     elif factor:
         moment.mul_(factor)
     else:

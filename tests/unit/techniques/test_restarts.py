@@ -17,10 +17,13 @@ import pytorch_optimizer
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowrank_lab import optim, reset_momentum_
 from lowrank_lab.techniques import prune_moments_
 from lowrank_lab.techniques.layouts import LAYOUTS, short_name
+from lowrank_lab.techniques.momentum import MOMENTS
 
 # Arguments of classes that need some, or that have states only with them.
 GIVEN = {
@@ -468,3 +471,29 @@ def test_quantized_moments_restart(name):
         assert torch.equal(ours, other)
         assert prune_moments_(optimizer, [ours], 0.25) == 1
         assert reset_momentum_(optimizer, 0.5) == 1
+
+
+class Devices(TorchDispatchMode):
+    """Notes the devices of all tensors within its block but single numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = (t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        self.found |= {t.device.type for t in tensors if t.ndim}
+        return out
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_moments_in_8_bits_are_reset_on_their_own_device(strength):
+    eight_bit = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit
+    p = nn.Parameter(torch.empty(64, 64, device="meta"))
+    optimizer = pytest.importorskip("torchao.optim").AdamW8bit([p])
+    moments = {name: eight_bit.zeros((64, 64), True, 256, device="meta") for name in MOMENTS}
+    optimizer.state[p] = {"step": torch.tensor(3.0), **moments}
+    with Devices() as devices:
+        reset_momentum_(optimizer, strength)
+    assert devices.found == {"meta"}
