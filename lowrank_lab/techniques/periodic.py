@@ -21,22 +21,23 @@ SEED_STRIDE = 1_000_003  # between the merges of two runs, so that their streams
 class Periodic:
     """Merges, refactorizations and momentum resets every so many optimizer steps.
 
-    They are due after an optimizer step, in this order, and not after the last one. `lab.train` has
-    the same events.
+    Call `check` before training and `apply_` after each optimizer and scheduler step except the
+    last. Events of the same step happen in this order. `lab.train` has the same events.
 
     Args:
         refactor_every: steps between refactorizations, 0: never.
         reset_every: steps between momentum resets, 0: never.
         merge_every: steps between merges of LoRA layers (ReLoRA), 0: never; each restarts the
             moments of the factors.
-        on_refactor, refactor_basis, refactor_above: of `refactorize_`.
-        reset_strength: of `reset_momentum_`.
-        reset_params: `factors` resets those of factorised layers, `all` every parameter.
-        recovery: whether the learning rate recovers after a restart, by `RecoveryLR`.
-        seed: of the factors that merges draw.
+        on_refactor, refactor_basis, refactor_above: arguments of `refactorize_`.
+        reset_strength: `strength` of `reset_momentum_`.
+        reset_params: `factors` resets the moments of factorised layers, `all` of every parameter.
+        recovery: whether `RecoveryLR` lets the learning rate recover after a restart.
+        seed: seed of the factors that merges draw.
 
     Raises:
-        ValueError: a period that is no whole number from 0, or no period at all.
+        ValueError: a period that is not a whole number from 0, no period from 1, or an unknown
+            `reset_params`.
     """
 
     refactor_every: int = 0
@@ -66,7 +67,7 @@ class Periodic:
         return bool(self.reset_every or self.merge_every) or self.on_refactor == "reset"
 
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Refuse what the events can't be applied to, before training.
+        """Refuse a model, optimizer or scheduler that doesn't suit the events, before training.
 
         Raises:
             ValueError: the optimizer's restart isn't known, the scheduler is no `RecoveryLR`, or
@@ -96,7 +97,7 @@ class Periodic:
         scheduler: LRScheduler | None,
         updates: int,
     ) -> list[str]:
-        """Apply what is due after `updates` optimizer steps and the scheduler's; their names."""
+        """Apply the events due after `updates` optimizer and scheduler steps; their names."""
         due = self.due(updates)
         for event in due:
             if event == "merge":

@@ -49,7 +49,7 @@ def refactorize_(
     Args:
         module: a factorised layer, or any model that contains some.
         optimizer: of the factors; needed to `reset` or `transport` their moments.
-        on_refactor: `keep` leaves the factors' moments unchanged, `reset` restarts Adam on them,
+        on_refactor: `keep` leaves the factors' moments unchanged, `reset` restarts them,
             `transport` transforms them with the factors (`transport_moments_`): first moments of
             any name exactly (Adam and its relatives, SGD, Muon, Lion), second ones approximately.
         basis: `singular`: BᵀB is diagonal and descending, as published. `nearest`: the balanced
@@ -61,9 +61,9 @@ def refactorize_(
         The names of the changed and of the skipped layers.
 
     Raises:
-        ValueError: `on_refactor` or `basis` is not allowed, the optimizer is missing, doesn't hold
-            the factors or has states that can't follow them, or a factor is not finite. Nothing
-            has changed then. The latter is a NotFiniteError.
+        ValueError: `on_refactor` or `basis` is not allowed, or the optimizer is missing, lacks the
+            factors or has states that can't follow them. Nothing has changed then.
+        NotFiniteError: a factor is not finite. Nothing has changed then.
 
     Source: 2505.22922, weight refactorization, by r×r matrices instead of the m×n product.
     """
