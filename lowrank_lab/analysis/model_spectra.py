@@ -54,8 +54,8 @@ def spectra(
         - `update`: singular values of W − W₀, with `start`;
         - `gradient`: singular values of the gradient step in W, where there are gradients.
 
-        A layer with entries that are not finite has NaN in place of numbers. `explode` of an array
-        column gives one row per singular value, as seaborn wants them.
+        A layer with entries that are not finite has NaN in place of numbers. For seaborn,
+        `table.explode(column)` of an array column gives one row per singular value.
 
     Raises:
         ValueError: no layer matches, a layer is on the meta device, or `start` lacks its weight.

@@ -10,7 +10,7 @@ import click
 from lowrank_lab.config import RENAMED, InputError, RunConfig
 from lowrank_lab.studies.plain_yaml import read_value
 
-# Fields that are dictionaries: what they are options of, and their short flags.
+# Fields that are dictionaries: their owner, for the help text, and their short flag.
 PAIRS = {
     "method_options": ("method", "--option"),
     "optimizer_options": ("optimizer", "--optimizer-option"),

@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and readers that leave: a command ends with one line, whenever they come.
+"""Ctrl-C, SIGTERM and closed pipes: a command ends with one line, at any moment.
 
-The package imports this module first. In a process that is the command line, a signal then ends it
-at once, as nothing has begun: importing torch takes seconds. `handled` takes over while a command
-works, so that what it has begun is put away.
+The package imports this module first, because importing torch takes seconds: until then a signal
+ends a process of the command line at once. While a command runs, `handled` raises exceptions
+instead, so that the command can clean up.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _raise_again(unraisable: Any) -> None:
 def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of spawned processes, which end with the block, also when it is interrupted.
 
-    Ctrl-C reaches all processes of a terminal: these never see it.
+    A terminal sends Ctrl-C to all its processes; those of the pool block it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # processes inherit it
     pool = ProcessPoolExecutor(count, get_context("spawn"))
@@ -112,7 +112,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
 
 
 class _Forgiving(io.FileIO):
-    """A file descriptor that drops what comes after its reader has left, or after an error."""
+    """A file descriptor that drops output after its reader has closed, or after an error."""
 
     _ended = False
 

@@ -16,7 +16,7 @@ from lowrank_lab import distributed
 from lowrank_lab.commands import interrupts
 from lowrank_lab.config import InputError, check_utf8
 
-# What a command that is interrupted does when it is started again.
+# For the line after an interrupt: what the command does when it is started again.
 CONTINUES = {
     "train": "; started again, it goes on from the last checkpoint",
     "study": "; started again, it goes on from the last checkpoint",

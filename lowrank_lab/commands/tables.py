@@ -9,7 +9,7 @@ import click
 
 
 def show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
-    """Print the table of a study, and its claims, else all paired differences."""
+    """Print the table of a study, then its paired differences: those in `pairs`, or all."""
     from lowrank_lab.analysis.tables import claims, differences, formatted, structure, summary
     from lowrank_lab.runs.run import final_table, find_runs, load_runs
 

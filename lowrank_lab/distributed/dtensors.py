@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 
     Placements = tuple[TorchPlacement, ...]
 
-ANY_DIM = -1  # the dimension of shards that are updated entry by entry
+ANY_DIM = -1  # the update is elementwise, so any sharding will do
 
 
 def is_dtensor(t: object) -> TypeGuard[DTensor]:
-    """Whether `t` is a DTensor; torch's module for them is not imported where there are none."""
+    """Whether `t` is a DTensor; does not import torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def local_part(t: Tensor) -> Tensor:
-    """This rank's part of a DTensor itself, for changes in place; other tensors as they are."""
+    """This rank's part of a DTensor, not copied, for changes in place; other tensors unchanged."""
     with torch.no_grad():
         return t.to_local() if is_dtensor(t) else t
 
 
 def full_tensor(t: Tensor) -> Tensor:
-    """The full tensor of a DTensor, gathered on every rank; other tensors as they are."""
+    """The full tensor of a DTensor, gathered on every rank; other tensors unchanged."""
     return t.full_tensor() if is_dtensor(t) else t
 
 
 def redistributed(t: DTensor, placements: Placements) -> Tensor:
-    """This rank's part of a DTensor with other placements; of the same ones, the part itself."""
+    """This rank's part of a DTensor under other placements; not copied if they are its own."""
     if tuple(t.placements) == placements:
         return local_part(t)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def local_gradient(p: Tensor) -> Tensor:
 
 
 def part_of(full: Tensor, like: DTensor, placements: Placements) -> Tensor:
-    """This rank's part, a copy, of a full tensor that all ranks of the mesh of `like` have."""
+    """A copy of this rank's part of a full tensor that every rank of the mesh of `like` has."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh, part = like.device_mesh, full
@@ -91,7 +91,7 @@ def joined(part: Tensor, like: DTensor, placements: Placements, shape: Iterable[
 
 
 def shard_as(full: Tensor, like: DTensor) -> DTensor:
-    """A full tensor that all ranks have as a DTensor with the shape and placements of another."""
+    """Shard a full tensor, which every rank has, into a DTensor with the placements of `like`."""
     placements = tuple(like.placements)
     return joined(part_of(full, like, placements), like, placements, like.shape)
 
@@ -120,8 +120,8 @@ def overwrite_(t: Tensor, full: Tensor) -> None:
 def joint_parts(*tensors: tuple[Tensor, int]) -> Iterator[tuple[list[Tensor], Placement]]:
     """Plain parts of tensors, to be changed in place within the block, and their placement.
 
-    Shards along the given dimensions if the same ranks share all tensors, otherwise full tensors.
-    The placement has no dimension of its own: it differs between the tensors.
+    Parts are shards along the given dimensions if the same ranks share all tensors, otherwise full
+    tensors. The sharded dimension may differ between the tensors; don't read it from the placement.
     """
     layouts = [layout_of(t, dim) if is_dtensor(t) else None for t, dim in tensors]
     shared = {x.groups if x is not None and x.dim is not None else () for x in layouts}
@@ -135,7 +135,7 @@ def joint_parts(*tensors: tuple[Tensor, int]) -> Iterator[tuple[list[Tensor], Pl
 
 
 def reshard_(module: nn.Module) -> None:
-    """Give up the gathered weights of FSDP2's modules: changes of them would be lost."""
+    """Reshard FSDP2's modules: changes to gathered weights would be lost."""
     if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
         for each in module.modules():
             if isinstance(each, fsdp.FSDPModule):
@@ -230,9 +230,9 @@ class ShardLayout(NamedTuple):
 def layout_of(p: DTensor, dim: int | None) -> ShardLayout:
     """How a DTensor parameter is updated in shards along `dim`, or in full (None).
 
-    In shards along `dim`, whatever p's own are, if p is sharded along one dimension of its mesh
-    (FSDP, HSDP); with ANY_DIM along p's own dimensions, several of them included. Otherwise every
-    rank gathers the full matrix.
+    If p is sharded along one dimension of its mesh (FSDP, HSDP), it is updated in shards along
+    `dim`, even if p's own shards are along another. ANY_DIM keeps p's own shards, also those along
+    several dimensions. Otherwise every rank gathers the full matrix.
     """
     from torch.distributed.tensor import Replicate, Shard
 

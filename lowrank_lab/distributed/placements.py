@@ -33,7 +33,7 @@ class Replicated:
         return t
 
     def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
-        """The value of `t` on rank `source`; other machines may have rounded it differently."""
+        """`t` of rank `source`, on all ranks: other machines may have rounded it differently."""
         return t
 
     def local_shard(self, t: Tensor, dim: int = 0) -> Tensor:
@@ -41,7 +41,7 @@ class Replicated:
         return t
 
     def all_gather(self, t: Tensor, dim: int = 0, length: int | None = None) -> Tensor:
-        """The full tensor from shards along `dim`; `length`: its length there, if not all equal."""
+        """The full tensor from shards along `dim`; `length`: its size there, for unequal shards."""
         return t
 
 
@@ -50,7 +50,7 @@ Groups = tuple[dist.ProcessGroup | None, ...]  # None: the default group
 
 
 class Gathered(Replicated):
-    """Each process of the groups has gathered the full matrix; for decisions, one's is used."""
+    """Every process has gathered the full matrix; decisions use the values of one of them."""
 
     def __init__(self, groups: Groups = (None,)) -> None:
         self.groups = groups

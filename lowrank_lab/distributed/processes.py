@@ -4,9 +4,9 @@ torchrun starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK. With `dd
 the full model and computes an equal share of every batch. Gradients are averaged in buckets after
 the last micro-batch; clipping, optimizer steps and events are then computed by each process from
 the same numbers. torch's DistributedDataParallel is not used for three reasons: it wraps `forward`,
-but our loss is another method; it fixes the trainable parameters at construction, and warm starts
-change them; its gradient buckets can't be freed by `per_layer`. The cost: communication does not
-overlap with the backward pass.
+but the loss here is another method; it fixes the trainable parameters at construction, and warm
+starts change them; its gradient buckets can't be freed by `per_layer`. The cost: communication does
+not overlap with the backward pass.
 """
 
 from __future__ import annotations

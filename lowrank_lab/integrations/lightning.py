@@ -39,7 +39,7 @@ class TechniquesCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what the techniques can't change."""
         if len(trainer.optimizers) != 1:
-            raise ValueError(f"optimizers: {len(trainer.optimizers)} is not allowed; one")
+            raise ValueError(f"optimizers: {len(trainer.optimizers)} is not allowed; exactly one")
         for config in trainer.lr_scheduler_configs:
             if (config.interval, config.frequency) != ("step", 1):
                 wrong = f"{config.interval!r}, frequency {config.frequency}"

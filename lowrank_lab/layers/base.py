@@ -46,7 +46,8 @@ class FactorizedLinear(nn.Module):
             raise ValueError(f"rank: {rank} is not allowed; a {shape} layer takes 1 to {limit}")
         self.rank, self.scale = rank, alpha / rank
         self.training = linear.training
-        # Conv1D keeps its weight in×out: `weight` then is so too, and `to_dense_` makes one again.
+        # Conv1D stores its weight as in×out. `weight` has the same shape, and `to_dense_` makes a
+        # Conv1D again.
         self.dense_class = type(linear)
         self.transposed = is_conv1d(linear)
 
@@ -77,9 +78,9 @@ class FactorizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """W as `weight` of the replaced layer: m×n, or n×m for a Conv1D.
 
-        For code that reads `layer.weight`. Shape, dtype and device are free; the product is formed
-        when it is computed with, and passes its gradient on to the factors. Writes are refused:
-        change `B`, `A` and, for LoRA, `base_weight`.
+        For code that reads `layer.weight`. Reading its shape, dtype or device costs nothing. An
+        operation on it forms the product, and the gradient flows to the factors. Writes are
+        refused: change `B`, `A` and, for LoRA, `base_weight`.
         """
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self.oriented(self.dense_weight())
@@ -107,10 +108,10 @@ class FactorizedLinear(nn.Module):
         return (n, m) if self.transposed else (m, n)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters as at construction, in place: also after `to_empty`.
+        """Draw all parameters as at construction, in place; needed after `to_empty`.
 
-        The bias, and W₀ of a LoRA layer, are drawn as nn.Linear draws them (within ±1/√n): load
-        trained ones afterwards.
+        The bias, and W₀ of a LoRA layer, are drawn as nn.Linear draws them (within ±1/√n). Load
+        trained values afterwards.
         """
         with torch.no_grad():
             reset_linear_(None, self.bias, self.in_features)

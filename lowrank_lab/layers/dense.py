@@ -16,7 +16,7 @@ NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNo
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is a Conv1D of transformers, which is not imported for the question."""
+    """Whether a module is a Conv1D of transformers; does not import transformers."""
     return isinstance(module, dense_kinds()[1:])
 
 
@@ -39,9 +39,9 @@ def dense_weight_of(linear: nn.Module) -> Tensor:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why a linear layer can't be factorised, in a few words; None if it can be.
+    """Why a module can't be factorised, in a few words; None if it can be.
 
-    Also for modules that are no linear layers, but have a weight of two or more dimensions.
+    Modules other than linear layers need a weight of two or more dimensions.
     """
     kind = type(module).__name__
     own = dict(module.named_parameters(recurse=False))
@@ -69,7 +69,7 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def has_matrix(module: nn.Module) -> bool:
-    """Whether a module has a weight of two or more dimensions and may be meant as linear."""
+    """Whether a module has a matrix and could be a linear layer of another class."""
     if isinstance(module, NOT_LINEAR):
         return False
     if is_dense(module):

@@ -18,7 +18,7 @@ from lowrank_lab.device import without_autocast
 
 aten = torch.ops.aten
 
-# Methods that read a tensor's memory or object without passing torch's dispatcher.
+# Methods that read a tensor's memory without going through torch's dispatcher.
 READ_DIRECTLY = frozenset(
     "numpy tolist __array__ __dlpack__ __reduce_ex__ __deepcopy__ __repr__ __format__ data_ptr "
     "untyped_storage storage".split()
@@ -62,7 +62,7 @@ class DenseWeight(Tensor):
 
     @property
     def _is_hf_initialized(self) -> bool:
-        """Whether transformers has loaded all parts: it then leaves their weight alone."""
+        """Whether transformers has loaded all factors; it then doesn't initialise `weight`."""
         parts = (p for p in (self.layer.B, self.layer.A, self.layer.other()) if p is not None)
         return all(getattr(p, "_is_hf_initialized", False) for p in parts)
 

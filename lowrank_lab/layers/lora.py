@@ -1,7 +1,8 @@
 """LoRA (2106.09685), W = W₀ + (α/r) · B A with W₀ frozen, and ReLoRA (2307.05695), which merges.
 
-ReLoRA's round: `merge_` puts B A into W₀ and starts new factors, `prune_moments_` (or a momentum
-reset) makes Adam forget the old ones, `train_dense_` is the full-rank warm start before the first.
+One round of ReLoRA: `merge_` adds B A to W₀ and draws new factors, and `prune_moments_` (or a
+momentum reset) removes Adam's moments of the old ones. `train_dense_` is the full-rank warm start
+before the first round.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from lowrank_lab.layers.dense import dense_weight_of, reset_linear_
 class LoRALinear(FactorizedLinear):
     """y = W₀ x + (α/r) · B (A x) + bias, with W₀ (m×n, the parameter `base_weight`) frozen.
 
-    B starts at zero: at first the layer computes what the dense layer did. State dicts in which W₀
-    is called `weight`, as it was before, still load.
+    B starts at zero, so that the new layer computes the same as the dense layer. State dicts of
+    earlier versions, which call W₀ `weight`, still load.
 
     Args:
         linear: the dense layer to replace; the layer takes over its weight as W₀, and its bias.
@@ -102,7 +103,7 @@ class LoRALinear(FactorizedLinear):
         """Add (α/r) · B A to W₀, draw A again and set B to zero, in place; W stays the same.
 
         The sum is computed in float32 or wider and rounded once, to the dtype of W₀: in bfloat16,
-        entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀ are lost. Of DTensors (FSDP2),
+        entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀ are lost. With DTensors (FSDP2),
         each rank merges its rows; only A is gathered.
 
         Args:
@@ -135,7 +136,7 @@ def merge_(model: nn.Module, seed: int) -> list[str]:
     Source: 2307.05695.
 
     Returns:
-        The names of the merged layers.
+        The names of the merged layers; none of a model without LoRA layers.
     """
     reshard_(model)
     names = []

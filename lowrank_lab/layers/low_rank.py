@@ -23,11 +23,11 @@ class LowRankLinear(FactorizedLinear):
         init: `kaiming` draws both factors Kaiming-uniform(a=√5), as the paper's code does;
             `spectral` splits the truncated SVD of the dense initial weight evenly.
 
-    `drawn_rows` counts the last rows of A that `spectral` had to draw, beside zero columns of B,
-    because the weight has a rank below r.
+    `drawn_rows` is the number of last rows of A that `spectral` draws, beside zero columns of B,
+    because the rank of the weight is less than r.
 
     Raises:
-        ValueError: of FactorizedLinear; an unknown init; `spectral` of a weight with NaN or
+        ValueError: as FactorizedLinear; an unknown init; `spectral` of a weight with NaN or
             infinity, or on the meta device.
     """
 
@@ -57,7 +57,7 @@ class LowRankLinear(FactorizedLinear):
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Draw the factors, in place; with `spectral`, split a new weight as nn.Linear draws it."""
+        """Draw the factors in place; with `spectral`, from a weight drawn as nn.Linear does."""
         if self.init == "kaiming":
             kaiming_(self.B)
             kaiming_(self.A)
@@ -71,8 +71,8 @@ class LowRankLinear(FactorizedLinear):
     def _init_spectral(self, W: Tensor) -> None:
         """scale · B A = the best rank-r approximation of W, with BᵀB = AAᵀ.
 
-        A pair of a zero column of B and a zero row of A would have no gradient for ever. Where the
-        rank of W is less than r, the rows of A are therefore drawn; B A stays the same.
+        A zero column of B beside a zero row of A would never receive a gradient. If the rank of W
+        is less than r, the remaining rows of A are therefore drawn; B A stays the same.
         """
         if W.is_meta:
             raise ValueError("init: 'spectral' is not allowed; the weight is on the meta device")

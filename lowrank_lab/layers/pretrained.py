@@ -1,9 +1,9 @@
 """Load factorised models that transformers saved (`save_pretrained`, the Trainer's `save_model`).
 
-transformers stores `spec.record_`'s note as `quantization_config` in config.json, its place for
-changes of layers before weights are loaded. After `register`, its `from_pretrained` makes the
-factorised layers; before, it refuses the folder, because config.json asks for an attention that it
-doesn't have.
+`spec.record_` writes the factorisation into config.json as `quantization_config`, where
+transformers looks for layers to replace before it loads weights. After `register`,
+`from_pretrained` makes the factorised layers. Without it, `from_pretrained` refuses the folder,
+because config.json names an attention implementation that transformers doesn't have.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lowrank_lab.layers.spec import QUANT_METHOD, REFUSED_ATTENTION, record_
 
 
 def load_pretrained(folder: Path | str, model_class: Any = None, **options: Any) -> Any:
-    """A model that transformers saved, with its factorised layers.
+    """Load a factorised model that transformers saved.
 
-    Afterwards `from_pretrained` of transformers loads such folders too, in this process.
+    After the first call, `from_pretrained` of transformers loads such folders too, in this process.
 
     Args:
-        folder: written by `save_pretrained` or the Trainer, or a name on the Hub.
+        folder: a folder that `save_pretrained` or the Trainer wrote, or a name on the Hub.
         model_class: a class with `from_pretrained`; by default the class that was saved.
         options: passed on to `from_pretrained`.
 
@@ -34,7 +34,8 @@ def load_pretrained(folder: Path | str, model_class: Any = None, **options: Any)
         The model, in eval mode; its logits are those of the saved model.
 
     Raises:
-        ValueError: the folder has no weights for a factorised layer, or layers of another model.
+        ValueError: the folder lacks weights of a factorised layer or has layers of another model,
+            or transformers has no class of the saved name: pass `model_class`.
         ImportError: transformers is not installed.
     """
     register()
@@ -51,7 +52,7 @@ def load_pretrained(folder: Path | str, model_class: Any = None, **options: Any)
 
 @cache
 def register() -> None:
-    """Let `from_pretrained` of transformers make factorised layers; again is a no-op."""
+    """Let `from_pretrained` of transformers make factorised layers; a second call does nothing."""
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -96,7 +97,7 @@ def _make_layers_(model: Any, spec: dict[str, Any]) -> None:
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
 
     def here(name: str) -> str:
-        """The name in this model, where the saved one had, or had not, a head."""
+        """The name in this model: the saved one may have had a head where this has none."""
         others = (name, prefix + name, name.removeprefix(prefix))
         return next((other for other in others if other in modules), name)
 
@@ -105,7 +106,7 @@ def _make_layers_(model: Any, spec: dict[str, Any]) -> None:
 
 
 def _finish_(model: Any) -> None:
-    """Make a loaded model what it was when it was saved; refuse it if weights were missing."""
+    """Restore what loading changed in a model; refuse it if weights were missing."""
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLinear):
             for part, t in [*layer.named_parameters(), *layer.named_buffers()]:
@@ -113,7 +114,7 @@ def _finish_(model: Any) -> None:
                     raise ValueError(f"{name}.{part}: the folder has no weights of this name")
             if isinstance(layer, LoRALinear):  # transformers makes all weights trainable
                 layer.base_weight.requires_grad_(False)
-    # It is no quantised model: methods such as `half`, and the Trainer, treat those otherwise.
+    # Not a quantised model: `half` and others, and the Trainer, treat quantised ones differently.
     model.is_quantized = False
     del model.hf_quantizer, model.quantization_method
     for module in model.modules():

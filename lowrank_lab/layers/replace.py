@@ -39,17 +39,17 @@ def factorize(
     """Replace each linear layer that matches `target` by a factorised layer, in place.
 
     Replaced are nn.Linear, its subclasses that compute as it does, and Conv1D of transformers
-    (GPT-2). `requires_grad` (LoRA's factors always train), hooks of calls, the training mode and
-    attributes of the layers are carried over; make the optimizer afterwards. Every factorised layer
-    has a `weight` for code that reads it: W, formed when it is used.
+    (GPT-2). The new layers keep `requires_grad` (LoRA's factors always train), forward and backward
+    hooks, the training mode and attributes. Build the optimizer after this call. Every factorised
+    layer has a `weight` for code that reads it: W, formed when an operation uses it.
 
-    A transformers model notes its factorisation in its config: what `save_pretrained` and the
-    Trainer save is loaded by `load_pretrained`. Pass the whole model for this, not a part of it.
+    The factorisation is written into the config of a transformers model, so that `load_pretrained`
+    loads what `save_pretrained` or the Trainer saves. Pass the whole model, not a submodule.
 
     Args:
         model: any module; layers that are not linear stay as they are.
-        kind: one of `KINDS`: low-rank | lora | sltrain; or a `factorization`, without the other
-            arguments: the same layers are made, for weights that are loaded afterwards.
+        kind: low-rank | lora | sltrain; or the result of `factorization`, without the arguments
+            that follow: makes the same layers, whose weights are to be loaded afterwards.
         rank: r, at most min(m, n) of every layer that matches.
         target: regular expression, searched in the full name of each layer; or `all-linear`, every
             layer but the head and those that share their weight (`targets.heads`).
@@ -63,9 +63,9 @@ def factorize(
             layer that shares its weight with another module. The model is then unchanged.
 
     Warns:
-        UserWarning: layers that match and are left as they are (`skipped_layers` has the reasons),
-            trained weights that new factors would replace (`trained.py` has the criterion; an
-            explicit `init` is not questioned), weights with a rank too small for `spectral`.
+        UserWarning: a layer matches but stays dense (`skipped_layers` gives the reasons); new
+            factors replace weights that look trained (`trained.py`; not with an explicit `init`);
+            a weight has a rank below r, with `init="spectral"`.
     """
     if isinstance(kind, Mapping):
         if rank is not None or options or target != TARGETS:
@@ -93,10 +93,11 @@ def factorize(
 
 
 def to_dense_(model: Model) -> Model:
-    """Replace each factorised layer by the dense layer it came from, with the same W, in place.
+    """Replace each factorised layer by a dense layer of the original class and same W, in place.
 
-    W is computed in float64 and rounded once. `requires_grad` (of any part), the bias, hooks of
-    calls, the training mode and attributes are carried over; make a new optimizer afterwards.
+    W is computed in float64 and rounded once; it requires a gradient if any factor does. The bias,
+    forward and backward hooks, the training mode and attributes are kept. Build a new optimizer
+    after this call.
 
     Returns:
         The same model.
@@ -125,7 +126,7 @@ def _check_request(kind: str, rank: int | None, options: Mapping[str, Any]) -> N
 
 
 def _factorize_as(model: Model, spec: Mapping[str, Any]) -> Model:
-    """Make the layers of a factorisation; their weights are meant to be loaded afterwards."""
+    """Make the layers of a factorisation; their weights are to be loaded afterwards."""
     modules, replaced = dict(model.named_modules()), []
     for name, facts in layers_of(spec):
         module = modules.get(name)
@@ -182,7 +183,7 @@ def _dense(layer: FactorizedLinear) -> nn.Module:
 
 
 def _carry_over(source: nn.Module, to: nn.Module, own: Any) -> tuple[str, ...]:
-    """Give a module the hooks, the training mode and all attributes that are not the source's own.
+    """Copy the hooks, the training mode and all attributes except `own` from a module to another.
 
     Returns:
         The names of these attributes.

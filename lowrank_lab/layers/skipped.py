@@ -17,7 +17,7 @@ from lowrank_lab.layers.targets import matcher
 def skipped_layers(model: nn.Module, target: str = TARGETS) -> dict[str, str]:
     """Modules that match `target` and have a matrix that `factorize` leaves dense, with the reason.
 
-    Embeddings, convolutions and norms don't count as meant.
+    Embeddings, convolutions and norms are left out: a target is not meant for them.
     """
     found: dict[str, str] = {}
     matches = matcher(model, target, (*dense_kinds(), FactorizedLinear))

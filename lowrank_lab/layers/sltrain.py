@@ -30,9 +30,9 @@ class SLTrainLinear(FactorizedLinear):
         init: `kaiming` draws A Kaiming-uniform(a=√5) and S uniform, both within ±1/√n; B is zero.
         keep_weight: save the weight for the backward pass instead of forming it twice: faster, but
             m·n more entries of activation memory per layer.
-        generator: CPU generator of the support, which is then the same on any device; torch's
-            default generator if None. On the meta device a seed is drawn from it, and `to_empty`
-            draws the support: processes that share a model need the same generator state.
+        generator: CPU generator of the positions, which are then the same on any device; torch's
+            default generator if None. On the meta device only a seed is drawn, from which
+            `to_empty` draws the positions: processes that share a model need equal generators.
 
     Raises:
         ValueError: a rank, sparsity or init that is not allowed; a layer of 2³¹ entries or more.
@@ -119,9 +119,9 @@ class SLTrainLinear(FactorizedLinear):
         self.indices = self.indices
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As nn.Module does, but keep the positions where `fn` (of `to_empty`) loses values.
+        """As nn.Module, but keep the positions if `fn` (of `to_empty`) loses values.
 
-        Positions on the meta device come back as they were, or from their seed.
+        Positions that were on the meta device are restored, or drawn from their seed.
         """
         before = self.indices
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -22,13 +22,13 @@ KINDS: dict[str, type[Any]] = {
 
 VERSION = 1
 QUANT_METHOD = "lowrank_lab"  # of the quantization_config in a transformers config.json
-# In config.json too: a name that transformers doesn't have, so that it refuses to load the folder
-# as a dense model with random weights, unless `pretrained.register` has been called.
+# Also in config.json: an attention implementation that transformers doesn't have. Without
+# `pretrained.register` it then refuses the folder instead of loading a dense random model.
 REFUSED_ATTENTION = "load-with-lowrank_lab.load_pretrained"
 
 
 def factorization(model: nn.Module) -> dict[str, Any]:
-    """The factorised layers of a model by name, as JSON can store them.
+    """The factorised layers of a model by name, as a JSON-serialisable dictionary without weights.
 
     `factorize(dense_model, factorization(model))` makes the same layers in a dense model of the
     same architecture; the weights then come from `load_state_dict`.
@@ -56,7 +56,8 @@ def layers_of(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError: not a factorisation, or of another version.
     """
     if spec.get("version") != VERSION:
-        raise ValueError(f"version: {spec.get('version')!r} is not allowed; {VERSION}")
+        allowed = f"{VERSION}, as `factorization` writes it"
+        raise ValueError(f"version: {spec.get('version')!r} is not allowed; {allowed}")
     for group in spec.get("groups", ()):
         facts = {key: value for key, value in group.items() if key != "layers"}
         if missing := {"kind", "rank", "scale"} - facts.keys():

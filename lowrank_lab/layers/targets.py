@@ -25,7 +25,7 @@ def target_layers(model: nn.Module, target: str = TARGETS) -> Iterator[tuple[str
     Args:
         model: any module.
         target: regular expression, searched in the full name of each layer; or `all-linear`, every
-            layer but the head and those that share their weight (`heads`, `is_tied`).
+            layer except heads and those that share their weight (`heads`, `is_tied`).
 
     Raises:
         ValueError: `target` isn't a regular expression.
@@ -46,7 +46,7 @@ def matching_layers(
 def matcher(
     model: nn.Module, target: str, kinds: tuple[type[nn.Module], ...] = LINEAR
 ) -> Callable[[str], bool]:
-    """Whether a name is that of a target; `all-linear` has those of layers of these kinds alone."""
+    """A function of a name: whether `target` matches it; `all-linear` only layers of `kinds`."""
     pattern = _compiled(target)
     if target != ALL_LINEAR:
         return lambda name: pattern.search(name) is not None
@@ -68,8 +68,8 @@ def heads(model: nn.Module, layers: list[tuple[str, Any]]) -> list[nn.Module]:
     """The layers that compute the outputs of a model.
 
     They are those that `get_output_embeddings` returns (Hugging Face) and those with a customary
-    name (`HEADS`); without either, the last layer. Layers that the blocks of a stack repeat are
-    none.
+    name (`HEADS`); without either, the last layer. Layers that repeat in
+    the blocks of a stack are not heads.
     """
     patterns = Counter(_pattern(name) for name, _ in layers)
     getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
@@ -93,7 +93,7 @@ def _owners(model: nn.Module) -> Counter[int]:
 
 
 def is_tied(layer: nn.Module, owners: Counter[int]) -> bool:
-    """Whether a layer shares a matrix with another module, or stands in a model twice."""
+    """Whether a layer shares a matrix with another module, or is in a model under two names."""
     return any(owners[id(p)] > 1 for p in layer.parameters() if p.ndim > 1)
 
 

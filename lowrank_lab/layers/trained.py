@@ -1,4 +1,4 @@
-"""Whether weights look trained, so that new factors in their place would throw something away.
+"""Whether weights look trained, so that new factors in their place would lose training.
 
 A weight counts as trained if one of these holds:
 
@@ -41,7 +41,7 @@ def looks_trained(weights: Sequence[Tensor]) -> bool:
 def above_random(W: Tensor) -> float:
     """σ₁ / (s·(√m + √n)) of W (m×n), where s² is the mean square entry; 0 for a zero matrix.
 
-    σ₁ is found from below by the power method, from a start that doesn't touch torch's generator.
+    The power method approaches σ₁ from below; its start doesn't use torch's global generator.
     """
     W = W.detach().float()
     m, n = W.shape

@@ -97,8 +97,8 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, from this class or from a package that it replaces.
 
-        The values of the saved groups replace the present ones, as in torch; keys that a saved
-        group lacks stay as they are. `foreign_state` says which packages' states are converted.
+        Values of the saved groups replace the present ones, as in torch; keys that a saved group
+        lacks keep their value. `foreign_state` lists the packages whose states are converted.
 
         Raises:
             ValueError: the state isn't one of this optimizer. Nothing has changed then.
@@ -120,10 +120,10 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. Parameters without a gradient are skipped.
 
-        `torch.compile` leaves it out: a function that calls it is compiled around the call.
+        `torch.compile` does not compile it: a graph that calls it breaks there.
 
         Raises:
-            RuntimeError: a sparse gradient; a matrix that isn't finite where it is decomposed.
+            RuntimeError: a sparse gradient, or a matrix to decompose that isn't finite.
         """
         loss = None
         if closure is not None:
@@ -153,7 +153,7 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
-        # `_update_target` has decayed those that are rounded stochastically.
+        # `_update_target` has already applied weight decay with stochastic rounding.
         decayed = [p for p in params if not rounds_stochastically(p, group)]
         if group["weight_decay"] > 0 and decayed:
             parts = list(map(local_part, decayed))

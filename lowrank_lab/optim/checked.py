@@ -1,4 +1,4 @@
-"""The part of every optimizer here that checks groups, and says what its states consist of."""
+"""Base class of the optimizers here: checks groups, and describes the entries of a state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, ...] | None]
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
-    """An optimizer that refuses groups that it would misread."""
+    """An optimizer that refuses groups with unknown keys or values that are not allowed."""
 
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
     has_ranked_groups: ClassVar[bool] = True

@@ -63,8 +63,8 @@ def require_known_keys(
     """Refuse a group with a key that neither this optimizer nor another program reads.
 
     Args:
-        keys: those of every group.
-        ranked: those of a group with `rank` alone, `rank` among them.
+        keys: allowed in every group.
+        ranked: allowed only in a group with `rank`; includes `rank`.
     """
     keys, ranked = set(keys), set(ranked)
     for key, value in param_group.items():
@@ -79,7 +79,7 @@ def require_known_keys(
 
 
 def parameter_name(optimizer: torch.optim.Optimizer, p: Tensor) -> str:
-    """How messages call a parameter: its number, from 0, and its name if the group has names."""
+    """A parameter in messages: its number, from 0, and its name if the group has names."""
     number = in_group = param_index(optimizer, p) - 1
     for group in optimizer.param_groups:
         if in_group < len(group["params"]):
@@ -98,9 +98,9 @@ def require_real(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
 
 
 def non_finite(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> str | None:
-    """Which of these parameters, or of their gradients, is the first that isn't finite.
+    """The first of these parameters or their gradients that isn't finite, for a message.
 
-    Of a DTensor only the local part is looked at: other processes may not have failed.
+    Of a DTensor only the local part is checked: other processes may not have failed.
     """
     for p in params:
         for what, value in (("the gradient of ", p.grad), ("", p.detach())):

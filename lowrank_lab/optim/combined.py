@@ -24,10 +24,11 @@ class Combined(torch.optim.Optimizer):
     Schedules, momentum resets and checkpoints then work on one optimizer.
 
     Args:
-        optimizers: with disjoint parameters; none of them a Combined.
+        optimizers: optimizers with disjoint parameters; none of them a Combined.
 
     Raises:
-        ValueError: a parameter in two optimizers, or a misspelt group key of one of torch's.
+        ValueError: a parameter in two optimizers, a Combined among them, or an unknown group key of
+            a torch optimizer.
     """
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -43,7 +44,7 @@ class Combined(torch.optim.Optimizer):
             optimizer.state = self.state
 
     def add_param_group(self, param_group: dict[str, Any], to: int | None = None) -> None:
-        """Add a group to the optimizer number `to`, from 0.
+        """Add a group to one of the optimizers: `to` is its number, from 0.
 
         Raises:
             ValueError: `to` is missing or not the number of an optimizer.
@@ -128,7 +129,7 @@ def _check_keys(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> N
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Refuse moments of other shapes than the parameters, as torch's optimizers have none."""
+    """Refuse moments of torch's optimizers that are not shaped like their parameters."""
     for p, _, entries in saved_entries(optimizer, state_dict) if _is_torchs(optimizer) else ():
         for key in entries.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
             field = f"state_dict: {key} of {parameter_name(optimizer, p)}"

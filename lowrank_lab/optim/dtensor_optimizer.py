@@ -2,8 +2,9 @@
 
 An optimizer names the dimension along which it can update a matrix in shards (`shard_dim`). Each
 rank then updates its own shard, and stores its shard of the states. Where a parameter is sharded
-along the other dimension, its gradient and weight change places and back (all-to-all, 3·m·n/ranks
-entries per rank and step). Matrices that can't be updated in shards are gathered on every rank.
+along the other dimension, its gradient and weight are redistributed before the update and the
+weight after it (all-to-all, 3·m·n/ranks entries per rank and step). Matrices that can't be updated
+in shards are gathered on every rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lowrank_lab.distributed.placements import REPLICATED, Placement
 
 
 class DTensorOptimizer(torch.optim.Optimizer):
-    """An optimizer whose updates see plain tensors: those of a parameter, or of a DTensor."""
+    """An optimizer whose updates work on plain tensors, local parts of DTensors included."""
 
     # The parameter that is being updated, and how the processes share its update.
     param: Tensor
@@ -32,18 +33,18 @@ class DTensorOptimizer(torch.optim.Optimizer):
         """The dimension along which a DTensor of `group` is updated in shards; None: not at all.
 
         `update_` then receives local shards of W, G and the moments, and uses `self.placement` for
-        everything that depends on the full matrix. ANY_DIM stands for updates entry by entry. By
-        default `update_` needs the full matrix, which all ranks gather.
+        everything that depends on the full matrix. ANY_DIM means that the update is elementwise.
+        None (default): `update_` needs the full matrix, which all ranks gather.
         """
         return None
 
     def dim_of(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        """`shard_dim` of any group: those without a rank are updated entry by entry."""
+        """`shard_dim` of any group; groups without a rank are updated elementwise."""
         return self.shard_dim(group, shape) if "rank" in group else ANY_DIM
 
     @torch.no_grad()
     def place_states_(self) -> None:
-        """Shard the states of DTensors as their updates need them, full states for example."""
+        """Shard the states of DTensors as their updates need them, e.g. after loading full ones."""
         for group in self.param_groups:
             for p in filter(is_dtensor, group["params"]):
                 layout = layout_of(p, self.dim_of(group, p.shape))
@@ -75,7 +76,7 @@ class DTensorOptimizer(torch.optim.Optimizer):
 
 def param_index(optimizer: torch.optim.Optimizer, p: Tensor) -> int:
     """The number, from 1, of a parameter among all parameters of the optimizer."""
-    # Searched for once, not for each parameter, which would take the square of their number.
+    # One search for all parameters: a search for each would be quadratic in their number.
     sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
     known_sizes, known = optimizer.__dict__.get("_indices", ((), {}))
     if sizes != known_sizes or p not in known:

@@ -1,16 +1,17 @@
-"""Saved states of other packages as states of the optimizers here that replace them.
+"""Convert saved states of other packages to states of the optimizers here that replace them.
 
 | source | loaded by |
 |---|---|
-| torch.optim.AdamW, and Adam without weight decay | groups without `rank`, except of SPAM's |
-| groups without `rank` of galore-torch, fira, apollo-torch | the same, except of LORO's |
+| torch.optim.AdamW, and Adam without weight decay | groups without `rank`, not Spam, StableSpam |
+| groups without `rank` of galore-torch, fira, apollo-torch | the same, not Loro |
 | galore-torch's GaLoreAdamW | GaLore |
 | fira's FiraAdamW | Fira |
 | apollo-torch's APOLLOAdamW | Apollo |
 | pytorch-optimizer's GaLore, SPAM, StableSPAM | GaLore, Spam (density 1), StableSpam (no `t_max`) |
 
-The next steps are then the package's own, except after torch.optim.AdamW: ε stands where the
-loading optimizer adds it, and weight decay follows the update. Every other state is refused.
+The next steps equal those of the package. After torch.optim.AdamW they differ in two ways: ε is
+added where the loading optimizer adds it, and weight decay is applied after the update. Every other
+state is refused.
 
 Names in this file: t is the number of steps done; 1 − β₁ᵗ and 1 − β₂ᵗ are the weights of the
 moments (`adam.py`). The packages store a right projection as r×n, the state here as n×r.
@@ -84,7 +85,7 @@ def converted(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dic
 
 
 def _source(state_dict: Mapping[str, Any]) -> str:
-    """Where a state was saved: a key of CONVERSIONS, `own`, or what is known about it."""
+    """The package that saved a state: a key of CONVERSIONS, `own`, or a description."""
     groups, states = state_dict["param_groups"], state_dict["state"]
     keys = {key for group in groups for key in group}
     names = {name for entries in states.values() if isinstance(entries, dict) for name in entries}
@@ -103,7 +104,7 @@ def _source(state_dict: Mapping[str, Any]) -> str:
 
 
 def _group(source: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved group with the keys that it has here."""
+    """A saved group, with its keys renamed to those of this package."""
     group = dict(group)
     if source == "torch":
         for key in ("amsgrad", "maximize"):
@@ -195,7 +196,7 @@ def _current_seed(saved: Saved, t: int) -> int:
 
 
 def _pytorch_galore(saved: Saved) -> dict[str, Any]:
-    """Its groups count the steps, from 1 at the first: each refresh is a step earlier."""
+    """Its groups count steps from 1, so each refresh comes one step earlier than here."""
     state = _adam(saved, saved.group["step"])
     if "rank" in saved.group:
         state |= _projections(saved) | {"refresh_offset": 1}
@@ -203,7 +204,7 @@ def _pytorch_galore(saved: Saved) -> dict[str, Any]:
 
 
 def _spam(saved: Saved) -> dict[str, Any]:
-    """Every matrix has a mask there, and the vector of moments under it."""
+    """pytorch-optimizer stores a mask per matrix, and moments as a vector of its entries."""
     t, gap = saved.totals["total_step"], saved.own["update_proj_gap"]
     since, resets = saved.totals["current_step"], t + 1 >= gap
     _require_gap(gap, since == (t + 1) % gap if resets else since > t)

@@ -27,24 +27,25 @@ def param_groups(
     """Groups for the optimizers of this package; each trainable parameter is in exactly one.
 
     The first group has `rank`, `keys` and the matrices (m×n) of the target layers: weights of
-    linear layers, also transformers' Conv1D, or the factors B, A of factorised ones. The second
-    has everything else: embeddings, the head, norms, biases. With weight decay, 1-D parameters,
-    biases and norms form a third group without it, as is customary.
+    linear layers and of transformers' Conv1D, or the factors B, A of factorised layers. The second
+    has all other parameters: embeddings, the head, norms, biases. If `weight_decay` > 0, a third
+    group without decay has the 1-D parameters, biases and norms, as is customary.
 
     Args:
         model: any module. Parameters that don't require a gradient are left out.
         rank: r of the first group.
         target: regular expression, searched in the full name of each layer; or `all-linear`, every
-            linear layer but the head and those that share their weight (`layers.targets.heads`).
-        weight_decay: of the first two groups. With 0 no group has the key: the optimizer's holds.
-        skip_small: matrices with a side shorter than the rank join the second group.
+            linear layer except the head and those that share their weight (`layers.targets.heads`).
+        weight_decay: of the first two groups. 0 sets no key: the optimizer's own value applies.
+        skip_small: put matrices with a side shorter than the rank into the second group.
         keys: further keys of the first group (`update_proj_gap`, `scale`, …).
 
     Returns:
         Groups with `params` and, in the same order, `param_names`; none of them is empty.
 
     Raises:
-        ValueError: no layer matches, a matrix has a side shorter than the rank, a bad value.
+        ValueError: no layer matches, a matrix has a side shorter than the rank (without
+            `skip_small`), or `rank` or `weight_decay` is out of range.
     """
     require_int("rank", rank, 1)
     require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")

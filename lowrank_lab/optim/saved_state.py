@@ -13,7 +13,7 @@ from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
 from lowrank_lab.optim.foreign_state import converted
 
 FIXED = ("rank", "proj_type", "density")  # group keys that decide the shapes of states
-OPTIONAL = ("refresh_offset",)  # entries that only some histories leave
+OPTIONAL = ("refresh_offset",)  # entries that a state may lack
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -22,7 +22,7 @@ def load_(
     state_dict: dict[str, Any],
     prepare: Callable[[Any], dict[str, Any]],
 ) -> None:
-    """torch's `load_state_dict` of what `prepare` makes of a state, after the user's own hooks."""
+    """Apply the user's hooks and `prepare` to a state, then torch's `load_state_dict`."""
     require_mapping(state_dict)
     ready: list[dict[str, Any]] = []
 
@@ -39,7 +39,7 @@ def load_(
 
 
 def prepared(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state as this optimizer would save it, converted if need be.
+    """A saved state in the form of this optimizer, converted if another package saved it.
 
     Raises:
         ValueError: it belongs to another optimizer, model or rank, or entries are missing.
@@ -57,7 +57,7 @@ def prepared(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dict
 
 
 def require_structure(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Refuse what is no state of an optimizer with as many groups and parameters."""
+    """Refuse a state with other numbers of groups or parameters than this optimizer."""
     require_mapping(state_dict)
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in state_dict["param_groups"]]
@@ -68,7 +68,7 @@ def require_structure(optimizer: torch.optim.Optimizer, state_dict: Mapping[str,
 
 
 def require_mapping(state_dict: Any) -> None:
-    """Refuse what `optimizer.state_dict()` doesn't return."""
+    """Refuse anything but a dictionary with `state` and `param_groups`."""
     known = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()
     kind = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict)
     require("state_dict", kind, known, "what `optimizer.state_dict()` returns")
@@ -77,7 +77,7 @@ def require_mapping(state_dict: Any) -> None:
 def _merged(
     optimizer: CheckedOptimizer, own: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Any]:
-    """The group that a load leaves, with the saved numbers of the parameters."""
+    """The group after loading: own values, replaced by saved ones where there are any."""
     ranked = ("rank", *optimizer.group_defaults) if optimizer.has_ranked_groups else ()
     for key in FIXED:
         ours, theirs = own.get(key), saved.get(key)
@@ -126,10 +126,10 @@ def _require_entries(
 
 
 def restore_dtypes_(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Give loaded states their dtypes back; torch casts all to the dtype of the parameter.
+    """Restore the dtypes of loaded states, which torch casts to the dtype of the parameter.
 
-    Moments follow the parameter, or are wider with `state_precision` fp32; projections follow it
-    too. Norms and masks keep the dtype in which they were saved.
+    Moments and projections have the parameter's dtype; moments are at least float32 with
+    `state_precision` fp32. Norms and masks keep the dtype in which they were saved.
     """
     for p, group, entries in saved_entries(optimizer, state_dict):
         wide = group.get("state_precision") == "fp32"

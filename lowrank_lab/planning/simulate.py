@@ -66,26 +66,26 @@ def simulate(
 ) -> MemoryReport:
     """Memory of training, from the training step itself on fake tensors.
 
-    Either of a configuration, or of a model of one's own: `simulate_memory(model=…, optimizer=…,
-    batch=…)` takes a first step, another, and one with each kind of refresh that the optimizer has.
+    Pass a configuration, or a model of your own: `simulate_memory(model=…, optimizer=…, batch=…)`
+    takes a first step, a second, and one with each kind of refresh that the optimizer has.
 
     Args:
         config: any method and size; `compile` is ignored, as compilers plan their own memory.
         device: `cpu`, or `cuda` with its flash attention and blocks of 512 bytes.
         model: any module, on any device, the meta device included; it is not changed.
-        optimizer: of the model's parameters, or a function that returns one for a model. It is not
-            changed.
-        batch: what the model is called with: a tensor, a tuple of arguments or a dict of keyword
-            arguments. Of its tensors only shapes and dtypes count.
+        optimizer: an optimizer of the model's parameters, which is not changed, or a function that
+            makes one for a model.
+        batch: the model's input: a tensor, a tuple of arguments or a dict of keyword arguments.
+            Only shapes and dtypes of its tensors matter.
         loss: a function of (model, batch); by default the `loss` of the model's output, or the mean
             of the tensor that the model returns.
         world_size: number of processes that share the run and its batch by FSDP2; the report is of
             one of them.
-        rank: which one; by default the one with the most bytes, as owners of layers differ.
+        rank: the process to report; by default the one with the most bytes.
         ranks: the earlier name of `world_size`.
 
     Raises:
-        InputError: the configuration, an unknown device, or a world size that can't share it.
+        InputError: the configuration or device is not allowed, or the world size doesn't suit it.
         ValueError: neither or both of configuration and model, a model without optimizer or batch,
             or one whose step reads the values of tensors.
     """

@@ -1,8 +1,8 @@
-"""The states of known optimizers: which are moments, and what a fresh optimizer has instead.
+"""The states of known optimizers: which are moments, and their values in a new optimizer.
 
-A restart is only exact if every state is known, so this table is the one list of optimizers that
-`reset_momentum_`, `prune_moments_` and `transport_moments_` accept; all others are refused. The
-tests prove each row: after a full reset the next steps equal those of a new optimizer.
+A restart is exact only if every state is known. `reset_momentum_`, `prune_moments_` and
+`transport_moments_` therefore accept the optimizers of this table and refuse all others. A test for
+each row checks that after a full reset the next steps equal those of a new optimizer.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Layout:
         others: tensors that can only be restarted, not pruned or carried.
         kept: what a reset leaves unchanged, such as projections and their schedule.
         fresh: values in a new optimizer that are not 0: a number, or the group key that has it.
-        partial: how a reset of a strength below 1 works: by the stored `weights` of the averages,
-            by one `step` count with Adam's `betas`, by scaling the `buffer`, or not at all.
+        partial: how a reset with a strength below 1 works: by the stored `weights` of the averages,
+            by one `step` count with Adam's `betas`, by scaling the `buffer`; None: it is refused.
         clears: a restart removes the entries; the optimizer creates them again.
         shared: parameters of a group share states, so that only whole groups can restart.
-        group_counts: what groups count; a restart gives it its default, or removes it.
+        group_counts: counters in groups; a restart sets them to their defaults or removes them.
     """
 
     first: tuple[str, ...] = ()
@@ -68,8 +68,7 @@ OWN = Layout(
 )  # fmt: skip
 CLEARED = Layout(clears=True)
 
-# By the package and the name of a class. Subclasses count that neither have a step of their own nor
-# add states.
+# By package and class name. A subclass counts too, unless it overrides `step` or adds states.
 LAYOUTS: dict[str, Layout] = {
     "torch.Adam": ADAM,  # and AdamW, its subclass
     "torch.RAdam": ADAM,
@@ -137,7 +136,7 @@ LAYOUTS |= {
     )
     for name in PYTORCH_OPTIMIZER
 }  # fmt: skip
-# States that are copies or averages of weights: they are wrong once the weights are refactorized.
+# States that are copies or averages of weights, which a refactorization invalidates.
 WEIGHT_COPIES = frozenset(
     "ax ema lookahead_params mov_avg_param p0 pbar prev_param slow_buffer slow_params x0 x_k "
     "z".split()

@@ -26,31 +26,33 @@ def reset_momentum_(
 ) -> int:
     """Scale an optimizer's moments and their bias corrections by 1 − strength, in place.
 
-    Strength 1 is exactly a restart: the next steps are those of a new optimizer. 0 changes nothing;
-    in between, past gradients keep a weight of 1 − strength. Projections and schedules of this
-    package's optimizers don't change. A full reset also restarts the growth limiter of Fira and
-    APOLLO, which compares with earlier norms.
+    Strength 1 is an exact restart: the next steps are those of a new optimizer. 0 changes nothing;
+    in between, past gradients keep a weight of 1 − strength. Projections and refresh schedules of
+    this package's optimizers don't change. A full reset also restarts the growth limiter of Fira
+    and APOLLO, which compares norms with earlier ones.
 
     The optimizers of this package store the weights of their moments, which are scaled as well.
-    torch's Adam, AdamW and RAdam have one step count t for both moments. It becomes t′ with
+    torch's Adam and its relatives have one step count t for both moments. It becomes t′ with
     1 − β₂^t′ = (1 − strength)(1 − β₂ᵗ), which is exact for the second moment. The first moment is
     scaled so that its bias-corrected value stays the same; only its decay afterwards differs.
 
     Args:
         optimizer: one of this package, torch.optim, torchao, or most of pytorch_optimizer
             (`techniques.layouts`); also within wrappers of accelerate and Lightning.
-        strength: s in [0, 1]; below 1 for this package's, Adam, AdamW, RAdam, SGD and Muon.
+        strength: s in [0, 1]; below 1 only for optimizers of this package and of torchao, and
+            torch's Adam, AdamW, RAdam, SparseAdam, SGD and Muon.
         moments: one or both of the moments. Optimizers with one step count reset both only; the
             buffers of SGD and Muon are first moments.
-        params: the parameters to reset; None: all. Frozen ones are skipped.
+        params: the parameters to reset; None: all. Frozen ones are skipped. Optimizers of
+            pytorch_optimizer, and LBFGS, need all parameters of a group.
 
     Returns:
         The number of parameters whose moments were reset.
 
     Raises:
         ValueError: a strength outside [0, 1], unknown moments, a moment that can't be reset alone,
-            an optimizer whose restart isn't known, or one that doesn't hold `params`. Nothing has
-            changed then.
+            a part of a group that shares states, an optimizer whose restart isn't known, or one
+            without `params`. Nothing has changed then.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: {strength!r} is not allowed; from 0 to 1")

@@ -12,7 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from lowrank_lab.layers import lora_layers, merge_
 from lowrank_lab.techniques.momentum import reset_momentum_, resettable
 from lowrank_lab.techniques.recovery import RecoveryLR
-from lowrank_lab.techniques.refactorization import factorized_layers, refactorize_
+from lowrank_lab.techniques.refactorization import (
+    factorized_layers,
+    refactorize_,
+    require_known,
+    require_moments_follow,
+)
 
 SEED_STRIDE = 1_000_003  # between the merges of two runs, so that their streams differ
 
@@ -21,22 +26,23 @@ SEED_STRIDE = 1_000_003  # between the merges of two runs, so that their streams
 class Periodic:
     """Merges, refactorizations and momentum resets every so many optimizer steps.
 
-    They are due after an optimizer step, in this order, and not after the last one. `lab.train` has
-    the same events.
+    Call `check` before training and `apply_` after each optimizer and scheduler step except the
+    last. Events of the same step happen in this order. `lab.train` has the same events.
 
     Args:
         refactor_every: steps between refactorizations, 0: never.
         reset_every: steps between momentum resets, 0: never.
         merge_every: steps between merges of LoRA layers (ReLoRA), 0: never; each restarts the
             moments of the factors.
-        on_refactor, refactor_basis, refactor_above: of `refactorize_`.
-        reset_strength: of `reset_momentum_`.
-        reset_params: `factors` resets those of factorised layers, `all` every parameter.
-        recovery: whether the learning rate recovers after a restart, by `RecoveryLR`.
-        seed: of the factors that merges draw.
+        on_refactor, refactor_basis, refactor_above: arguments of `refactorize_`.
+        reset_strength: `strength` of `reset_momentum_`.
+        reset_params: `factors` resets the moments of factorised layers, `all` of every parameter.
+        recovery: whether `RecoveryLR` lets the learning rate recover after a restart.
+        seed: seed of the factors that merges draw.
 
     Raises:
-        ValueError: a period that is no whole number from 0, or no period at all.
+        ValueError: a period that is not a whole number from 0, no period from 1, or another value
+            that is not allowed.
     """
 
     refactor_every: int = 0
@@ -59,6 +65,11 @@ class Periodic:
             raise ValueError(f"{', '.join(periods)}: 0 is not allowed; at least one from 1")
         if self.reset_params not in ("all", "factors"):
             raise ValueError(f"reset_params: {self.reset_params!r} is not allowed; all or factors")
+        if not 0 <= self.reset_strength <= 1:
+            raise ValueError(f"reset_strength: {self.reset_strength!r} is not allowed; from 0 to 1")
+        if not 0 <= self.refactor_above <= 1:
+            raise ValueError(f"refactor_above: {self.refactor_above!r} is not allowed; from 0 to 1")
+        require_known(self.on_refactor, self.refactor_basis)
 
     @property
     def restarts(self) -> bool:
@@ -66,22 +77,26 @@ class Periodic:
         return bool(self.reset_every or self.merge_every) or self.on_refactor == "reset"
 
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Refuse what the events can't be applied to, before training.
+        """Refuse a model, optimizer or scheduler that doesn't suit the events, before training.
 
         Raises:
             ValueError: the optimizer's restart isn't known, the scheduler is no `RecoveryLR`, or
                 the model has no layers to refactorize or merge.
         """
-        if self.restarts:
-            resettable(optimizer, self.reset_strength if self.reset_every else 1.0)
-            if self.recovery and _recovering(scheduler) is None:
-                allowed = "wrap it in lowrank_lab.techniques.RecoveryLR, or set recovery=False"
-                kind = type(scheduler).__name__
-                raise ValueError(f"lr_scheduler: {kind} is not allowed; {allowed}")
+        if self.restarts and self.recovery and _recovering(scheduler) is None:
+            allowed = "wrap it in lowrank_lab.techniques.RecoveryLR, or set recovery=False"
+            kind = type(scheduler).__name__
+            raise ValueError(f"lr_scheduler: {kind} is not allowed; {allowed}")
         if self.refactor_every and not any(factorized_layers(model)):
             raise ValueError("model: it has no factorised layers; lowrank_lab.factorize makes them")
         if self.merge_every and not any(lora_layers(model)):
             raise ValueError('model: it has no LoRA layers; factorize(model, "lora") makes them')
+        if self.refactor_every:
+            require_moments_follow(model, optimizer, self.on_refactor)
+        if self.merge_every:
+            resettable(optimizer, params=_lora_factors(model))
+        if self.reset_every and self.reset_strength:
+            resettable(optimizer, self.reset_strength, params=self._reset_params(model))
 
     def due(self, updates: int) -> list[str]:
         """The names of the events after so many optimizer steps, in order."""
@@ -96,12 +111,13 @@ class Periodic:
         scheduler: LRScheduler | None,
         updates: int,
     ) -> list[str]:
-        """Apply what is due after `updates` optimizer steps and the scheduler's; their names."""
+        """Apply the events due after `updates` optimizer and scheduler steps; their names."""
         due = self.due(updates)
         for event in due:
             if event == "merge":
+                factors = _lora_factors(model)
+                resettable(optimizer, params=factors)  # a refusal changes nothing
                 merge_(model, self.seed * SEED_STRIDE + updates)
-                factors = [f for _, layer in lora_layers(model) for f in layer.factors()]
                 reset_momentum_(optimizer, params=factors)
             elif event == "refactor":
                 how = self.on_refactor, self.refactor_basis, self.refactor_above
@@ -118,6 +134,10 @@ class Periodic:
         if self.reset_params == "all":
             return None
         return [factor for _, layer in factorized_layers(model) for factor in layer.factors()]
+
+
+def _lora_factors(model: nn.Module) -> list[Tensor]:
+    return [factor for _, layer in lora_layers(model) for factor in layer.factors()]
 
 
 def _recovering(scheduler: Any) -> RecoveryLR | None:

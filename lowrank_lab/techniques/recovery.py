@@ -27,13 +27,13 @@ def recovery_factor(k: int, recovery_steps: int) -> float:
 class RecoveryLR(LRScheduler):
     """A learning-rate scheduler around another one that recovers after each momentum reset.
 
-    Without resets, the learning rates are those of the scheduler within. After a reset at step s,
-    the k-th next step has the learning rate
+    Without resets, the learning rates are those of the wrapped scheduler. After a reset at step s,
+    step s + 1 + k has the learning rate
 
         lr = schedule(s + recovery_steps) · (0.001 + 0.999 · k / (recovery_steps − 1)),
 
-    for k from 0 to recovery_steps − 1; then the schedule goes on. A reset within a recovery starts
-    a new one. `lab.train` has the same learning rates. ::
+    for k from 0 to recovery_steps − 1; then the schedule continues. A reset within a recovery
+    starts a new one. `lab.train` has the same learning rates. ::
 
         scheduler = RecoveryLR(CosineAnnealingLR(optimizer, T_max=1000))
         for step in range(1, 1001):
@@ -46,7 +46,7 @@ class RecoveryLR(LRScheduler):
 
     Args:
         scheduler: any scheduler of torch or transformers that is a function of the step; or an
-            optimizer, whose learning rates are then constant. Call only this one's `step`.
+            optimizer, whose learning rates are then constant. Call `step` of the RecoveryLR only.
         recovery_steps: steps of a recovery, at least 2; 10 in the paper's code.
 
     Raises:
@@ -91,7 +91,7 @@ class RecoveryLR(LRScheduler):
         return self.get_last_lr()
 
     def step(self, epoch: int | None = None) -> None:
-        """One step of the schedule, and of a recovery that goes on."""
+        """One step of the schedule, and of the recovery if there is one."""
         if epoch is not None:
             raise ValueError(f"epoch: {epoch!r} is not allowed; RecoveryLR counts steps itself")
         set_rates_(self.optimizer, self._scheduled)  # some schedules multiply the last rate
@@ -116,7 +116,7 @@ class RecoveryLR(LRScheduler):
         set_rates_(self.optimizer, [target * factor for target in self._targets])
 
     def _future(self, steps: int) -> list[float]:
-        """The schedule's learning rates after so many more steps, the last ones where it ends."""
+        """The schedule's learning rates `steps` later, or its last ones if it ends before."""
         ghost = _Ghost(self.optimizer)
         set_rates_(ghost, self._scheduled)
         ahead = copy.deepcopy(self.scheduler, {id(self.optimizer): ghost})

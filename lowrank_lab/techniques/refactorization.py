@@ -49,7 +49,7 @@ def refactorize_(
     Args:
         module: a factorised layer, or any model that contains some.
         optimizer: of the factors; needed to `reset` or `transport` their moments.
-        on_refactor: `keep` leaves the factors' moments unchanged, `reset` restarts Adam on them,
+        on_refactor: `keep` leaves the factors' moments unchanged, `reset` restarts them,
             `transport` transforms them with the factors (`transport_moments_`): first moments of
             any name exactly (Adam and its relatives, SGD, Muon, Lion), second ones approximately.
         basis: `singular`: BᵀB is diagonal and descending, as published. `nearest`: the balanced
@@ -58,25 +58,22 @@ def refactorize_(
         above: layers with an `imbalance` (0 to 1) of at most this are skipped.
 
     Returns:
-        The names of the changed and of the skipped layers.
+        The names of the changed and of the skipped layers; none of a model without factors.
 
     Raises:
-        ValueError: `on_refactor` or `basis` is not allowed, the optimizer is missing, doesn't hold
-            the factors or has states that can't follow them, or a factor is not finite. Nothing
-            has changed then. The latter is a NotFiniteError.
+        ValueError: `on_refactor` or `basis` is not allowed, or the optimizer is missing, lacks the
+            factors or has states that can't follow them. Nothing has changed then.
+        NotFiniteError: a factor is not finite. Nothing has changed then.
 
     Source: 2505.22922, weight refactorization, by r×r matrices instead of the m×n product.
     """
-    if on_refactor not in ("keep", "reset", "transport"):
-        raise ValueError(f"on_refactor: {on_refactor!r} is not allowed; keep, reset or transport")
+    require_known(on_refactor, basis)
     if on_refactor != "keep" and optimizer is None:
         raise ValueError(f"optimizer: None is not allowed; {on_refactor} changes its moments")
-    if basis not in ("singular", "nearest"):
-        raise ValueError(f"basis: {basis!r} is not allowed; singular or nearest")
     reshard_(module)
     _require_finite(module)
     if optimizer is not None:
-        _require_moments_follow(module, optimizer, on_refactor)
+        require_moments_follow(module, optimizer, on_refactor)
     done = Refactorization([], [], [])
     for name, layer in factorized_layers(module):
         factors = layer.factors()
@@ -93,6 +90,14 @@ def refactorize_(
             assert optimizer is not None
             transport_(optimizer, *factors, found)
     return done
+
+
+def require_known(on_refactor: str, basis: str) -> None:
+    """Refuse unknown values of two arguments of `refactorize_`."""
+    if on_refactor not in ("keep", "reset", "transport"):
+        raise ValueError(f"on_refactor: {on_refactor!r} is not allowed; keep, reset or transport")
+    if basis not in ("singular", "nearest"):
+        raise ValueError(f"basis: {basis!r} is not allowed; singular or nearest")
 
 
 def balance_factors_(
@@ -139,7 +144,7 @@ def _require_finite(module: nn.Module) -> None:
             raise NotFiniteError(f"module: {name!r} is not allowed; its factors are not finite")
 
 
-def _require_moments_follow(
+def require_moments_follow(
     module: nn.Module, optimizer: torch.optim.Optimizer, on_refactor: str
 ) -> None:
     """Refuse an optimizer whose states can't follow the factors in this way."""

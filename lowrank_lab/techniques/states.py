@@ -72,7 +72,7 @@ def held_by(optimizer: torch.optim.Optimizer) -> dict[Tensor, Held]:
 def entries(
     optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | None = None
 ) -> list[Entry]:
-    """The entries of the given parameters (None: of all) that have a state.
+    """The entries of the given parameters (None: all), for those that have a state.
 
     Raises:
         ValueError: the optimizer, or one of its states, is not known; or it doesn't hold a

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lowrank_lab.distributed.dtensors import joint_parts
 from lowrank_lab.layers import Balance
+from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.techniques.layouts import ADAM, Layout
-from lowrank_lab.techniques.states import Entry, entries, held_by
+from lowrank_lab.techniques.states import Entry, Held, entries, held_by
 
 PROJECTIONS = frozenset({"projection_left", "projection_right"})
 
@@ -58,8 +59,14 @@ def require_transportable(optimizer: torch.optim.Optimizer, factors: Iterable[Te
         ValueError: the optimizer isn't known, doesn't hold a factor, projects its moments, or has
             states that are no moments.
     """
-    for entry in entries(optimizer, factors):
+    factors = list(factors)
+    stepped = entries(optimizer, factors)
+    for entry in stepped:
         _require_transportable(entry)
+    held, begun = held_by(optimizer), {entry.param for entry in stepped}
+    for p in factors:
+        if p in held and p not in begun:
+            _require_transportable_later(p, held[p])
 
 
 def _require_transportable(entry: Entry) -> None:
@@ -70,10 +77,28 @@ def _require_transportable(entry: Entry) -> None:
     carried = {*layout.first, *layout.second, *layout.counts, *layout.kept}
     lost = [n for n, value in state.items() if n not in carried and value is not None]
     if lost:
-        raise ValueError(
-            f"on_refactor: 'transport' is not allowed; {entry.name}'s state {lost[0]!r} is no "
-            "average of gradients; keep or reset"
-        )
+        raise _no_average(entry.name, lost[0])
+
+
+def _require_transportable_later(p: Tensor, held: Held) -> None:
+    """The same of a factor before its first step, whose states are not there yet."""
+    group, inner, layout = held
+    if isinstance(inner, CheckedOptimizer):
+        shapes = inner.state_shapes(group, tuple(p.shape))
+        if PROJECTIONS & shapes.keys() or shapes.get("exp_avg") != tuple(p.shape):
+            raise ValueError("on_refactor: 'transport' is not allowed; moments are projected")
+    # torch's RMSprop has a buffer with momentum alone
+    lost = [n for n in layout.others if n != "momentum_buffer" or group.get("momentum")]
+    if lost or (layout.clears and not layout.first):
+        raise _no_average(type(inner).__name__, *lost[:1])
+
+
+def _no_average(optimizer: str, state: str = "") -> ValueError:
+    which = f"{optimizer}'s state {state!r} is" if state else f"states of {optimizer} are"
+    kind = "no average" if state else "no averages"
+    return ValueError(
+        f"on_refactor: 'transport' is not allowed; {which} {kind} of gradients; keep or reset"
+    )
 
 
 def transport_(optimizer: torch.optim.Optimizer, B: Tensor, A: Tensor, found: Balance) -> None:

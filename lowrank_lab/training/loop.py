@@ -36,21 +36,23 @@ def train(
     on_step: OnStep | None = None,
     trackers: Sequence[str | MetricsTracker] | None = None,
 ) -> Run:
-    """Train a configuration, or resume its interrupted run; its folder as a Run.
+    """Train a configuration, or resume its interrupted run; returns the run folder as a `Run`.
 
     Args:
+        config: the run's configuration.
         folder: the run folder; by default data/runs/<run id>. A finished run is returned as it is;
             with more steps it is extended, where its schedule is constant (`training.extend`).
-        label: what figures call the run.
+        label: name of the run in tables and figures.
         on_step: called after every step with its row of metrics.jsonl.
-        trackers: where metrics are mirrored to while the run trains: `tensorboard` (event files in
-            the run folder), `module.Class` (called with the run's name) or objects with the methods
-            of `training.trackers.MetricsTracker`, such as accelerate's trackers. By default those
-            that the environment variable LOWRANK_LAB_TRACKERS names.
+        trackers: receive the metrics during training: `tensorboard` (event files in the run
+            folder), `module.Class` (called with the run's name), or objects with the methods of
+            `training.trackers.MetricsTracker`, such as accelerate's trackers. None: those that the
+            environment variable LOWRANK_LAB_TRACKERS names, separated by commas.
 
     Raises:
-        InputError: before anything is written; also a folder that another process trains in, that
-            can't be written to, or whose checkpoints are all damaged.
+        InputError: the configuration or a tracker is not allowed (before anything is written), or
+            the folder is in use by another process, can't be written to, or has only damaged
+            checkpoints.
         TrainingError: the loss or a gradient is not finite, or a record can't be written; the last
             good state is in the folder.
         Terminated: SIGTERM came; the step was finished and its state saved.
@@ -61,7 +63,7 @@ def train(
 
 @contextmanager
 def fast_process() -> Iterator[None]:
-    """Settings of the whole process that `train` makes, and unmakes at the end."""
+    """Process-wide settings during `train`, restored at the end."""
     with keep_freed_memory(), fast_products():
         yield
 

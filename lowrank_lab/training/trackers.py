@@ -1,8 +1,8 @@
-"""Metrics mirrored to TensorBoard, or to a tracker of the user's choice, while a run trains.
+"""Metrics mirrored to TensorBoard, or to a tracker of the user's choice, during training.
 
-A tracker has the methods of accelerate's `GeneralTracker`, so those of accelerate work as they are.
-Trackers only copy what metrics.jsonl and result.json have: one that fails is dropped with a
-warning, and the run goes on.
+A tracker has the methods of accelerate's `GeneralTracker`, so accelerate's trackers work unchanged.
+Trackers receive copies of metrics.jsonl and result.json: one that raises an error is dropped with a
+warning, and the run continues.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from lowrank_lab.config import InputError, RunConfig
 
-VARIABLE = "LOWRANK_LAB_TRACKERS"  # names, separated by commas, where `train` is given none
+VARIABLE = "LOWRANK_LAB_TRACKERS"  # names, separated by commas; used if `train` gets None
 
 
 class MetricsTracker(Protocol):
@@ -30,8 +30,8 @@ class MetricsTracker(Protocol):
     def log(self, values: dict[str, float], step: int) -> None:
         """The numbers of one row of metrics.jsonl; `event/<name>` is 1 where there was an event.
 
-        After the last step also those of result.json, as `final_<name>`. A resumed run logs the
-        steps after its checkpoint again.
+        After the last step, a further call has the numbers of result.json as `final_<name>`, and
+        no `loss`. A resumed run logs the steps after its checkpoint again.
         """
 
     def finish(self) -> None:
@@ -42,8 +42,8 @@ class TensorBoard:
     """Event files for TensorBoard.
 
     Args:
-        folder: of the event files.
-        purge_step: earlier events from this step on are hidden: a resumed run takes them again.
+        folder: folder of the event files.
+        purge_step: hides earlier events from this step on, which a resumed run logs again.
 
     Raises:
         ImportError: the package tensorboard is missing.
@@ -71,7 +71,7 @@ TrackerBuilder = Callable[[str, Path, int], MetricsTracker]
 
 
 def tracker_builders(asked: Sequence[str | MetricsTracker] | None) -> list[TrackerBuilder]:
-    """How to make each tracker; None: those that the environment names (`VARIABLE`).
+    """A builder for each tracker; None: for those that the environment variable names.
 
     Raises:
         InputError: a name that is neither `tensorboard` nor a class that can be imported, or an
@@ -111,9 +111,9 @@ class Mirror:
     """The trackers of one run.
 
     Args:
-        builders: of `tracker_builders`.
-        config, name, folder: of the run.
-        updates: that the run resumes from; 0 for a new one.
+        builders: the result of `tracker_builders`.
+        config, name, folder: those of the run.
+        updates: number of updates that the run resumes from; 0 for a new run.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Mirror:
 
 @contextmanager
 def _dropping() -> Iterator[None]:
-    """Warn of whatever a tracker raises, in one line: the run is worth more."""
+    """Turn any error of a tracker into a warning in one line: it must not end the run."""
     try:
         yield
     except Exception as error:
@@ -173,5 +173,5 @@ def _numbers(row: Mapping[str, Any], but: str) -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that every tracker can store: composite ones as text."""
+    """A value that every tracker can store: lists, dictionaries and others become text."""
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

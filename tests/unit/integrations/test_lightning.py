@@ -162,5 +162,5 @@ def test_what_the_techniques_cannot_change_is_refused_when_training_begins(tmp_p
 
     two = Two()
     two.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"^optimizers: 2 is not allowed; one$"):
+    with pytest.raises(ValueError, match=r"^optimizers: 2 is not allowed; exactly one$"):
         fit(two, tmp_path)
