@@ -139,3 +139,19 @@ class FactorizedLinear(nn.Module):
 def kaiming_(factor: Tensor, generator: torch.Generator | None = None) -> None:
     """Draw a factor Kaiming-uniform(a=√5), i.e. within ±1/√columns, in place."""
     nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+
+
+def require_own_parameters(model: nn.Module) -> None:
+    """Refuse factorised layers that share a parameter: a change of one would change the other.
+
+    Raises:
+        ValueError: the names of the layers.
+    """
+    owners: dict[int, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLinear):
+            for p in layer.parameters(recurse=False):
+                if (other := owners.setdefault(id(p), name)) != name and p is not layer.bias:
+                    raise ValueError(
+                        f"model: {name} is not allowed; it shares a factor with {other}"
+                    )

@@ -42,6 +42,8 @@ class DenseWeight(Tensor):
     """The weight of a layer, formed when it is used; it can't be written to."""
 
     layer: Formable
+    parts: tuple[Tensor, Tensor, Tensor | None]  # of which it is formed
+    versions: tuple[int, ...]
 
     @staticmethod
     def of(layer: Formable) -> Tensor:
@@ -52,25 +54,32 @@ class DenseWeight(Tensor):
         return found
 
     @staticmethod
-    def detached(layer: Formable) -> DenseWeight:
-        """The weight of a layer, without gradient."""
+    def detached(layer: Formable, *parts: Any) -> DenseWeight:
+        """The weight of a layer with these B, A and other, without gradient."""
+        B = parts[0]
         found: DenseWeight = Tensor._make_wrapper_subclass(
-            DenseWeight, layer.weight_shape(), dtype=layer.B.dtype, device=layer.B.device
+            DenseWeight, layer.weight_shape(), dtype=B.dtype, device=B.device
         )
-        found.layer = layer
+        found.layer, found.parts = layer, parts
+        found.versions = _versions(parts)
         return found
 
     @property
     def _is_hf_initialized(self) -> bool:
         """Whether transformers has loaded all factors; it then doesn't initialise `weight`."""
-        parts = (p for p in (self.layer.B, self.layer.A, self.layer.other()) if p is not None)
+        parts = (p for p in self.parts if p is not None)
         return all(getattr(p, "_is_hf_initialized", False) for p in parts)
 
     def formed(self) -> Tensor:
         """The product as an ordinary tensor, in the dtype of the factors."""
-        layer = self.layer
-        with without_autocast(layer.B.device.type):
-            return layer.oriented(layer.form(layer.B, layer.A, layer.other())).to(layer.B.dtype)
+        layer, parts = self.layer, self.parts
+        if torch._C._current_graph_task_id() >= 0 and self.versions != _versions(parts):
+            raise RuntimeError(
+                f"weight: of {type(layer).__name__}, a factor has been changed in place between "
+                "the forward and the backward pass"
+            )
+        with without_autocast(parts[0].device.type):
+            return layer.oriented(layer.form(*parts)).to(parts[0].dtype)
 
     @classmethod
     def __torch_function__(
@@ -90,7 +99,7 @@ class DenseWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (aten.detach.default, aten.alias.default):
-            return cls.detached(args[0].layer)
+            return cls.detached(args[0].layer, *args[0].parts)
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
@@ -104,6 +113,11 @@ class DenseWeight(Tensor):
         """The product, with a gradient if the weight has one."""
         with torch.set_grad_enabled(weight.requires_grad and torch.is_grad_enabled()):
             return weight.formed()
+
+
+def _versions(parts: Sequence[Any]) -> tuple[int, ...]:
+    """How often each of these tensors has been changed in place."""
+    return tuple(0 if p is None or p.is_inference() else p._version for p in parts)
 
 
 def _refusal(weight: DenseWeight, what: str) -> ValueError:
@@ -121,7 +135,7 @@ class _Connected(torch.autograd.Function):
     def forward(ctx: Any, layer: Formable, *parts: Tensor | None) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(*parts)
-        return DenseWeight.detached(layer)
+        return DenseWeight.detached(layer, *parts)
 
     @staticmethod
     @once_differentiable

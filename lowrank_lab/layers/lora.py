@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.distributed.dtensors import full_tensor, joint_parts, overwrite_, reshard_
 from lowrank_lab.layers.association import linear_through_weight
-from lowrank_lab.layers.base import FactorizedLinear, kaiming_
+from lowrank_lab.layers.base import FactorizedLinear, kaiming_, require_own_parameters
 from lowrank_lab.layers.dense import dense_weight_of, reset_linear_
 
 
@@ -137,7 +137,11 @@ def merge_(model: nn.Module, seed: int) -> list[str]:
 
     Returns:
         The names of the merged layers; none of a model without LoRA layers.
+
+    Raises:
+        ValueError: two layers share a parameter. Nothing has changed then.
     """
+    require_own_parameters(model)
     reshard_(model)
     names = []
     for index, (name, layer) in enumerate(lora_layers(model)):

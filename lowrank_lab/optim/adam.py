@@ -36,14 +36,30 @@ def adam_update_(
 
     `step_size` includes the bias correction. All tensors of one call share a dtype and a device:
     the kernel is called without torch's grouping by both, which takes about 50 µs per call on a
-    CPU.
+    CPU. It walks through memory, so that tensors of other strides than their parameter's
+    (channels-last weights, expanded gradients) are copied first.
     """
+    lists = (params, exp_avgs, exp_avg_sqs)
+    ps, ms, vs = zip(*(_alike(p, m, v) for p, m, v in zip(*lists, strict=True)), strict=True)
+    gs = [_alike(p, g)[1] for p, g in zip(ps, grads, strict=True)]
     long_ago = torch.full((), _LONG_AGO, dtype=torch.float32, device=params[0].device)
     torch._fused_adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, [], [long_ago] * len(params),
+        ps, gs, ms, vs, [], [long_ago] * len(params),
         lr=step_size, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
+    for own, used in zip(lists, (ps, ms, vs), strict=True):
+        for t, u in zip(own, used, strict=True):
+            if t is not u:
+                t.copy_(u)
+
+
+def _alike(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with one layout in memory, without gaps: themselves or copies."""
+    if not p.is_contiguous() and torch.empty_like(p).stride() != p.stride():  # it has gaps
+        p = p.contiguous()
+    strides = p.stride()
+    return p, *(t if t.stride() == strides else torch.empty_like(p).copy_(t) for t in others)
 
 
 def adam_direction(

@@ -161,13 +161,14 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
-            state = self._advanced_state(p, group)
             dim = self.dim_of(group, p.shape)
-            with (
-                self.plain_parts(p, dim) as (part, G, parts),
-                self._update_target(part, state["step"], group) as W,
-            ):
-                self.update_(W, G, parts, group, bias_corrected_lr(state, group))
+            with undone_on_error(self.state[p]):
+                state = self._advanced_state(p, group)
+                with (
+                    self.plain_parts(p, dim) as (part, G, parts),
+                    self._update_target(part, state["step"], group) as W,
+                ):
+                    self.update_(W, G, parts, group, bias_corrected_lr(state, group))
             state["step"] += 1
 
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -240,3 +241,18 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
                 with self._update_target(part, state["step"], group) as W:
                     W.add_(N, alpha=-bias_corrected_lr(state, group))
             state["step"] += 1
+
+
+@contextmanager
+def undone_on_error(*states: dict[str, Any]) -> Iterator[None]:
+    """Give states the numbers back that they had, if an update raises within the block."""
+    before = [{k: v for k, v in s.items() if not isinstance(v, Tensor)} for s in states]
+    try:
+        yield
+    except BaseException:
+        for state, numbers in zip(states, before, strict=True):
+            for key in [k for k, v in state.items() if not isinstance(v, Tensor)]:
+                if key not in numbers:
+                    del state[key]
+            state.update(numbers)
+        raise

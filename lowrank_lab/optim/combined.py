@@ -10,6 +10,7 @@ import torch
 
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
+from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer
 from lowrank_lab.optim.saved_state import (
     load_,
     prepared,
@@ -87,6 +88,8 @@ class Combined(torch.optim.Optimizer):
             groups = zip(self.param_groups, owners, strict=True)
             optimizer.param_groups = [group for group, owner in groups if owner is optimizer]
             optimizer.state = self.state
+            if isinstance(optimizer, DTensorOptimizer):
+                optimizer.place_states_()
 
     def _owners(self) -> list[torch.optim.Optimizer]:
         """The optimizer of each group."""

@@ -121,7 +121,7 @@ def _group(source: str, group: Mapping[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _adam(saved: Saved, t: int, k: int | None = None) -> dict[str, Any]:
+def _adam(saved: Saved, t: int, k: float | None = None) -> dict[str, Any]:
     """Moments after t steps, k of them since the bias correction began."""
     beta1, beta2 = saved.group["betas"]
     k = t if k is None else k
@@ -139,7 +139,8 @@ def _adamw(saved: Saved) -> dict[str, Any]:
     known = {"step", "exp_avg", "exp_avg_sq", "seed"}  # APOLLO numbers every parameter
     unknown = sorted(saved.entries.keys() - known)
     require(f"state_dict: {saved.name}", f"with {', '.join(unknown)}", not unknown, "AdamW's state")
-    return _adam(saved, int(saved.entries["step"]))
+    t = float(saved.entries["step"])
+    return _adam(saved, round(t), t)  # a partial reset leaves a fraction, which the weights keep
 
 
 def _projected(saved: Saved) -> dict[str, Any]:

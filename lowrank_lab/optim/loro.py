@@ -43,7 +43,7 @@ from lowrank_lab.optim.adam import (
     bias_corrected_lr,
     restart_adam_,
 )
-from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.base import ProjectedAdamW, undone_on_error
 from lowrank_lab.optim.checks import require, require_int
 
 Factor = tuple[Tensor, Tensor, dict[str, Any]]  # W, G and state of B or A
@@ -125,13 +125,14 @@ class Loro(ProjectedAdamW):
 
     def _step_pair_(self, B: Tensor, A: Tensor, group: dict[str, Any]) -> None:
         """One step of B (m×r) and A (r×n), exact at every update_k-th step."""
-        states = self._advanced_state(B, group), self._advanced_state(A, group)
-        scale = group["rank"] / B.shape[0] if group["scale"] is None else group["scale"]
-        # B ← B − lr · r/d · Adam(G_B);  A ← A − lr · r/d · Adam(G_A)
-        exact = (states[0]["step"] + 1) % group["update_k"] == 0
-        update, dim = (_exact_, None) if exact else (_approximate_, ANY_DIM)
-        with self.plain_parts(B, dim) as of_B, self.plain_parts(A, dim) as of_A:
-            update((of_B, of_A), group, scale)
+        with undone_on_error(self.state[B], self.state[A]):
+            states = self._advanced_state(B, group), self._advanced_state(A, group)
+            scale = group["rank"] / B.shape[0] if group["scale"] is None else group["scale"]
+            # B ← B − lr · r/d · Adam(G_B);  A ← A − lr · r/d · Adam(G_A)
+            exact = (states[0]["step"] + 1) % group["update_k"] == 0
+            update, dim = (_exact_, None) if exact else (_approximate_, ANY_DIM)
+            with self.plain_parts(B, dim) as of_B, self.plain_parts(A, dim) as of_A:
+                update((of_B, of_A), group, scale)
         for state in states:
             state["step"] += 1
 

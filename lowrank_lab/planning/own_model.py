@@ -144,13 +144,17 @@ def _fake_copy(
 
 
 def _fake(t: Tensor, mode: FakeTensorMode) -> Tensor:
+    # Optimizers read the values of step counts.
+    number = t.item() if t.ndim == 0 and not t.is_meta and not t.requires_grad else None
     with mode:
+        if number is not None:
+            return torch.tensor(number, dtype=t.dtype)
         fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
         return nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
 
 
 def _tensors(states: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
-    yield from (t for t in tree_leaves(list(states)) if isinstance(t, Tensor) and t.ndim > 0)
+    yield from (t for t in tree_leaves(list(states)) if isinstance(t, Tensor))
 
 
 def _refuse_foreign(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

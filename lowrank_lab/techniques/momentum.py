@@ -162,9 +162,11 @@ def _scale_adam_(state: dict[str, Any], betas: tuple[float, float], keep: float)
     beta1, beta2 = betas
     count, new_t = state["step"], 0.0
     t = value_of(count, usually=1) if isinstance(count, Tensor) else float(count)
-    if t:  # β₂^t′ = 1 − keep · (1 − β₂ᵗ)
-        new_t = math.log1p(keep * math.expm1(t * math.log(beta2))) / math.log(beta2)
-    _scale_(state["exp_avg"], (1 - beta1**new_t) / (1 - beta1**t) if new_t else 0.0)
+    beta = beta2 or beta1  # with β₂ = 0, v has no past
+    if t and beta:  # β₂^t′ = 1 − keep · (1 − β₂ᵗ)
+        new_t = math.log1p(keep * math.expm1(t * math.log(beta))) / math.log(beta)
+    past, now = (_weight(beta1, steps) for steps in (t, new_t))
+    _scale_(state["exp_avg"], now / past if past else 0.0)
     for name in ("exp_avg_sq", "max_exp_avg_sq"):
         if name in state:
             _scale_(state[name], keep)
@@ -172,6 +174,11 @@ def _scale_adam_(state: dict[str, Any], betas: tuple[float, float], keep: float)
         count.fill_(new_t)
     else:
         state["step"] = new_t
+
+
+def _weight(beta: float, t: float) -> float:
+    """1 − βᵗ, precise for small t too."""
+    return -math.expm1(t * math.log(beta)) if beta else float(t > 0)
 
 
 def plain(moment: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lowrank_lab.layers import lora_layers, merge_
+from lowrank_lab.layers.base import require_own_parameters
 from lowrank_lab.techniques.momentum import reset_momentum_, resettable
 from lowrank_lab.techniques.recovery import RecoveryLR
 from lowrank_lab.techniques.refactorization import (
@@ -91,6 +92,8 @@ class Periodic:
             raise ValueError("model: it has no factorised layers; lowrank_lab.factorize makes them")
         if self.merge_every and not any(lora_layers(model)):
             raise ValueError('model: it has no LoRA layers; factorize(model, "lora") makes them')
+        if self.refactor_every or self.merge_every:
+            require_own_parameters(model)
         if self.refactor_every:
             require_moments_follow(model, optimizer, self.on_refactor)
         if self.merge_every:

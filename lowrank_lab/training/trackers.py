@@ -136,12 +136,12 @@ class Mirror:
         """Log a row of metrics.jsonl."""
         values = _numbers(row, but="step")
         values |= {f"event/{event['event']}": 1.0 for event in row.get("events", ())}
-        self._each(lambda tracker: tracker.log(values, step=row["step"]))
+        self._each(lambda tracker: tracker.log(dict(values), step=row["step"]))
 
     def log_result(self, result: Mapping[str, Any]) -> None:
         """Log result.json at its last step."""
         values = {f"final_{name}": value for name, value in _numbers(result, but="steps").items()}
-        self._each(lambda tracker: tracker.log(values, step=result["steps"]))
+        self._each(lambda tracker: tracker.log(dict(values), step=result["steps"]))
 
     def finish(self) -> None:
         self._each(lambda tracker: tracker.finish())

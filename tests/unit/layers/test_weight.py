@@ -12,8 +12,16 @@ from torch._subclasses import FakeTensorMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lowrank_lab.config import SIZES
-from lowrank_lab.layers import KINDS, FactorizedLinear, LoRALinear, factorize, to_dense_
+from lowrank_lab.layers import (
+    KINDS,
+    FactorizedLinear,
+    LoRALinear,
+    factorize,
+    merge_,
+    to_dense_,
+)
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.techniques import refactorize_
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -275,3 +283,48 @@ def test_it_has_a_shape_on_fake_and_meta_tensors(kind):
             x = torch.ones(tokens, 6, requires_grad=True)
             layer(x).sum().backward()
             assert (layer.A.grad.shape, x.grad.shape) == ((2, 6), x.shape)
+
+
+class Reader(nn.Module):
+    """Multiplies by the weight itself, which autograd then saves."""
+
+    def __init__(self, kind):
+        super().__init__()
+        model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        (self.layer,) = factorize(model, kind, rank=4, target="", init="kaiming")
+
+    def forward(self, x):
+        return x @ self.layer.weight
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "lora"])
+def test_the_weight_of_a_functional_call_keeps_the_parameters_of_the_call(kind):
+    torch.manual_seed(0)
+    reader, x = Reader(kind), torch.randn(3, 8, requires_grad=True)
+    given = {name: torch.randn_like(p) for name, p in reader.named_parameters()}
+    out = torch.func.functional_call(reader, given, (x,))
+    (found,) = torch.autograd.grad(out.sum(), x)
+    W = reader.layer.scale * given["layer.B"] @ given["layer.A"]
+    W = W + given.get("layer.base_weight", 0)
+    torch.testing.assert_close(found, W.sum(1).expand(3, 8))
+
+
+def test_a_factor_that_is_changed_before_the_backward_pass_is_an_error_as_in_a_dense_layer():
+    reader, x = Reader("low-rank").requires_grad_(False), torch.randn(3, 8, requires_grad=True)
+    out = reader(x)
+    with torch.no_grad():
+        reader.layer.B.mul_(3)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "lora"])
+@pytest.mark.parametrize("change", [refactorize_, lambda model: merge_(model, seed=0)])
+def test_layers_that_share_a_factor_are_refused_before_any_change(kind, change):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    factorize(model, kind, rank=3, target="", init="kaiming")
+    model[1].A = model[0].A
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="1 is not allowed; it shares a factor with 0"):
+        change(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

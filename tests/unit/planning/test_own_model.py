@@ -85,6 +85,19 @@ def test_model_and_optimizer_are_not_changed_not_even_one_in_training():
     assert str(before) == str((model.state_dict(), optimizer.state_dict()))
 
 
+@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.NAdam])
+def test_an_optimizer_in_training_whose_step_count_is_read_can_be_asked_about(build):
+    model = nn.Linear(20, 20)
+    optimizer = build(model.parameters())
+    model(torch.randn(2, 20)).sum().backward()
+    optimizer.step()
+    found = lab.simulate_memory(model=model, optimizer=optimizer, batch=torch.randn(2, 20))
+    new = lab.simulate_memory(
+        model=model, optimizer=lambda m: build(m.parameters()), batch=torch.randn(2, 20)
+    )
+    assert found.steps["next"].peak == new.steps["next"].peak
+
+
 def test_each_kind_of_refresh_is_a_step_of_its_own():
     steps = lab.simulate_memory(model=llama(), optimizer=galore, batch=tokens()).steps
     assert list(steps) == ["first", "next", "refresh (update_proj_gap 3)"]

@@ -497,3 +497,27 @@ def test_moments_in_8_bits_are_reset_on_their_own_device(strength):
     with Devices() as devices:
         reset_momentum_(optimizer, strength)
     assert devices.found == {"meta"}
+
+
+def test_many_partial_resets_of_a_part_end_in_a_restart_not_in_an_error():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.AdamW([p, q])
+    p.grad = q.grad = torch.ones(3)
+    optimizer.step()
+    for _ in range(200):
+        reset_momentum_(optimizer, 0.99, params=[q])
+    assert reset_momentum_(optimizer, 0.99) == 2
+    assert optimizer.state[q]["exp_avg"].isfinite().all()
+    optimizer.step()
+    assert q.isfinite().all()
+
+
+def test_a_partial_reset_without_second_average_follows_the_first():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], betas=(0.9, 0.0))
+    p.grad = torch.ones(3)
+    optimizer.step()
+    reset_momentum_(optimizer, 0.5)
+    t = optimizer.state[p]["step"].item()
+    assert 1 - 0.9**t == pytest.approx(0.5 * 0.1)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((3,), 0.05))
