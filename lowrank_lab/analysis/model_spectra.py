@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 def spectra(
     model: nn.Module, target: str = "", *, start: Mapping[str, Tensor] | None = None
 ) -> pd.DataFrame:
@@ -51,8 +55,9 @@ def spectra(
         - `singular_values`: float32 array, descending, r values for a product of factors;
           `effective_rank` and `stable_rank` of them;
         - `condition_B`, `condition_A` (infinite where rank-deficient) and `imbalance` of factors;
-        - `update`: singular values of W − W₀, with `start`;
-        - `gradient`: singular values of the gradient step in W, where there are gradients.
+        - `update`: singular values of W − W₀, with `start`; not of parametrised layers;
+        - `gradient`: singular values of the gradient step in W, where there are gradients; without
+          SLTrain's sparse part, and not of parametrised layers.
 
         A layer with entries that are not finite has NaN in place of numbers. For seaborn,
         `table.explode(column)` of an array column gives one row per singular value.
@@ -77,14 +82,20 @@ def _layers(model: nn.Module, target: str) -> Iterator[tuple[str, nn.Module]]:
 def _is_dense(module: nn.Module) -> bool:
     """Whether a module has a matrix of its own as `weight`, and is no embedding."""
     own = "weight" in module._parameters or is_parametrized(module, "weight")
-    weight = getattr(module, "weight", None) if own else None
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    with _evaluated(module):
+        weight = getattr(module, "weight", None) if own else None
+    return weight is not None and weight.ndim == 2 and not isinstance(module, EMBEDDINGS)
 
 
 @torch.no_grad()
 def _row(name: str, module: nn.Module, start: Mapping[str, Tensor] | None) -> dict[str, Any]:
     if any(p.is_meta for p in module.parameters()):
         raise ValueError(f"model: {name} is not allowed; its weight is on the meta device")
+    with _evaluated(module):
+        return _row_of(name, module, start)
+
+
+def _row_of(name: str, module: nn.Module, start: Mapping[str, Tensor] | None) -> dict[str, Any]:
     layer: Any = _gathered(module)
     factorized = isinstance(layer, FactorizedLinear)
     row: dict[str, Any] = {"layer": name, "kind": type(module).__name__}
@@ -99,11 +110,27 @@ def _row(name: str, module: nn.Module, start: Mapping[str, Tensor] | None) -> di
         return row
     if factorized:
         row |= factor_health(layer)._asdict()
+    if is_parametrized(module):
+        return row  # what its parameters are to the weight is not known
     if start is not None:
         row["update"] = update_singular_values(layer, _start_of(name, layer, start)).cpu().numpy()
     gradient = gradient_singular_values(layer)
     row["gradient"] = None if gradient is None else gradient.cpu().numpy()
     return row
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    """Evaluate parametrizations: spectral_norm's change their buffers in training mode."""
+    inner = getattr(module, "parametrizations", None)
+    training = [] if inner is None else [m for m in inner.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def _gathered(module: nn.Module) -> nn.Module:
@@ -125,9 +152,8 @@ def _full(parameter: Any) -> Any:
 
 def _start_of(name: str, layer: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of an earlier state_dict of the model that belongs to a layer."""
-    missing = [key for key in layer.state_dict() if f"{name}.{key}" not in start]
+    prefix = f"{name}." if name else ""
+    missing = [prefix + key for key in layer.state_dict() if prefix + key not in start]
     if missing:
-        raise ValueError(
-            f"start: no {name}.{missing[0]}; state_dict() of the same model is allowed"
-        )
-    return {key: start[f"{name}.{key}"] for key in layer.state_dict()}
+        raise ValueError(f"start: no {missing[0]}; state_dict() of the same model is allowed")
+    return {key: start[prefix + key] for key in layer.state_dict()}

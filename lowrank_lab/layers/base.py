@@ -80,7 +80,8 @@ class FactorizedLinear(nn.Module):
 
         For code that reads `layer.weight`. Reading its shape, dtype or device costs nothing. An
         operation on it forms the product, and the gradient flows to the factors. Writes are
-        refused: change `B`, `A` and, for LoRA, `base_weight`.
+        refused, and a row or another view of it is a copy: change `B`, `A` and, for LoRA,
+        `base_weight`.
         """
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self.oriented(self.dense_weight())

@@ -51,6 +51,8 @@ def simulate_model(
         if device == "cuda":
             stack.enter_context(cuda_path())
             report.excluded.append("CUDA's context and libraries (some 0.5 GiB), fragmentation")
+        elif any(isinstance(module, nn.LSTM) for module in model.modules()):
+            report.excluded.append("workspaces of fused LSTM kernels, which can exceed all else")
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake, built = _fake_copy(model, optimizer, mode)
         stack.enter_context(mode)

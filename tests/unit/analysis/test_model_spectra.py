@@ -87,6 +87,22 @@ def test_weights_tied_wrapped_or_parametrised_are_counted_once():
     assert lab.spectra(model)["layer"].tolist() == ["0", "1"]
 
 
+def test_a_parametrised_layer_has_its_spectrum_and_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3), nn.EmbeddingBag(5, 4))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    before = copy.deepcopy(model.state_dict())
+    table = lab.spectra(model, start=before)
+    assert table["layer"].tolist() == ["0", "1"]
+    assert table["update"].isna().tolist() == [True, False]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_the_update_of_a_bare_layer():
+    layer = nn.Linear(3, 2)
+    assert lab.spectra(layer, start=copy.deepcopy(layer.state_dict()))["update"][0].max() == 0
+
+
 def test_what_has_no_values_or_no_layer_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"model: 0 is not allowed; .*meta"):
         lab.spectra(nn.Sequential(nn.Linear(3, 3, device="meta")))

@@ -134,6 +134,15 @@ def test_cuda_rounds_blocks_up():
     assert on["cuda"].excluded
 
 
+def test_what_a_simulation_of_an_lstm_leaves_out_is_said():
+    class Last(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    report = lab.simulate_memory(model=Last(4, 4), optimizer=adamw, batch=torch.randn(2, 3, 4))
+    assert any("LSTM" in what for what in report.excluded)
+
+
 def reads_values(model, batch):
     return model(batch).sum() * (2 if batch.sum() > 0 else 1)
 
