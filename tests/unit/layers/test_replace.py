@@ -274,7 +274,7 @@ GROUP = {"kind": "low-rank", "rank": 2, "scale": 1.0, "layers": ["0"]}
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({}, r"^version: None is not allowed; 1$"),
+        ({}, r"^version: None is not allowed; 1, as `factorization` writes it$"),
         ({"version": 2, "groups": []}, r"^version: 2 "),
         ({"version": 1, "groups": [GROUP | {"kind": "lowrank"}]}, r"^kind: 'lowrank' .*low-rank"),
         ({"version": 1, "groups": [{"layers": ["0"]}]}, r"^groups: one has no kind$"),
