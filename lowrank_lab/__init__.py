@@ -1,4 +1,4 @@
-"""lowrank_lab: methods that pretrain language models with less memory, run and doubted."""
+"""Methods that pretrain language models with less memory: run, inspect and compare them."""
 
 from lowrank_lab.commands.interrupts import exit_quietly_until_handled
 

@@ -1,10 +1,22 @@
 """What a row of optimizer_rows.py says, and a small problem on which its optimizer is tried."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
-from small_matrices import LR, SQUARE, STEPS, TALL, WIDE, factors_of, gradients, start
+from small_matrices import (
+    LR,
+    SQUARE,
+    STEPS,
+    TALL,
+    WIDE,
+    assert_equal_states,
+    factors_of,
+    gradients,
+    start,
+)
 from torch import nn
 
 SIZES = tuple((shape, r) for shape in (SQUARE, TALL, WIDE) for r in (1, 4, min(shape)))
@@ -110,3 +122,15 @@ def shapes_of(states):
     """The shapes of all tensors in some states."""
     return [{k: v.shape for k, v in state.items() if isinstance(v, torch.Tensor)}
             for state in states]  # fmt: skip
+
+
+def refuse(trial, state_dict, message):
+    """The load is refused in one line, and the optimizer is as it was."""
+    groups, states = copy.deepcopy(trial.optimizer.param_groups), copy.deepcopy(trial.states)
+    with pytest.raises(ValueError, match=message) as refusal:
+        trial.optimizer.load_state_dict(state_dict)
+    assert "\n" not in str(refusal.value)
+    for one, other in zip(trial.states, states, strict=True):
+        assert_equal_states(one, other)
+    for one, other in zip(trial.optimizer.param_groups, groups, strict=True):
+        assert {**one, "params": 0} == {**other, "params": 0}

@@ -20,6 +20,7 @@ from lowrank_lab.analysis.spectra import (
     stable_rank,
     update_singular_values,
 )
+from lowrank_lab.distributed.dtensors import full_tensor, is_dtensor
 from lowrank_lab.layers import FactorizedLinear
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
 
 def _gathered(module: nn.Module) -> nn.Module:
     """The module, or a copy with full weights and gradients where these are DTensors."""
-    if not any(hasattr(p, "full_tensor") for p in module._parameters.values()):
+    if not any(map(is_dtensor, module._parameters.values())):
         return module
     full = copy.copy(module)
     full._parameters = {name: _full(p) for name, p in module._parameters.items()}
@@ -143,10 +144,10 @@ def _gathered(module: nn.Module) -> nn.Module:
 
 
 def _full(parameter: Any) -> Any:
-    if not hasattr(parameter, "full_tensor"):
+    if not is_dtensor(parameter):
         return parameter
-    full = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
-    full.grad = None if parameter.grad is None else parameter.grad.full_tensor()
+    full = nn.Parameter(full_tensor(parameter), requires_grad=parameter.requires_grad)
+    full.grad = None if parameter.grad is None else full_tensor(parameter.grad)
     return full
 
 

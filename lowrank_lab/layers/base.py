@@ -151,8 +151,8 @@ def require_own_parameters(model: nn.Module) -> None:
     owners: dict[int, str] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLinear):
-            for p in layer.parameters(recurse=False):
-                if (other := owners.setdefault(id(p), name)) != name and p is not layer.bias:
-                    raise ValueError(
-                        f"model: {name} is not allowed; it shares a factor with {other}"
-                    )
+            for p in (*layer.factors(), layer.other()):
+                owner = name if p is None else owners.setdefault(id(p), name)
+                if owner != name:
+                    allowed = f"it shares a factor with {owner}"
+                    raise ValueError(f"model: {name} is not allowed; {allowed}")

@@ -138,17 +138,26 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def imported(field: str, path: str) -> Any:
+    """What `module.Name` stands for.
+
+    Raises:
+        InputError: of this field, if there is no such module or name.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a foreign module raises
+        raise InputError(field, path, f"can't be imported: {error}") from None
+
+
 def import_optimizer(path: str) -> Callable[..., torch.optim.Optimizer]:
     """The optimizer class at `module.Class`.
 
     Raises:
         InputError: there is no such module or class, or it isn't an optimizer.
     """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a foreign module raises
-        raise InputError("optimizer", path, f"can't be imported: {error}") from None
+    found = imported("optimizer", path)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise InputError("optimizer", path, "must name a class of torch.optim.Optimizer")
     return found

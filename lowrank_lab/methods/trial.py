@@ -12,6 +12,7 @@ from lowrank_lab.layers import factorize
 from lowrank_lab.methods.optimizers import adamw
 from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
 from lowrank_lab.techniques.momentum import MOMENTS
+from lowrank_lab.techniques.states import switching
 
 
 def check_events(config: RunConfig, merge: tuple[str, float] | None) -> None:
@@ -59,8 +60,7 @@ def check_sharded(config: RunConfig) -> None:
     Raises:
         InputError: it does.
     """
-    optimizer = stepped(config)[1]
-    if all(callable(getattr(optimizer, name, None)) for name in ("eval", "train")):
+    if switching(stepped(config)[1]):
         allowed = f"{config.optimizer} evaluates other weights than it trains; ddp"
         raise InputError("parallel", config.parallel, allowed)
 
@@ -103,8 +103,8 @@ def stepped(
     tried = config.replace(lr=config.lr or 1e-3)
     optimizer = adamw(targets, rest, cast(ResolvedConfig, tried))
     try:
-        if callable(switch := getattr(optimizer, "train", None)):
-            switch()
+        for switch in switching(optimizer):  # some can't step before
+            switch.train()
         for _ in range(steps):
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=generator).to(p)

@@ -39,27 +39,32 @@ def adam_update_(
     CPU. It walks through memory, so that tensors of other strides than their parameter's
     (channels-last weights, expanded gradients) are copied first.
     """
-    lists = (params, exp_avgs, exp_avg_sqs)
-    ps, ms, vs = zip(*(_alike(p, m, v) for p, m, v in zip(*lists, strict=True)), strict=True)
-    gs = [_alike(p, g)[1] for p, g in zip(ps, grads, strict=True)]
+    given = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
+    used = [_alike(tensors) for tensors in given]
+    ps, gs, ms, vs = zip(*used, strict=True)
     long_ago = torch.full((), _LONG_AGO, dtype=torch.float32, device=params[0].device)
     torch._fused_adamw_(
         ps, gs, ms, vs, [], [long_ago] * len(params),
         lr=step_size, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
-    for own, used in zip(lists, (ps, ms, vs), strict=True):
-        for t, u in zip(own, used, strict=True):
-            if t is not u:
-                t.copy_(u)
+    for tensors, copies in zip(given, used, strict=True):
+        if copies is not tensors:
+            for i in (0, 2, 3):  # p, m and v; the gradient hasn't changed
+                tensors[i].copy_(copies[i])
 
 
-def _alike(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with one layout in memory, without gaps: themselves or copies."""
-    if not p.is_contiguous() and torch.empty_like(p).stride() != p.stride():  # it has gaps
-        p = p.contiguous()
-    strides = p.stride()
-    return p, *(t if t.stride() == strides else torch.empty_like(p).copy_(t) for t in others)
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _alike(tensors: Four) -> Four:
+    """p, g, m and v with one layout in memory, without gaps: themselves or copies."""
+    p, strides = tensors[0], tensors[0].stride()
+    dense = p.is_contiguous() or torch.empty_like(p).stride() == strides
+    if dense and all(t.stride() == strides for t in tensors):
+        return tensors
+    p, g, m, v = (torch.empty_like(p).copy_(t) for t in tensors)
+    return p, g, m, v
 
 
 def adam_direction(

@@ -34,7 +34,7 @@ from lowrank_lab.optim.adam import (
     to_state_precision,
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
-from lowrank_lab.optim.checks import non_finite, require, require_adam, require_int
+from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
 from lowrank_lab.optim.saved_state import load_, prepared
 
@@ -137,7 +137,7 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
             try:
                 self.step_group_(params, group)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                which = non_finite(self, params)
+                which = first_non_finite(self, params)
                 if which is None:
                     raise
                 message = f"{which} is not finite; {type(self).__name__} can't decompose it"

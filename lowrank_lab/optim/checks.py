@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import nearest
+from lowrank_lab.distributed.dtensors import local_part
 from lowrank_lab.optim.dtensor_optimizer import param_index
 
 # Group keys of other programs, which no optimizer reads: torch's schedulers and SWA, Lightning's
@@ -97,16 +98,14 @@ def require_real(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
             require("params", which, False, "real parameters; see torch.view_as_real")
 
 
-def non_finite(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> str | None:
+def first_non_finite(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> str | None:
     """The first of these parameters or their gradients that isn't finite, for a message.
 
     Of a DTensor only the local part is checked: other processes may not have failed.
     """
     for p in params:
         for what, value in (("the gradient of ", p.grad), ("", p.detach())):
-            part: Any = value
-            part = part.to_local() if hasattr(part, "to_local") else part
-            if part is not None and not part.isfinite().all():
+            if value is not None and not local_part(value).isfinite().all():
                 return what + parameter_name(optimizer, p)
     return None
 

@@ -20,8 +20,6 @@ from lowrank_lab.techniques.refactorization import (
     require_moments_follow,
 )
 
-SEED_STRIDE = 1_000_003  # between the merges of two runs, so that their streams differ
-
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic:
@@ -120,7 +118,7 @@ class Periodic:
             if event == "merge":
                 factors = _lora_factors(model)
                 resettable(optimizer, params=factors)  # a refusal changes nothing
-                merge_(model, self.seed * SEED_STRIDE + updates)
+                merge_(model, event_seed(self.seed, updates))
                 reset_momentum_(optimizer, params=factors)
             elif event == "refactor":
                 how = self.on_refactor, self.refactor_basis, self.refactor_above
@@ -137,6 +135,11 @@ class Periodic:
         if self.reset_params == "all":
             return None
         return [factor for _, layer in factorized_layers(model) for factor in layer.factors()]
+
+
+def event_seed(seed: int, updates: int) -> int:
+    """The seed of what is drawn at random after so many updates of a run with this seed."""
+    return seed * 1_000_003 + updates
 
 
 def _lora_factors(model: nn.Module) -> list[Tensor]:

@@ -47,6 +47,15 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimize
         yield optimizer
 
 
+def switching(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The optimizers, within wrappers, that have both `eval` and `train`: schedule-free ones."""
+    return [
+        inner
+        for inner in unwrapped(optimizer)
+        if all(callable(getattr(inner, name, None)) for name in ("eval", "train"))
+    ]
+
+
 class Held(NamedTuple):
     """Where a parameter is: its group, its optimizer and the layout of its state."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.splits import Split
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.techniques.states import unwrapped
+from lowrank_lab.techniques.states import switching
 from lowrank_lab.training.step import autocast
 
 
@@ -38,15 +37,6 @@ def evaluation_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> It
         with torch.no_grad():
             for p, before in zip(model.parameters() if switches else (), kept, strict=True):
                 p.copy_(before)
-
-
-def switching(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """The optimizers, within wrappers, that have both `eval` and `train`."""
-    return [
-        inner
-        for inner in unwrapped(optimizer)
-        if all(callable(getattr(inner, name, None)) for name in ("eval", "train"))
-    ]
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from lowrank_lab.techniques import (
     refactorize_,
     reset_momentum_,
 )
+from lowrank_lab.techniques.momentum import MOMENTS
+from lowrank_lab.techniques.periodic import event_seed
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import Event
 
@@ -63,7 +65,7 @@ def _applied(
         return {"event": event, "layers": len(names)}
     if event == "merge":
         options = config.method_options
-        seed = config.seed * 1_000_003 + updates
+        seed = event_seed(config.seed, updates)
         names = merge_(model, seed) if shards is None else shards.merge_(seed)
         how, share = options["merge_moments"], options["merge_share"]
         factors = config.override(reset_moments="both", reset_params="targets")
@@ -86,14 +88,13 @@ def _reset_or_prune_(
     shards: ShardedModel | None,
 ) -> int:
     """Scale or prune the configured moments; the number of parameters that it changed."""
-    both = ("exp_avg", "exp_avg_sq")
-    moments = both if config.reset_moments == "both" else (config.reset_moments,)
+    moments = MOMENTS if config.reset_moments == "both" else (config.reset_moments,)
     chosen: nn.Module = model if shards is None else shards.mirror
     params = None if config.reset_params == "all" else partition(chosen, config.target)[0]
     if how == "magnitude" or how == "random":
         if params is None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
-        seed = config.seed * 1_000_003 + updates
+        seed = event_seed(config.seed, updates)
         count = prune_moments_(optimizer, params, 1 - strength, how, seed, moments)
     else:
         count = reset_momentum_(optimizer, strength, moments, params)

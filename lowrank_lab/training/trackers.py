@@ -7,7 +7,6 @@ warning, and the run continues.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowrank_lab.config import InputError, RunConfig
+from lowrank_lab.methods.optimizers import imported
 
 VARIABLE = "LOWRANK_LAB_TRACKERS"  # names, separated by commas; used if `train` gets None
 
@@ -90,12 +90,9 @@ def _builder(asked: str | MetricsTracker) -> TrackerBuilder:
     if not isinstance(asked, str):
         _check(asked, asked)
         return lambda run, folder, updates: asked
-    module, _, name = asked.rpartition(".")
-    try:
-        made = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a foreign module raises
-        allowed = f"tensorboard, or module.Class that can be imported: {error}"
-        raise InputError("trackers", asked, allowed) from None
+    if "." not in asked:
+        raise InputError("trackers", asked, "tensorboard, or module.Class")
+    made = imported("trackers", asked)
     _check(made, asked)
     return lambda run, folder, updates: made(run)
 

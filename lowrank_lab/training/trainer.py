@@ -22,9 +22,10 @@ from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.methods.build import build
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.techniques import NotFiniteError
+from lowrank_lab.techniques.states import switching
 from lowrank_lab.training import checkpoint
 from lowrank_lab.training.batches import Batches
-from lowrank_lab.training.evaluate import evaluate, evaluation_weights, switching
+from lowrank_lab.training.evaluate import evaluate, evaluation_weights
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.monitor import LossWatch
 from lowrank_lab.training.outside import OutsideState

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.kernels import KernelCount
+from benchmarks.kernels import KernelCount, loss_kernels
 from lowrank_lab.config import SIZES, Size
 from lowrank_lab.device import cuda_path
 from lowrank_lab.models import cross_entropy, llama
@@ -189,6 +189,15 @@ def test_without_gradients_the_loss_takes_one_product_per_chunk(chunk):
     assert count.kernels["mm"] == math.ceil(50 / min(50, chunk))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
+def test_a_loss_of_131072_tokens_launches_at_most_300_kernels_on_cuda(size):
+    trained, evaluated = (
+        loss_kernels(SIZES[size], 512 * 256, gradients=gradients) for gradients in (True, False)
+    )
+    assert trained.kernels["mm"] == 3 * evaluated.kernels["mm"]
+    assert evaluated.total < trained.total <= 300
 
 
 @pytest.mark.parametrize("wanted", [0, 1])

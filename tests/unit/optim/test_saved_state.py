@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from optimizer_rows import GALORE, ROWS
-from optimizer_trial import Trial
+from optimizer_trial import Trial, refuse
 from small_matrices import TALL, WIDE, assert_equal_states
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,18 +25,6 @@ rows = pytest.mark.parametrize("row", FIRST_ROWS, ids=str)
 
 def stepped(row, shape=TALL, **keys):
     return Trial(row, shape, **keys).advance(row.gradients(shape, 3))
-
-
-def refuse(trial, state_dict, message):
-    """The load is refused in one line, and the optimizer is as it was."""
-    groups, states = copy.deepcopy(trial.optimizer.param_groups), copy.deepcopy(trial.states)
-    with pytest.raises(ValueError, match=message) as refusal:
-        trial.optimizer.load_state_dict(state_dict)
-    assert "\n" not in str(refusal.value)
-    for one, other in zip(trial.states, states, strict=True):
-        assert_equal_states(one, other)
-    for one, other in zip(trial.optimizer.param_groups, groups, strict=True):
-        assert {**one, "params": 0} == {**other, "params": 0}
 
 
 PAIRS = [pair for pair in product(FIRST_ROWS, repeat=2) if pair[0] is not pair[1]]

@@ -138,7 +138,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning_and_loses_nothing(
     ("asked", "why"),
     [
         ("wandb", "tensorboard, or module.Class"),
-        ("no_such_module.Class", "can be imported"),
+        ("no_such_module.Class", "can't be imported: No module named"),
         ("json.JSONDecoder", "no store_init_configuration"),
         (object(), "no store_init_configuration"),
     ],
