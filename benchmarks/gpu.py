@@ -1,0 +1,129 @@
+"""The check of a card: does everything work on CUDA, is it equal to the CPU, and how fast is it.
+
+One process, sections with deadlines, a line of JSON per measured fact, a table at the end, and a
+non-zero exit status unless every check has passed. `make gpu-check` prepares what it needs on a
+machine with network; `--dry-run` takes every section at tiny sizes on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes to stderr otherwise
+if __package__ in (None, ""):  # started by its path, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import click
+import torch
+
+from benchmarks.gpu_checks import corpus
+from benchmarks.gpu_checks.results import Results, all_passed, table
+from benchmarks.gpu_checks.session import Session
+from lowrank_lab.config import InputError
+from lowrank_lab.training.loop import fast_process
+
+# Module of benchmarks.gpu_checks → seconds. What a section leaves, later ones may use.
+SECTIONS = {
+    "card": 10, "optimizers": 40, "gradients": 80, "runs": 55, "speed": 120, "steps": 50,
+    "refreshes": 25, "memory": 40, "training": 50,
+}  # fmt: skip
+SECONDS = 470  # of all sections together
+
+
+def run_section(session: Session, name: str, until: float) -> None:
+    """All items of a section; one that raises is a failed check, and the next one goes on.
+
+    No item begins after `until`, by time.monotonic: the items that are left are reported.
+    """
+    results = session.results
+    results.section = name
+    try:
+        items = list(importlib.import_module(f"benchmarks.gpu_checks.{name}").items(session))
+    except Exception as error:
+        results.failed(name, _reason(error))
+        return
+    for what, run in items:
+        if time.monotonic() >= until:
+            results.unfinished(what)
+            continue
+        try:
+            run()
+        except Exception as error:
+            results.failed(what, _reason(error))
+        session.free()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def check_device(
+    device: torch.device, tiny: bool, names: list[str], out: Path | None, prepared: Path | None,
+    seconds: float = SECONDS, echo: Any = lambda line: None,
+) -> tuple[Results, dict[str, float]]:  # fmt: skip
+    """The results of the named sections, and the seconds that each took."""
+    results, spent = Results(out, echo), dict[str, float]()
+    scratch = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    begun = time.monotonic()
+    try:
+        tokens = corpus.opened(prepared, scratch, tiny)
+        session = Session(device, tiny, results, scratch, tokens, prepared)
+        with fast_process():
+            allotted = 0.0
+            for name in names:
+                allotted += SECTIONS[name]
+                started = time.monotonic()
+                run_section(session, name, begun + min(allotted, seconds))
+                spent[name] = time.monotonic() - started
+    finally:
+        results.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    return results, spent
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device to check.
+
+    Raises:
+        InputError: CUDA is wanted and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", name, "there is no CUDA device here; cpu, or --dry-run")
+    return torch.device(name)
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--tiny", is_flag=True, help="tiny sizes")
+@click.option("--dry-run", is_flag=True, help="--device cpu --tiny: checks the script, not a card")
+@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="sections to run")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines")
+@click.option("--prepared", type=click.Path(file_okay=False, path_type=Path), help="folder")
+@click.option("--deadline", type=float, default=SECONDS, show_default=True, help="seconds in all")
+def main(
+    device: str, tiny: bool, dry_run: bool, only: tuple[str, ...], out: Path | None,
+    prepared: Path | None, deadline: float,
+) -> None:  # fmt: skip
+    """Check a card: results as JSON lines in --out, a table at the end, exit status 0 or 1."""
+    try:
+        where = torch.device("cpu") if dry_run else chosen_device(device)
+    except InputError as error:
+        click.echo(str(error), err=True)
+        sys.exit(2)
+    names = [name for name in SECTIONS if not only or name in only]
+    results, spent = check_device(
+        where, tiny or dry_run, names, out, prepared, deadline, click.echo
+    )
+    click.echo("\n" + "\n".join(table(results.rows, spent)))
+    sys.exit(0 if all_passed(results.rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
