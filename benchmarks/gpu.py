@@ -13,8 +13,8 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes to stderr otherwise
 if __package__ in (None, ""):  # started by its path, from any folder
@@ -26,6 +26,7 @@ import torch
 from benchmarks.gpu_checks import corpus
 from benchmarks.gpu_checks.results import Results, all_passed, table
 from benchmarks.gpu_checks.session import Session
+from benchmarks.harness import threads
 from lowrank_lab.config import InputError
 from lowrank_lab.training.loop import fast_process
 
@@ -65,27 +66,23 @@ def _reason(error: Exception) -> str:
 
 
 def check_device(
-    device: torch.device, tiny: bool, names: list[str], out: Path | None, prepared: Path | None,
-    seconds: float = SECONDS, echo: Any = lambda line: None,
-) -> tuple[Results, dict[str, float]]:  # fmt: skip
-    """The results of the named sections, and the seconds that each took."""
-    results, spent = Results(out, echo), dict[str, float]()
+    device: torch.device, tiny: bool, names: list[str], results: Results, spent: dict[str, float],
+    prepared: Path | None = None, seconds: float = SECONDS,
+) -> None:  # fmt: skip
+    """Run the named sections; `spent` gets the seconds that each took."""
+    begun, allotted = time.monotonic(), 0.0
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-"))
-    begun = time.monotonic()
     try:
         tokens = corpus.opened(prepared, scratch, tiny)
         session = Session(device, tiny, results, scratch, tokens, prepared)
-        with fast_process():
-            allotted = 0.0
+        with fast_process(), threads(1) if tiny else nullcontext():
             for name in names:
                 allotted += SECTIONS[name]
                 started = time.monotonic()
                 run_section(session, name, begun + min(allotted, seconds))
                 spent[name] = time.monotonic() - started
     finally:
-        results.close()
         shutil.rmtree(scratch, ignore_errors=True)
-    return results, spent
 
 
 def chosen_device(name: str) -> torch.device:
@@ -118,10 +115,15 @@ def main(
         click.echo(str(error), err=True)
         sys.exit(2)
     names = [name for name in SECTIONS if not only or name in only]
-    results, spent = check_device(
-        where, tiny or dry_run, names, out, prepared, deadline, click.echo
-    )
-    click.echo("\n" + "\n".join(table(results.rows, spent)))
+    results, spent = Results(out, click.echo), dict.fromkeys(names, 0.0)
+    try:
+        check_device(where, tiny or dry_run, names, results, spent, prepared, deadline)
+    except InputError as error:
+        click.echo(str(error), err=True)
+        sys.exit(2)
+    finally:  # after an interruption too
+        results.close()
+        click.echo("\n" + "\n".join(table(results.rows, spent)))
     sys.exit(0 if all_passed(results.rows) else 1)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
+from torch.backends import cudnn
 
-from benchmarks.gpu_checks.session import Session
+from benchmarks.gpu_checks.session import Item, Session
 from lowrank_lab.training.provenance import cpu_name
 
 COPIED = 1 << 31  # bytes, many times a cache
 SIDE = 8192
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     yield "facts", partial(facts, session)
     yield "copy bandwidth", partial(copy_bandwidth, session)
     yield "matrix product", partial(matmul_peak, session)
@@ -23,7 +25,7 @@ def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def facts(session: Session) -> None:
     """Names and versions; on a CPU those of the CPU."""
-    versions = {
+    versions: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -35,7 +37,7 @@ def facts(session: Session) -> None:
     session.results.fact(
         "card", found.name,
         bytes=found.total_memory, multiprocessors=found.multi_processor_count,
-        capability=f"{found.major}.{found.minor}", cudnn=torch.backends.cudnn.version(),
+        capability=f"{found.major}.{found.minor}", cudnn=cudnn.version(),
         host_cpu=cpu_name(), **versions,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ autocast, low-rank in bf16, and LoRA in fp32, one block each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_checks.results import at_most
-from benchmarks.gpu_checks.session import Session, relative_error
+from benchmarks.gpu_checks.session import Item, Session, relative_error
 from lowrank_lab.config import ResolvedConfig, RunConfig
 from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.build import build, build_model
@@ -30,12 +30,15 @@ COMPILED = {
 }  # fmt: skip
 LIMIT = {"fp32": 1e-5, "bf16": 3e-2, "amp-bf16": 3e-2}
 SHAPE = (4, 64)
+Case = tuple[str, str, str, dict[str, Any]]  # kind, precision, how, and fields of RunConfig
 Answer = dict[str, Tensor]  # the loss and the gradients, by name
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     """Eager cases first, then those that take long."""
-    cases = [(kind, precision, "eager", {}) for kind, precision in product(KINDS, PRECISIONS)]
+    cases: list[Case] = [
+        (kind, precision, "eager", {}) for kind, precision in product(KINDS, PRECISIONS)
+    ]
     again = {"activation_checkpointing": True}
     cases += [
         (kind, precision, "checkpointing", again)
@@ -90,7 +93,7 @@ def against_float64(
     with cuda_path():
         with autocast(config, session.device):
             loss = model.loss(tokens, targets)
-        loss.backward()
+        torch.autograd.backward(loss)
     found = answer_of(model, loss)
     limit = at_most(LIMIT[precision])
     names = [name for name in expected if name != "loss"]
@@ -123,7 +126,7 @@ def in_float64(config: ResolvedConfig, model: Any, tokens: Tensor, targets: Tens
                           for k, v in model.state_dict().items()})  # fmt: skip
     logits = twin.lm_head(twin.hidden_states(tokens))
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    loss.backward()
+    torch.autograd.backward(loss)
     return answer_of(twin, loss)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_checks.results import at_most
-from benchmarks.gpu_checks.session import Session
+from benchmarks.gpu_checks.session import Item, Session
 from lowrank_lab import METHODS, RunConfig
 from lowrank_lab.device import cuda_path
 from lowrank_lab.memory.formulas import optimizer_state_bytes
@@ -24,7 +24,7 @@ IN_DRY_RUN = ("full-rank", "low-rank", "galore")
 SLOW = "adamw-8bit"  # its step compiles itself
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     names = [name for name in METHODS if not session.tiny or name in IN_DRY_RUN]
     for name in sorted(names, key=SLOW.__eq__):
         yield name, partial(as_simulated, session, name)

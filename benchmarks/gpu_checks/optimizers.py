@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_checks.results import at_most
-from benchmarks.gpu_checks.session import Session, relative_error
+from benchmarks.gpu_checks.session import Item, Session, relative_error
 from lowrank_lab.config import ResolvedConfig, RunConfig
 from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.build import build
@@ -27,7 +27,7 @@ LIMITS = {"galore": DECOMPOSED, "fira": DECOMPOSED, "golore": DECOMPOSED, "muon"
 NOT_IN_FLOAT64 = ("adamw-8bit",)
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     for name in METHODS:
         if name not in NOT_IN_FLOAT64:
             yield name, partial(same_on_both, session, name, name, {})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_checks.results import at_least
-from benchmarks.gpu_checks.session import Session
+from benchmarks.gpu_checks.session import Item, Session
 from lowrank_lab.config import SIZES
 from lowrank_lab.device import cuda_path
 from lowrank_lab.optim import GaLore
@@ -27,7 +27,7 @@ TINY = (("tiny", (32, 32), 4, 4), ("tiny", (88, 32), 4, 3))
 Case = tuple[str, tuple[int, int], int, int]
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     ways = sorted(REFRESHES, key="svd".__eq__)  # full SVDs last: they take longest
     for way in ways:
         for case in TINY if session.tiny else CASES:
@@ -82,8 +82,7 @@ def refresh(session: Session, way: str, case: Case) -> None:
 
 def energy(G: Tensor, state: dict[str, Tensor], rank: int) -> float:
     """What the stored projection captures of ‖G‖², over what the exact one captures."""
-    left, right = state.get("projection_left"), state.get("projection_right")
-    kept = left.mT @ G if left is not None else G @ right
-    values = torch.linalg.eigvalsh((G.double().mT @ G.double()) if right is not None
-                                   else (G.double() @ G.double().mT))  # fmt: skip
-    return float(kept.double().square().sum() / values[-rank:].sum())
+    P = state["projection_left"] if "projection_left" in state else state["projection_right"]
+    wide = (G.mT if "projection_left" in state else G).double()  # P is of its right side
+    values = torch.linalg.eigvalsh(wide.mT @ wide)
+    return float((wide @ P.double()).square().sum() / values[-rank:].sum())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_checks.results import at_least, at_most
-from benchmarks.gpu_checks.session import Session, training_on
+from benchmarks.gpu_checks.session import Item, Session, training_on
 from lowrank_lab import RunConfig, train
 from lowrank_lab.methods.registry import METHODS
 
@@ -26,7 +26,7 @@ class Interrupted(Exception):
     """Ends a run as a kill would, between two steps."""
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     names = [name for name in METHODS if not session.tiny or name in IN_DRY_RUN]
     for name in sorted(names, key=COMPILES_ITSELF.__eq__):
         yield name, partial(interrupted, session, name)

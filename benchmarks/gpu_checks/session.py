@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_checks.results import Results
-from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
-from lowrank_lab.methods.build import build
-from lowrank_lab.models.llama import Llama
+from lowrank_lab.training.step import Batch
 
 # Spectra decompose every layer that this matches; one is enough where they aren't the subject.
 ONE_LAYER = r"layers\.0\.self_attn\.q_proj$"
+
+Item = tuple[str, Callable[[], object]]  # a name, and a function that records facts
 
 
 @dataclass
@@ -59,7 +60,8 @@ class Session:
 
     def free(self) -> None:
         """Release what earlier items left, and forget what was compiled."""
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds
+            torch._dynamo.reset()
         gc.collect()
         if self.on_cuda:
             torch.cuda.empty_cache()
@@ -73,7 +75,7 @@ class Session:
         pairs = []
         for _ in range(rounds):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.synchronize()
+            self.synchronize()  # otherwise the queue hides the time of launches
             begin.record()
             run()
             end.record()
@@ -81,15 +83,7 @@ class Session:
         self.synchronize()
         return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
-    def built(self, config: ResolvedConfig) -> tuple[Llama, torch.optim.Optimizer]:
-        """Model and optimizer of a configuration on the device, compiled if it says so."""
-        model, optimizer = build(config)
-        model.to(self.device).train()
-        if config.compile:
-            model.compile_blocks()
-        return model, optimizer
-
-    def tokens(self, vocab_size: int, shape: tuple[int, int], seed: int = 0) -> tuple[Tensor, ...]:
+    def tokens(self, vocab_size: int, shape: tuple[int, int], seed: int = 0) -> Batch:
         """Random inputs and targets on the device, the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(vocab_size, (shape[0], shape[1] + 1), generator=generator)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu_checks.counting import counted
 from benchmarks.gpu_checks.results import at_most
-from benchmarks.gpu_checks.session import ONE_LAYER, Session, relative_error, training_on
+from benchmarks.gpu_checks.session import ONE_LAYER, Item, Session, relative_error, training_on
 from lowrank_lab import METHODS, RunConfig, train
 from lowrank_lab.config import SIZES
 from lowrank_lab.device import cuda_path
@@ -36,7 +36,7 @@ NEVER = 100_000  # steps of a run that is ended early, and of everything periodi
 MOST_SYNCS, MOST_LOSS_KERNELS = 1, 300
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     sizes = ("tiny", "tiny") if session.tiny else ("60m", "350m")
     for method in SEVEN[:3] if session.tiny else SEVEN:
         yield f"{sizes[0]}, {method}, eager", partial(speed, session, sizes[0], method, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_checks.peers import published
 from benchmarks.gpu_checks.results import at_most
-from benchmarks.gpu_checks.session import Session, relative_error
+from benchmarks.gpu_checks.session import Item, Session, relative_error
 from lowrank_lab import optim
 from lowrank_lab.config import SIZES, TARGETS
 from lowrank_lab.device import cuda_path
@@ -37,7 +37,7 @@ SHARE = 0.1  # of a training step
 Shapes = tuple[list[torch.Size], list[torch.Size]]
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     sizes = ("tiny",) if session.tiny else ("60m", "350m")
     for name in PAIRS:
         yield f"{name} equals its package", partial(pair, session, name, sizes[0], torch.float64)

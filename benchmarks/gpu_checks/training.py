@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu_checks.results import at_most
 from benchmarks.gpu_checks.runs import Interrupted
-from benchmarks.gpu_checks.session import ONE_LAYER, Session, training_on
+from benchmarks.gpu_checks.session import ONE_LAYER, Item, Session, training_on
 from lowrank_lab import RunConfig, train
 from lowrank_lab.data.corpus import Corpus
 
@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def items(session: Session) -> Iterator[tuple[str, Callable[[], None]]]:
+def items(session: Session) -> Iterator[Item]:
     for name in CASES:
         yield name, partial(trained, session, name)
 
