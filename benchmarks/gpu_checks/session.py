@@ -110,6 +110,8 @@ def _clocked(run: Callable[[], Any]) -> float:
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """‖ours − theirs‖ / ‖theirs‖ in float64, wherever the two are; 0 for two zeros."""
-    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    if ours.device != theirs.device:
+        ours, theirs = ours.cpu(), theirs.cpu()
     difference, size = float((ours - theirs).norm()), float(theirs.norm())
     return difference / size if size else difference
