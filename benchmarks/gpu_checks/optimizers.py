@@ -92,7 +92,7 @@ def give_gradients(model: nn.Module, generator: torch.Generator) -> None:
             continue
         grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         if grad.ndim == 2:
-            grad *= 0.8 ** torch.arange(grad.shape[1], dtype=torch.float64)
+            grad *= 0.65 ** torch.arange(grad.shape[1], dtype=torch.float64)
         p.grad = grad.to(p.device)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_checks.corpus import TINY_VOCABULARY, random_corpus
 from benchmarks.gpu_checks.results import at_least, at_most
 from benchmarks.gpu_checks.session import Item, Session, training_on
 from lowrank_lab import RunConfig, train
@@ -32,11 +33,10 @@ def items(session: Session) -> Iterator[Item]:
         yield name, partial(interrupted, session, name)
 
 
-def configuration(session: Session, method: str, device: str) -> RunConfig:
+def configuration(method: str, device: str) -> RunConfig:
     """A short run of a tiny model in which everything that can happen does."""
     options = {k: v for k, v in PERIODIC.items() if k in METHODS[method].options}
-    sizes = {"model": "tiny", "vocab_size": session.corpus.vocab_size}
-    sizes |= {"batch": 8, "sequence_length": 32}
+    sizes = {"model": "tiny", "vocab_size": TINY_VOCABULARY, "batch": 8, "sequence_length": 32}
     records = {"eval_every": 3, "eval_tokens": 512, "test_tokens": 512}
     records |= {"spectra_every": 5, "checkpoint_every": KEPT}
     events: dict[str, Any] = FACTORS if method == "low-rank" else {}
@@ -50,7 +50,7 @@ def interrupted(session: Session, method: str) -> None:
     """A run, the same one interrupted and resumed, and one that moves from CPU to device."""
     device = session.device.type
     folder = session.scratch / "runs" / method
-    config = configuration(session, method, device)
+    config = configuration(method, device)
     whole = losses_of(session, config, folder / "whole")
     first = losses_of(session, config, folder / "resumed", until=STOPPED)
     second = losses_of(session, config, folder / "resumed")
@@ -62,7 +62,7 @@ def interrupted(session: Session, method: str) -> None:
         at_most(1e-5),
     )  # fmt: skip
     report(f"{method}: resumed at step", min(second), "", at_least(KEPT + 1))
-    on_cpu = configuration(session, method, "cpu")
+    on_cpu = configuration(method, "cpu")
     before = losses_of(session, on_cpu, folder / "moved", until=STOPPED)
     after = losses_of(session, config, folder / "moved", until=STOPPED)
     report(
@@ -84,7 +84,8 @@ def losses_of(session: Session, config: RunConfig, folder: Path, until: int = ST
         if row["step"] == until:
             raise Interrupted
 
-    with training_on(session.corpus), suppress(Interrupted):
+    small = random_corpus(session.scratch / "small", TINY_VOCABULARY, 60_000)
+    with training_on(small), suppress(Interrupted):
         train(config, folder, on_step=note)
     return losses
 
