@@ -56,7 +56,7 @@ def phase_peaks(trace):
 def _start(what, jobs, folder, timeout, size):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(list(jobs)))
-    (folder / ".store").unlink(missing_ok=True)  # of a start that failed: addresses of its processes
+    (folder / ".store").unlink(missing_ok=True)  # of a start that failed
     command = [sys.executable, __file__, what, str(folder / "jobs.json"), str(folder)]
     run_all(command, size, timeout)
 
