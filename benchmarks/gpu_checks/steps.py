@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -96,15 +96,23 @@ def give_gradients(contestants: list[Contestant], seed: int) -> None:
 
 @contextmanager
 def quick_svd() -> Iterator[None]:
-    """In this block a pair of QR factors stands in for an SVD, in ours and in the packages.
+    """In this block fixed orthonormal bases stand in for SVDs, in ours and in the packages.
 
     Both take any orthonormal columns. Hundreds of SVDs would take minutes; `refreshes` times them.
     """
 
+    @cache
+    def basis(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        generator = torch.Generator(device).manual_seed(side)
+        return torch.linalg.qr(
+            torch.randn(side, side, generator=generator, device=device, dtype=dtype)
+        )[0]
+
     def decomposed(A: Tensor, full_matrices: bool = True, **_: Any) -> tuple[Tensor, ...]:
-        U, Vh = torch.linalg.qr(A)[0], torch.linalg.qr(A.mT)[0].mT
-        count = min(A.shape[-2:])
-        return U, torch.ones(*A.shape[:-2], count, dtype=A.dtype, device=A.device), Vh
+        *stack, m, n = A.shape
+        U, V = (basis(side, A.dtype, A.device)[:, : min(m, n)] for side in (m, n))
+        values = torch.ones(*stack, min(m, n), dtype=A.dtype, device=A.device)
+        return U.expand(*stack, -1, -1), values, V.mT.expand(*stack, -1, -1)
 
     with patch("torch.linalg.svd", decomposed):
         yield

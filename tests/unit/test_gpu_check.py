@@ -79,6 +79,17 @@ def test_an_item_that_raises_is_a_failed_check_and_the_next_ones_go_on(session, 
     assert not all_passed(session.results.rows)
 
 
+def test_a_card_that_is_lost_fails_all_checks_that_follow(session, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(session, "free", lost)
+    monkeypatch.setattr(card, "items", lambda session: [("first", lost), ("second", lost)])
+    gpu.run_section(session, "card", time.monotonic() + 60)
+    assert {row["status"] for row in session.results.rows} == {"failed"}
+    assert {row["what"] for row in session.results.rows} == {"first", "second"}
+
+
 def test_after_its_deadline_a_section_keeps_what_it_measured_and_names_what_is_left(
     session, monkeypatch
 ):
