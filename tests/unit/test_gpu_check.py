@@ -329,6 +329,13 @@ def test_the_script_of_the_folder_installs_the_wheels_aside_and_starts_the_check
     assert failing.returncode == 7
 
 
+def test_readme_and_book_say_whether_a_card_has_run_it():
+    kept = (prepare.ROOT / "benchmarks" / "gpu_results.json").exists()
+    page = (prepare.ROOT / "docs" / "how-to" / "gpus.md").read_text()
+    assert ("**No card has run it**" in page) != kept
+    assert ("which none has run yet" in (prepare.ROOT / "README.md").read_text()) != kept
+
+
 def test_every_package_of_the_folder_is_pinned():
     pins = {line.split("==")[0].lower().replace("_", "-")
             for line in (prepare.ROOT / "constraints.txt").read_text().splitlines()}  # fmt: skip
