@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from benchmarks.gpu_checks.results import at_most
 from benchmarks.gpu_checks.session import Item, Session
 from lowrank_lab import METHODS, RunConfig
-from lowrank_lab.device import cuda_path
 from lowrank_lab.memory.formulas import optimizer_state_bytes
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.memory_report import MemoryReport
@@ -54,13 +52,11 @@ def simulated(method: str, device: str, tiny: bool = False) -> dict[str, Any]:
 def as_simulated(session: Session, method: str) -> None:
     """Weights and states to the byte; the highest peak of all kinds of steps."""
     prepared = session.prepared_facts("memory") or {}
-    place = nullcontext() if session.on_cuda else cuda_path()
-    with place:
-        wanted = prepared.get(method) if not session.tiny else None
-        wanted = wanted or simulated(method, session.device.type, session.tiny)
-        warm_up(session)
-        config = configuration(method, session.tiny)
-        found = measure(config, session.device.type)
+    wanted = prepared.get(method) if not session.tiny else None
+    wanted = wanted or simulated(method, session.device.type, session.tiny)
+    warm_up(session)
+    config = configuration(method, session.tiny)
+    found = measure(config, session.device.type)
     report = session.results.fact
     states = found.persistent.optimizer_states
     report(f"{method}: weights, |measured − simulated|",

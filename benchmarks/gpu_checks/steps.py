@@ -33,7 +33,7 @@ PAIRS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 }
 # In float64, as Adam amplifies the rounding of products near 0; projections are float32 even so.
 # In bf16, the rounding of weights is a tenth of so small a change, and another one in the two.
-LIMITS = {torch.float64: 1e-4, torch.bfloat16: 0.2}
+LIMITS = {torch.float64: 1e-6, torch.bfloat16: 0.2}
 SHARE = 0.1  # of a training step
 Shapes = tuple[list[torch.Size], list[torch.Size]]
 
