@@ -30,7 +30,7 @@ def items(session: Session) -> Iterator[Item]:
 
 def configuration(method: str, tiny: bool) -> RunConfig:
     if tiny:
-        return RunConfig(model="tiny", method=method, batch=4, sequence_length=32, steps=100)
+        return RunConfig(model="tiny", method=method, batch=16, sequence_length=64, steps=100)
     # Few tokens, so that weights and states are a large part of the peak.
     return RunConfig(
         model="60m", method=method, batch=8, sequence_length=256, precision="bf16", steps=1000,
