@@ -18,6 +18,7 @@ from torch import Tensor
 from lowrank_lab.optim.adam import adam_moments
 
 STACK_BYTES = 512 * 2**20  # of the gradients that are copied at a time
+MOMENTS = ("exp_avg", "exp_avg_sq")
 Run = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
 State = dict[str, Any]
 
@@ -126,6 +127,7 @@ class StackedStates:
             return self.states[0][name]  # a number that all have in common
         if name not in self._vectors:
             names = [k for k, v in self.states[0].items() if isinstance(v, Tensor) and v.ndim == 0]
+            names = [k for k in names if k not in MOMENTS]  # of a parameter that is one number
             table = torch.stack([s[k] for k in names for s in self.states])
             rows = table.view(len(names), len(self.states)).unbind()
             self._vectors = dict(zip(names, rows, strict=True)) | self._vectors
