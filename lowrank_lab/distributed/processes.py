@@ -113,7 +113,7 @@ def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
     """Mean of each tensor over all ranks, in place, in buckets of one dtype."""
     if world_size() == 1:
         return
-    for bucket in _buckets(tensors):
+    for bucket in in_buckets(tensors):
         flat = bucket[0].view(-1) if len(bucket) == 1 and bucket[0].is_contiguous() else None
         joint = torch.cat([t.reshape(-1) for t in bucket]) if flat is None else flat
         dist.all_reduce(joint.div_(world_size()))
@@ -123,7 +123,7 @@ def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
                 t.copy_(mean.view(t.shape))
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def in_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors grouped by dtype, in order, up to BUCKET_BYTES (one larger tensor is a bucket)."""
     filling: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
