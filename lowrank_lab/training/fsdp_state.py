@@ -129,8 +129,10 @@ class ShardedState:
             dist.gather_object(owned, of_ranks if self.full_copy else None)
             states |= {name: state for found in of_ranks for name, state in found.items()}
         if self.full_copy:
-            for name, state in states.items():
-                self.full_copy[1].state[full[name]] = state
+            for name, p in full.items():  # a frozen weight has no state, not an empty one
+                self.full_copy[1].state.pop(p, None)
+                if states.get(name):
+                    self.full_copy[1].state[p] = states[name]
             _copy_groups_(self.optimizer, self.full_copy[1])
 
     def _tensors(
