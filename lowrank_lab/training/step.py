@@ -5,7 +5,7 @@ Its phases are named ranges, which torch's profiler and `memory.tracker` show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +15,9 @@ from torch.profiler import record_function
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.training.clock import HostMark
 from lowrank_lab.training.events import apply_
+from lowrank_lab.training.finite import StepNumbers, checks_on_device, off_where
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import events, learning_rate, merge_period
 
@@ -121,14 +123,19 @@ def take_step_(
     *,
     per_layer: PerLayerUpdates | None = None,
     check: Callable[[Tensor, Tensor], Values | None] | None = None,
+    ready: Callable[[], Any] = HostMark,
+    wait: bool = False,
     shards: ShardedModel | None = None,
 ) -> tuple[Values | None, list[dict[str, Any]]]:
     """Take update `step` (from 0) on the pieces of one batch, then the events that follow it.
 
     Args:
         per_layer: updates the parameters within the backward pass.
-        check: reads loss and gradient norm before the update; if it raises, the weights are
-            unchanged; if it returns None, the update is skipped, but not its events.
+        check: gets loss and gradient norm on the host, to be read when the mark of `ready` is
+            reached; raises, or returns None, if they aren't finite: the weights are unchanged then
+            (`training.finite`). After None, events still follow.
+        ready: marks the point at which both are computed and copied.
+        wait: call `check` before the update in any case, so that it can read gradients and weights.
         shards: the sharded model, with `parallel` "fsdp2".
 
     Returns:
@@ -137,9 +144,18 @@ def take_step_(
     if per_layer is not None:
         set_learning_rate(optimizer, config, step)
     loss, norm = gradients(model, batches, config, per_layer, shards)
-    values = check(loss, norm) if check is not None else None
-    skipped = check is not None and values is None
-    return values, update_(model, optimizer, config, step, skipped, shards)
+    if check is None:
+        return None, update_(model, optimizer, config, step, shards=shards)
+    numbers = StepNumbers(loss, norm)
+    ready()
+    late = not wait and per_layer is None and shards is None and checks_on_device(optimizer, loss)
+    if late:
+        with off_where(optimizer, numbers.found_inf()):
+            apply_gradients_(optimizer, config, step)
+    values = check(*numbers.on_host)
+    if not late and not config.per_layer and values is not None:
+        apply_gradients_(optimizer, config, step, shards)
+    return values, finish_step_(model, optimizer, config, step, shards)
 
 
 def gradients(
@@ -172,10 +188,18 @@ def gradients(
         distributed.all_reduce_mean_([*whole, total])
     if per_layer is not None:
         return total, per_layer.norm()
-    limit = config.clip if config.clip > 0 else float("inf")
     with record_function("clip"):
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        norm = clip_(model.parameters(), config.clip)
     return total, norm if shards is None else cast("DTensor", norm).full_tensor()
+
+
+def clip_(parameters: Iterable[Tensor], clip: float) -> Tensor:
+    """Scale gradients to a global norm of at most `clip`, if above 0; their norm before."""
+    found = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in found if p.grad is not None])
+    if clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(found, clip, norm)
+    return norm
 
 
 def update_(
@@ -183,21 +207,34 @@ def update_(
     optimizer: torch.optim.Optimizer,
     config: ResolvedConfig,
     step: int,
-    skipped: bool = False,
     shards: ShardedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """Apply update `step` (from 0), then the events that follow it; gradients are freed.
+    """Apply update `step` (from 0), then the events that follow it; their records."""
+    if not config.per_layer:
+        apply_gradients_(optimizer, config, step, shards)
+    return finish_step_(model, optimizer, config, step, shards)
 
-    Args:
-        skipped: apply no update, only the events.
 
-    Returns:
-        A record of each event, for metrics.jsonl.
-    """
-    if not config.per_layer and not skipped:
-        set_learning_rate(optimizer, config, step)
-        with record_function("optimizer"):
-            optimizer.step() if shards is None else shards.step_()
+def apply_gradients_(
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    step: int,
+    shards: ShardedModel | None = None,
+) -> None:
+    """The optimizer's part of update `step` (from 0)."""
+    set_learning_rate(optimizer, config, step)
+    with record_function("optimizer"):
+        optimizer.step() if shards is None else shards.step_()
+
+
+def finish_step_(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    step: int,
+    shards: ShardedModel | None = None,
+) -> list[dict[str, Any]]:
+    """Free the gradients and apply the events that follow update `step` (from 0); their records."""
     optimizer.zero_grad(set_to_none=True)
     if shards is not None:  # the optimizer knows the mirror's gradients only
         shards.model.zero_grad(set_to_none=True)
