@@ -1,12 +1,9 @@
 """Process group and collectives. With one process, every collective is a no-op.
 
 torchrun starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK. With `ddp` each process has
-the full model and computes an equal share of every batch. Gradients are averaged in buckets after
-the last micro-batch; clipping, optimizer steps and events are then computed by each process from
-the same numbers. torch's DistributedDataParallel is not used for three reasons: it wraps `forward`,
-but the loss here is another method; it fixes the trainable parameters at construction, and warm
-starts change them; its gradient buckets can't be freed by `per_layer`. The cost: communication does
-not overlap with the backward pass.
+the full model and computes an equal share of every batch; gradients are averaged by torch during
+the backward pass (`training.ddp`) or here, in buckets, after it. Clipping, optimizer steps and
+events are then computed by each process from the same numbers.
 """
 
 from __future__ import annotations

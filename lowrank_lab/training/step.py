@@ -5,7 +5,8 @@ Its phases are named ranges, which torch's profiler and `memory.tracker` show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.training.clock import HostMark
+from lowrank_lab.training.ddp import ReplicatedLoss, averages_in_backward
 from lowrank_lab.training.events import apply_
 from lowrank_lab.training.finite import StepNumbers, checks_on_device, off_where
 from lowrank_lab.training.fsdp import ShardedModel
@@ -126,6 +128,7 @@ def take_step_(
     ready: Callable[[], Any] = HostMark,
     wait: bool = False,
     shards: ShardedModel | None = None,
+    replicas: ReplicatedLoss | None = None,
 ) -> tuple[Values | None, list[dict[str, Any]]]:
     """Take update `step` (from 0) on the pieces of one batch, then the events that follow it.
 
@@ -137,13 +140,14 @@ def take_step_(
         ready: marks the point at which both are computed and copied.
         wait: call `check` before the update in any case, so that it can read gradients and weights.
         shards: the sharded model, with `parallel` "fsdp2".
+        replicas: the loss of a model that several processes train.
 
     Returns:
         The result of `check`, and a record of each event.
     """
     if per_layer is not None:
         set_learning_rate(optimizer, config, step)
-    loss, norm = gradients(model, batches, config, per_layer, shards)
+    loss, norm = gradients(model, batches, config, per_layer, shards, replicas)
     if check is None:
         return None, update_(model, optimizer, config, step, shards=shards)
     numbers = StepNumbers(loss, norm)
@@ -158,12 +162,47 @@ def take_step_(
     return values, finish_step_(model, optimizer, config, step, shards)
 
 
+def replicate(
+    model: Llama, batches: Callable[[], Sequence[Batch]], config: ResolvedConfig
+) -> ReplicatedLoss | None:
+    """The model's loss under DDP, its backward pass rehearsed; None where DDP isn't used.
+
+    Args:
+        batches: gives those of any step, on the device. Their gradients are dropped.
+    """
+    if not averages_in_backward(config):
+        return None
+    replicas = ReplicatedLoss(model)
+    pieces = batches()[-1:]
+    gradients(model, pieces, config, replicas=replicas)
+    if any(p.grad is None for p in model.parameters() if p.requires_grad):
+        del replicas  # and its hooks
+        replicas = ReplicatedLoss(model, some_unused=True)
+    gradients(model, pieces, config, replicas=replicas)  # with the buckets of all later steps
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    replicas.buckets = list({g.untyped_storage().data_ptr(): g for g in grads}.values())
+    model.zero_grad(set_to_none=True)
+    return replicas
+
+
+@contextmanager
+def averaged(
+    model: Llama, last: bool, shards: ShardedModel | None, replicas: ReplicatedLoss | None
+) -> Iterator[None]:
+    """A forward and backward pass after which torch averages the gradients, if it is the last."""
+    if shards is not None:
+        cast("FSDPModule", model).set_requires_gradient_sync(last)
+    with nullcontext() if last or replicas is None else replicas.no_sync():
+        yield
+
+
 def gradients(
     model: Llama,
     batches: Sequence[Batch],
     config: ResolvedConfig,
     per_layer: PerLayerUpdates | None = None,
     shards: ShardedModel | None = None,
+    replicas: ReplicatedLoss | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute clipped gradients from equal pieces of one batch; with `per_layer`, apply them.
 
@@ -173,17 +212,17 @@ def gradients(
         The mean loss and the global gradient norm before clipping, float32 scalars on the device.
     """
     total: Tensor | None = None
+    loss_of = model.loss if replicas is None else replicas
     for piece, (tokens, targets) in enumerate(batches, 1):
-        if shards is not None:
-            cast("FSDPModule", model).set_requires_gradient_sync(piece == len(batches))
-        with record_function("forward"), autocast(config, tokens.device):
-            loss = model.loss(tokens, targets) / len(batches)
-        with record_function("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+        with averaged(model, piece == len(batches), shards, replicas):
+            with record_function("forward"), autocast(config, tokens.device):
+                loss = loss_of(tokens, targets) / len(batches)
+            with record_function("backward"):
+                loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
-    # FSDP2 has averaged those of shards.
-    whole = [p.grad for p in model.parameters() if p.grad is not None and shards is None]
+    by_torch = shards is not None or replicas is not None
+    whole = [p.grad for p in model.parameters() if p.grad is not None and not by_torch]
     with record_function("average"):  # once per batch, not per piece
         distributed.all_reduce_mean_([*whole, total])
     if per_layer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +35,7 @@ from lowrank_lab.training.preflight import device_of
 from lowrank_lab.training.provenance import ran_on
 from lowrank_lab.training.records import Records, metrics_row, parameter_counts, perplexities
 from lowrank_lab.training.schedule import warm_start
-from lowrank_lab.training.step import PerLayerUpdates, kind_of, take_step_
+from lowrank_lab.training.step import PerLayerUpdates, kind_of, replicate, take_step_
 
 MOST_SKIPPED = 20  # updates in a row; one more stops the run
 
@@ -74,9 +75,11 @@ class Trainer:
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._outside = OutsideState(self.optimizer)
         self._batches = Batches(config, corpus, self.device)
+        self._replicas = replicate(self.model, partial(self._batches.of, 0), config)
         self._peaks = PeakMemory(
-            self.model, self.optimizer, trackable=not config.compile and self._shards is None
-        )
+            self.model, self.optimizer, trackable=not config.compile and self._shards is None,
+            buckets=self._replicas.buckets if self._replicas else (),
+        )  # fmt: skip
         self._spectra = SpectraRecorder(*self._plain(), config.spectra_layers)
         self._records = Records(folder, config, writes=distributed.is_rank_zero())
         self._records.begin(label, ran_on(self.device, corpus))
@@ -162,7 +165,7 @@ class Trainer:
                     self.model, self.optimizer, batches, self.config, self.updates,
                     per_layer=self._per_layer, check=self._finite, ready=self._clock.ready,
                     wait=self._due(self.config.spectra_every, self.updates + 1),
-                    shards=self._shards,
+                    shards=self._shards, replicas=self._replicas,
                 )  # fmt: skip
         except NotFiniteError as error:
             self._stop(f"after step {self.updates + 1}: {error}")
