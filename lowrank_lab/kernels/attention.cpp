@@ -5,42 +5,21 @@
 // products are made of `tile`, whose result stays in registers.
 #include <cmath>
 #include <cstring>
-#include "vectors.h"
+#include "tile.h"
 
-constexpr int M = 6;         // rows of a tile
-constexpr int N = 2 * W;     // columns of a tile
-constexpr int R = 2 * M;     // query rows in a block of the backward pass
-constexpr n_t PAD = 48;      // a common multiple of R and N
-
-// C (M×N) = A B, or += with `add`: A[r, k] is A[r·ra + k·ka], B[k] a row of N floats.
-template <bool add>
-INLINE void tile(n_t K, const float *A, n_t ra, n_t ka, const float *B, n_t ldb, float *C, n_t ldc) {
-    vec c[M][2] = {};
-    for (n_t k = 0; k < K; k++) {
-        vec b0 = at(B + k * ldb), b1 = at(B + k * ldb + W);
-        for (int r = 0; r < M; r++) {
-            vec a = splat(A[r * ra + k * ka]);
-            c[r][0] += a * b0;
-            c[r][1] += a * b1;
-        }
-    }
-    for (int r = 0; r < M; r++) {
-        float *row = C + r * ldc;
-        at(row) = add ? at(row) + c[r][0] : c[r][0];
-        at(row + W) = add ? at(row + W) + c[r][1] : c[r][1];
-    }
-}
+constexpr int R = 2 * M;  // query rows in a block of the backward pass
+constexpr n_t PAD = 48;   // a common multiple of R and N
 
 // C (M×columns) = A B with A (M×K).
 static void rows_times(n_t K, const float *A, n_t lda, const float *B, n_t ldb, float *C, n_t ldc,
                        n_t columns) {
-    for (n_t c = 0; c < columns; c += N) tile<false>(K, A, lda, 1, B + c, ldb, C + c, ldc);
+    for (n_t c = 0; c < columns; c += N) tile<M, false>(K, A, lda, 1, B + c, ldb, C + c, ldc);
 }
 
 // C (rows×D) += Aᵀ B with A (R×rows) and B (R×D).
 static void add_transposed_times(const float *A, n_t lda, const float *B, n_t D, float *C, n_t rows) {
     for (n_t r = 0; r < rows; r += M)
-        for (n_t d = 0; d < D; d += N) tile<true>(R, A + r, 1, lda, B + d, D, C + r * D + d, D);
+        for (n_t d = 0; d < D; d += N) tile<M, true>(R, A + r, 1, lda, B + d, D, C + r * D + d, D);
 }
 
 // The rotation by cos and sin (T×D/2) of rows of D, scaled; `sign` −1 is its inverse.

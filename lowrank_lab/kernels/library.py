@@ -16,7 +16,20 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.cpp", "pointwise.cpp")
+SOURCES = ("attention.cpp", "pointwise.cpp", "products.cpp")
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+ARGUMENTS = {  # of each function; the number of threads is the last
+    "attention_forward": [*8 * [_pointer], *4 * [_long], _pointer, _int],
+    "attention_backward": [*12 * [_pointer], *4 * [_long], _pointer, _int],
+    "norm_forward": [*4 * [_pointer], *2 * [_long], _float, _int],
+    "norm_backward": [*6 * [_pointer], *2 * [_long], _int],
+    "swiglu_forward": [*3 * [_pointer], _long, _int],
+    "swiglu_backward": [*5 * [_pointer], _long, _int],
+    "losses": [*3 * [_pointer], *2 * [_long], _int, _int],
+    "product": [
+        _pointer, _long, _long, _pointer, _long, _long, _pointer, _pointer, *3 * [_long], _int,
+    ],
+}  # fmt: skip
 SWITCH = "LOWRANK_LAB_KERNELS"  # environment variable: 0 leaves the kernels to torch
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno",
@@ -36,7 +49,7 @@ def library() -> ctypes.CDLL | None:
     for flags in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
         try:
             return _loaded(compiler, [*FLAGS, _instructions(), *flags])
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, AttributeError, subprocess.SubprocessError):
             continue
     return None
 
@@ -64,12 +77,12 @@ def _loaded(compiler: str, flags: list[str]) -> ctypes.CDLL:
         digest.update(file.read_bytes())
     folder, name = _cache_folder(), f"kernels-{digest.hexdigest()[:24]}.so"
     if folder is not None and (folder / name).exists():
-        return ctypes.CDLL(str(folder / name))
+        return _typed(folder / name)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / name
         command = [compiler, *flags, *(str(HERE / source) for source in SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-        found = ctypes.CDLL(str(made))  # stays loaded when its file moves or goes
+        found = _typed(made)  # stays loaded when its file moves or goes
         if folder is not None:
             made.replace(folder / name)  # at once: another process may do the same
         return found
@@ -89,3 +102,10 @@ def _cache_folder() -> Path | None:
         if os.access(folder, os.W_OK):
             return folder
     return None
+
+
+def _typed(file: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(file))
+    for name, arguments in ARGUMENTS.items():
+        getattr(found, name).argtypes = arguments
+    return found

@@ -17,6 +17,7 @@ from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.kernels.library import library
 
 HEAD_SIZE = 16  # head sizes are its multiples
+PANEL_DEPTH = 256  # DEPTH in products.cpp
 NAMESPACE = "lowrank_lab_cpu"
 
 
@@ -56,6 +57,14 @@ def losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> No
     Raises IndexError for a target that is none of the V.
     """
     torch.ops.lowrank_lab_cpu.losses_(logits, targets, losses, slopes)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Write a (m×k) · b (k×n) into `out`, which is contiguous, as is a or its transpose."""
+    (m, k), n = a.shape, b.shape[1]
+    panels = a.new_empty(PANEL_DEPTH * ((n + 15) // 16 * 16))
+    _call("product", a, *a.stride(), b, *b.stride(), out, panels, m, k, n)
+    return out
 
 
 def unfolded(operation: Any) -> Callable[..., Any] | None:
@@ -110,11 +119,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _call(name: str, *args: Any) -> int:
-    """Call a kernel: tensors by their address, integers as 64 bits, the number of threads last."""
+    """Call a kernel: tensors by their address, the number of threads last."""
     found = library()
     assert found is not None
-    passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in args]
-    passed = [ctypes.c_int64(a) if type(a) is int else a for a in passed]
+    passed = (a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     result: int = getattr(found, name)(*passed, torch.get_num_threads())
     return result
 
@@ -178,8 +186,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, s = _norm_made(x, weight, eps)
     d = x.shape[-1]
     _call(
-        "norm_forward", x.contiguous(), weight.contiguous(), y, s, x.numel() // d, d,
-        ctypes.c_float(eps),
+        "norm_forward", x.contiguous(), weight.contiguous(), y, s, x.numel() // d, d, eps,
     )  # fmt: skip
     return y, s
 
@@ -219,7 +226,7 @@ def _swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Te
 
 
 def _losses(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
-    wrong = _call("losses", logits, targets.contiguous(), losses, *logits.shape, ctypes.c_int(slopes))
+    wrong = _call("losses", logits, targets.contiguous(), losses, *logits.shape, slopes)
     if wrong:
         raise IndexError(f"targets: {wrong} are not allowed; 0 to {logits.shape[1] - 1}")
 
