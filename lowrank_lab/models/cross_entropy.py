@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype, prefers_few_kernels
+from lowrank_lab.kernels import operators as kernels
 
 LOGITS_IN_CHUNK = 1 << 26  # bytes; smaller chunks have more partial gradients to add up
 LOGITS_ON_CUDA = 1 << 29  # bytes in a chunk there: few kernels, and each of them large
@@ -85,6 +86,8 @@ def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> N
 
     On a CPU, works on a few rows at a time, so that their float32 copies stay in a core's cache.
     """
+    if kernels.takes(logits):
+        return kernels.losses_(logits, targets, losses, slopes)
     in_cache = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
     rows = len(logits) if prefers_few_kernels(logits) else in_cache
     if isinstance(logits, FakeTensor):  # a third piece takes as much memory as the second

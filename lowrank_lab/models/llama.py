@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import Size
 from lowrank_lab.device import autocast_dtype
+from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
 
@@ -31,6 +32,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.takes(x, self.weight):
+            return kernels.rms_norm(x, self.weight, NORM_EPS)
         out: Tensor = _RMSNorm.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return out
 
@@ -112,12 +115,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = (*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads)
-        q, k, v = (
-            p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = causal_attention(q, k, v)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
+        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if heads[-1] % kernels.HEAD_SIZE == 0 and kernels.takes(q, k, v, cos, sin):
+            mixed = kernels.rotary_attention(q, k, v, cos, sin)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            mixed = causal_attention(q, k, v).transpose(1, 2)
+        out: Tensor = self.o_proj(mixed.reshape(x.shape))
         return out
 
 
@@ -129,7 +134,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(size.intermediate_size, size.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if kernels.takes(gate, up):
+            hidden = kernels.swiglu(gate, up)
+        else:
+            hidden = F.silu(gate) * up
+        out: Tensor = self.down_proj(hidden)
         return out
 
 
