@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from lowrank_lab.config import Size
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.models.attention import causal_attention
-from lowrank_lab.models.cross_entropy import linear_cross_entropy
+from lowrank_lab.models.compiled import Compiled
+from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
@@ -29,10 +30,16 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.compiled: Compiled | None = None  # `_rms_norm`
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _RMSNorm.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        out: Tensor = (self.compiled or _rms_norm)(x, self.weight)
         return out
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = _RMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -141,10 +148,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(size.hidden_size)
         self.mlp = MLP(size)
 
+        self.compiled: Compiled | None = None  # `_block`, the same for all blocks of a model
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = (self.compiled or _block)(self, x, cos, sin)
         return out
+
+
+def _block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = x + block.self_attn(block.input_layernorm(x), cos, sin)
+    out: Tensor = x + block.mlp(block.post_attention_layernorm(x))
+    return out
 
 
 class Decoder(nn.Module):
@@ -176,14 +190,26 @@ class Llama(nn.Module):
         self.model = Decoder(size)
         self.lm_head = nn.Linear(size.hidden_size, size.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._fused: FusedLosses | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=initializer_range)
 
     def compile_blocks(self) -> None:
-        """Compile each block at its next call; parameters and their names do not change."""
+        """Compile the blocks and the last norm at their first calls; parameters stay as they are.
+
+        Blocks with the same kinds of layers share one graph, and one for evaluation.
+        """
+        kinds: dict[Any, Compiled] = {}
         for block in self.model.layers:
-            block.compile()
+            layers = ((name, type(layer)) for name, layer in block.named_modules())
+            shapes = (p.shape for p in block.parameters())
+            block.compiled = kinds.setdefault((*layers, *shapes), Compiled(_block))
+        self.model.norm.compiled = Compiled(_rms_norm)
+
+    def compile_loss(self) -> None:
+        """Compile the loss's softmax at its first call (`FusedLosses`)."""
+        self._fused = FusedLosses()
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) → normalised hidden states (B, T, d)."""
@@ -205,10 +231,13 @@ class Llama(nn.Module):
         return out
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, float32; full logits are never formed."""
-        hidden = self.hidden_states(tokens).flatten(0, 1)
+        """Mean cross-entropy in nats per token, float32; full logits are never formed.
+
+        Tokens may have more sequences than targets: the last ones then don't count.
+        """
+        hidden = self.hidden_states(tokens)[: len(targets)].flatten(0, 1)
         with record_function("loss"):
-            return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten())
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), self._fused)
 
     def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         tables = self._tables
