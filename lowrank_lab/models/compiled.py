@@ -39,7 +39,7 @@ class Compiled:
         try:
             return chosen(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())  # without traceback
             allowed = f"torch can't compile the model ({reason}); False"
             raise InputError("compile", True, allowed) from error
 
