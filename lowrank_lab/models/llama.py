@@ -196,7 +196,7 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=initializer_range)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks and the last norm at their first calls; parameters stay as they are.
+        """Compile blocks, last norm and the loss's softmax, each at its first call.
 
         Blocks with the same kinds of layers share one graph, and one for evaluation.
         """
@@ -206,9 +206,6 @@ class Llama(nn.Module):
             shapes = (p.shape for p in block.parameters())
             block.compiled = kinds.setdefault((*layers, *shapes), Compiled(_block))
         self.model.norm.compiled = Compiled(_rms_norm)
-
-    def compile_loss(self) -> None:
-        """Compile the loss's softmax at its first call (`FusedLosses`)."""
         self._fused = FusedLosses()
 
     def hidden_states(self, tokens: Tensor) -> Tensor:

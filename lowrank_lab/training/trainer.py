@@ -68,7 +68,6 @@ class Trainer:
             switch.train()
         if config.compile:
             self.model.compile_blocks()
-            self.model.compile_loss()
         self.updates = 0
         self.seconds = 0.0  # spent in training steps, evaluations not counted
         self.bytes = Breakdown()

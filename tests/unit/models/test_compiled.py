@@ -58,7 +58,6 @@ def test_copies_and_pickles_of_a_compiled_model_compute_the_same():
     torch.manual_seed(0)
     model, tokens = Llama(SIZES["tiny"]), torch.arange(24).view(2, 12)
     model.compile_blocks()
-    model.compile_loss()
     expected = model.loss(tokens, tokens)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other.loss(tokens, tokens), expected)
