@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import Size
 from lowrank_lab.device import autocast_dtype
+from lowrank_lab.layers.padded import AlignedLinear, padded_width
 from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.compiled import Compiled
 from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy
@@ -131,12 +132,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(size.intermediate_size, size.hidden_size, bias=False)
+        self.gate_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
+        self.up_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
+        self.down_proj = AlignedLinear(size.intermediate_size, size.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        width = padded_width(x, self.gate_proj, self.up_proj, self.down_proj)
+        rows = () if width is None else (width,)  # layers of one's own take x alone
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x, *rows)) * self.up_proj(x, *rows))
         return out
 
 
