@@ -21,7 +21,7 @@ from lowrank_lab.models.cross_entropy import linear_cross_entropy
 
 NO_KERNEL = {
     "detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-    "set_", "lift_fresh", "_unsafe_view", "resize_", "is_same_size", "_local_scalar_dense",
+    "set_", "lift_fresh", "device", "promote_types", "scalar_tensor", "_unsafe_view", "resize_", "is_same_size", "_local_scalar_dense",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ decay is decoupled and applied *after* the update.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -22,6 +22,7 @@ from lowrank_lab.distributed.dtensors import (
     local_part,
     part_of,
 )
+from lowrank_lab.distributed.placements import REPLICATED
 from lowrank_lab.optim.adam import (
     adam_direction,
     adam_moments,
@@ -37,6 +38,7 @@ from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
 from lowrank_lab.optim.saved_state import load_, prepared
+from lowrank_lab.optim.stacks import StackedStates, Stacks, Weights, batches, moments_of
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
@@ -61,6 +63,8 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
+    stacks: ClassVar[bool] = False  # `update_` takes stacks of many matrices, too
+    batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
         self,
@@ -111,7 +115,9 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     ) -> None:
         """One step of one parameter: change W (m×n) in place, given its gradient G (m×n).
 
-        `step_size` is the learning rate with Adam's bias correction in it.
+        `step_size` is the learning rate with Adam's bias correction in it. A class with `stacks`
+        also takes `Weights`, `Stacks` and `StackedStates` of many parameters for W, G and the state
+        (see stacks.py).
         """
         raise NotImplementedError
 
@@ -160,15 +166,43 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
             torch._foreach_mul_(parts, 1.0 - group["lr"] * group["weight_decay"])
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            dim = self.dim_of(group, p.shape)
-            with undone_on_error(self.state[p]):
-                state = self._advanced_state(p, group)
-                with (
-                    self.plain_parts(p, dim) as (part, G, parts),
-                    self._update_target(part, state["step"], group) as W,
-                ):
-                    self.update_(W, G, parts, group, bias_corrected_lr(state, group))
+        for batch, together in batches(self, params, group):
+            if together:
+                self._update_many_(batch, group)
+            else:
+                self._update_one_(batch[0], group)
+
+    def _update_one_(self, p: Tensor, group: dict[str, Any]) -> None:
+        dim = self.dim_of(group, p.shape)
+        with undone_on_error(self.state[p]):
+            state = self._advanced_state(p, group)
+            with (
+                self.plain_parts(p, dim) as (part, G, parts),
+                self._update_target(p, part, state["step"], group) as W,
+            ):
+                self.update_(W, G, parts, group, bias_corrected_lr(state, group))
+        state["step"] += 1
+
+    def _update_many_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """As `_update_one_` of each, in few kernels; their states have equal numbers."""
+        states = [self.state[p] for p in params]
+        with undone_on_error(*states), ExitStack() as targets:
+            for p in params:
+                self._advanced_state(p, group)
+            self.batch, self.layout, self.placement = params, None, REPLICATED
+            G, together = Stacks.of([cast("Tensor", p.grad) for p in params]), StackedStates(states)
+            W = Weights(
+                [
+                    targets.enter_context(self._update_target(p, p, s["step"], group))
+                    for p, s in zip(params, states, strict=True)
+                ],
+                G,
+            )
+            update: Callable[..., None] = self.update_
+            update(W, G, together, group, bias_corrected_lr(states[0], group))
+            W.add_update_()
+            together.store_()
+        for state in states:
             state["step"] += 1
 
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +212,9 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
         return state
 
     @contextmanager
-    def _update_target(self, part: Tensor, step: int, group: dict[str, Any]) -> Iterator[Tensor]:
+    def _update_target(
+        self, p: Tensor, part: Tensor, step: int, group: dict[str, Any]
+    ) -> Iterator[Tensor]:
         """The tensor that an update changes: `part`, or a float32 copy that is rounded into it."""
         if not rounds_stochastically(part, group):
             yield part
@@ -187,14 +223,21 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
         yield W
         W.mul_(1.0 - group["lr"] * group["weight_decay"])
         # The bits are those of the full matrix: the same ones for any number of processes.
-        seed = (param_index(self, self.param) * SEED_STRIDE + step) % 2**63
-        bits = random_bits(self.param.shape, seed, part.device)
+        seed = (param_index(self, p) * SEED_STRIDE + step) % 2**63
+        bits = random_bits(p.shape, seed, part.device)
         if self.layout is not None:
             bits = part_of(bits, self.layout.p, self.layout.placements)
         part.copy_(stochastic_round(W, bits))
 
-    def adam_direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def adam_direction(self, R: Any, state: Any, group: dict[str, Any]) -> Any:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
+        if isinstance(R, Stacks):
+            ms, vs = moments_of(state, R)
+            adam_update_(
+                R.twin.items, R.items, ms, vs,
+                step_size=-1.0, betas=group["betas"], eps=group["eps"],
+            )  # fmt: skip
+            return R.twin
         N = self.buffer("direction", R.shape, R)
         return adam_direction(R, state, group["betas"], group["eps"], out=N)
 
@@ -238,7 +281,7 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
             with self.plain_parts(p, ANY_DIM) as (part, G, parts):
                 g = to_state_precision(G, group)
                 N = adam_direction(g, parts, group["betas"], group["eps"])
-                with self._update_target(part, state["step"], group) as W:
+                with self._update_target(p, part, state["step"], group) as W:
                     W.add_(N, alpha=-bias_corrected_lr(state, group))
             state["step"] += 1
 

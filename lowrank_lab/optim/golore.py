@@ -25,6 +25,7 @@ from lowrank_lab.optim.projection import (
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
+from lowrank_lab.optim.stacks import each
 from lowrank_lab.optim.subspaces import Projections, sides
 
 
@@ -49,6 +50,7 @@ class GoLore(ProjectedAdamW):
     matrix.
     """
 
+    stacks: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd",
         "switch": 0, "seed": 0,
@@ -73,15 +75,20 @@ class GoLore(ProjectedAdamW):
     def update_(
         self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
     ) -> None:
-        old = load_projections(state)
-        left, right = self._projections(G, state, group)
-        new = load_projections(state)
-        if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
-            state["exp_avg"].copy_(carry_moment(state["exp_avg"], old, new, self.placement))
+        left, right = each(self, self._carried, G, state, group)
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
         project_back_add_(W, N, left, right, alpha=-step_size * group["scale"])
+
+    def _carried(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
+        """The projections (L, R) of this step; the first moment follows them."""
+        old = load_projections(state)
+        used = self._projections(G, state, group)
+        new = load_projections(state)
+        if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
+            state["exp_avg"].copy_(carry_moment(state["exp_avg"], old, new, self.placement))
+        return used
 
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
         """The projections (L, R) of this step: GaLore's before the switch, random ones after it."""
@@ -99,7 +106,8 @@ class GoLore(ProjectedAdamW):
             )
             store_projections_(state, (left, right), G.dtype)
             return gather_projections(load_projections(state), shape, self.placement)
-        return get_projections(self, state, G, group)
+        left, right = get_projections(self, state, G, group)
+        return left, right
 
 
 def carry_moment(

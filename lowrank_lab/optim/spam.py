@@ -111,19 +111,17 @@ class Spam(UniformAdam):
         resets = since_reset == 0
         entries = self._entries(W, state, group["density"], redraw=resets)
         w, g = (W, G) if entries is None else (W[entries], G[entries])
-        m, v = adam_moments(state, w)
+        ms, vs = moments_of(state, w)
         if resets and entries is None:
-            m.zero_()
-            v.zero_()
+            torch._foreach_zero_([*ms, *vs])
         if group["threshold"] > 0 and since_reset >= group["grad_accu_steps"]:
-            g = clip_spikes(g, v, group["threshold"])
+            g = combined(clip_spikes, group["threshold"], g, vs)
         if t >= group["update_proj_gap"]:
             step_size *= warmup_factor(since_reset, group["warmup"])
-        adam_update_(
-            [w], [g], [m], [v], step_size=step_size, betas=group["betas"], eps=group["eps"]
-        )
+        ws, gs = tensors_of(w), tensors_of(g)
+        adam_update_(ws, gs, ms, vs, step_size=step_size, betas=group["betas"], eps=group["eps"])
         if group["weight_decay"] > 0:
-            w.mul_(1.0 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(ws, 1.0 - group["lr"] * group["weight_decay"])
         if entries is not None:
             W.index_put_(entries, w)
 
