@@ -18,7 +18,6 @@ SMALL |= {"eval_tokens": 1000, "test_tokens": 2000}
             "method_options.warm_start: 4",
         ),
         ({"per_layer": True, "clip": 0.0}, "per_layer: True"),
-        ({"compile": True}, "compile: True"),
     ],
 )
 def test_what_is_not_sound_in_shards_is_refused(fields, refusal):
