@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW
+from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.fira import EPS, growth_limiter
+from lowrank_lab.optim.matrix_updates import SEED_STRIDE, each
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
     check_projection,
@@ -24,7 +25,6 @@ from lowrank_lab.optim.projection import (
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
-from lowrank_lab.optim.stacks import each
 from lowrank_lab.optim.subspaces import Projections, next_seed, sides
 
 PROJECTIONS = ("random", "svd", "gram")
@@ -62,7 +62,6 @@ class Apollo(ProjectedAdamW):
         precision: `state_precision` and `stochastic_rounding`, see ProjectedAdamW.
     """
 
-    stacks: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 1.0, "proj": "random", "proj_type": "std",
         "scale_type": "channel", "scale_front": False, "disable_nl": False,
@@ -108,6 +107,9 @@ class Apollo(ProjectedAdamW):
             shapes |= {"seed": None} if group["proj"] == "random" else {}
         return shapes
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return True
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
@@ -115,9 +117,7 @@ class Apollo(ProjectedAdamW):
         if group["proj"] != "random":
             refresh_sharded_(self, params, group | {"refresh": group["proj"]})
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         left, right = each(self, self._projections, G, state, group)
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)

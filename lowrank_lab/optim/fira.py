@@ -50,7 +50,6 @@ class Fira(ProjectedAdamW):
     to take its norm.
     """
 
-    stacks: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "svd",
         "spread_refresh": False, "forgive_zero": True,
@@ -67,15 +66,16 @@ class Fira(ProjectedAdamW):
         norm: Shapes = {"residual_norm": ()} if "rank" in group else {}
         return super().state_shapes(group, shape) | projected_shapes(group, shape) | norm
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return True
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         refresh_sharded_(self, params, group)
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         left, right = get_projections(self, state, G, group)
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)

@@ -13,6 +13,7 @@ from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
+from lowrank_lab.optim.matrix_updates import each
 from lowrank_lab.optim.projection import (
     check_projection,
     gather_projections,
@@ -25,7 +26,6 @@ from lowrank_lab.optim.projection import (
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
-from lowrank_lab.optim.stacks import each
 from lowrank_lab.optim.subspaces import Projections, sides
 
 
@@ -50,7 +50,6 @@ class GoLore(ProjectedAdamW):
     matrix.
     """
 
-    stacks: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd",
         "switch": 0, "seed": 0,
@@ -65,6 +64,9 @@ class GoLore(ProjectedAdamW):
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return True
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
@@ -72,9 +74,7 @@ class GoLore(ProjectedAdamW):
         before = [p for p in params if self.state[p].get("step", 0) < group["switch"]]
         refresh_sharded_(self, before, group)
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         left, right = each(self, self._carried, G, state, group)
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         R = projected_gradient(G, left, right, group)

@@ -25,7 +25,8 @@ from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
-from lowrank_lab.optim.stacks import Stacks, Weights, each, project_stacks
+from lowrank_lab.optim.matrix_updates import each
+from lowrank_lab.optim.stacks import Stacks, Weights, project_stacks
 from lowrank_lab.optim.subspaces import (
     Projections,
     gram_subspaces,

@@ -8,19 +8,17 @@ kernel takes all. The states stay those of the parameters; stacks are copies wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_lab.device import prefers_few_kernels
-from lowrank_lab.distributed.dtensors import is_dtensor
 from lowrank_lab.optim.adam import adam_moments
 
 STACK_BYTES = 512 * 2**20  # of the gradients that are copied at a time
-FEWEST = 2  # tensors of a stack: a single one needs no copy
+MOMENTS = ("exp_avg", "exp_avg_sq")
 Run = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
 State = dict[str, Any]
 
@@ -129,6 +127,7 @@ class StackedStates:
             return self.states[0][name]  # a number that all have in common
         if name not in self._vectors:
             names = [k for k, v in self.states[0].items() if isinstance(v, Tensor) and v.ndim == 0]
+            names = [k for k in names if k not in MOMENTS]  # of a parameter that is one number
             table = torch.stack([s[k] for k in names for s in self.states])
             rows = table.view(len(names), len(self.states)).unbind()
             self._vectors = dict(zip(names, rows, strict=True)) | self._vectors
@@ -147,7 +146,7 @@ class StackedStates:
                 else:
                     state[name] = value.clone()
         if there:
-            torch._foreach_copy_(*map(list, zip(*there, strict=True)))
+            torch._foreach_copy_([old for old, _ in there], [new for _, new in there])
 
 
 Sides = list[Tensor | None]  # the projections of one side, a stack (k×m×r) for each run
@@ -167,7 +166,7 @@ def sizes_of(runs: list[Run]) -> list[int]:
 
 def blocks_of(flat: Tensor, runs: list[Run]) -> list[Tensor]:
     """Views of a buffer, a stack for each run."""
-    parts = flat.split(sizes_of(runs))
+    parts = torch.split(flat, sizes_of(runs))
     return [part.view(n, *shape) for part, (n, shape) in zip(parts, runs, strict=True)]
 
 
@@ -178,7 +177,7 @@ def gather_(*stacks: Stacks) -> None:
         same = [s for s in waiting if s.tensors[0].dtype == dtype]
         flat = torch.cat([t.flatten() for s in same for t in s.tensors])
         sizes = [sum(sizes_of(s.runs)) for s in same]
-        for s, part in zip(same, flat.split(sizes), strict=True):
+        for s, part in zip(same, torch.split(flat, sizes), strict=True):
             s._flat = part
 
 
@@ -187,37 +186,17 @@ def tensors_of(X: Tensor | Stacks | Weights) -> list[Tensor]:
     return [X] if isinstance(X, Tensor) else X.tensors
 
 
-def each(
-    optimizer: Any,
-    projections: Callable[[Tensor, State, dict[str, Any]], Projections],
-    G: Matrices,
-    state: State | StackedStates,
-    group: dict[str, Any],
-) -> tuple[Any, Any]:
-    """The projections (L, R) of a matrix by a function; of many, each by itself, then stacked."""
-    if isinstance(G, Tensor):
-        assert isinstance(state, dict)
-        return projections(G, state, group)
-    assert isinstance(state, StackedStates)
-    found = []
-    for p, own in zip(optimizer.batch, state.states, strict=True):
-        optimizer.param = p
-        found.append(projections(p.grad, own, group))
-    both: tuple[list[Stacks | None], list[Stacks | None]] = ([], [])
-    at = 0
-    for count, _ in G.runs:
-        for stacks, side in zip(both, zip(*found[at : at + count], strict=True), strict=True):
-            stacks.append(None if side[0] is None else Stacks.of(side))
-        at += count
-    gather_(G, *(s for stacks in both for s in stacks if s is not None))
-    left, right = ([None if s is None else s.blocks[0] for s in stacks] for stacks in both)
-    return left, right
+def moments_of(state: State | StackedStates, like: Matrices) -> tuple[list[Tensor], list[Tensor]]:
+    """Adam's moments m and v of a tensor, or of each of many; zeros are created at first use."""
+    states = [state] if isinstance(state, dict) else state.states
+    pairs = [adam_moments(s, X) for s, X in zip(states, tensors_of(like), strict=True)]
+    return [m for m, _ in pairs], [v for _, v in pairs]
 
 
 def project_stacks(G: Stacks, left: Sides, right: Sides, dtype: torch.dtype) -> Stacks:
     """Lᵀ G, G R or Lᵀ G R of each run, in that dtype, with a twin for Adam's direction."""
     sides = list(zip(left, right, strict=True))
-    runs = [
+    runs: list[Run] = [
         (count, (m if L is None else L.shape[-1], n if R is None else R.shape[-1]))
         for (count, (m, n)), (L, R) in zip(G.runs, sides, strict=True)
     ]
@@ -235,52 +214,16 @@ def project_stacks(G: Stacks, left: Sides, right: Sides, dtype: torch.dtype) -> 
     return projected
 
 
-def moments_of(state: State | StackedStates, like: Matrices) -> tuple[list[Tensor], list[Tensor]]:
-    """Adam's moments m and v of a tensor, or of each of many; zeros are created at first use."""
-    states = [state] if isinstance(state, dict) else state.states
-    pairs = [adam_moments(s, X) for s, X in zip(states, tensors_of(like), strict=True)]
-    return [m for m, _ in pairs], [v for _, v in pairs]
-
-
-def batches(
-    optimizer: Any, params: list[Tensor], group: dict[str, Any]
-) -> Iterator[tuple[list[Tensor], bool]]:
-    """Parameters to update one after the other, and whether as stacks or one by one.
-
-    DTensors, and matrices that fill a batch alone, are updated one by one, as is everything off
-    CUDA's path.
-
-    Those of a batch have equal numbers in their states. Their order makes neighbours of shapes that
-    can be seen as one: matrices with rows of equal length, or, where all shapes are updated alike,
-    tensors with equally many entries.
-    """
-    alike: dict[Any, list[Tensor]] = {}
-    for p in params:
-        if not (optimizer.stacks and prefers_few_kernels(p)) or is_dtensor(p):
-            yield [p], False
-            continue
-        assert p.grad is not None
-        state = optimizer.state[p]
-        numbers = [state.get(k) for k in ("step", "exp_avg_weight", "exp_avg_sq_weight")]
-        kinds = frozenset(
-            (name, value.dtype)
-            for name, value in state.items()
-            if isinstance(value, Tensor) and not name.startswith("projection")
-        )
-        key = (p.device, p.dtype, p.grad.dtype, *numbers, kinds)
-        alike.setdefault(key, []).append(p)
-
-    def order(p: Tensor) -> Any:
-        return (p.shape[-1] if "rank" in group else p.numel(), tuple(p.shape))
-
-    for same in alike.values():
-        batch: list[Tensor] = []
-        nbytes = 0
-        for p in sorted(same, key=order):
-            own = p.numel() * p.element_size()
-            if batch and nbytes + own > STACK_BYTES:
-                yield batch, len(batch) >= FEWEST
-                batch, nbytes = [], 0
-            batch.append(p)
-            nbytes += own
-        yield batch, len(batch) >= FEWEST
+def limited(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in parts of at most STACK_BYTES, or of one tensor."""
+    part: list[Tensor] = []
+    nbytes = 0
+    for t in tensors:
+        own = t.numel() * t.element_size()
+        if part and nbytes + own > STACK_BYTES:
+            yield part
+            part, nbytes = [], 0
+        part.append(t)
+        nbytes += own
+    if part:
+        yield part
