@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype, prefers_few_kernels
+from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.models.compiled import Compiled
 
 LOGITS_IN_CHUNK = 1 << 26  # bytes; smaller chunks have more partial gradients to add up
@@ -54,7 +55,8 @@ class FusedLosses:
 
     def __call__(self, logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
         """As `_losses_`."""
-        if len(logits) == 1:  # torch would compile again for a single row
+        # torch would compile again for a single row
+        if len(logits) == 1 or kernels.takes(logits):
             return _losses_(logits, targets, losses, slopes)
         for t in (logits, targets):  # one kernel for chunks of all lengths
             torch._dynamo.mark_dynamic(t, 0)
@@ -130,6 +132,8 @@ def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> N
 
     On a CPU, works on a few rows at a time, so that their float32 copies stay in a core's cache.
     """
+    if kernels.takes(logits):
+        return kernels.losses_(logits, targets, losses, slopes)
     in_cache = max(1, LOGITS_IN_FLIGHT // logits.shape[1])
     rows = len(logits) if prefers_few_kernels(logits) else in_cache
     if isinstance(logits, FakeTensor):  # a third piece takes as much memory as the second

@@ -16,57 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import Size
 from lowrank_lab.device import autocast_dtype
+from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.layers.padded import AlignedLinear, padded_width
 from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.compiled import Compiled
 from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy
+from lowrank_lab.models.rms_norm import RMSNorm, rms_norm
 
-NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
-
-
-class RMSNorm(nn.Module):
-    """y = x · s · weight with s = 1/√(mean x² + ε), over the last dimension."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.compiled: Compiled | None = None  # `_rms_norm`
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = (self.compiled or _rms_norm)(x, self.weight)
-        return out
-
-
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Three passes over x forward and five backward: half as many as autograd would take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        s = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_().to(x.dtype)
-        ctx.save_for_backward(x, s, weight)
-        out: Tensor = (x * s).mul_(weight.to(x.dtype))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        # with x̂ = x·s:  d weight = Σ g∘x̂,  d x = s·(g∘weight − x̂ · mean(g∘weight∘x̂))
-        (g,) = grad_outputs
-        x, s, weight = ctx.saved_tensors
-        x_hat = x * s
-        g_x = g * x_hat
-        w = weight.to(x.dtype)
-        mean = (g_x @ w).unsqueeze(-1).div_(x.shape[-1])
-        wide = torch.promote_types(x.dtype, torch.float32)
-        grad_weight = g_x.reshape(-1, g_x.shape[-1]).sum(0, dtype=wide).to(weight.dtype)
-        return (g * w).addcmul_(x_hat, mean, value=-1).mul_(s), grad_weight
 
 
 def rotary_tables(length: int, head_size: int, device: Any = None) -> tuple[Tensor, Tensor]:
@@ -120,12 +77,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = (*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads)
-        q, k, v = (
-            p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = causal_attention(q, k, v)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
+        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if heads[-1] % kernels.HEAD_SIZE == 0 and kernels.takes(q, k, v, cos, sin):
+            mixed = kernels.rotary_attention(q, k, v, cos, sin)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            mixed = causal_attention(q, k, v).transpose(1, 2)
+        out: Tensor = self.o_proj(mixed.reshape(x.shape))
         return out
 
 
@@ -139,7 +98,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         width = padded_width(x, self.gate_proj, self.up_proj, self.down_proj)
         rows = () if width is None else (width,)  # layers of one's own take x alone
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x, *rows)) * self.up_proj(x, *rows))
+        gate, up = self.gate_proj(x, *rows), self.up_proj(x, *rows)
+        hidden = kernels.swiglu(gate, up) if kernels.takes(gate, up) else F.silu(gate) * up
+        out: Tensor = self.down_proj(hidden)
         return out
 
 
@@ -205,10 +166,11 @@ class Llama(nn.Module):
         """
         kinds: dict[Any, Compiled] = {}
         for block in self.model.layers:
+            assert isinstance(block, Block)
             layers = ((name, type(layer)) for name, layer in block.named_modules())
             shapes = (p.shape for p in block.parameters())
             block.compiled = kinds.setdefault((*layers, *shapes), Compiled(_block))
-        self.model.norm.compiled = Compiled(_rms_norm)
+        self.model.norm.compiled = Compiled(rms_norm)
         self._fused = FusedLosses()
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
