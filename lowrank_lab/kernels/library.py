@@ -37,6 +37,8 @@ FLAGS = (
 )  # fmt: skip
 # What torch was told to use of the CPU (ATEN_CPU_CAPABILITY) holds here, too.
 INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "DEFAULT": "-march=x86-64"}
+# For a torch that can't list the CPU's abilities, by which the cache tells CPUs apart.
+OLD_INSTRUCTIONS = {"AVX512": "-march=x86-64-v4"}
 SECONDS = 120  # for the compiler
 
 
@@ -62,30 +64,50 @@ def _compiler() -> str | None:
 def _instructions() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() in ("x86_64", "AMD64"):
-        return INSTRUCTIONS.get(capability, "-march=native")
+        known = (
+            INSTRUCTIONS
+            if hasattr(torch.cpu, "get_capabilities")
+            else INSTRUCTIONS | OLD_INSTRUCTIONS
+        )
+        return known.get(capability, "-march=native")
     return "-mcpu=native"
 
 
 def _loaded(compiler: str, flags: list[str]) -> ctypes.CDLL:
     """The library, compiled if the cache doesn't have it.
 
-    Its name is a hash of the source, the compiler and its flags, and the CPU's abilities: one home
-    folder may serve several machines.
+    Its name has a hash of the source, the compiler and its flags, and the CPU's abilities, as one
+    home folder may serve several machines; and another one of what is in the file.
     """
-    digest = hashlib.sha256(repr((compiler, flags, _abilities())).encode())
-    for file in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h"))):
-        digest.update(file.read_bytes())
-    folder, name = _cache_folder(), f"kernels-{digest.hexdigest()[:24]}.so"
-    if folder is not None and (folder / name).exists():
-        return _typed(folder / name)
+    origin = [repr((compiler, flags, _abilities())).encode()]
+    origin += [file.read_bytes() for file in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h")))]
+    folder, stem = _cache_folder(), f"kernels-{_digest(*origin)}"
+    if folder is not None and (found := _cached(folder, stem)) is not None:
+        return found
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / name
+        made = Path(scratch) / f"{stem}.so"
         command = [compiler, *flags, *(str(HERE / source) for source in SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
         found = _typed(made)  # stays loaded when its file moves or goes
-        if folder is not None:
-            made.replace(folder / name)  # at once: another process may do the same
+        if folder is not None:  # at once: another process may do the same
+            made.replace(folder / f"{stem}-{_digest(made.read_bytes())}.so")
         return found
+
+
+def _cached(folder: Path, stem: str) -> ctypes.CDLL | None:
+    """A library of that origin in the cache; None if there is no whole one that can be loaded.
+
+    Loading a library whose end is missing, as after a power cut, would end the process.
+    """
+    for file in sorted(folder.glob(f"{stem}-*.so")):
+        with contextlib.suppress(OSError, AttributeError):
+            if file.stem == f"{stem}-{_digest(file.read_bytes())}":
+                return _typed(file)
+    return None
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:24]
 
 
 def _abilities() -> list[tuple[str, object]]:

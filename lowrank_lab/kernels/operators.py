@@ -54,7 +54,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
     """Fill `losses` (n, 1); with `slopes`, turn logits (n, V) into softmax − one_hot(target).
 
-    Raises IndexError for a target that is none of the V.
+    Raises IndexError for a target that is none of the V, ValueError for other than n of them.
     """
     torch.ops.lowrank_lab_cpu.losses_(logits, targets, losses, slopes)
 
@@ -160,7 +160,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tup
     out, log_sums, scratch = _attention_made(q, k, v)
     q, k, v = _rows(q, k, v)
     cos, sin = cos.contiguous(), sin.contiguous()
-    _call("attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v))
+    _call(
+        "attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v)
+    )
     return out, log_sums
 
 
@@ -226,7 +228,11 @@ def _swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Te
 
 
 def _losses(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
-    wrong = _call("losses", logits, targets.contiguous(), losses, *logits.shape, slopes)
+    if targets.dtype.is_floating_point or targets.numel() != len(logits):
+        given = f"{targets.dtype} {tuple(targets.shape)}"
+        raise ValueError(f"targets: {given} is not allowed; {len(logits)} whole numbers")
+    targets = targets.long().contiguous()
+    wrong = _call("losses", logits, targets, losses, *logits.shape, slopes)
     if wrong:
         raise IndexError(f"targets: {wrong} are not allowed; 0 to {logits.shape[1] - 1}")
 

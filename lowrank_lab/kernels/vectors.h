@@ -41,5 +41,6 @@ INLINE vec exp_of(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return (vec)((ivec)p + exponent);
+    vec y = (vec)((ivec)p + exponent);
+    return x == x ? y : x;  // the bits of some NaNs would become those of a number
 }

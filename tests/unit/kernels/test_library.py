@@ -1,0 +1,66 @@
+"""The cache of compiled kernels: nothing in it can end a process or take the kernels away."""
+
+import pytest
+
+from lowrank_lab.kernels import library as made
+from lowrank_lab.kernels import operators as kernels
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The bytes of the library that this process has found or made in the user's cache."""
+    folder = made._cache_folder()
+    assert folder is not None
+    return max(folder.glob("kernels-*-*.so"), key=lambda file: file.stat().st_mtime)
+
+
+@pytest.fixture
+def cached(whole, tmp_path, monkeypatch):
+    """The library's file in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "lowrank-lab").mkdir()
+    file = tmp_path / "lowrank-lab" / whole.name
+    file.write_bytes(whole.read_bytes())
+    return file
+
+
+def stem_of(file):
+    return file.stem.rpartition("-")[0]
+
+
+def test_a_library_in_the_cache_is_loaded(cached):
+    assert made._cached(cached.parent, stem_of(cached)) is not None
+
+
+@pytest.mark.parametrize("part", [0, 0.5, 0.99])
+def test_a_library_without_its_end_is_not_loaded(cached, part):
+    content = cached.read_bytes()
+    cached.write_bytes(content[: int(part * len(content))])
+    assert made._cached(cached.parent, stem_of(cached)) is None
+
+
+def test_a_file_that_is_no_library_is_not_loaded(cached):
+    content = b"no library"
+    other = cached.with_name(f"{stem_of(cached)}-{made._digest(content)}.so")
+    cached.rename(other)
+    other.write_bytes(content)
+    assert made._cached(cached.parent, stem_of(cached)) is None
+
+
+def test_an_older_torch_is_given_no_instructions_that_its_cache_cannot_tell_apart(monkeypatch):
+    monkeypatch.delattr(made.torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(made.platform, "machine", lambda: "x86_64")
+    for capability in ("AVX512", "AVX2", "DEFAULT"):
+        monkeypatch.setattr(made.torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert made._instructions().startswith("-march=x86-64")
+
+
+@pytest.mark.parametrize(("name", "value"), [(made.SWITCH, "0"), ("CXX", "/bin/false")])
+def test_kernels_are_left_to_torch_if_asked_or_if_none_can_be_compiled(
+    name, value, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    assert made.library.__wrapped__() is None

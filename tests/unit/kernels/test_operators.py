@@ -1,0 +1,61 @@
+"""What the kernels do with inputs that are no ordinary ones."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.models.cross_entropy import linear_cross_entropy
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+NANS = [0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FC001FF, -0x400000]  # their bits
+
+
+def nan_of(bits):
+    return torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("bits", NANS)
+@pytest.mark.parametrize(("vocabulary", "at"), [(7, 6), (9, 3), (9, 8), (16, 15)])
+def test_every_nan_among_logits_makes_the_loss_and_its_slopes_nan(bits, vocabulary, at):
+    logits, losses = torch.zeros(2, vocabulary), torch.zeros(2, 1)
+    logits[0, at : at + 1] = nan_of(bits)
+    kernels.losses_(logits, torch.tensor([[1], [1]]), losses, True)
+    assert losses[0].isnan()
+    assert logits[0].isnan().all()
+    assert losses[1].item() == pytest.approx(math.log(vocabulary))
+
+
+@pytest.mark.parametrize("bits", NANS)
+def test_every_nan_of_a_query_makes_its_row_of_attention_nan(bits):
+    q, k, v = torch.randn(3, 1, 20, 1, 16).unbind()
+    q[0, 9, 0, :1] = nan_of(bits)
+    out = kernels.rotary_attention(q, k, v, torch.ones(20, 8), torch.zeros(20, 8))
+    assert out[0, 9].isnan().all()
+    assert out[0, :9].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("spread", [False, True])
+def test_targets_of_any_whole_numbers_and_strides(dtype, spread):
+    hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+    targets = torch.tensor([0, 10, 3, 3, 7], dtype=dtype)
+    if spread:
+        targets = torch.stack([targets, targets + 1], 1)[:, 0]
+    expected = F.cross_entropy(hidden @ weight.T, targets.long())
+    assert linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(4).long(), torch.zeros(5), torch.zeros(0).long()])
+def test_other_targets_are_refused(targets):
+    with pytest.raises(ValueError, match="is not allowed; 5 whole numbers"):
+        linear_cross_entropy(torch.randn(5, 8), torch.randn(11, 8), targets)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 11, 2**40])
+def test_a_target_that_is_no_token_is_refused(target):
+    targets = torch.tensor([0, 1, target])
+    with pytest.raises(IndexError, match="targets: 1 are not allowed; 0 to 10"):
+        linear_cross_entropy(torch.randn(3, 8), torch.randn(11, 8), targets)
