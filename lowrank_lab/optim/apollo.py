@@ -26,7 +26,7 @@ from lowrank_lab.optim.projection import (
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 from lowrank_lab.optim.subspaces import Projections, next_seed, sides
 
-PROJECTIONS = ("random", "svd", "gram")
+PROJECTIONS = ("random", "svd", "subspace", "gram")
 
 
 class Apollo(ProjectedAdamW):
@@ -38,7 +38,7 @@ class Apollo(ProjectedAdamW):
     * `update_proj_gap` (200): steps between two projections.
     * `scale` (1): the update is multiplied by √scale. APOLLO-Mini: 128, with rank 1 and
       `scale_type` tensor.
-    * `proj` (random): random | svd | gram, an SVD by `gram_subspaces`.
+    * `proj` (random): random | svd | subspace | gram; all but the first as `refresh` of GaLore.
     * `proj_type` (std): std | reverse_std | left | right.
     * `scale_type` (channel): channel | tensor.
     * `scale_front` (False): include √scale in the norms that the growth limiter compares.

@@ -37,7 +37,8 @@ class GoLore(ProjectedAdamW):
     * `update_proj_gap` (200): steps between two projections.
     * `scale` (0.25): as in GaLore.
     * `proj_type` (std): std | reverse_std | left | right | full.
-    * `refresh` (svd): svd | randomized | gram, for the projections before the switch.
+    * `refresh` (auto): auto | svd | subspace | randomized | gram, as in GaLore, for the projections
+      before the switch.
     * `switch` (0): steps of GaLore. With 0 all projections are random, the case that the paper
       proves to converge; its language models switch after 80 % of the run.
     * `seed` (0): of the random projections.
@@ -50,7 +51,7 @@ class GoLore(ProjectedAdamW):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
-        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd",
+        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "auto",
         "switch": 0, "seed": 0,
     }  # fmt: skip
 

@@ -13,12 +13,14 @@ matrix (`refresh: gram`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.placements import Placement
+from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
@@ -27,18 +29,17 @@ from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.subspaces import (
     Projections,
     gram_subspaces,
+    iterated_subspaces,
     leading_subspaces,
     randomized_subspaces,
     sides,
 )
 
-if TYPE_CHECKING:
-    pass
-
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 PROJECTIONS = ("projection_left", "projection_right")  # in the states
 ONE_SIDED = ("std", "reverse_std", "left", "right")
-REFRESHES = ("svd", "randomized", "gram")
+REFRESHES = ("auto", "svd", "subspace", "randomized", "gram")
+STACK_BYTES = 1 << 28  # of float32 gradients that a refresh decomposes at once
 
 
 def unprojected_dim(group: dict[str, Any], shape: torch.Size) -> int | None:
@@ -68,13 +69,55 @@ def get_projections(
 
 
 def new_projections(G: Tensor, old: Projections, step: int, group: dict[str, Any]) -> Projections:
-    """The projections (L, R) of a full gradient G, given the old ones."""
-    rank, which = group["rank"], sides(group["proj_type"], tuple(G.shape))
-    if group["refresh"] == "svd":
-        return leading_subspaces(G, rank, which)
-    if group["refresh"] == "gram":
-        return gram_subspaces(G, rank, which, old=old)
-    return randomized_subspaces(G, rank, which, seed=step, old=old)
+    """The projections (L, R) of a full gradient G (m×n), or of a stack of them, given the old ones.
+
+    Args:
+        G: m×n, or matrices×m×n; a large stack is decomposed in pieces of STACK_BYTES.
+        old: (L, R) or stacks of them; None for a side that isn't projected, or has none yet.
+        step: the seed of random columns.
+        group: its `rank`, `proj_type` and `refresh`.
+
+    Returns:
+        (L, R) in float32, or stacks of them; None for a side that isn't projected.
+
+    Raises:
+        LinAlgError: a gradient that isn't finite.
+    """
+    pieces = max(1, STACK_BYTES // (4 * G.shape[-2:].numel()))
+    if G.ndim > 2 and len(G) > pieces:
+        found = []
+        for i in range(0, len(G), pieces):
+            left, right = (None if P is None else P[i : i + pieces] for P in old)
+            found.append(new_projections(G[i : i + pieces], (left, right), step, group))
+        left, right = (None if Ps[0] is None else torch.cat(Ps) for Ps in zip(*found, strict=True))
+        return left, right
+    rank, which = group["rank"], sides(group["proj_type"], tuple(G.shape[-2:]))
+    refresh = refresh_on(G, group)
+    if refresh == "svd":
+        new = leading_subspaces(G, rank, which)
+    elif refresh == "gram":
+        new = gram_subspaces(G, rank, which, old=old)
+    else:
+        solve = iterated_subspaces if refresh == "subspace" else randomized_subspaces
+        new = solve(G, rank, which, seed=step, old=old)
+    require_finite(new)
+    return new
+
+
+def refresh_on(G: Tensor, group: dict[str, Any]) -> str:
+    """How projections are recomputed where G is: `auto` is subspace on a GPU, svd elsewhere."""
+    refresh: str = group["refresh"]
+    return refresh if refresh != "auto" else "subspace" if prefers_few_kernels(G) else "svd"
+
+
+def require_finite(projections: Projections) -> None:
+    """Raise LinAlgError if projections aren't finite: a GPU's solvers may not have failed."""
+    for P in projections:
+        if P is not None and not value_of(P.isfinite().all(), usually=True):
+            shape = tuple(P.shape)
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"a gradient can't be decomposed: its projections {shape} are not finite"
+            )
 
 
 def is_refresh_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, Any]) -> bool:
