@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Row, check, median, ratio, relative_error, take_turns
 from lowrank_lab.config import SIZES, TARGETS, RunConfig
 from lowrank_lab.cpu.onednn_matmul import fast_products
-from lowrank_lab.layers import LowRankLinear
+from lowrank_lab.layers import LowRankLinear, truncated_svd
 from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim.projection import new_projections
@@ -23,7 +23,9 @@ from lowrank_lab.training.trainer import Trainer
 
 
 def rows(quick: bool = False) -> list[Row]:
-    return [refresh(quick), *energies(quick), refactorization(quick)]
+    sizes = [(32, 88)] if quick else [(1024, 1024), (1024, 2736), (2048, 2048), (2048, 5461)]
+    starts = [spectral_start(*size) for size in sizes]
+    return [refresh(quick), *energies(quick), refactorization(quick), *starts]
 
 
 def gradients(model: Llama, seed: int, tokens: int = 1024) -> list[Tensor]:
@@ -200,4 +202,27 @@ def refactorization(quick: bool) -> Row:
         f"refactorization, {m}×{n}, rank {r}", 1e3 * median(seconds["ours"]),
         1e3 * median(seconds["peer"]), None, "ms", ratio(seconds["peer"], seconds["ours"]), "≥ 40",
         "full SVD of B·A", f"relative error of the product {error:.1e}",
+    )  # fmt: skip
+
+
+def spectral_start(m: int, n: int) -> Row:
+    """The decomposition of one weight for a spectral start, rank a quarter of m."""
+    W = 0.02 * torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = truncated_svd(W, m // 4)
+    exact = torch.linalg.svdvals(W.double())
+    check("singular values", relative_error(S, exact), 1e-6)
+    left = relative_error((U * S[: m // 4]) @ Vh, W.double()) / float(
+        exact[m // 4 :].norm() / exact.norm()
+    )
+    seconds = take_turns(
+        {
+            "ours": lambda: truncated_svd(W, m // 4),
+            "peer": lambda: torch.linalg.svd(W, full_matrices=False),
+        },
+        1,
+    )
+    return Row(
+        f"spectral start of a weight, {m}×{n}", 1e3 * median(seconds["ours"]),
+        1e3 * median(seconds["peer"]), None, "ms", ratio(seconds["peer"], seconds["ours"]), "",
+        "full SVD", f"error against the best approximation's: {left:.6f} ×",
     )  # fmt: skip
