@@ -13,9 +13,12 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 SIZE = 2
+# Where one process raises and the other waits for it, the other raises after this time.
+LONGEST_WAIT = timedelta(seconds=120)
 
 
 class Stopped(Exception):
@@ -53,6 +56,7 @@ def phase_peaks(trace):
 def _start(what, jobs, folder, timeout, size):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(list(jobs)))
+    (folder / ".store").unlink(missing_ok=True)  # of a start that failed
     command = [sys.executable, __file__, what, str(folder / "jobs.json"), str(folder)]
     run_all(command, size, timeout)
 
@@ -79,7 +83,7 @@ def _main(what, jobs, folder):
     rank, folder = int(os.environ["RANK"]), Path(folder)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/.store", rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=LONGEST_WAIT,
     )  # fmt: skip
     for name, fields in json.loads(Path(jobs).read_text()):
         (_train if what == "train" else _measure)(name, fields, folder, rank)

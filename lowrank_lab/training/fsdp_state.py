@@ -124,7 +124,9 @@ class ShardedState:
             if self.full_copy:
                 full[name].copy_(weight)
                 full[name].grad = None if grad is None else grad.cpu()
-                self.full_copy[1].state[full[name]] = state
+                self.full_copy[1].state.pop(full[name], None)
+                if state:  # torch refuses an entry of a frozen weight, even an empty one
+                    self.full_copy[1].state[full[name]] = state
         gathered: list[dict[str, Any]] = [{}] * distributed.world_size()
         dist.gather_object(owned, gathered if self.full_copy else None)
         if self.full_copy:
