@@ -11,6 +11,7 @@ import torch
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer
+from lowrank_lab.optim.muon import Muon
 from lowrank_lab.optim.saved_state import (
     load_,
     prepared,
@@ -166,4 +167,4 @@ def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("torch.optim.")
+    return isinstance(optimizer, Muon) or type(optimizer).__module__.startswith("torch.optim.")

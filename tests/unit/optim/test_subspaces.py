@@ -1,6 +1,7 @@
 """Subspaces for GPUs: nearly exact for any spectrum, in stacks, with few kernels and waits."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from benchmarks.kernels import KernelCount
 from benchmarks.subspaces import SPECTRA, captured, with_spectrum
 from lowrank_lab.device import cuda_path
 from lowrank_lab.layers.balance import gram
-from lowrank_lab.optim import Fira, GaLore, GoLore, projection
+from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, projection
 from lowrank_lab.optim.projection import new_projections, refresh_on
 from lowrank_lab.optim.subspace_iteration import orthonormal, subspace_iteration
 from lowrank_lab.optim.subspaces import iterated_subspaces, leading_subspaces, sides
@@ -157,3 +158,50 @@ def test_a_gram_matrix_alone_is_enough():
     P = subspace_iteration(gram(G.T.double()), 4)
     exact, _ = leading_subspaces(G, 4, (True, False))
     assert captured(G, (P, None)) >= 0.999 * captured(G, (exact, None))
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        (GaLore, {"refresh": "subspace"}),
+        (Fira, {"refresh": "subspace", "spread_refresh": True}),
+        (GoLore, {"refresh": "subspace", "switch": 10}),
+        (Apollo, {"proj": "subspace"}),
+    ],
+)
+def test_matrices_of_a_shape_are_refreshed_together_as_one_by_one(method, keys, monkeypatch):
+    keys = {"rank": 2, "update_proj_gap": 3, **keys}
+    shapes = [(6, 9)] * 3 + [(9, 6)] * 2 + [(5, 5)]
+
+    def trained(path):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = method([{"params": params, **keys}], lr=0.1)
+        with path():
+            for _ in range(5):
+                for p in params:
+                    p.grad = torch.randn(p.shape)
+                optimizer.step()
+        assert not optimizer.refreshed
+        for p in params:  # no view of a stack
+            for name, P in optimizer.state[p].items():
+                if name.startswith("projection"):
+                    assert P.untyped_storage().nbytes() == 4 * P.numel()
+        return params
+
+    sizes = []
+    whole = projection.new_projections
+
+    def noted(G, *args):
+        sizes.append(tuple(G.shape))
+        return whole(G, *args)
+
+    monkeypatch.setattr(projection, "new_projections", noted)
+    alone = trained(nullcontext)
+    sizes.clear()
+    together = trained(cuda_path)
+    assert set(sizes[:3]) == {
+        (3, 6, 9), (2, 9, 6), (1, 5, 5)
+    }  # fmt: skip
+    for p, q in zip(together, alone, strict=True):
+        assert torch.allclose(p, q, atol=1e-4)
