@@ -64,7 +64,8 @@ def _long_ago(device: torch.device, fake_mode: Any) -> Tensor:
     """
     with _disable_current_modes(), torch.inference_mode(False):
         if fake_mode is not None:  # fake tensors belong to a mode
-            return FakeTensor(fake_mode, torch.empty((), dtype=torch.float32, device="meta"), device)
+            empty = torch.empty((), dtype=torch.float32, device="meta")
+            return FakeTensor(fake_mode, empty, device)
         return torch.full((), _LONG_AGO, dtype=torch.float32, device=device)
 
 
