@@ -1,4 +1,4 @@
-"""Float32 matrix products by oneDNN, on CPUs where torch's own are slow."""
+"""Float32 matrix products by our own kernel or by oneDNN, where they are faster than torch's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.kernels import operators as kernels
+
 SMALLEST = 2**18  # multiplications; in smaller products Python's call costs more than it saves
 PIECE = 2**20  # entries per copied piece; the next piece reuses its memory
+SMALL_WEIGHT = 2**18  # entries; our kernel has b in a core's cache, and no plan for more
+SMALL_RESULT = 2**16  # entries; MKL, which copies less, is then the faster way to aᵀ b
 
 _lock = threading.Lock()
 _blocks = 0  # of `fast_products` that are running
@@ -22,15 +26,16 @@ _library: torch.library.Library | None = None
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Compute float32 matrix products in this block by oneDNN, where torch's own are slow.
+    """Compute float32 matrix products in this block in the fastest way for their shape.
 
-    On a CPU torch calls MKL, which uses no AVX-512 on AMD processors and reaches half of oneDNN's
-    speed there. Replaces `mm` and `addmm` for the whole process, and so in everything built on
-    them, forward and backward; blocks may overlap. Sums are rounded differently, as they are
-    between two machines. Does nothing on other processors, with torch.backends.mkldnn switched off,
-    or in compiled code.
+    Many rows times a small weight: our own kernel (`kernels/products.cpp`). Others: oneDNN on AMD
+    processors with AVX-512, which MKL, torch's library, doesn't use there; else MKL. Replaces `mm`
+    and `addmm` for the whole process, and so in everything built on them, forward and backward;
+    blocks may overlap. Sums are rounded differently, as they are between two machines. Does nothing
+    in compiled code, and without a compiler for our kernel nothing on other processors or with
+    torch.backends.mkldnn switched off.
     """
-    if torch.compiler.is_compiling() or not mkl_is_slow():
+    if torch.compiler.is_compiling() or not (kernels.available() or mkl_is_slow()):
         yield
         return
     _enter()
@@ -79,7 +84,9 @@ def _leave() -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m×k) · b (k×n), float32 on a CPU, by oneDNN; contiguous. b is dense."""
+    """a (m×k) · b (k×n), float32 on a CPU, by our kernel or by oneDNN; contiguous. b is dense."""
+    if _is_ours(a, b):
+        return kernels.product(a, b, a.new_empty((a.shape[0], b.shape[1])))
     if a.is_contiguous():
         return _onednn(a, b.T)
     # oneDNN's left operand has to be contiguous: copy a, or b and the product's transpose.
@@ -112,17 +119,28 @@ def _dense(a: Tensor) -> bool:
     return a.is_contiguous() or a.T.is_contiguous()
 
 
+def _is_ours(a: Tensor, b: Tensor) -> bool:
+    """Whether our kernel is the fastest way to a · b."""
+    return a.is_contiguous() and b.numel() <= SMALL_WEIGHT and kernels.available()
+
+
 def _pays(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN is the faster way to a · b."""
-    return (
+    """Whether torch's own way to a · b is slower."""
+    suits = (
         a.dtype is torch.float32 is b.dtype
         and a.dim() == 2 == b.dim()
         and a.shape[1] == b.shape[0]
         and a.shape[0] * b.numel() >= SMALLEST
         and _dense(a)
         and _dense(b)
-        and bool(torch.backends.mkldnn.enabled)
     )
+    return suits and (_is_ours(a, b) or _onednn_pays(a, b))
+
+
+def _onednn_pays(a: Tensor, b: Tensor) -> bool:
+    if not mkl_is_slow() or not torch.backends.mkldnn.enabled:
+        return False
+    return a.is_contiguous() or a.shape[0] * b.shape[1] > SMALL_RESULT
 
 
 def _takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -150,6 +168,8 @@ def _mm(keys: Any, a: Tensor, b: Tensor) -> Any:
 def _mm_out(keys: Any, a: Tensor, b: Tensor, *, out: Tensor) -> Any:
     if not _takes(out, a, b) or not _pays(a, b):
         return _usual("mm.out").call_boxed(keys, a, b, out=out)
+    if _is_ours(a, b) and out.is_contiguous():
+        return kernels.product(a, b, out)
     for piece, made in _in_pieces(a, b):
         out[piece] = made
     return out

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import prefers_few_kernels
+from lowrank_lab.kernels import operators as kernels
 
 QUERY_ROWS = 128  # per block; half of each block on the diagonal is computed and masked
 SCORES_IN_FLIGHT = 1 << 19  # elements of scores in a block, so that they stay in cache
@@ -36,7 +37,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def unfolded(operation: Any) -> Callable[..., Any] | None:
     """The Python body of one of our operations, None for others; a tracker runs it instead."""
-    return _BODIES.get(operation.name())
+    return _BODIES.get(operation.name()) or kernels.unfolded(operation)
 
 
 def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -129,6 +129,15 @@ def test_every_method_trains_the_same_in_shards(tmp_path):
     assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
 
 
+def test_compiled_blocks_train_the_same_with_two_processes_and_in_shards(tmp_path):
+    # compiling is most of the time: every layer kind trains compiled in tests/unit/training
+    for parallel, names in {"ddp": ["full-rank"], "fsdp2": ["low-rank", "sltrain"]}.items():
+        jobs = {name: fields_of(name) | {"compile": True} for name in names}
+        found = compared(jobs, tmp_path / parallel, parallel=parallel)
+        table(f"{parallel}, compiled", found)
+        assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+
+
 def test_what_gathers_no_layer_trains_the_same_in_shards(tmp_path):
     found = compared(IN_SHARDS, tmp_path, parallel="fsdp2")
     table("fsdp2, in shards", found)

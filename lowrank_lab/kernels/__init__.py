@@ -1,0 +1,1 @@
+"""Kernels for float32 training on CPUs, compiled once per machine where it has a C++ compiler."""
