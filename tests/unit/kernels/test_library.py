@@ -1,9 +1,13 @@
 """The cache of compiled kernels: nothing in it can end a process or take the kernels away."""
 
+import tomllib
+
 import pytest
+from paths import ROOT
 
 from lowrank_lab.kernels import library as made
 from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.training import provenance
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 
@@ -64,3 +68,22 @@ def test_kernels_are_left_to_torch_if_asked_or_if_none_can_be_compiled(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(name, value)
     assert made.library.__wrapped__() is None
+
+
+def test_a_wheel_has_the_sources_of_the_kernels():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["lowrank_lab"]
+    package = ROOT / "lowrank_lab"
+    packed = {file for pattern in patterns for file in package.glob(pattern)}
+    assert packed >= {f for f in package.rglob("*.*") if f.suffix in (".cpp", ".h")}
+
+
+def test_a_change_of_a_kernel_changes_the_source_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    file = tmp_path / "kernels" / "pointwise.cpp"
+    file.parent.mkdir()
+    hashes = set()
+    for text in ("one", "other"):
+        file.write_text(text)
+        hashes.add(provenance.source_hash(("kernels",)))
+    assert len(hashes) == 2
