@@ -135,10 +135,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if kernels.takes(gate, up):
-            hidden = kernels.swiglu(gate, up)
-        else:
-            hidden = F.silu(gate) * up
+        hidden = kernels.swiglu(gate, up) if kernels.takes(gate, up) else F.silu(gate) * up
         out: Tensor = self.down_proj(hidden)
         return out
 
