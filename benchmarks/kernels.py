@@ -2,26 +2,44 @@
 
 Operators are counted as torch dispatches them, on tensors without values and on the path of CUDA
 (`lowrank_lab.device.cuda_path`). Views and allocations launch nothing and don't count; a fused
-operator on many tensors counts once. `python -m benchmarks.kernels` prints the counts of the loss.
+operator on many tensors counts once. `python -m benchmarks.kernels` prints the counts of the loss
+and of optimizer steps.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import click
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_lab.config import SIZES, Size
+from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.device import cuda_path
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
+from lowrank_lab.training.step import set_clock_
+
+COUNTED = ("60m", "130m", "350m", "1b")
+# Methods and options; GoLore before its switch and after it.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {})
+    for name in (
+        "full-rank", "low-rank", "galore", "fira", "apollo", "apollo-mini", "spam", "stable-spam",
+        "muon", "loro",
+    )
+} | {"golore, SVD": ("golore", {"switch": 10**6}), "golore, random": ("golore", {})}  # fmt: skip
+QUIET_STEP = 60  # nothing is due; SPAM clips since step 20
 
 NO_KERNEL = {
     "detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
     "set_", "lift_fresh", "_unsafe_view", "resize_", "is_same_size", "_local_scalar_dense",
+    "scalar_tensor", "device", "promote_types",
 }  # fmt: skip
 
 
@@ -30,16 +48,19 @@ class KernelCount(TorchDispatchMode):
 
     Attributes:
         kernels: counts by operator.
+        waits: operators for which the host waits: the value of a tensor is read.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: Counter[str] = Counter()
+        self.waits = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
+        self.waits += name in ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
         if name not in NO_KERNEL and not func.is_view and func.namespace != "profiler":
             self.kernels[name] += 1
         return func(*args, **(kwargs or {}))
@@ -62,7 +83,40 @@ def loss_kernels(size: Size, tokens: int, *, gradients: bool = True) -> KernelCo
     return count
 
 
+def optimizer_kernels(
+    method: str, size: str, options: dict[str, Any], *, stacked: bool = True
+) -> KernelCount:
+    """Kernels of an optimizer step in bf16 with nothing due.
+
+    Args:
+        method: a name of METHODS.
+        size: of the model.
+        options: of the method.
+        stacked: on CUDA's path; False: as off it, one parameter after the other.
+    """
+    config = RunConfig(
+        model=size, method=method, method_options=options, precision="bf16", corpus="markov"
+    )
+    with FakeTensorMode(), cuda_path() if stacked else nullcontext():
+        model, optimizer = build(resolve(config))
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        set_clock_(optimizer, QUIET_STEP)
+        with KernelCount() as count:
+            optimizer.step()
+    return count
+
+
 if __name__ == "__main__":
-    for name in ("60m", "130m", "350m", "1b"):
+    for name in COUNTED:
         counts = (loss_kernels(SIZES[name], 512 * 256, gradients=g).total for g in (True, False))
         click.echo("{}: {} kernels with gradients, {} without".format(name, *counts))
+    for label, (method, options) in OPTIMIZERS.items():
+        for name in COUNTED:
+            now, single = (
+                optimizer_kernels(method, name, options, stacked=stacked).total
+                for stacked in (True, False)
+            )
+            text = f"{label}, {name}: {now} kernels an optimizer step, {single} one by one"
+            click.echo(text)

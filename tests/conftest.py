@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ WORDS = "the model a rank of weight and gradient is low when step moment factor 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    """How optimizers update parameters: `single` one by one, or `stacked` as on CUDA, even one."""
+    from lowrank_lab.device import cuda_path
+    from lowrank_lab.optim import matrix_updates
+
+    monkeypatch.setattr(matrix_updates, "FEWEST", 1)
+    with cuda_path() if request.param == "stacked" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ instead, so that the command can clean up.
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
@@ -14,9 +15,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from multiprocessing import active_children, get_context
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,17 +31,17 @@ class Stopped(BaseException):
     """SIGTERM came: raised in the main thread, as Python raises KeyboardInterrupt for SIGINT."""
 
 
-def exit_quietly_until_handled() -> None:
-    """In a process of the command line, end at a signal with one line and without a traceback."""
+def is_command_line() -> bool:
+    """Whether this process is the command line: neither one of its children nor another program."""
     modules = ("lowrank_lab", "lowrank_lab.cli")
     by_module = any(a == "-m" and b in modules for a, b in pairwise(sys.orig_argv))
     by_name = Path(sys.argv[0] if sys.argv else "").name == "lowrank-lab"
-    child = "--multiprocessing-fork" in sys.orig_argv  # its parent ends it
-    if (
-        (by_module or by_name)
-        and not child
-        and threading.current_thread() is threading.main_thread()
-    ):
+    return (by_module or by_name) and "--multiprocessing-fork" not in sys.orig_argv
+
+
+def exit_quietly_until_handled() -> None:
+    """In a process of the command line, end at a signal with one line and without a traceback."""
+    if is_command_line() and _in_main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, _leave)
@@ -52,6 +54,20 @@ def _in_main_thread() -> bool:
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())
     os._exit(128 + number)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process after a signal, when the command has cleaned up.
+
+    Python's own end may abort: threads of torch or of a library may still be at work.
+    """
+    if is_command_line() and _in_main_thread():
+        atexit._run_exitfuncs()  # temporary folders, semaphores
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager
@@ -94,6 +110,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
 
     A terminal sends Ctrl-C to all its processes; those of the pool block it.
     """
+    ensure_running()  # else the first process starts it, and that unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # processes inherit it
     pool = ProcessPoolExecutor(count, get_context("spawn"))
     try:
@@ -103,9 +120,9 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
         pool.shutdown()
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in active_children():
-            child.terminate()
+            child.kill()  # before the pool ends: they would report that its pipes have closed
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

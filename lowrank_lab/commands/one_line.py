@@ -94,4 +94,6 @@ def fail(line: str, status: int) -> NoReturn:
         time.sleep(2)  # torchrun stops all processes when one exits: let local rank 0 print first
     else:
         click.echo(line, err=True)
+    if status in (128 + SIGINT, 128 + SIGTERM):
+        interrupts.leave(status)
     sys.exit(status)

@@ -1,12 +1,9 @@
 """Process group and collectives. With one process, every collective is a no-op.
 
 torchrun starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK. With `ddp` each process has
-the full model and computes an equal share of every batch. Gradients are averaged in buckets after
-the last micro-batch; clipping, optimizer steps and events are then computed by each process from
-the same numbers. torch's DistributedDataParallel is not used for three reasons: it wraps `forward`,
-but the loss here is another method; it fixes the trainable parameters at construction, and warm
-starts change them; its gradient buckets can't be freed by `per_layer`. The cost: communication does
-not overlap with the backward pass.
+the full model and computes an equal share of every batch; gradients are averaged by torch during
+the backward pass (`training.ddp`) or here, in buckets, after it. Clipping, optimizer steps and
+events are then computed by each process from the same numbers.
 """
 
 from __future__ import annotations
@@ -113,7 +110,7 @@ def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
     """Mean of each tensor over all ranks, in place, in buckets of one dtype."""
     if world_size() == 1:
         return
-    for bucket in _buckets(tensors):
+    for bucket in in_buckets(tensors):
         flat = bucket[0].view(-1) if len(bucket) == 1 and bucket[0].is_contiguous() else None
         joint = torch.cat([t.reshape(-1) for t in bucket]) if flat is None else flat
         dist.all_reduce(joint.div_(world_size()))
@@ -123,7 +120,7 @@ def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
                 t.copy_(mean.view(t.shape))
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def in_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors grouped by dtype, in order, up to BUCKET_BYTES (one larger tensor is a bucket)."""
     filling: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:

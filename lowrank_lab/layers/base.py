@@ -124,7 +124,7 @@ class FactorizedLinear(nn.Module):
 
     def association(self, x: Tensor, *, base: bool = False) -> Association:
         """The cheapest order of products for an input x (..., n); `base`: with a dense W₀."""
-        tokens = x.numel() // self.in_features
+        tokens = x.numel() // x.shape[-1]
         trains = self.B.requires_grad or self.A.requires_grad
         return cheapest(
             tokens, self.out_features, self.in_features, self.rank, base=base, trains=trains

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
+from lowrank_lab.layers.padded import AlignedLinear
+
 NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm)
 
 
@@ -59,7 +61,7 @@ def why_not(module: nn.Module) -> str | None:
         return "its forward is replaced on the instance, e.g. by a hook of accelerate"
     base = nn.Linear if isinstance(module, nn.Linear) else type(module)
     others = [*own.keys() - {"weight", "bias"}, *module.buffers(), *module.children()]
-    if type(module).forward is not base.forward or others:
+    if type(module).forward not in (base.forward, AlignedLinear.forward) or others:
         return f"{kind} has a forward or parameters of its own"
     if W._backward_hooks or W._post_accumulate_grad_hooks:
         return "its weight has tensor hooks"

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_lab.device import autocast_dtype
@@ -20,6 +19,7 @@ from lowrank_lab.distributed.dtensors import full_tensor, joint_parts, overwrite
 from lowrank_lab.layers.association import linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear, kaiming_, require_own_parameters
 from lowrank_lab.layers.dense import dense_weight_of, reset_linear_
+from lowrank_lab.layers.padded import padded_linear
 
 
 class LoRALinear(FactorizedLinear):
@@ -38,6 +38,7 @@ class LoRALinear(FactorizedLinear):
     other_name: ClassVar[str] = "base_weight"
     has_other_weights: ClassVar[bool] = True
 
+    pads = True
     base_weight: nn.Parameter
 
     def __init__(
@@ -82,20 +83,23 @@ class LoRALinear(FactorizedLinear):
             state_dict[new] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
         """x (..., n) → (..., m), by the cheapest association; the scale acts on r channels.
 
+        x and the result may have zero columns beyond n and m, the result up to `rows`.
         W₀ + (α/r) · B A is formed in float32 or wider only: rounding the sum to half precision
         would lose, at every step, all entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀.
         """
         association = self.association(x, base=True)
         dtype = autocast_dtype(x) or self.base_weight.dtype
-        if association != "factors" and dtype.itemsize >= 4:
+        padded = rows is not None or x.shape[-1] > self.in_features  # in half precision
+        if association != "factors" and dtype.itemsize >= 4 and not padded:
             return linear_through_weight(
                 x, self.B, self.A, self.base_weight, self.bias, self.scale, association
             )
-        return F.linear(x, self.base_weight, self.bias) + F.linear(
-            F.linear(x, self.A) * self.scale, self.B
+        thin = padded_linear(x, self.A, None) * self.scale
+        return padded_linear(x, self.base_weight, self.bias, rows) + padded_linear(
+            thin, self.B, None, rows
         )
 
     @torch.no_grad()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_lab.layers.association import linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear, kaiming_
 from lowrank_lab.layers.dense import dense_weight_of, is_fake_or_meta, reset_linear_
+from lowrank_lab.layers.padded import padded_linear, zero_padded
 
 
 class LowRankLinear(FactorizedLinear):
@@ -31,6 +31,7 @@ class LowRankLinear(FactorizedLinear):
             infinity, or on the meta device.
     """
 
+    pads = True
     drawn_rows: int = 0
 
     def __init__(
@@ -94,11 +95,14 @@ class LowRankLinear(FactorizedLinear):
             self.A[found:] = drawn[found:]
             self.B[:, found:] = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) → (..., m), by the cheaper association; the scale acts on r channels."""
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """x (..., n) → (..., m), by the cheaper association; the scale acts on r channels.
+
+        x and the result may have zero columns beyond n and m, the result up to `rows`.
+        """
         association = self.association(x)
         if association != "factors":
-            return linear_through_weight(
-                x, self.B, self.A, None, self.bias, self.scale, association
-            )
-        return F.linear(F.linear(x, self.A) * self.scale, self.B, self.bias)
+            B, A = zero_padded(self.B, rows), zero_padded(self.A, None, x.shape[-1])
+            bias = zero_padded(self.bias, rows)
+            return linear_through_weight(x, B, A, None, bias, self.scale, association)
+        return padded_linear(padded_linear(x, self.A, None) * self.scale, self.B, self.bias, rows)

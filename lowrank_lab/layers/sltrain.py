@@ -14,6 +14,7 @@ from lowrank_lab.device import autocast_dtype, without_autocast
 from lowrank_lab.layers.association import cast, scaled_mm, weight_gradient
 from lowrank_lab.layers.base import FactorizedLinear, kaiming_
 from lowrank_lab.layers.dense import dense_weight_of, is_fake_or_meta, reset_linear_
+from lowrank_lab.layers.padded import zero_padded
 from lowrank_lab.layers.support import Positions, plain_of, random_support
 
 
@@ -38,6 +39,7 @@ class SLTrainLinear(FactorizedLinear):
         ValueError: a rank, sparsity or init that is not allowed; a layer of 2³¹ entries or more.
     """
 
+    pads = True
     other_name: ClassVar[str] = "values"
     has_other_weights: ClassVar[bool] = True
 
@@ -140,11 +142,11 @@ class SLTrainLinear(FactorizedLinear):
             self.indices = random_support(size, len(before), seeded).to(device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) → (..., m)."""
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """x (..., n) → (..., m); both may have zero columns beyond, the result up to `rows`."""
         out: Tensor = _SparsePlusLowRank.apply(  # type: ignore[no-untyped-call]
             x, self.B, self.A, self.values, self.bias,
-            self._plain_indices(), self.scale, autocast_dtype(x), self.keep_weight,
+            self._plain_indices(), self.scale, autocast_dtype(x), self.keep_weight, rows,
         )  # fmt: skip
         return out
 
@@ -162,13 +164,14 @@ class _SparsePlusLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, B: Tensor, A: Tensor, values: Tensor, bias: Tensor | None,
         indices: Tensor, scale: float, dtype: torch.dtype | None, keep_weight: bool,
+        rows: int | None,
     ) -> Tensor:  # fmt: skip
-        ctx.scale, ctx.dtype = scale, dtype
+        ctx.scale, ctx.dtype, ctx.rows = scale, dtype, rows
         kept = [x, B, A, values]
         X, B, A, values = (cast(t, dtype) for t in kept)
-        W = _weight(B, A, values, indices, scale)
+        W = zero_padded(_weight(B, A, values, indices, scale), rows, x.shape[-1])
         ctx.save_for_backward(*kept, indices, W if keep_weight else None)
-        return F.linear(X, W, cast(bias, dtype))
+        return F.linear(X, W, zero_padded(cast(bias, dtype), rows))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -181,13 +184,18 @@ class _SparsePlusLowRank(torch.autograd.Function):
             dY = grad.reshape(-1, grad.shape[-1])
             if needs_B or needs_A or needs_values:  # G = dYᵀ · X, the gradient of W, once
                 G = weight_gradient(dY, cast(x, ctx.dtype).reshape(-1, x.shape[-1]))
+                G = G[: len(B), : A.shape[1]]
                 dB = scaled_mm(ctx.scale, G, A.T) if needs_B else None  # dB = scale · G · Aᵀ
                 dA = scaled_mm(ctx.scale, B.T, G) if needs_A else None  # dA = scale · Bᵀ · G
                 dvalues = _entries(G, indices) if needs_values else None
                 del G  # before W and dX take memory
             if needs_x:  # dX = dY · W
-                dx = grad @ (_weight(B, A, values, indices, ctx.scale) if W is None else W)
-        return dx, dB, dA, dvalues, dY.sum(0) if needs_bias else None, None, None, None, None
+                if W is None:
+                    W = _weight(B, A, values, indices, ctx.scale)
+                    W = zero_padded(W, ctx.rows, x.shape[-1])
+                dx = grad @ W
+        dbias = dY[:, : len(B)].sum(0) if needs_bias else None
+        return dx, dB, dA, dvalues, dbias, None, None, None, None, None
 
 
 def _weight(B: Tensor, A: Tensor, values: Tensor, indices: Tensor, scale: float) -> Tensor:

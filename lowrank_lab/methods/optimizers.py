@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.optim import Combined, Loro
+from lowrank_lab.optim.muon import Muon
 from lowrank_lab.optim.state_bytes import SCALAR, Weight, adamw_states
 
 ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
@@ -88,7 +89,7 @@ def muon(
 ) -> torch.optim.Optimizer:
     """torch's Muon for the target matrices and fused AdamW for the rest, as one optimizer."""
     options = config.method_options
-    matrices = torch.optim.Muon(
+    matrices = Muon(
         targets,
         lr=config.lr,
         momentum=options["momentum"],

@@ -5,6 +5,7 @@ Shapes in this file: N = tokens, d = hidden, V = vocabulary, n = tokens in a chu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype, prefers_few_kernels
 from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.models.compiled import Compiled
 
 LOGITS_IN_CHUNK = 1 << 26  # bytes; smaller chunks have more partial gradients to add up
 LOGITS_ON_CUDA = 1 << 29  # bytes in a chunk there: few kernels, and each of them large
@@ -20,26 +22,69 @@ SMALLEST_CHUNK = 256  # tokens; smaller matrix products cost more time than they
 LOGITS_IN_FLIGHT = 1 << 18  # elements in float32 at a time: the size of a core's cache
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, fused: FusedLosses | None = None
+) -> Tensor:
     """Mean cross-entropy of softmax(hidden @ weightᵀ) against targets, chunked over tokens.
 
     hidden (N, d), weight (V, d), targets (N,) → a float32 scalar. Logits are computed in the
     compute dtype, their softmax in float32; gradients are formed chunk by chunk in the forward
     pass.
+
+    Args:
+        fused: compiled kernels for the softmax of a chunk, its losses and its gradient; by default,
+            torch's operators one after another.
     """
     if dtype := autocast_dtype(hidden):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     apply: Any = _LinearCrossEntropy.apply
     # `needs_input_grad` doesn't depend on the grad mode, and within `forward` there is none.
-    loss: Tensor = apply(hidden, weight, targets, torch.is_grad_enabled())
+    loss: Tensor = apply(hidden, weight, targets, torch.is_grad_enabled(), fused or _losses_)
     return loss
+
+
+class FusedLosses:
+    """Losses of a chunk of logits in one compiled pass, and another one for their gradient.
+
+    `F.linear_cross_entropy` of torch 2.13 doesn't serve here: it rounds the loss of bfloat16
+    inputs to bfloat16, takes one pass over the logits per operator, and isn't compiled.
+    """
+
+    def __init__(self) -> None:
+        self._losses, self._with_slopes_ = Compiled(_losses), Compiled(_losses_and_slopes_)
+
+    def __call__(self, logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
+        """As `_losses_`."""
+        # torch would compile again for a single row
+        if len(logits) == 1 or kernels.takes(logits):
+            return _losses_(logits, targets, losses, slopes)
+        for t in (logits, targets):  # one kernel for chunks of all lengths
+            torch._dynamo.mark_dynamic(t, 0)
+        losses.copy_((self._with_slopes_ if slopes else self._losses)(logits, targets))
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (n, V), targets (n, 1) → cross-entropies (n, 1), float32."""
+    wide = logits.float()
+    return wide.logsumexp(1, keepdim=True) - wide.gather(1, targets)
+
+
+def _losses_and_slopes_(logits: Tensor, targets: Tensor) -> Tensor:
+    """As `_losses`; turns logits into softmax − one_hot(target)."""
+    wide = logits.float()
+    total = wide.logsumexp(1, keepdim=True)
+    losses = total - wide.gather(1, targets)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets
+    logits.copy_((wide - total).exp() - hit.float())
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool,
+        losses_: Callable[[Tensor, Tensor, Tensor, bool], None],
+    ) -> Tensor:  # fmt: skip
         count, vocabulary = hidden.shape[0], weight.shape[0]
         size = LOGITS_ON_CUDA if prefers_few_kernels(hidden) else LOGITS_IN_CHUNK
         fitting = size // (vocabulary * hidden.element_size())
@@ -52,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, count, chunk):
             h, y = hidden[start : start + chunk], targets[start : start + chunk, None]
             logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
-            _losses_(logits, y, losses[start : start + chunk], wants_hidden or wants_weight)
+            losses_(logits, y, losses[start : start + chunk], wants_hidden or wants_weight)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
             if wants_weight:
@@ -76,6 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
+            None,
             None,
             None,
         )

@@ -17,51 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from lowrank_lab.config import Size
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.layers.padded import AlignedLinear, padded_width
 from lowrank_lab.models.attention import causal_attention
-from lowrank_lab.models.cross_entropy import linear_cross_entropy
+from lowrank_lab.models.compiled import Compiled
+from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy
+from lowrank_lab.models.rms_norm import RMSNorm, rms_norm
 
-NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
-
-
-class RMSNorm(nn.Module):
-    """y = x · s · weight with s = 1/√(mean x² + ε), over the last dimension."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if kernels.takes(x, self.weight):
-            return kernels.rms_norm(x, self.weight, NORM_EPS)
-        out: Tensor = _RMSNorm.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Three passes over x forward and five backward: half as many as autograd would take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        s = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_().to(x.dtype)
-        ctx.save_for_backward(x, s, weight)
-        out: Tensor = (x * s).mul_(weight.to(x.dtype))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        # with x̂ = x·s:  d weight = Σ g∘x̂,  d x = s·(g∘weight − x̂ · mean(g∘weight∘x̂))
-        (g,) = grad_outputs
-        x, s, weight = ctx.saved_tensors
-        x_hat = x * s
-        g_x = g * x_hat
-        w = weight.to(x.dtype)
-        mean = (g_x @ w).unsqueeze(-1).div_(x.shape[-1])
-        wide = torch.promote_types(x.dtype, torch.float32)
-        grad_weight = g_x.reshape(-1, g_x.shape[-1]).sum(0, dtype=wide).to(weight.dtype)
-        return (g * w).addcmul_(x_hat, mean, value=-1).mul_(s), grad_weight
 
 
 def rotary_tables(length: int, head_size: int, device: Any = None) -> tuple[Tensor, Tensor]:
@@ -129,12 +91,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(size.intermediate_size, size.hidden_size, bias=False)
+        self.gate_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
+        self.up_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
+        self.down_proj = AlignedLinear(size.intermediate_size, size.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        width = padded_width(x, self.gate_proj, self.up_proj, self.down_proj)
+        rows = () if width is None else (width,)  # layers of one's own take x alone
+        gate, up = self.gate_proj(x, *rows), self.up_proj(x, *rows)
         hidden = kernels.swiglu(gate, up) if kernels.takes(gate, up) else F.silu(gate) * up
         out: Tensor = self.down_proj(hidden)
         return out
@@ -148,10 +112,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(size.hidden_size)
         self.mlp = MLP(size)
 
+        self.compiled: Compiled | None = None  # `_block`, the same for all blocks of a model
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = (self.compiled or _block)(self, x, cos, sin)
         return out
+
+
+def _block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = x + block.self_attn(block.input_layernorm(x), cos, sin)
+    out: Tensor = x + block.mlp(block.post_attention_layernorm(x))
+    return out
 
 
 class Decoder(nn.Module):
@@ -183,14 +154,24 @@ class Llama(nn.Module):
         self.model = Decoder(size)
         self.lm_head = nn.Linear(size.hidden_size, size.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._fused: FusedLosses | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=initializer_range)
 
     def compile_blocks(self) -> None:
-        """Compile each block at its next call; parameters and their names do not change."""
+        """Compile blocks, last norm and the loss's softmax, each at its first call.
+
+        Blocks with the same kinds of layers share one graph, and one for evaluation.
+        """
+        kinds: dict[Any, Compiled] = {}
         for block in self.model.layers:
-            block.compile()
+            assert isinstance(block, Block)
+            layers = ((name, type(layer)) for name, layer in block.named_modules())
+            shapes = (p.shape for p in block.parameters())
+            block.compiled = kinds.setdefault((*layers, *shapes), Compiled(_block))
+        self.model.norm.compiled = Compiled(rms_norm)
+        self._fused = FusedLosses()
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) → normalised hidden states (B, T, d)."""
@@ -212,10 +193,13 @@ class Llama(nn.Module):
         return out
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, float32; full logits are never formed."""
-        hidden = self.hidden_states(tokens).flatten(0, 1)
+        """Mean cross-entropy in nats per token, float32; full logits are never formed.
+
+        Tokens may have more sequences than targets: the last ones then don't count.
+        """
+        hidden = self.hidden_states(tokens)[: len(targets)].flatten(0, 1)
         with record_function("loss"):
-            return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten())
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), self._fused)
 
     def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         tables = self._tables

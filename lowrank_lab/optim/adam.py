@@ -9,6 +9,7 @@ scales them together with the moments, so that bias correction stays exact
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def adam_update_(
     given = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
     used = [_alike(tensors) for tensors in given]
     ps, gs, ms, vs = zip(*used, strict=True)
-    long_ago = torch.full((), _LONG_AGO, dtype=torch.float32, device=params[0].device)
+    long_ago = _long_ago(params[0].device, getattr(params[0], "fake_mode", None))
     torch._fused_adamw_(
         ps, gs, ms, vs, [], [long_ago] * len(params),
         lr=step_size, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps,
@@ -52,6 +53,14 @@ def adam_update_(
         if copies is not tensors:
             for i in (0, 2, 3):  # p, m and v; the gradient hasn't changed
                 tensors[i].copy_(copies[i])
+
+
+@lru_cache(maxsize=16)
+def _long_ago(device: torch.device, fake_mode: Any) -> Tensor:
+    """A step count for every call on a device: none waits for its fill."""
+    del fake_mode  # a fake tensor belongs to its mode
+    with torch.inference_mode(False):
+        return torch.full((), _LONG_AGO, dtype=torch.float32, device=device)
 
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -115,8 +124,13 @@ def bias_corrected_lr(state: dict[str, Any], group: dict[str, Any]) -> float:
 
 def to_state_precision(g: Tensor, group: dict[str, Any]) -> Tensor:
     """A gradient in the dtype of the group's moments."""
+    return g.to(state_dtype(g.dtype, group))
+
+
+def state_dtype(dtype: torch.dtype, group: dict[str, Any]) -> torch.dtype:
+    """The dtype of the group's moments, for gradients of that dtype."""
     wide = group.get("state_precision") == "fp32"
-    return g.to(torch.promote_types(g.dtype, torch.float32)) if wide else g
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
 def rounds_stochastically(p: Tensor, group: dict[str, Any]) -> bool:

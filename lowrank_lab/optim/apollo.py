@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.base import SEED_STRIDE, ProjectedAdamW
+from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.fira import EPS, growth_limiter
+from lowrank_lab.optim.matrix_updates import SEED_STRIDE, each
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
-    channel_norms,
     check_projection,
     get_projections,
     projected_gradient,
@@ -106,6 +107,9 @@ class Apollo(ProjectedAdamW):
             shapes |= {"seed": None} if group["proj"] == "random" else {}
         return shapes
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return True
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
@@ -113,26 +117,22 @@ class Apollo(ProjectedAdamW):
         if group["proj"] != "random":
             refresh_sharded_(self, params, group | {"refresh": group["proj"]})
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
-        left, right = self._projections(G, state, group)
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
+        left, right = each(self, self._projections, G, state, group)
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
         # φ = ‖N‖ / (‖R‖ + ε), per channel (over the rank axis) or once for the tensor
-        axis = None if group["scale_type"] == "tensor" else 0 if right is None else 1
-        norms = [channel_norms(X, axis) for X in (R, N, G)]
-        if axis is None:
-            norms = list(self.placement.global_norm(torch.stack(norms)))
-        R_norm, N_norm, G_norm = norms
+        whole = group["scale_type"] == "tensor"
+        channels = rank_channels(G, right, self.placement, whole=whole)
+        R_norm, N_norm, G_norm = channels.norms(R, N, G)
         phi, root = N_norm / (R_norm + EPS), math.sqrt(group["scale"])
         # S = φ∘G, so that ‖S‖² = Σ φ²‖G‖² over the channels
         if not group["disable_nl"]:
-            S_norm = torch.linalg.vector_norm(phi * G_norm)
-            S_norm = self.placement.global_norm(S_norm) if axis is not None else S_norm
-            phi = phi / growth_limiter(state, root * S_norm if group["scale_front"] else S_norm)
+            S_norm = channels.total(phi * G_norm)
+            limiter = growth_limiter(state, root * S_norm if group["scale_front"] else S_norm)
+            phi = channels.divided(phi, limiter, phi.dtype)
         # W ← W − lr · √scale · φ∘G
-        W.addcmul_(G, (root * phi).to(G.dtype), value=-step_size)
+        channels.add_scaled_(W, G, root * phi, alpha=-step_size)
 
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
         """(L, None) or (None, R) of this step; the state's `seed` is that of the current one."""

@@ -8,40 +8,28 @@ decay is decoupled and applied *after* the update.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from lowrank_lab.distributed.dtensors import (
-    ANY_DIM,
-    is_dtensor,
-    local_gradient,
-    local_part,
-    part_of,
-)
+from lowrank_lab.distributed.dtensors import ANY_DIM, is_dtensor, local_gradient, local_part
 from lowrank_lab.optim.adam import (
     adam_direction,
     adam_moments,
     adam_update_,
-    advance_weights_,
     bias_corrected_lr,
-    random_bits,
     rounds_stochastically,
-    stochastic_round,
     to_state_precision,
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
-from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
+from lowrank_lab.optim.matrix_updates import MatrixUpdates
 from lowrank_lab.optim.saved_state import load_, prepared
 
-SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
 
-
-class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
+class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
     """AdamW whose groups with a `rank` are updated by the subclass's `update_`.
 
     Args:
@@ -61,6 +49,7 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
+    batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
         self,
@@ -87,7 +76,7 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a ranked group with keys or parameters that the method doesn't support."""
         rank = group["rank"]
-        projects = type(self).update_ is not ProjectedAdamW.update_
+        projects = type(self).update_ is not MatrixUpdates.update_
         require("rank", rank, projects, f"{type(self).__name__} has no groups with a rank")
         require_int("rank", rank, 1)
         for p in group["params"]:
@@ -106,15 +95,6 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
         load_(self, state_dict, partial(prepared, self))
         self.place_states_()
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
-        """One step of one parameter: change W (m×n) in place, given its gradient G (m×n).
-
-        `step_size` is the learning rate with Adam's bias correction in it.
-        """
-        raise NotImplementedError
-
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -130,9 +110,8 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.refreshed = {}
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
+        for params, group in self.work():
+            if any(p.grad is not None and p.grad.is_sparse for p in params):
                 raise RuntimeError("sparse gradients are not supported; use a dense embedding")
             try:
                 self.step_group_(params, group)
@@ -144,6 +123,11 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
                 raise RuntimeError(message) from error
         self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
         return loss
+
+    def work(self) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+        """The parameters of each group that have a gradient, and the group."""
+        for group in self.param_groups:
+            yield [p for p in group["params"] if p.grad is not None], group
 
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
@@ -158,54 +142,6 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
         if group["weight_decay"] > 0 and decayed:
             parts = list(map(local_part, decayed))
             torch._foreach_mul_(parts, 1.0 - group["lr"] * group["weight_decay"])
-
-    def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            dim = self.dim_of(group, p.shape)
-            with undone_on_error(self.state[p]):
-                state = self._advanced_state(p, group)
-                with (
-                    self.plain_parts(p, dim) as (part, G, parts),
-                    self._update_target(part, state["step"], group) as W,
-                ):
-                    self.update_(W, G, parts, group, bias_corrected_lr(state, group))
-            state["step"] += 1
-
-    def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The state of p, with the weights of its moments advanced by one step."""
-        state: dict[str, Any] = self.state[p]
-        advance_weights_(state, group["betas"])
-        return state
-
-    @contextmanager
-    def _update_target(self, part: Tensor, step: int, group: dict[str, Any]) -> Iterator[Tensor]:
-        """The tensor that an update changes: `part`, or a float32 copy that is rounded into it."""
-        if not rounds_stochastically(part, group):
-            yield part
-            return
-        W = part.float()
-        yield W
-        W.mul_(1.0 - group["lr"] * group["weight_decay"])
-        # The bits are those of the full matrix: the same ones for any number of processes.
-        seed = (param_index(self, self.param) * SEED_STRIDE + step) % 2**63
-        bits = random_bits(self.param.shape, seed, part.device)
-        if self.layout is not None:
-            bits = part_of(bits, self.layout.p, self.layout.placements)
-        part.copy_(stochastic_round(W, bits))
-
-    def adam_direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
-        N = self.buffer("direction", R.shape, R)
-        return adam_direction(R, state, group["betas"], group["eps"], out=N)
-
-    def buffer(self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
-        """An uninitialised tensor of that shape, shared by all parameters within a step."""
-        buffers = self.__dict__.setdefault("_buffers", {})
-        key = (name, tuple(shape), like.dtype, like.device)
-        if key not in buffers:
-            buffers[key] = like.new_empty(shape)
-        found: Tensor = buffers[key]
-        return found
 
     def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Fused AdamW on all parameters that share a dtype, a device and a step size."""
@@ -238,21 +174,6 @@ class ProjectedAdamW(DTensorOptimizer, CheckedOptimizer):
             with self.plain_parts(p, ANY_DIM) as (part, G, parts):
                 g = to_state_precision(G, group)
                 N = adam_direction(g, parts, group["betas"], group["eps"])
-                with self._update_target(part, state["step"], group) as W:
+                with self._update_target(p, part, state["step"], group) as W:
                     W.add_(N, alpha=-bias_corrected_lr(state, group))
             state["step"] += 1
-
-
-@contextmanager
-def undone_on_error(*states: dict[str, Any]) -> Iterator[None]:
-    """Give states the numbers back that they had, if an update raises within the block."""
-    before = [{k: v for k, v in s.items() if not isinstance(v, Tensor)} for s in states]
-    try:
-        yield
-    except BaseException:
-        for state, numbers in zip(states, before, strict=True):
-            for key in [k for k, v in state.items() if not isinstance(v, Tensor)]:
-                if key not in numbers:
-                    del state[key]
-            state.update(numbers)
-        raise

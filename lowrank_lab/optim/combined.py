@@ -11,6 +11,7 @@ import torch
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer
+from lowrank_lab.optim.muon import Muon
 from lowrank_lab.optim.saved_state import (
     load_,
     prepared,
@@ -43,6 +44,26 @@ class Combined(torch.optim.Optimizer):
         for optimizer in optimizers:
             self.state.update(optimizer.state)
             optimizer.state = self.state
+        self._watch_loads_()
+
+    def _watch_loads_(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.register_load_state_dict_post_hook(self._rejoin_)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _rejoin_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Share groups and states again with an optimizer that has loaded a state on its own."""
+        if optimizer.state is self.state:
+            return
+        loaded = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        self.param_groups = [
+            loaded.get(id(next(iter(g["params"]), None)), g) for g in self.param_groups
+        ]
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            self.state.pop(p, None)
+        self.state.update(optimizer.state)
+        for each in self.optimizers:
+            each.state = self.state
 
     def add_param_group(self, param_group: dict[str, Any], to: int | None = None) -> None:
         """Add a group to one of the optimizers: `to` is its number, from 0.
@@ -124,6 +145,11 @@ class Combined(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizers": self.optimizers}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "optimizers" in state:  # a copy: torch copies no hooks
+            self._watch_loads_()
+
 
 def _check_keys(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
     """Refuse unknown keys where torch's optimizers would ignore them."""
@@ -141,4 +167,4 @@ def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("torch.optim.")
+    return isinstance(optimizer, Muon) or type(optimizer).__module__.startswith("torch.optim.")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
-    channel_norms,
     check_projection,
     get_projections,
     project_back_add_,
@@ -64,33 +66,36 @@ class Fira(ProjectedAdamW):
         norm: Shapes = {"residual_norm": ()} if "rank" in group else {}
         return super().state_shapes(group, shape) | projected_shapes(group, shape) | norm
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return True
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         refresh_sharded_(self, params, group)
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         left, right = get_projections(self, state, G, group)
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
-        alpha, rank_axis = group["alpha"], 0 if right is None else 1
+        alpha, channels = group["alpha"], rank_channels(G, right, self.placement)
         # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
-        R_norm, N_norm, G_norm = (channel_norms(X, rank_axis) for X in (R, N, G))
+        R_norm, N_norm, G_norm = channels.norms(R, N, G)
         phi = N_norm / (R_norm + EPS)
         # P has orthonormal columns: ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖² per channel. A difference at
         # rounding level means that the gradient lies inside the subspace: the residual is zero.
-        residual_sq = G_norm.square() - (2 * alpha - alpha**2) * R_norm.square()
+        G_norm_sq = G_norm.square()
+        residual_sq = torch.addcmul(G_norm_sq, R_norm, R_norm, value=alpha**2 - 2 * alpha)
         rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
-        residual_sq = torch.where(residual_sq > rounding * G_norm.square(), residual_sq, 0.0)
-        S_norm = self.placement.global_norm((residual_sq * phi.square()).sum().sqrt())
-        phi = phi / growth_limiter(state, S_norm, group["forgive_zero"])
+        residual_sq *= residual_sq > rounding * G_norm_sq
+        S_norm = channels.total(residual_sq.sqrt_().mul_(phi))
+        limiter = growth_limiter(state, S_norm, group["forgive_zero"])
+        phi = channels.divided(phi, limiter, N.dtype)
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
-        N.addcmul_(R, phi.to(N.dtype), value=-1)
+        channels.subtract_scaled_(N, R, phi)
         project_back_add_(W, N, left, right, alpha=-step_size * alpha)
-        W.addcmul_(G, phi.to(G.dtype), value=-step_size)
+        channels.add_scaled_(W, G, phi, alpha=-step_size)
 
 
 def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = True) -> Tensor:
@@ -99,16 +104,16 @@ def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = Tru
     ‖S_prev‖, the limited norm of the previous step, is `residual_norm` in the state; ∞: no limit.
 
     Args:
-        state: of the parameter; its `residual_norm` is replaced.
-        norm: ‖S‖ (0-dimensional).
+        state: of the parameter, or of many; its `residual_norm` is replaced.
+        norm: ‖S‖ (0-dimensional), or that of each parameter (a vector).
         forgive_zero: no limit after a norm up to ε; False is the published rule (see Fira).
     """
     if "residual_norm" not in state:
         state["residual_norm"] = norm
         return torch.ones_like(norm)
     previous = state["residual_norm"]
-    limiter: Tensor = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
     if forgive_zero:
-        limiter = torch.where(previous > EPS, limiter, 1.0)
+        previous = F.threshold(previous, EPS, math.inf)
+    limiter: Tensor = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
     state["residual_norm"] = norm / limiter
     return limiter

@@ -53,15 +53,16 @@ class GaLore(ProjectedAdamW):
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return True
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         refresh_sharded_(self, params, group)
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         # P = leading singular vectors of G;  R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         left, right = get_projections(self, state, G, group)
         R = projected_gradient(G, left, right, group)

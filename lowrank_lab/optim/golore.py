@@ -13,6 +13,7 @@ from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
+from lowrank_lab.optim.matrix_updates import each
 from lowrank_lab.optim.projection import (
     check_projection,
     gather_projections,
@@ -63,6 +64,9 @@ class GoLore(ProjectedAdamW):
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         return super().state_shapes(group, shape) | projected_shapes(group, shape)
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return True
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return unprojected_dim(group, shape)
 
@@ -70,18 +74,21 @@ class GoLore(ProjectedAdamW):
         before = [p for p in params if self.state[p].get("step", 0) < group["switch"]]
         refresh_sharded_(self, before, group)
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
-        old = load_projections(state)
-        left, right = self._projections(G, state, group)
-        new = load_projections(state)
-        if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
-            state["exp_avg"].copy_(carry_moment(state["exp_avg"], old, new, self.placement))
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
+        left, right = each(self, self._carried, G, state, group)
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
         project_back_add_(W, N, left, right, alpha=-step_size * group["scale"])
+
+    def _carried(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
+        """The projections (L, R) of this step; the first moment follows them."""
+        old = load_projections(state)
+        used = self._projections(G, state, group)
+        new = load_projections(state)
+        if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
+            state["exp_avg"].copy_(carry_moment(state["exp_avg"], old, new, self.placement))
+        return used
 
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
         """The projections (L, R) of this step: GaLore's before the switch, random ones after it."""
@@ -99,7 +106,8 @@ class GoLore(ProjectedAdamW):
             )
             store_projections_(state, (left, right), G.dtype)
             return gather_projections(load_projections(state), shape, self.placement)
-        return get_projections(self, state, G, group)
+        left, right = get_projections(self, state, G, group)
+        return left, right
 
 
 def carry_moment(

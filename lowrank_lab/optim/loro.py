@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -37,14 +38,16 @@ from torch import Tensor
 from lowrank_lab.distributed.dtensors import ANY_DIM, local_part
 from lowrank_lab.layers.balance import RANK_TOLERANCE
 from lowrank_lab.optim.adam import (
+    Four,
     adam_direction,
     adam_moments,
     adam_update_,
     bias_corrected_lr,
     restart_adam_,
 )
-from lowrank_lab.optim.base import ProjectedAdamW, undone_on_error
+from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require, require_int
+from lowrank_lab.optim.matrix_updates import undone_on_error
 
 Factor = tuple[Tensor, Tensor, dict[str, Any]]  # W, G and state of B or A
 
@@ -117,24 +120,44 @@ class Loro(ProjectedAdamW):
             super().step_group_(params, group)
             return
         pairs = [pair for pair in _pairs(group["params"]) if _have_gradients(*pair)]
-        for B, A in pairs:
-            self._step_pair_(B, A, group)
+        exact = [self._is_exact(B, group) for B, _ in pairs]
+        for pair, is_exact in zip(pairs, exact, strict=True):
+            if is_exact:
+                self._step_exactly_(*pair, group)
+        self._step_together_([pair for pair, e in zip(pairs, exact, strict=True) if not e], group)
         if group["weight_decay"] > 0 and pairs:
             factors = [local_part(p) for pair in pairs for p in pair]
             torch._foreach_mul_(factors, 1.0 - group["lr"] * group["weight_decay"])
 
-    def _step_pair_(self, B: Tensor, A: Tensor, group: dict[str, Any]) -> None:
-        """One step of B (m×r) and A (r×n), exact at every update_k-th step."""
+    def _is_exact(self, B: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the next step of a pair is exact, as every update_k-th is."""
+        return bool((self.state[B].get("step", 0) + 1) % group["update_k"] == 0)
+
+    def _step_exactly_(self, B: Tensor, A: Tensor, group: dict[str, Any]) -> None:
+        """An exact step of B (m×r) and A (r×n)."""
         with undone_on_error(self.state[B], self.state[A]):
             states = self._advanced_state(B, group), self._advanced_state(A, group)
-            scale = group["rank"] / B.shape[0] if group["scale"] is None else group["scale"]
-            # B ← B − lr · r/d · Adam(G_B);  A ← A − lr · r/d · Adam(G_A)
-            exact = (states[0]["step"] + 1) % group["update_k"] == 0
-            update, dim = (_exact_, None) if exact else (_approximate_, ANY_DIM)
-            with self.plain_parts(B, dim) as of_B, self.plain_parts(A, dim) as of_A:
-                update((of_B, of_A), group, scale)
+            with self.plain_parts(B, None) as of_B, self.plain_parts(A, None) as of_A:
+                _exact_((of_B, of_A), group, _scale(B, group))
         for state in states:
             state["step"] += 1
+
+    def _step_together_(self, pairs: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """B ← B − lr · r/d · Adam(G_B);  A ← A − lr · r/d · Adam(G_A) of many pairs, fused."""
+        together: dict[Any, list[Four]] = {}
+        states = [self.state[p] for pair in pairs for p in pair]
+        with undone_on_error(*states), ExitStack() as parts:
+            for B, A in pairs:
+                for p in (B, A):
+                    state = self._advanced_state(p, group)
+                    X, G, own = parts.enter_context(self.plain_parts(p, ANY_DIM))
+                    step_size = _scale(B, group) * bias_corrected_lr(state, group)
+                    key = (X.dtype, X.device, step_size, _eps(state, group))
+                    together.setdefault(key, []).append((X, G, *adam_moments(own, X)))
+                    state["step"] += 1
+            for (_, _, step_size, eps), fours in together.items():
+                lists = map(list, zip(*fours, strict=True))
+                adam_update_(*lists, step_size=step_size, betas=group["betas"], eps=eps)
 
     def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW with ε after the bias correction: √v̂ + ε = (√v + ε·√w₂) / √w₂."""
@@ -162,12 +185,9 @@ def _eps(state: dict[str, Any], group: dict[str, Any]) -> float:
     return eps * math.sqrt(state["exp_avg_sq_weight"]) if group["correct_bias"] else eps
 
 
-def _approximate_(factors: tuple[Factor, Factor], group: dict[str, Any], scale: float) -> None:
-    """X ← X − lr · scale · m̂ / (√v̂ + ε) for both factors, in place."""
-    for X, G, state in factors:
-        m, v = adam_moments(state, X)
-        step_size, eps = scale * bias_corrected_lr(state, group), _eps(state, group)
-        adam_update_([X], [G], [m], [v], step_size=step_size, betas=group["betas"], eps=eps)
+def _scale(B: Tensor, group: dict[str, Any]) -> float:
+    """The factor of the learning rate between exact steps: r/m by default."""
+    return float(group["rank"] / B.shape[0] if group["scale"] is None else group["scale"])
 
 
 def _exact_(factors: tuple[Factor, Factor], group: dict[str, Any], scale: float) -> None:

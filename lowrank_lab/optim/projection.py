@@ -13,17 +13,20 @@ matrix (`refresh: gram`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_lab.distributed.placements import Placement
-from lowrank_lab.optim.adam import to_state_precision
+from lowrank_lab.optim.adam import state_dtype, to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
+from lowrank_lab.optim.matrix_updates import each
+from lowrank_lab.optim.stacks import Stacks, Weights, project_stacks
 from lowrank_lab.optim.subspaces import (
     Projections,
     gram_subspaces,
@@ -31,9 +34,6 @@ from lowrank_lab.optim.subspaces import (
     randomized_subspaces,
     sides,
 )
-
-if TYPE_CHECKING:
-    pass
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 PROJECTIONS = ("projection_left", "projection_right")  # in the states
@@ -48,13 +48,19 @@ def unprojected_dim(group: dict[str, Any], shape: torch.Size) -> int | None:
 
 
 def get_projections(
-    optimizer: ProjectedAdamW, state: dict[str, Any], G: Tensor, group: dict[str, Any]
-) -> Projections:
+    optimizer: ProjectedAdamW, state: Any, G: Any, group: dict[str, Any]
+) -> tuple[Any, Any]:
     """The projections of this step, (L, R), recomputed from G every update_proj_gap steps.
 
     With `spread_refresh` each parameter is refreshed at another step of the gap, so that no step
     waits for all of them; the first projections are computed together.
     """
+    return each(optimizer, partial(_projections, optimizer), G, state, group)
+
+
+def _projections(
+    optimizer: ProjectedAdamW, G: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> Projections:
     shape = optimizer.placement.global_shape(G)
     if is_refresh_due(optimizer, state, group):
         new: Projections | None = optimizer.refreshed.pop(optimizer.param, None)
@@ -132,39 +138,24 @@ def project(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return G if right is None else G @ right
 
 
-def projected_gradient(
-    G: Tensor, left: Tensor | None, right: Tensor | None, group: dict[str, Any]
-) -> Tensor:
-    """`project` in the dtype of Adam's moments."""
+def projected_gradient(G: Any, left: Any, right: Any, group: dict[str, Any]) -> Any:
+    """`project` in the dtype of Adam's moments; of stacks, their stacks."""
+    if isinstance(G, Stacks):
+        return project_stacks(G, left, right, state_dtype(G.flat.dtype, group))
     return to_state_precision(project(G, left, right), group)
 
 
-def project_back_add_(
-    W: Tensor, N: Tensor, left: Tensor | None, right: Tensor | None, alpha: float
-) -> Tensor:
+def project_back_add_(W: Any, N: Any, left: Any, right: Any, alpha: float) -> Any:
     """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place; the product in the projection's dtype."""
+    if isinstance(W, Weights):  # when the update ends, in few kernels
+        W.product = (N, left, right, alpha)
+        return W
     P = right if left is None else left
     assert P is not None
     N = N.to(P.dtype)
     X = N if left is None else left
     Y = N if right is None else right.T if left is None else N @ right.T
     return W.addmm_(X, Y, alpha=alpha) if W.dtype == P.dtype else W.add_(X @ Y, alpha=alpha)
-
-
-def channel_norms(X: Tensor, axis: int | None) -> Tensor:
-    """‖X‖ along an axis, keeping its dimension, or of the whole matrix; in float32 or wider.
-
-    The axis is the projected one, which is never sharded: the norms need no communication.
-    """
-    wide = torch.promote_types(X.dtype, torch.float32)
-    if axis != 0:
-        norms: Tensor = torch.linalg.vector_norm(X, dim=axis, keepdim=True, dtype=wide)
-        return norms
-    # torch's norm of columns takes four times as long on a CPU
-    squares: Tensor = torch.zeros((1, X.shape[1]), dtype=wide, device=X.device)
-    for i in range(0, X.shape[0], 512):
-        squares += X[i : i + 512].to(wide).square().sum(0, keepdim=True)
-    return squares.sqrt_()
 
 
 def check_projection(group: dict[str, Any], proj_types: tuple[str, ...] = PROJ_TYPES) -> None:

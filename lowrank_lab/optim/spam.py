@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import ANY_DIM
-from lowrank_lab.optim.adam import adam_moments, adam_update_
-from lowrank_lab.optim.base import SEED_STRIDE
+from lowrank_lab.optim.adam import adam_update_
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
+from lowrank_lab.optim.matrix_updates import SEED_STRIDE
+from lowrank_lab.optim.stacks import Stacks, moments_of, tensors_of
 from lowrank_lab.optim.state_bytes import Weight
 from lowrank_lab.optim.uniform import UniformAdam
 
@@ -94,6 +95,9 @@ class Spam(UniformAdam):
             require_int(key, group[key], 0)
         require("density", group["density"], 0 < group["density"] <= 1, "in (0, 1]")
 
+    def can_stack(self, group: dict[str, Any]) -> bool:
+        return bool(group["density"] == 1)
+
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return ANY_DIM if group["density"] == 1 or len(shape) != 2 else None
 
@@ -103,27 +107,23 @@ class Spam(UniformAdam):
         trained = (_count(torch.Size(shape), group["density"]),)
         return super().state_shapes(group, trained) | {"mask": shape}
 
-    def update_(
-        self, W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
-    ) -> None:
+    def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         t = state["step"] + 1
         since_reset = t % group["update_proj_gap"]
         resets = since_reset == 0
         entries = self._entries(W, state, group["density"], redraw=resets)
         w, g = (W, G) if entries is None else (W[entries], G[entries])
-        m, v = adam_moments(state, w)
+        ms, vs = moments_of(state, w)
         if resets and entries is None:
-            m.zero_()
-            v.zero_()
+            torch._foreach_zero_([*ms, *vs])
         if group["threshold"] > 0 and since_reset >= group["grad_accu_steps"]:
-            g = clip_spikes(g, v, group["threshold"])
+            g = _clipped(g, vs, group["threshold"])
         if t >= group["update_proj_gap"]:
             step_size *= warmup_factor(since_reset, group["warmup"])
-        adam_update_(
-            [w], [g], [m], [v], step_size=step_size, betas=group["betas"], eps=group["eps"]
-        )
+        ws, gs = tensors_of(w), tensors_of(g)
+        adam_update_(ws, gs, ms, vs, step_size=step_size, betas=group["betas"], eps=group["eps"])
         if group["weight_decay"] > 0:
-            w.mul_(1.0 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(ws, 1.0 - group["lr"] * group["weight_decay"])
         if entries is not None:
             W.index_put_(entries, w)
 
@@ -141,6 +141,13 @@ class Spam(UniformAdam):
                 for name in ("exp_avg", "exp_avg_sq"):
                     _move_(state[name], old, state["mask"])
         return _where(state["mask"], density)
+
+
+def _clipped(g: Tensor | Stacks, vs: list[Tensor], threshold: float) -> Tensor | Stacks:
+    """`clip_spikes` of a gradient, or of all of a stack at once."""
+    if isinstance(g, Tensor):
+        return clip_spikes(g, vs[0], threshold)
+    return Stacks(g.runs, clip_spikes(g.flat, Stacks.of(vs).flat, threshold))
 
 
 def clip_spikes(g: Tensor, exp_avg_sq: Tensor, threshold: float) -> Tensor:

@@ -57,11 +57,13 @@ def evaluate(
     rank, processes = distributed.rank(), distributed.world_size()
     for start in range(0, count, config.batch):
         own = torch.arange(start + rank, min(start + config.batch, count), processes)
-        # Every process computes in every turn: a sharded model needs all of them.
-        indices = own.numpy() if len(own) else torch.tensor([start]).numpy()
+        # Every process computes in every turn, as a sharded model needs all of them; and compiled
+        # blocks take batches of one size only.
+        size = config.batch // processes if config.compile else max(1, len(own))
+        indices = torch.nn.functional.pad(own, (0, size - len(own)), value=start).numpy()
         inputs, targets = (t.to(device) for t in corpus.windows(split, indices, length))
         with autocast(config, device):
-            loss = model.loss(inputs, targets).double()
+            loss = model.loss(inputs, targets[: max(1, len(own))]).double()
         tokens_here = len(own) * length
         totals += torch.stack([loss * tokens_here, torch.full_like(loss, tokens_here)])
     model.train(training)

@@ -5,8 +5,8 @@ trainer adds what those need that know no DTensors (Muon, 8-bit moments, an opti
 path), and full copies on rank 0.
 
 A weight of such an optimizer has an owner, which alone stores its states and updates it as a single
-process would: the weight and its gradient are gathered and the new weight is broadcast. Every
-optimizer works this way, and a rank has at most one full layer at a time.
+process would: it receives the other ranks' shards of the weight and its gradient and sends them
+the new weight. Every optimizer works this way, and a rank has at most one full layer at a time.
 
 Factors are sharded by rows of B and columns of A: refactorization communicates only r×r matrices,
 and a merge only A. Where the columns can't be divided evenly, A is gathered.
@@ -16,14 +16,18 @@ Checkpoints, spectra and the trained model pass through the memory of rank 0.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
-import torch.distributed as dist
 
 from lowrank_lab import distributed
-from lowrank_lab.distributed.dtensors import overwrite_
+from lowrank_lab.distributed.exchange import from_owners_, to_owners
 from lowrank_lab.layers import FactorizedLinear, generator_of, lora_layers
 from lowrank_lab.techniques import Refactorization, refactorize_
-from lowrank_lab.training.fsdp_state import ShardedState, full_gradient, placeholder
+from lowrank_lab.training.fsdp_state import ShardedState, placeholder
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class ShardedModel(ShardedState):
@@ -41,26 +45,27 @@ class ShardedModel(ShardedState):
 
     def _step_units_(self, units: dict[int, list[str]]) -> None:
         """Gather one unit per owner, update all of them at the same time, and broadcast them."""
-        me, has_gradient = distributed.rank(), False
-        for owner, names in units.items():
-            for name in names:
-                p, mirrored = self._dtensors[name], self._mirror_params[name]
-                weight, grad = p.full_tensor(), full_gradient(p)
-                if owner == me and grad is not None:
-                    mirrored.data, mirrored.grad = weight, grad
-                    has_gradient = True
-        if has_gradient:
+        trained = {
+            owner: [name for name in names if self._dtensors[name].grad is not None]
+            for owner, names in units.items()
+        }
+        weights = {r: [self._dtensors[name] for name in names] for r, names in trained.items()}
+        with_gradients = {
+            r: [t for p in own for t in (p, cast("DTensor", p.grad))] for r, own in weights.items()
+        }
+        if not any(weights.values()):
+            return
+        found = to_owners(with_gradients)
+        mine = [self._mirror_params[name] for name in trained.get(distributed.rank(), ())]
+        for mirrored, weight, grad in zip(mine, found[::2], found[1::2], strict=True):
+            mirrored.data, mirrored.grad = weight, grad
+        del found
+        if mine:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        for owner, names in units.items():
-            for name in names:
-                p, mirrored = self._dtensors[name], self._mirror_params[name]
-                if p.grad is None:
-                    continue
-                updated = mirrored.data if owner == me else mirrored.new_empty(p.shape)
-                dist.broadcast(updated, owner)
-                overwrite_(p, updated)
-                mirrored.data = placeholder(p)
+        from_owners_(weights, [mirrored.data for mirrored in mine])
+        for mirrored in mine:
+            mirrored.data = placeholder(mirrored)
 
     @torch.no_grad()
     def refactorize_(self) -> Refactorization:

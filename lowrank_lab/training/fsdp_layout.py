@@ -26,8 +26,6 @@ def check_fsdp(config: ResolvedConfig) -> None:
     options = config.method_options
     refused = (
         ("per_layer", config.per_layer, "with fsdp2 gradients arrive one block at a time; False"),
-        ("compile", config.compile, "not tested with fsdp2; False"),
-        ("stochastic_rounding", config.stochastic_rounding, "not tested with fsdp2; False"),
         ("method_options.warm_start", options.get("warm_start"),
          "with fsdp2 the trained weights can't change during the run; 0"),
     )  # fmt: skip

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
-from lowrank_lab.distributed.dtensors import full_tensor, local_part, overwrite_, shard_as
+from lowrank_lab.distributed.dtensors import local_part, overwrite_, shard_as
+from lowrank_lab.distributed.exchange import gathered
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
 from lowrank_lab.methods.build import build, build_model, build_optimizer
 from lowrank_lab.models.llama import Llama
@@ -109,25 +110,44 @@ class ShardedState:
         A collective: all ranks have to call it.
         """
         full = dict(self.full_copy[0].named_parameters()) if self.full_copy else {}
+        states: dict[str, dict[str, Any]] = {}
         owned: dict[str, Any] = {}
-        for name, p in self._dtensors.items():
-            found = self.optimizer.state.get(self._mirror_params[name], {})
-            state = {k: _on_cpu(v) for k, v in found.items()}
-            weight, grad = p.full_tensor(), full_gradient(p) if gradients else None
-            if name in self._owner and state:
-                owned[name] = state
-            if self.full_copy:
-                full[name].copy_(weight)
-                full[name].grad = None if grad is None else grad.cpu()
-                self.full_copy[1].state.pop(full[name], None)
-                if state:  # torch refuses an entry of a frozen weight, even an empty one
-                    self.full_copy[1].state[full[name]] = state
-        gathered: list[dict[str, Any]] = [{}] * distributed.world_size()
-        dist.gather_object(owned, gathered if self.full_copy else None)
+        for name, mirrored in self._mirror_params.items():
+            state = dict(self.optimizer.state.get(mirrored, {}))
+            (owned if name in self._owner and state else states)[name] = state
+        for (name, kind, key), t in gathered(self._tensors(states, gradients)):
+            if kind == "weight":
+                full[name].copy_(t)
+                full[name].grad = None
+            elif kind == "gradient":
+                full[name].grad = t
+            else:
+                states[name][key] = t
+        if self._owner:
+            owned = {n: {k: _on_cpu(v) for k, v in state.items()} for n, state in owned.items()}
+            of_ranks: list[dict[str, Any]] = [{}] * distributed.world_size()
+            dist.gather_object(owned, of_ranks if self.full_copy else None)
+            states |= {name: state for found in of_ranks for name, state in found.items()}
         if self.full_copy:
-            for name, state in ((n, s) for states in gathered for n, s in states.items()):
-                self.full_copy[1].state[full[name]] = state
+            for name, p in full.items():  # a frozen weight has no state, not an empty one
+                self.full_copy[1].state.pop(p, None)
+                if states.get(name):
+                    self.full_copy[1].state[p] = states[name]
             _copy_groups_(self.optimizer, self.full_copy[1])
+
+    def _tensors(
+        self, states: dict[str, dict[str, Any]], gradients: bool
+    ) -> dict[tuple[str, str, str], Tensor]:
+        """What rank 0 needs in full: by the name of a weight, a kind, and the key of a state."""
+        found: dict[tuple[str, str, str], Tensor] = {}
+        for name, p in self._dtensors.items():
+            found[name, "weight", ""] = p
+            if gradients and p.grad is not None:
+                found[name, "gradient", ""] = p.grad
+            for key, value in states.get(name, {}).items():
+                if isinstance(value, Tensor):
+                    found[name, "state", key] = value
+        return found
 
     @torch.no_grad()
     def load_full_(self, model: Llama, optimizer: torch.optim.Optimizer) -> None:
@@ -183,13 +203,7 @@ def placeholder(p: Tensor) -> Tensor:
 
 
 def _on_cpu(value: Any) -> Any:
-    """A state on the CPU, a DTensor in full."""
-    return full_tensor(value).cpu() if isinstance(value, Tensor) else value
-
-
-def full_gradient(p: DTensor) -> Tensor | None:
-    """The full gradient of a sharded weight, gathered on every rank."""
-    return None if p.grad is None else cast("DTensor", p.grad).full_tensor()
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _copy_groups_(source: torch.optim.Optimizer, to: torch.optim.Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ class PeakMemory:
     Args:
         trackable: whether a step can be followed operation by operation, which compiled blocks and
             sharded models can't.
+        buckets: of gradients, which stay allocated between steps (`training.ddp`).
 
     Attributes:
         by_kind: peak bytes of each kind of step, as far as known.
@@ -27,11 +28,17 @@ class PeakMemory:
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, trackable: bool
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        trackable: bool,
+        buckets: Sequence[torch.Tensor] = (),
     ) -> None:
         self.by_kind: dict[str, int] = {}
         self.kept: Breakdown | None = None
         self._model, self._optimizer, self._trackable = model, optimizer, trackable
+        self._buckets = buckets
         self._device = next(model.parameters()).device
 
     @contextmanager
@@ -49,6 +56,8 @@ class PeakMemory:
             yield
         else:
             tracker = Tracker(self._model, self._optimizer, hidden={} if cuda else LAPACK)
+            for bucket in self._buckets:
+                tracker.record(bucket, "gradients", "buckets")
             try:
                 with tracker:
                     yield

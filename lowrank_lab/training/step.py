@@ -5,7 +5,8 @@ Its phases are named ranges, which torch's profiler and `memory.tracker` show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +16,10 @@ from torch.profiler import record_function
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.training.clock import HostMark
+from lowrank_lab.training.ddp import ReplicatedLoss, averages_in_backward
 from lowrank_lab.training.events import apply_
+from lowrank_lab.training.finite import StepNumbers, checks_on_device, off_where
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import events, learning_rate, merge_period
 
@@ -121,25 +125,75 @@ def take_step_(
     *,
     per_layer: PerLayerUpdates | None = None,
     check: Callable[[Tensor, Tensor], Values | None] | None = None,
+    ready: Callable[[], Any] = HostMark,
+    wait: bool = False,
     shards: ShardedModel | None = None,
+    replicas: ReplicatedLoss | None = None,
 ) -> tuple[Values | None, list[dict[str, Any]]]:
     """Take update `step` (from 0) on the pieces of one batch, then the events that follow it.
 
     Args:
         per_layer: updates the parameters within the backward pass.
-        check: reads loss and gradient norm before the update; if it raises, the weights are
-            unchanged; if it returns None, the update is skipped, but not its events.
+        check: gets loss and gradient norm on the host, to be read when the mark of `ready` is
+            reached; raises, or returns None, if they aren't finite: the weights are unchanged then
+            (`training.finite`). After None, events still follow.
+        ready: marks the point at which both are computed and copied.
+        wait: call `check` before the update in any case, so that it can read gradients and weights.
         shards: the sharded model, with `parallel` "fsdp2".
+        replicas: the loss of a model that several processes train.
 
     Returns:
         The result of `check`, and a record of each event.
     """
     if per_layer is not None:
         set_learning_rate(optimizer, config, step)
-    loss, norm = gradients(model, batches, config, per_layer, shards)
-    values = check(loss, norm) if check is not None else None
-    skipped = check is not None and values is None
-    return values, update_(model, optimizer, config, step, skipped, shards)
+    loss, norm = gradients(model, batches, config, per_layer, shards, replicas)
+    if check is None:
+        return None, update_(model, optimizer, config, step, shards=shards)
+    numbers = StepNumbers(loss, norm)
+    ready()
+    late = not wait and per_layer is None and shards is None and checks_on_device(optimizer, loss)
+    if late:
+        with off_where(optimizer, numbers.found_inf()):
+            apply_gradients_(optimizer, config, step)
+    values = check(*numbers.on_host)
+    if not late and not config.per_layer and values is not None:
+        apply_gradients_(optimizer, config, step, shards)
+    return values, finish_step_(model, optimizer, config, step, shards)
+
+
+def replicate(
+    model: Llama, batches: Callable[[], Sequence[Batch]], config: ResolvedConfig
+) -> ReplicatedLoss | None:
+    """The model's loss under DDP, its backward pass rehearsed; None where DDP isn't used.
+
+    Args:
+        batches: gives those of any step, on the device. Their gradients are dropped.
+    """
+    if not averages_in_backward(config):
+        return None
+    replicas = ReplicatedLoss(model)
+    pieces = batches()[-1:]
+    gradients(model, pieces, config, replicas=replicas)
+    if any(p.grad is None for p in model.parameters() if p.requires_grad):
+        del replicas  # and its hooks
+        replicas = ReplicatedLoss(model, some_unused=True)
+    gradients(model, pieces, config, replicas=replicas)  # with the buckets of all later steps
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    replicas.buckets = list({g.untyped_storage().data_ptr(): g for g in grads}.values())
+    model.zero_grad(set_to_none=True)
+    return replicas
+
+
+@contextmanager
+def averaged(
+    model: Llama, last: bool, shards: ShardedModel | None, replicas: ReplicatedLoss | None
+) -> Iterator[None]:
+    """A forward and backward pass after which torch averages the gradients, if it is the last."""
+    if shards is not None:
+        cast("FSDPModule", model).set_requires_gradient_sync(last)
+    with nullcontext() if last or replicas is None else replicas.no_sync():
+        yield
 
 
 def gradients(
@@ -148,6 +202,7 @@ def gradients(
     config: ResolvedConfig,
     per_layer: PerLayerUpdates | None = None,
     shards: ShardedModel | None = None,
+    replicas: ReplicatedLoss | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute clipped gradients from equal pieces of one batch; with `per_layer`, apply them.
 
@@ -157,25 +212,33 @@ def gradients(
         The mean loss and the global gradient norm before clipping, float32 scalars on the device.
     """
     total: Tensor | None = None
+    loss_of = model.loss if replicas is None else replicas
     for piece, (tokens, targets) in enumerate(batches, 1):
-        if shards is not None:
-            cast("FSDPModule", model).set_requires_gradient_sync(piece == len(batches))
-        with record_function("forward"), autocast(config, tokens.device):
-            loss = model.loss(tokens, targets) / len(batches)
-        with record_function("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+        with averaged(model, piece == len(batches), shards, replicas):
+            with record_function("forward"), autocast(config, tokens.device):
+                loss = loss_of(tokens, targets) / len(batches)
+            with record_function("backward"):
+                loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
-    # FSDP2 has averaged those of shards.
-    whole = [p.grad for p in model.parameters() if p.grad is not None and shards is None]
+    by_torch = shards is not None or replicas is not None
+    whole = [p.grad for p in model.parameters() if p.grad is not None and not by_torch]
     with record_function("average"):  # once per batch, not per piece
         distributed.all_reduce_mean_([*whole, total])
     if per_layer is not None:
         return total, per_layer.norm()
-    limit = config.clip if config.clip > 0 else float("inf")
     with record_function("clip"):
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        norm = clip_(model.parameters(), config.clip)
     return total, norm if shards is None else cast("DTensor", norm).full_tensor()
+
+
+def clip_(parameters: Iterable[Tensor], clip: float) -> Tensor:
+    """Scale gradients to a global norm of at most `clip`, if above 0; their norm before."""
+    found = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in found if p.grad is not None])
+    if clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(found, clip, norm)
+    return norm
 
 
 def update_(
@@ -183,21 +246,34 @@ def update_(
     optimizer: torch.optim.Optimizer,
     config: ResolvedConfig,
     step: int,
-    skipped: bool = False,
     shards: ShardedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """Apply update `step` (from 0), then the events that follow it; gradients are freed.
+    """Apply update `step` (from 0), then the events that follow it; their records."""
+    if not config.per_layer:
+        apply_gradients_(optimizer, config, step, shards)
+    return finish_step_(model, optimizer, config, step, shards)
 
-    Args:
-        skipped: apply no update, only the events.
 
-    Returns:
-        A record of each event, for metrics.jsonl.
-    """
-    if not config.per_layer and not skipped:
-        set_learning_rate(optimizer, config, step)
-        with record_function("optimizer"):
-            optimizer.step() if shards is None else shards.step_()
+def apply_gradients_(
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    step: int,
+    shards: ShardedModel | None = None,
+) -> None:
+    """The optimizer's part of update `step` (from 0)."""
+    set_learning_rate(optimizer, config, step)
+    with record_function("optimizer"):
+        optimizer.step() if shards is None else shards.step_()
+
+
+def finish_step_(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    step: int,
+    shards: ShardedModel | None = None,
+) -> list[dict[str, Any]]:
+    """Free the gradients and apply the events that follow update `step` (from 0); their records."""
     optimizer.zero_grad(set_to_none=True)
     if shards is not None:  # the optimizer knows the mirror's gradients only
         shards.model.zero_grad(set_to_none=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from lowrank_lab.techniques import NotFiniteError
 from lowrank_lab.techniques.states import switching
 from lowrank_lab.training import checkpoint
 from lowrank_lab.training.batches import Batches
+from lowrank_lab.training.clock import StepClock
 from lowrank_lab.training.evaluate import evaluate, evaluation_weights
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.monitor import LossWatch
@@ -34,7 +35,7 @@ from lowrank_lab.training.preflight import device_of
 from lowrank_lab.training.provenance import ran_on
 from lowrank_lab.training.records import Records, metrics_row, parameter_counts, perplexities
 from lowrank_lab.training.schedule import warm_start
-from lowrank_lab.training.step import PerLayerUpdates, kind_of, take_step_
+from lowrank_lab.training.step import PerLayerUpdates, kind_of, replicate, take_step_
 
 MOST_SKIPPED = 20  # updates in a row; one more stops the run
 
@@ -69,14 +70,16 @@ class Trainer:
         if config.compile:
             self.model.compile_blocks()
         self.updates = 0
-        self.seconds = 0.0  # spent in training steps, evaluations not counted
+        self._clock = StepClock(self.device)
         self.bytes = Breakdown()
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._outside = OutsideState(self.optimizer)
         self._batches = Batches(config, corpus, self.device)
+        self._replicas = replicate(self.model, partial(self._batches.of, 0), config)
         self._peaks = PeakMemory(
-            self.model, self.optimizer, trackable=not config.compile and self._shards is None
-        )
+            self.model, self.optimizer, trackable=not config.compile and self._shards is None,
+            buckets=self._replicas.buckets if self._replicas else (),
+        )  # fmt: skip
         self._spectra = SpectraRecorder(*self._plain(), config.spectra_layers)
         self._records = Records(folder, config, writes=distributed.is_rank_zero())
         self._records.begin(label, ran_on(self.device, corpus))
@@ -96,7 +99,7 @@ class Trainer:
         if not distributed.equal_on_all_ranks(self.updates):
             where = self.folder / "checkpoints"
             raise TrainingError(f"not every process sees the same checkpoints in {where}")
-        self.seconds = extra.get("seconds", 0.0)
+        self._clock.seconds = extra.get("seconds", 0.0)
         self._peaks.by_kind = extra.get("peaks", {})
         self._watch = LossWatch(extra.get("recent_losses", ()))
         self._skipped = extra.get("skipped", 0)
@@ -149,17 +152,20 @@ class Trainer:
         if self.updates % config.checkpoint_every == 0:
             self.save_checkpoint(row.get("validation_loss"))
         if row["loss"] is not None:
-            self._records.progress(row, self.seconds)
+            self._records.progress(row, self._clock.seconds)
         return row
 
     def _step(self, kind: str) -> dict[str, Any]:
         """One update and its events, timed and with its peak memory; the start of its row."""
-        started, batches = time.perf_counter(), self._batches.of(self.updates)
+        self._clock.start()
+        batches = self._batches.of(self.updates)
         try:
             with self._peaks.of_step(kind, first=self.updates == 0):
                 values, events = take_step_(
                     self.model, self.optimizer, batches, self.config, self.updates,
-                    per_layer=self._per_layer, check=self._finite, shards=self._shards,
+                    per_layer=self._per_layer, check=self._finite, ready=self._clock.ready,
+                    wait=self._due(self.config.spectra_every, self.updates + 1),
+                    shards=self._shards, replicas=self._replicas,
                 )  # fmt: skip
         except NotFiniteError as error:
             self._stop(f"after step {self.updates + 1}: {error}")
@@ -167,19 +173,22 @@ class Trainer:
         if self.updates == 0:
             self.bytes = self._persistent()
             self._records.memory(self.bytes, self._peaks.kept, peak)
-        elapsed = time.perf_counter() - started
-        self.seconds += elapsed
+        elapsed = self._clock.stop()
         self.updates += 1
+        periods = (self.config.eval_every, self.config.spectra_every, self.config.checkpoint_every)
+        if any(map(self._due, periods)):  # what follows is no part of training
+            elapsed += self._clock.settle()
         found = [*self._found, *(self._watch.observe(values[0]) if values else ()), *events]
         self._found.clear()
         return metrics_row(
             self.config, self.updates,
-            values=values, seconds=(self.seconds, elapsed), memory=self.bytes, peak=peak,
+            values=values, seconds=(self._clock.seconds, elapsed), memory=self.bytes, peak=peak,
             events=found,
         )  # fmt: skip
 
     def finish(self) -> None:
         """Final evaluations, the trained model and result.json."""
+        self._clock.settle()
         losses = {
             f"{split}_loss": self.evaluate(split, self.config.test_tokens)
             for split in ("validation", "test")
@@ -198,7 +207,7 @@ class Trainer:
             "entropy": self.corpus.entropy,
             "steps": self.updates,
             "tokens_seen": self.updates * self.config.tokens_per_step,
-            "seconds": self.seconds,
+            "seconds": self._clock.seconds,
             **parameter_counts(model),
             "weight_bytes": self.bytes.weights,
             "optimizer_state_bytes": self.bytes.optimizer_states,
@@ -217,12 +226,13 @@ class Trainer:
         Args:
             loss: on the validation block, if it was just measured.
         """
+        self._clock.settle()
         self._gather()
         model, optimizer = self._plain()
         if self._records.writes and all(bool(p.isfinite().all()) for p in model.parameters()):
             checkpoint.save(
                 self.folder / "checkpoints", self.updates, model, optimizer,
-                kept=self.config.keep_latest, loss=loss, seconds=self.seconds,
+                kept=self.config.keep_latest, loss=loss, seconds=self._clock.seconds,
                 peaks=self._peaks.by_kind, recent_losses=list(self._watch.recent), best=self._best,
                 skipped=self._skipped, outside=self._outside.changed(), bytes=self.bytes.as_dict(),
             )  # fmt: skip
@@ -247,15 +257,16 @@ class Trainer:
     def _finite(self, loss: Tensor, norm: Tensor) -> tuple[float, float] | None:
         """Loss and gradient norm as numbers; None if one isn't finite and the update is skipped.
 
-        Called between the backward pass and the update, so that spectra can read the gradients.
-        Reading the numbers waits for the device, so the next batch is fetched before.
+        Called before the update where spectra read gradients, otherwise perhaps after it
+        (`training.finite`). The next batch is fetched before the host waits for the numbers.
 
         Raises:
             TrainingError: one isn't finite, unless `on_nonfinite` is "skip".
         """
         with untracked():
             self._batches.fetch(self.updates + 1)
-        values = torch.stack([loss.float(), norm.float()]).tolist()
+        self._clock.wait()
+        values = torch.stack([loss, norm]).tolist()
         for name, value in zip(("loss", "gradient norm"), values, strict=True):
             if not math.isfinite(value):
                 reason = f"the {name} of step {self.updates + 1} is {value}"

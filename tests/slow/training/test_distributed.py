@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from processes import train_all
 from safetensors.torch import load_file
 from short import short_options
@@ -128,6 +129,15 @@ def test_every_method_trains_the_same_in_shards(tmp_path):
     assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
 
 
+def test_compiled_blocks_train_the_same_with_two_processes_and_in_shards(tmp_path):
+    # compiling is most of the time: every layer kind trains compiled in tests/unit/training
+    for parallel, names in {"ddp": ["full-rank"], "fsdp2": ["low-rank", "sltrain"]}.items():
+        jobs = {name: fields_of(name) | {"compile": True} for name in names}
+        found = compared(jobs, tmp_path / parallel, parallel=parallel)
+        table(f"{parallel}, compiled", found)
+        assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+
+
 def test_what_gathers_no_layer_trains_the_same_in_shards(tmp_path):
     found = compared(IN_SHARDS, tmp_path, parallel="fsdp2")
     table("fsdp2, in shards", found)
@@ -156,6 +166,27 @@ def test_layers_that_cannot_be_cut_evenly_train_the_same(tmp_path):
         train(RunConfig(**fields | {"parallel": "ddp"}), tmp_path / "one" / name)
         ours = differences(tmp_path / "one" / name, tmp_path / "three" / name)
         assert max(ours) < 1e-5, (name, ours)
+
+
+def test_compiled_blocks_train_the_same_in_shards(tmp_path):
+    jobs = {name: IN_SHARDS[name] for name in ("galore gram", "transport")}
+    found = compared(jobs, tmp_path, parallel="fsdp2", compile=True, steps=24)
+    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+
+
+def test_weights_of_shards_are_rounded_at_random_as_those_of_one_process(tmp_path):
+    # The other process computes the second piece of each batch: gradients have the same bits.
+    rounded = {"precision": "bf16", "stochastic_rounding": True, "clip": 0.0, "steps": 24}
+    jobs = {name: IN_SHARDS[name] | rounded for name in ("galore gram", "apollo seed")}
+    two = {name: fields | {"parallel": "fsdp2"} for name, fields in jobs.items()}
+    assert train_all(two.items(), tmp_path / "two") == {}
+    for name, fields in jobs.items():
+        one = train(RunConfig(**fields, gradient_accumulation=2), tmp_path / "one" / name)
+        ours, theirs = (
+            load_file(folder / "model.safetensors")
+            for folder in (one.folder, tmp_path / "two" / name)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 SHORT = SMALL | {"steps": 14, "checkpoint_every": 3, "clip": 0.5, "gradient_accumulation": 2}

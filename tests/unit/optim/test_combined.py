@@ -172,3 +172,30 @@ def test_names_of_parameters_are_kept():
     optimizer = made(named=True)
     assert [g["param_names"] for g in optimizer.param_groups] == [["W"], ["b"]]
     assert [g["param_names"] for g in optimizer.state_dict()["param_groups"]] == [["W"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda o: o, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_state_loaded_into_one_of_the_optimizers_counts(copied, which):
+    if which == 0:
+        group = {"params": [nn.Parameter(torch.ones(TALL))], "rank": 3, "update_proj_gap": 4}
+        alone = GaLore([group], lr=0.02)
+    else:
+        alone = torch.optim.AdamW([nn.Parameter(torch.ones(TALL[0]))], lr=0.02)
+    train(alone, 5)
+    optimizer = copied(made())
+    train(optimizer, 2)
+    optimizer.optimizers[which].load_state_dict(alone.state_dict())
+    assert optimizer.param_groups[which] is optimizer.optimizers[which].param_groups[0]
+    assert optimizer.param_groups[which]["lr"] == 0.02
+    saved = optimizer.state_dict()["state"]
+    moments = next(iter(alone.state.values()))["exp_avg"]
+    assert torch.equal(saved[which]["exp_avg"], moments)
+    assert all(o.state is optimizer.state for o in optimizer.optimizers)
+    other = made()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, q in zip(params_of(optimizer), params_of(other), strict=True):
+        q.data.copy_(p.data)
+    assert equal(train(optimizer, 4, 5), train(other, 4, 5))

@@ -17,6 +17,7 @@ from lowrank_lab import optim
 
 OWN = [row for row in ROWS if inspect.isclass(row.cls)]  # whose groups and defaults are its own
 
+forms = pytest.mark.parametrize("form", ["single", "stacked"], indirect=True)
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 shapes = pytest.mark.parametrize("shape", [TALL, WIDE], ids=readable)
@@ -32,8 +33,9 @@ def test_every_optimizer_of_the_package_has_a_row():
     assert classes == {row.cls for row in OWN} | {optim.Combined}
 
 
+@forms
 @rows
-def test_equal_runs_are_equal_bit_for_bit_and_leave_the_global_generator_alone(row):
+def test_equal_runs_are_equal_bit_for_bit_and_leave_the_global_generator_alone(row, form):
     one = Trial(row).advance(growing(row, TALL))
     torch.manual_seed(17)
     before = torch.get_rng_state()
@@ -61,10 +63,11 @@ def test_low_rank_regression_converges(row, shape):
     assert losses[-1] < share * losses[0]
 
 
+@forms
 @rows
 @precisions
 @pytest.mark.parametrize("rank", [1, 10])
-def test_zero_gradients_leave_finite_weights_and_states_of_final_shape(row, dtype, rank):
+def test_zero_gradients_leave_finite_weights_and_states_of_final_shape(row, dtype, rank, form):
     trial = Trial(row, TALL, rank, dtype, **row.soon)
     start, zero = trial.result(), torch.zeros(TALL, dtype=dtype)
     trial.advance([zero])
@@ -76,8 +79,9 @@ def test_zero_gradients_leave_finite_weights_and_states_of_final_shape(row, dtyp
     assert shapes_of(trial.states) == shapes
 
 
+@forms
 @rows
-def test_parameters_without_gradient_are_left_alone(row):
+def test_parameters_without_gradient_are_left_alone(row, form):
     trial = Trial(row, weight_decay=0.1)
     before = copy.deepcopy(trial.params)
     trial.optimizer.step()
@@ -85,8 +89,9 @@ def test_parameters_without_gradient_are_left_alone(row):
     assert not any(trial.states)
 
 
+@forms
 @pytest.mark.parametrize("row", OWN, ids=str)
-def test_an_empty_parameter_is_no_obstacle(row):
+def test_an_empty_parameter_is_no_obstacle(row, form):
     empty, W = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(2, 3))
     empty.grad, W.grad = torch.zeros(0, 3), torch.ones(2, 3)
     row.cls([empty, W], lr=0.1).step()
@@ -108,8 +113,9 @@ def test_the_closure_is_evaluated_with_gradients_and_its_loss_returned(row):
     assert closure().item() < before
 
 
+@forms
 @rows
-def test_steps_run_on_fake_tensors_and_leave_states_of_the_real_shapes(row):
+def test_steps_run_on_fake_tensors_and_leave_states_of_the_real_shapes(row, form):
     with FakeTensorMode():
         fake = Trial(row, weight_decay=0.1, **row.soon)
         fake.advance([torch.randn(TALL) for _ in range(5)])
@@ -117,11 +123,12 @@ def test_steps_run_on_fake_tensors_and_leave_states_of_the_real_shapes(row):
     assert found == shapes_of(Trial(row, **row.soon).advance(row.gradients(TALL, 5)).states)
 
 
+@forms
 @rows
 @shapes
 @precisions
 @pytest.mark.parametrize("rank", [1, 4, 10])
-def test_states_hold_no_more_memory_than_their_elements(row, shape, dtype, rank):
+def test_states_hold_no_more_memory_than_their_elements(row, shape, dtype, rank, form):
     trial = Trial(row, shape, rank, dtype, **row.soon).advance(row.gradients(shape, 3, dtype))
     for state in trial.states:
         for name, value in state.items():
@@ -146,9 +153,10 @@ def test_names_of_parameters_are_accepted_and_change_nothing(row):
     assert torch.equal(plain.advance(grads).result(), named.advance(grads).result())
 
 
+@forms
 @rows
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copy_goes_on_bit_for_bit(row, copied):
+def test_a_copy_goes_on_bit_for_bit(row, copied, form):
     trial = Trial(row, **row.soon).advance(row.gradients(TALL, 3))
     twin = copied(trial)
     for t in (trial, twin):
@@ -206,9 +214,10 @@ def test_a_fresh_instance_continues_bit_for_bit(row, shape, dtype, stop):
         assert_equal_states(one, other)
 
 
+@forms
 @rows
 @precisions
-def test_the_same_instance_goes_back_bit_for_bit(row, dtype):
+def test_the_same_instance_goes_back_bit_for_bit(row, dtype, form):
     grads = growing(row, TALL, dtype)
     trial, there = Trial(row, dtype=dtype).advance(grads[:7]), Trial(row, dtype=dtype)
     there.copy_from(trial)

@@ -1,5 +1,6 @@
 """Every optimizer follows its equations in float64, and its published package where that is right.
 
+Of all cases one by one, and of some in stacks, as many matrices are updated on CUDA.
 The packages and equations of each stand in tests/optimizer_rows.py.
 """
 
@@ -11,12 +12,18 @@ from optimizer_rows import ROWS
 from optimizer_trial import Trial
 from small_matrices import SQUARE, TALL, WIDE, readable, relative, start
 
+# Sizes at which the stacked form is tried, too
+STACKED = {(TALL, 4), (WIDE, 1), (SQUARE, 16), (TALL, None), ((9,), None), ((), None)}
+
 
 def cases(rows):
     for row in rows:
         for shape, rank in row.sizes:
             for keys in row.cases:
-                yield pytest.param(row, shape, rank, keys, id=name_of(row, shape, rank, keys))
+                name = name_of(row, shape, rank, keys)
+                yield pytest.param(row, shape, rank, keys, "single", id=name)
+                if row.kind != "factors" and (shape, rank) in STACKED:
+                    yield pytest.param(row, shape, rank, keys, "stacked", id=f"{name}, stacked")
 
 
 def name_of(row, shape, rank, keys):
@@ -54,18 +61,18 @@ def well_defined(row, keys):
 FOLLOWED = [case for case in cases(row for row in ROWS if row.equations)
             if well_defined(case.values[0], case.values[3])]  # fmt: skip
 PUBLISHED = [case for case in cases(row for row in ROWS if row.package)
-             if case.values[0].package_is_right(*case.values[1:])]  # fmt: skip
+             if case.values[0].package_is_right(*case.values[1:4])]  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "shape", "rank", "keys"), FOLLOWED)
-def test_the_update_follows_the_equations_in_float64(row, shape, rank, keys):
+@pytest.mark.parametrize(("row", "shape", "rank", "keys", "form"), FOLLOWED, indirect=["form"])
+def test_the_update_follows_the_equations_in_float64(row, shape, rank, keys, form):
     trial, before, seen = run(row, shape, rank, **keys)
     exact = by_equations(row, shape, rank, before, seen, **keys)
     assert error(trial.result(), exact, before) <= row.tolerance
 
 
-@pytest.mark.parametrize(("row", "shape", "rank", "keys"), PUBLISHED)
-def test_the_update_equals_the_published_package(row, shape, rank, keys):
+@pytest.mark.parametrize(("row", "shape", "rank", "keys", "form"), PUBLISHED, indirect=["form"])
+def test_the_update_equals_the_published_package(row, shape, rank, keys, form):
     ours, before, _ = run(row, shape, rank, **keys)
     theirs, *_ = run(row, shape, rank, row.package, **keys)
     assert error(ours.result(), theirs.result(), before) <= 1e-5
@@ -80,14 +87,18 @@ def test_weight_decay_changes_the_update(row):
     assert error(decayed.result(), plain.result(), before) > 1e-3
 
 
+forms = pytest.mark.parametrize("form", ["single", "stacked"], indirect=True)
 SIZES = {"ranked": (SQUARE, TALL, WIDE), "whole": (TALL, (9,))}
 HALF = [pytest.param(row, shape, rank, keys, id=name_of(row, shape, rank, keys))
         for row in ROWS if row.package for keys in row.half
         for shape, rank in row.sizes if shape in SIZES[row.kind]]  # fmt: skip
 
 
+@forms
 @pytest.mark.parametrize(("row", "shape", "rank", "keys"), HALF)
-def test_bfloat16_strays_little_further_from_the_equations_than_the_package(row, shape, rank, keys):
+def test_bfloat16_strays_little_further_from_the_equations_than_the_package(
+    row, shape, rank, keys, form
+):
     ours, before, seen = run(row, shape, rank, dtype=torch.bfloat16, **keys)
     exact = by_equations(row, shape, rank, before, seen, dtype=torch.bfloat16, **keys)
     theirs, *_ = run(row, shape, rank, row.package, dtype=torch.bfloat16, **keys)
@@ -100,9 +111,10 @@ def test_bfloat16_strays_little_further_from_the_equations_than_the_package(row,
 RANKED = [row for row in ROWS if row.package and row.kind == "ranked"]
 
 
+@forms
 @pytest.mark.parametrize("row", RANKED, ids=str)
 @pytest.mark.parametrize("late", [False, True])
-def test_a_schedule_and_parameters_that_join_late_equal_the_published_package(row, late):
+def test_a_schedule_and_parameters_that_join_late_equal_the_published_package(row, late, form):
     """Learning rates fall, bias correction ends at step 20, gradients are missing now and then."""
     shape = TALL if row.package_is_right(TALL, 4, {}) else WIDE
     results = []

@@ -12,7 +12,7 @@ from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro
 from lowrank_lab.optim.adam import random_bits, stochastic_round
-from lowrank_lab.optim.projection import channel_norms
+from lowrank_lab.optim.channels import channel_norms
 from lowrank_lab.optim.subspaces import leading_subspaces, randomized_subspaces
 
 PROJECTED = [GaLore, Fira, Apollo, GoLore]

@@ -533,16 +533,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
 def test_weights_that_are_not_finite_stop_the_run_and_are_not_kept(
     config, tmp_path, monkeypatch, method, at
 ):
-    update_ = stepping.update_
+    finish_step_ = stepping.finish_step_
 
     def spoiled(model, optimizer, given, step, *rest):
-        done = update_(model, optimizer, given, step, *rest)
+        done = finish_step_(model, optimizer, given, step, *rest)
         if step + 1 == at:
             with torch.no_grad():
                 next(p for n, p in model.named_parameters() if "up_proj" in n)[0, 0] = math.nan
         return done
 
-    monkeypatch.setattr(stepping, "update_", spoiled)
+    monkeypatch.setattr(stepping, "finish_step_", spoiled)
     failure(config(method), tmp_path)
     step, weights = kept_weights(config(method), tmp_path)
     assert step < at

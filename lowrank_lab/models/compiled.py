@@ -1,0 +1,57 @@
+"""Functions that torch compiles at their first call, each into one graph and for one model."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lowrank_lab.config import InputError
+
+BACKEND = "inductor"
+
+
+class Compiled:
+    """A function of tensors, compiled at its first call with gradients and at its first without.
+
+    torch keeps the graphs of a code object together: eight at most, in all models of a process, and
+    it looks for the grad mode among them. Both modes get a code object of their own here, so that
+    evaluation compiles nothing again, and neither does another model.
+
+    Args:
+        function: a function of a module, not a closure; it must compile without a graph break.
+
+    Raises:
+        InputError: at a call, if torch can't compile `function` into one graph.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._training, self._inference = (
+            torch.compile(_with_own_code(function), fullgraph=True, backend=BACKEND)
+            for _ in range(2)
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        chosen = self._training if torch.is_grad_enabled() else self._inference
+        try:
+            return chosen(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())  # without traceback
+            allowed = f"torch can't compile the model ({reason}); False"
+            raise InputError("compile", True, allowed) from error
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles compile again."""
+        return Compiled, (self._function,)
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a copy of its code."""
+    assert isinstance(function, types.FunctionType)
+    assert not function.__closure__
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy.__defaults__, copy.__module__ = function.__defaults__, function.__module__
+    return copy

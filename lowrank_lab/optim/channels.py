@@ -1,0 +1,247 @@
+"""Norms and scales per channel, of one matrix or of stacks of many.
+
+A channel is a row of an m×n matrix (axis 1: norms run along it), a column (axis 0), or the whole
+tensor (None). Of stacks, the channels of all tensors form one vector: what follows from norms is
+one chain of small kernels for all shapes. Both classes compute the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from lowrank_lab.distributed.placements import REPLICATED, Placement
+from lowrank_lab.optim.stacks import Matrices, Run, Stacks, Weights
+
+
+def channel_norms(X: Tensor, axis: int | None) -> Tensor:
+    """‖X‖ along an axis, keeping its dimension, or of the whole matrix; in float32 or wider.
+
+    The axis is the projected one, which is never sharded: the norms need no communication.
+    """
+    wide = torch.promote_types(X.dtype, torch.float32)
+    if axis != 0:
+        norms: Tensor = torch.linalg.vector_norm(X, dim=axis, keepdim=True, dtype=wide)
+        return norms
+    # torch's norm of columns takes four times as long on a CPU
+    squares: Tensor = torch.zeros((1, X.shape[1]), dtype=wide, device=X.device)
+    for i in range(0, X.shape[0], 512):
+        squares += X[i : i + 512].to(wide).square().sum(0, keepdim=True)
+    return squares.sqrt_()
+
+
+class Channels:
+    """The channels of one matrix; values of channels broadcast against it."""
+
+    def __init__(self, axis: int | None, placement: Placement = REPLICATED) -> None:
+        self.axis, self.placement = axis, placement
+
+    def norms(self, R: Tensor, N: Tensor, G: Tensor) -> list[Tensor]:
+        """Norms per channel of R, N and G, in float32 or wider."""
+        found = [channel_norms(X, self.axis) for X in (R, N, G)]
+        if self.axis is None:
+            found = list(self.placement.global_norm(torch.stack(found)))
+        return found
+
+    def total(self, norms: Tensor) -> Tensor:
+        """The norm of the matrix from those of its channels."""
+        total: Tensor = torch.linalg.vector_norm(norms)
+        return total if self.axis is None else self.placement.global_norm(total)
+
+    def divided(self, values: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values of channels divided by one of the matrix, rounded to that dtype."""
+        return (values / by).to(dtype)
+
+    def subtract_scaled_(self, N: Tensor, R: Tensor, scale: Tensor) -> None:
+        """N ← N − scale∘R, in place."""
+        N.addcmul_(R, scale.to(N.dtype), value=-1)
+
+    def add_scaled_(self, W: Tensor, G: Tensor, scale: Tensor, alpha: float) -> None:
+        """W ← W + alpha · scale∘G, in place."""
+        W.addcmul_(G, scale.to(G.dtype), value=alpha)
+
+
+class StackedChannels:
+    """The channels of stacks of many tensors: as `Channels` of each, in one vector.
+
+    Args:
+        runs: of the gradients.
+        axes: the axis of each run.
+    """
+
+    def __init__(self, runs: list[Run], axes: list[int | None]) -> None:
+        self.axes = axes
+        # number of tensors, and of the channels of each
+        self.parts = [
+            (count, 1 if axis is None else shape[1 - axis])
+            for (count, shape), axis in zip(runs, axes, strict=True)
+        ]
+        self.count = sum(count * channels for count, channels in self.parts)
+
+    def views(self, flat: Tensor, runs: list[Run]) -> Iterator[tuple[Tensor, int, slice]]:
+        """Views of a buffer (…, entries), the dimension along which norms run, and the channels.
+
+        Neighbours of different shape are one view where their channels are equally long rows.
+        """
+        lead, at, channel = flat.shape[:-1], 0, 0
+
+        def form(item: tuple[Run, int | None]) -> tuple[int, ...]:
+            (_, shape), axis = item
+            return shape if axis == 0 else (shape[-1] if axis == 1 else math.prod(shape),)
+
+        for shape, same in groupby(zip(runs, self.axes, strict=True), form):
+            entries = sum(count * math.prod(each) for (count, each), _ in same)
+            view = flat[..., at : at + entries].view(*lead, -1, *shape)
+            channels = entries // (shape[0])
+            yield view, -len(shape), slice(channel, channel + channels)
+            at, channel = at + entries, channel + channels
+
+    def reduce(self, flat: Tensor, runs: list[Run], out: Tensor, order: float = 2) -> Tensor:
+        """Norms of the channels of a buffer (…, entries), into a tensor (…, channels)."""
+        for view, dim, channels in self.views(flat, runs):
+            part = out[..., channels]
+            shape = [n for i, n in enumerate(view.shape) if i != view.ndim + dim]
+            torch.linalg.vector_norm(view, order, dim, dtype=out.dtype, out=part.view(shape))
+        return out
+
+    def norms(self, R: Stacks, N: Stacks, G: Stacks) -> list[Tensor]:
+        """Norms per channel of R, its twin N and G, in float32 or wider."""
+        wide = torch.promote_types(R.flat.dtype, torch.float32)
+        found = torch.empty((3, self.count), dtype=wide, device=R.flat.device)
+        self.reduce(R.with_twin, R.runs, out=found[:2])
+        self.reduce(G.flat, G.runs, out=found[2])
+        return list(found.unbind())
+
+    def tensors(self) -> Iterator[tuple[slice, slice, int]]:
+        """Channels and tensors of neighbours with equally many channels, and how many."""
+        channel = tensor = 0
+        for channels, same in groupby(self.parts, lambda part: part[1]):
+            count = sum(n for n, _ in same)
+            end = channel + count * channels
+            yield slice(channel, end), slice(tensor, tensor + count), channels
+            channel, tensor = end, tensor + count
+
+    def total(self, norms: Tensor) -> Tensor:
+        """Norms of the tensors from those of their channels."""
+        if self.count == sum(count for count, _ in self.parts):
+            return norms
+        total = norms.new_empty(sum(count for count, _ in self.parts))
+        for channels, tensors, length in self.tensors():
+            part = norms[channels].view(-1, length)
+            torch.linalg.vector_norm(part, dim=-1, out=total[tensors])
+        return total
+
+    def divided(self, values: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values of channels divided by those of their tensors, rounded to that dtype."""
+        out = torch.empty_like(values, dtype=dtype)
+        for channels, tensors, length in self.tensors():
+            part, quotient = values[channels].view(-1, length), out[channels].view(-1, length)
+            torch.div(part, by[tensors, None], out=quotient)
+        return out
+
+    def subtract_scaled_(self, N: Stacks, R: Stacks, scale: Tensor) -> None:
+        """N ← N − scale∘R, in place."""
+        scale = scale.to(N.flat.dtype)
+        both = zip(self.views(N.flat, N.runs), self.views(R.flat, R.runs), strict=True)
+        for (n, dim, channels), (r, _, _) in both:
+            n.addcmul_(r, broadcast(scale[channels], n, dim), value=-1)
+
+    def add_scaled_(self, W: Weights, G: Stacks, scale: Tensor, alpha: float) -> None:
+        """W ← W + alpha · scale∘G when the update ends; G is overwritten."""
+        self.scale_(G, scale.to(G.flat.dtype))
+        W.factor = alpha
+
+    def scale_(self, X: Stacks, scale: Tensor) -> None:
+        """X ← scale∘X, in place, each entry rounded once."""
+        for view, dim, channels in self.views(X.flat, X.runs):
+            torch.mul(view, broadcast(scale[channels], view, dim), out=view)
+
+
+def broadcast(values: Tensor, view: Tensor, dim: int) -> Tensor:
+    """Values of the channels of a view, broadcast against it along `dim`."""
+    shape = [1 if i == view.ndim + dim else n for i, n in enumerate(view.shape)]
+    return values.view(shape)
+
+
+def rank_channels(
+    G: Matrices, right: object, placement: Placement, *, whole: bool = False
+) -> Channels | StackedChannels:
+    """The channels of one-sided projections (None, R) or (L, None), which run along the rank.
+
+    Args:
+        G: the gradient, or stacks of them.
+        right: the right projection, or that of each run; None for left ones.
+        placement: of G.
+        whole: one channel for each matrix.
+    """
+    if isinstance(G, Tensor):
+        return Channels(None if whole else 0 if right is None else 1, placement)
+    assert isinstance(right, list)
+    return StackedChannels(G.runs, [None if whole else 0 if R is None else 1 for R in right])
+
+
+class OneTensor:
+    """A gradient that is scaled as a whole; numbers are 0-dimensional, in `wide` precision."""
+
+    def __init__(self, G: Tensor, wide: torch.dtype) -> None:
+        self.g, self.wide = G, wide
+
+    def largest(self) -> Tensor:
+        """max|g|; 0 of an empty shard."""
+        size = self.g.abs()
+        return (size.max() if size.numel() else size.sum()).to(self.wide)
+
+    def norm(self) -> Tensor:
+        """‖g‖."""
+        norm: Tensor = torch.linalg.vector_norm(self.g, dtype=self.wide)
+        return norm
+
+    def scale_larger_(self, bound: Tensor, scale: Tensor) -> None:
+        """g ← scale·g where |g| > bound, as a new tensor."""
+        scaled = (self.g * scale).to(self.g.dtype)  # a 0-dimensional g would be widened
+        self.g = torch.where(self.g.abs() > bound, scaled, self.g)
+
+    def scale_(self, scale: Tensor) -> Tensor:
+        """g ← scale·g, in place; the result."""
+        return self.g.mul_(scale)
+
+
+class ManyTensors:
+    """As `OneTensor` of each of many gradients, in their buffer; numbers are vectors."""
+
+    def __init__(self, G: Stacks, wide: torch.dtype) -> None:
+        self.g, self.wide = G, wide
+        self.channels = StackedChannels(G.runs, [None] * len(G.runs))
+
+    def _reduce(self, order: float) -> Tensor:
+        out = torch.empty(self.channels.count, dtype=self.wide, device=self.g.flat.device)
+        return self.channels.reduce(self.g.flat, self.g.runs, out, order)
+
+    def largest(self) -> Tensor:
+        return self._reduce(math.inf)
+
+    def norm(self) -> Tensor:
+        return self._reduce(2)
+
+    def scale_larger_(self, bound: Tensor, scale: Tensor) -> None:
+        flat, runs = self.g.flat, self.g.runs
+        size = flat.abs()
+        larger, scaled = torch.empty_like(flat, dtype=torch.bool), torch.empty_like(flat)
+        views = (self.channels.views(t, runs) for t in (flat, size, larger, scaled))
+        for (g, dim, at), (absolute, *_), (mask, *_), (out, *_) in zip(*views, strict=True):
+            torch.gt(absolute, broadcast(bound[at], g, dim), out=mask)
+            torch.mul(g, broadcast(scale[at], g, dim), out=out)
+        torch.where(larger, scaled, flat, out=flat)
+
+    def scale_(self, scale: Tensor) -> Stacks:
+        self.channels.scale_(self.g, scale)
+        return Stacks(self.g.runs, self.g.flat)
+
+
+def tensors_in(G: Matrices, wide: torch.dtype) -> OneTensor | ManyTensors:
+    """A gradient, or stacks of them, to be scaled tensor by tensor."""
+    return OneTensor(G, wide) if isinstance(G, Tensor) else ManyTensors(G, wide)

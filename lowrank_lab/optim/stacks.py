@@ -1,0 +1,229 @@
+"""Many matrices updated together: few kernels instead of some per matrix, for CUDA.
+
+An update is written for a matrix W, its gradient G and its state. It also takes `Weights`, `Stacks`
+and `StackedStates` of many parameters: the tensors of one shape are a stack (k×m×n), of which one
+kernel takes all. The states stay those of the parameters; stacks are copies within a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_lab.optim.adam import adam_moments
+
+STACK_BYTES = 512 * 2**20  # of the gradients that are copied at a time
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Run = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
+State = dict[str, Any]
+
+
+class Stacks:
+    """Tensors of one dtype in one buffer, in runs of equal shape.
+
+    Attributes:
+        runs: number and shape of the tensors of each run.
+        tensors: the tensors that are stacked; views of the buffer if there are none.
+        twin: a buffer of the same form behind this one, for Adam's direction; of `with_zero_twin`.
+    """
+
+    twin: Stacks
+    _pair: Tensor
+
+    def __init__(
+        self, runs: list[Run], flat: Tensor | None = None, tensors: Sequence[Tensor] = ()
+    ) -> None:
+        self.runs, self._flat, self._tensors = runs, flat, list(tensors)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Stacks:
+        """Stacks of these tensors, copied when their buffer is first used."""
+        return cls(runs_of(tensors), None, tensors)
+
+    @classmethod
+    def with_zero_twin(cls, runs: list[Run], like: Tensor, dtype: torch.dtype) -> Stacks:
+        """Stacks of zeros with a twin of zeros."""
+        pair = torch.zeros((2, sum(sizes_of(runs))), dtype=dtype, device=like.device)
+        stacks = cls(runs, pair[0])
+        stacks.twin, stacks._pair = cls(runs, pair[1]), pair
+        return stacks
+
+    @property
+    def flat(self) -> Tensor:
+        """The buffer, one-dimensional."""
+        gather_(self)
+        assert self._flat is not None
+        return self._flat
+
+    @property
+    def with_twin(self) -> Tensor:
+        """Both buffers (2×entries)."""
+        return self._pair
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self._tensors[0] if self._flat is None else self._flat).dtype
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """The stack of each run, views of the buffer."""
+        return blocks_of(self.flat, self.runs)
+
+    @property
+    def items(self) -> list[Tensor]:
+        """The single tensors, views of the buffer."""
+        return [item for block in self.blocks for item in block.unbind()]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self._tensors or self.items
+
+
+class Weights:
+    """The tensors that an update changes; what is added to them is collected in G's buffer."""
+
+    def __init__(self, tensors: list[Tensor], G: Stacks) -> None:
+        self.tensors, self.G = tensors, G
+        self.product: tuple[Stacks, Sides, Sides, float] | None = None
+        self.factor: float | None = None  # of what is in G's buffer
+
+    def add_update_(self) -> None:
+        """W ← W + factor · G's buffer + alpha · (L N, N Rᵀ or L N Rᵀ)."""
+        if self.product is not None and self.factor != 0:
+            N, left, right, alpha = self.product
+            sides = zip(self.G.blocks, N.blocks, left, right, strict=True)
+            for block, n, L, R in sides:
+                P = R if L is None else L
+                assert P is not None
+                n = n.to(P.dtype)
+                X = n if L is None else L
+                Y = n if R is None else R.mT if L is None else n @ R.mT
+                if self.factor is None:
+                    torch.bmm(X, Y, out=block)
+                else:
+                    block.baddbmm_(X, Y, alpha=alpha / self.factor)
+            self.factor = alpha if self.factor is None else self.factor
+        if self.factor is not None:
+            torch._foreach_add_(self.tensors, self.G.items, alpha=self.factor)
+
+
+class StackedStates:
+    """The states of many parameters as one: their single numbers as vectors, one entry each."""
+
+    def __init__(self, states: list[State]) -> None:
+        self.states = states
+        self._vectors: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.states[0] or name in self._vectors
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._vectors and not isinstance(self.states[0][name], Tensor):
+            return self.states[0][name]  # a number that all have in common
+        if name not in self._vectors:
+            names = [k for k, v in self.states[0].items() if isinstance(v, Tensor) and v.ndim == 0]
+            names = [k for k in names if k not in MOMENTS]  # of a parameter that is one number
+            table = torch.stack([s[k] for k in names for s in self.states])
+            rows = table.view(len(names), len(self.states)).unbind()
+            self._vectors = dict(zip(names, rows, strict=True)) | self._vectors
+        return self._vectors[name]
+
+    def __setitem__(self, name: str, vector: Tensor) -> None:
+        self._vectors[name] = vector
+
+    def store_(self) -> None:
+        """Write the vectors, changed or not, into the states."""
+        there: list[tuple[Tensor, Tensor]] = []
+        for name, vector in self._vectors.items():
+            for state, value in zip(self.states, vector.unbind(), strict=True):
+                if name in state:
+                    there.append((state[name], value))
+                else:
+                    state[name] = value.clone()
+        if there:
+            torch._foreach_copy_([old for old, _ in there], [new for _, new in there])
+
+
+Sides = list[Tensor | None]  # the projections of one side, a stack (k×m×r) for each run
+Projections = tuple[Tensor | None, Tensor | None]
+Matrices = Tensor | Stacks
+
+
+def runs_of(tensors: Iterable[Tensor]) -> list[Run]:
+    """Number and shape of neighbours of equal shape."""
+    return [(len(list(same)), shape) for shape, same in groupby(tuple(t.shape) for t in tensors)]
+
+
+def sizes_of(runs: list[Run]) -> list[int]:
+    """Entries of each run."""
+    return [count * math.prod(shape) for count, shape in runs]
+
+
+def blocks_of(flat: Tensor, runs: list[Run]) -> list[Tensor]:
+    """Views of a buffer, a stack for each run."""
+    parts = torch.split(flat, sizes_of(runs))
+    return [part.view(n, *shape) for part, (n, shape) in zip(parts, runs, strict=True)]
+
+
+def gather_(*stacks: Stacks) -> None:
+    """Copy the tensors of several stacks into their buffers: one kernel for each dtype."""
+    waiting = [s for s in stacks if s._flat is None]
+    for dtype in {s.tensors[0].dtype: None for s in waiting}:
+        same = [s for s in waiting if s.tensors[0].dtype == dtype]
+        flat = torch.cat([t.flatten() for s in same for t in s.tensors])
+        sizes = [sum(sizes_of(s.runs)) for s in same]
+        for s, part in zip(same, torch.split(flat, sizes), strict=True):
+            s._flat = part
+
+
+def tensors_of(X: Tensor | Stacks | Weights) -> list[Tensor]:
+    """The tensors that an update may change in place: X itself, or all of them."""
+    return [X] if isinstance(X, Tensor) else X.tensors
+
+
+def moments_of(state: State | StackedStates, like: Matrices) -> tuple[list[Tensor], list[Tensor]]:
+    """Adam's moments m and v of a tensor, or of each of many; zeros are created at first use."""
+    states = [state] if isinstance(state, dict) else state.states
+    pairs = [adam_moments(s, X) for s, X in zip(states, tensors_of(like), strict=True)]
+    return [m for m, _ in pairs], [v for _, v in pairs]
+
+
+def project_stacks(G: Stacks, left: Sides, right: Sides, dtype: torch.dtype) -> Stacks:
+    """Lᵀ G, G R or Lᵀ G R of each run, in that dtype, with a twin for Adam's direction."""
+    sides = list(zip(left, right, strict=True))
+    runs: list[Run] = [
+        (count, (m if L is None else L.shape[-1], n if R is None else R.shape[-1]))
+        for (count, (m, n)), (L, R) in zip(G.runs, sides, strict=True)
+    ]
+    projected = Stacks.with_zero_twin(runs, G.flat, dtype)
+    same = dtype == G.flat.dtype
+    rounded = torch.empty_like(projected.flat, dtype=G.flat.dtype)
+    outputs = projected if same else Stacks(runs, rounded)
+    for block, (L, R), out in zip(G.blocks, sides, outputs.blocks, strict=True):
+        if L is not None:
+            block = torch.bmm(L.mT, block, out=out if R is None else None)
+        if R is not None:
+            torch.bmm(block, R, out=out)
+    if not same:
+        projected.flat.copy_(outputs.flat)
+    return projected
+
+
+def limited(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in parts of at most STACK_BYTES, or of one tensor."""
+    part: list[Tensor] = []
+    nbytes = 0
+    for t in tensors:
+        own = t.numel() * t.element_size()
+        if part and nbytes + own > STACK_BYTES:
+            yield part
+            part, nbytes = [], 0
+        part.append(t)
+        nbytes += own
+    if part:
+        yield part

@@ -1,0 +1,101 @@
+"""The time of training steps on their device, which may be behind the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A point in a device's queue of work: `torch.cuda.Event`, or the present on a CPU."""
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Any, /) -> float:
+        """Milliseconds from this mark to a later one; both have been reached."""
+        ...
+
+
+class HostMark:
+    """A mark on a CPU, whose work is done when it returns."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: HostMark, /) -> float:
+        return (end._at - self._at) * 1e3
+
+
+def mark(device: torch.device) -> Mark:
+    """A mark after all work that the device has been given so far."""
+    if device.type != "cuda":
+        return HostMark()
+    event: Mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()  # type: ignore[attr-defined]
+    return event
+
+
+class StepClock:
+    """Seconds that a device spends in training steps.
+
+    The host waits for a step's loss and gradient norm, but not for its update, which computes while
+    the host prepares the next step. So a step's time ends with its numbers (`ready`), and the time
+    of its update is added to the next step's, or by `settle`, which waits for it. Work between
+    steps (evaluation, spectra, checkpoints) is not counted if the clock is settled before.
+
+    Args:
+        device: of the steps.
+        new_mark: makes the marks.
+    """
+
+    def __init__(
+        self, device: torch.device, new_mark: Callable[[torch.device], Mark] = mark
+    ) -> None:
+        self.seconds = 0.0
+        self._device, self._new_mark = device, new_mark
+        self._from: Mark | None = None  # counted up to here
+        self._ready: Mark | None = None
+        self._unfinished: tuple[Mark, Mark] | None = None  # an update that isn't counted yet
+
+    def start(self) -> None:
+        """A step begins."""
+        self._from, self._ready = self._new_mark(self._device), None
+
+    def ready(self) -> None:
+        """The step's loss and gradient norm have been copied to the host when this is reached."""
+        self._ready = self._new_mark(self._device)
+
+    def wait(self) -> None:
+        """Wait until loss and gradient norm are on the host."""
+        assert self._ready is not None
+        self._ready.synchronize()
+
+    def stop(self) -> float:
+        """A step ends; the seconds that it adds, which the host has waited for."""
+        assert self._from is not None
+        assert self._ready is not None
+        before, end = self.seconds, self._new_mark(self._device)
+        self._ready.synchronize()
+        self.settle()  # the update before this step
+        self.seconds += self._from.elapsed_time(self._ready) / 1e3
+        self._unfinished = self._ready, end
+        if self._device.type != "cuda":
+            self.settle()
+        return self.seconds - before
+
+    def settle(self) -> float:
+        """Wait for the last update and count it; the seconds that it adds."""
+        if self._unfinished is None:
+            return 0.0
+        begin, end = self._unfinished
+        end.synchronize()
+        self._unfinished = None
+        added = begin.elapsed_time(end) / 1e3
+        self.seconds += added
+        return added

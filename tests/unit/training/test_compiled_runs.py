@@ -1,0 +1,117 @@
+"""Whole runs with `compile`: one graph for each compiled part, whatever happens in the run.
+
+The backend "eager" runs each graph as torch traced it: graphs are counted without a C++ compiler.
+"""
+
+import pytest
+import torch
+from short import short_options, usual_rate
+from torch._dynamo.utils import counters
+
+from lowrank_lab import METHODS, InputError, RunConfig
+from lowrank_lab.models import compiled
+from lowrank_lab.runs.files import read_jsonl
+from lowrank_lab.training import trainer
+from lowrank_lab.training.loop import train
+
+# each layer kind, with all that its methods do to it, and a projected optimizer
+METHODS_HERE = ("full-rank", "low-rank", "lora", "relora", "sltrain", "loro", "galore")
+PARTS = 3  # the block, the last norm and the loss, each with gradients and without
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch):
+    """A recompilation is an error; graphs and breaks are counted from zero."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch.compiler.reset()
+
+
+def eventful(text_corpus, method, **values):
+    """A run with every event, whose evaluations end with a shorter batch, of one window or more."""
+    return RunConfig(
+        model="tiny", num_layers=3, corpus=text_corpus, vocab_size="byte", steps=12, batch=4,
+        sequence_length=16, eval_tokens=9 * 16, test_tokens=11 * 16, eval_every=4,
+        spectra_every=6, checkpoint_every=4, method=method, lr=usual_rate(method),
+        method_options=short_options(method, 4), reset_every=5, recovery_steps=3,
+        **({"refactor_every": 3} if METHODS[method].layers else {}), **values,
+    )  # fmt: skip
+
+
+def losses_of(run):
+    """Of each step, of each evaluation and of the end."""
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    found = [row[key] for row in rows for key in ("loss", "validation_loss") if key in row]
+    return [*found, run.result["test_loss"]]
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+def test_a_run_compiles_each_part_once_with_gradients_and_once_without(
+    method, text_corpus, tmp_path
+):
+    plain = eventful(text_corpus, method)
+    run = train(plain.model_copy(update={"compile": True}), tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] == 2 * PARTS
+    assert not counters["graph_break"]
+    reference = train(plain, tmp_path / "plain")
+    assert losses_of(run) == pytest.approx(losses_of(reference), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"precision": "amp-bf16"},
+        {"precision": "bf16"},
+        {"activation_checkpointing": True},
+        {"gradient_accumulation": 2},
+        {"method": "galore", "per_layer": True, "clip": 0},
+    ],
+    ids=["amp-bf16", "bf16", "checkpointing", "accumulation", "per_layer"],
+)
+def test_options_of_a_run_add_no_graph(values, text_corpus, tmp_path):
+    values = {"method": "low-rank", "compile": True} | values
+    train(eventful(text_corpus, **values), tmp_path / "run")
+    assert counters["stats"]["unique_graphs"] == 2 * PARTS
+    assert not counters["graph_break"]
+
+
+def test_the_second_run_of_a_process_compiles_for_itself(text_corpus, tmp_path):
+    for number in range(3):
+        train(eventful(text_corpus, "full-rank", compile=True, seed=number), tmp_path / str(number))
+    assert counters["stats"]["unique_graphs"] == 3 * 2 * PARTS
+
+
+def test_the_end_of_a_warm_start_compiles_the_blocks_again(text_corpus, tmp_path):
+    config = eventful(text_corpus, "relora", compile=True)
+    options = config.method_options | {"warm_start": 4}
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        train(config.model_copy(update={"method_options": options}), tmp_path / "run")
+    # the first evaluation comes when it has ended
+    assert counters["stats"]["unique_graphs"] == 2 * PARTS + 1
+
+
+def test_different_blocks_compile_for_themselves(text_corpus, tmp_path):
+    values = {"target": r"layers\.[02]\..*_proj", "compile": True}
+    train(eventful(text_corpus, "low-rank", **values), tmp_path / "run")
+    assert counters["stats"]["unique_graphs"] == 2 * (PARTS + 1)
+
+
+class Untraceable(torch.nn.Linear):
+    def forward(self, x):
+        assert x.sum().item() < 1e9
+        return super().forward(x)
+
+
+def test_a_layer_that_breaks_the_graph_is_refused_in_one_line(monkeypatch, text_corpus, tmp_path):
+    def build(config):
+        model, optimizer = trainer_build(config)
+        model.model.layers[1].mlp.up_proj.__class__ = Untraceable
+        return model, optimizer
+
+    trainer_build = trainer.build
+    monkeypatch.setattr(trainer, "build", build)
+    with pytest.raises(InputError, match=r"compile: True is not allowed; .*; False"):
+        train(eventful(text_corpus, "full-rank", compile=True), tmp_path / "run")

@@ -1,0 +1,180 @@
+"""A step that isn't finite changes nothing, and on CUDA's path the host reads that late."""
+
+import math
+
+import pytest
+import torch
+from interruptions import STEPS, assert_same, config_of, rows_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank_lab import TrainingError, train
+from lowrank_lab.device import cuda_path
+from lowrank_lab.methods.build import build
+from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.training import step as stepping
+from lowrank_lab.training.clock import StepClock
+from lowrank_lab.training.finite import StepNumbers, checks_on_device, off_where
+
+ON_DEVICE = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
+
+
+def spoiled(monkeypatch, steps, where):
+    """Make the loss, or a gradient and with it the norm, of these steps (from 1) not finite."""
+    real = stepping.gradients
+
+    def gradients(model, batches, config, per_layer=None, shards=None):
+        loss, norm = real(model, batches, config, per_layer, shards)
+        calls.append(1)
+        if len(calls) not in steps:
+            return loss, norm
+        if where == "loss":
+            return loss * math.nan, norm
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.view(-1)[0] = math.inf if where == "overflow" else math.nan
+        return loss, norm * math.nan
+
+    calls = []
+    monkeypatch.setattr(stepping, "gradients", gradients)
+
+
+def late_and_not(monkeypatch, folder, config, bad, where):
+    """The run on CUDA's path, and the one in which the host waits before each update."""
+    for late in (True, False):
+        with monkeypatch.context() as patch, cuda_path():
+            spoiled(patch, bad, where)
+            if not late:
+                patch.setattr(stepping, "checks_on_device", lambda *_: False)
+            yield train(config, folder / str(late))
+
+
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [*((name, "gradient") for name in ON_DEVICE), ("low-rank", "loss"), ("lora", "overflow")],
+)
+def test_the_device_skips_what_the_host_would_skip(method, where, tmp_path, monkeypatch):
+    # One before events, one that evaluation, spectra and a checkpoint follow, and the last one.
+    bad = {5, 6, 8, STEPS}
+    options = {"method_options": {"merge_every": 6}} if method == "relora" else {}
+    config = config_of(method, on_nonfinite="skip", checkpoint_every=8, **options)
+    assert_same(*late_and_not(monkeypatch, tmp_path, config, bad, where))
+
+
+def test_a_first_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, monkeypatch):
+    config = config_of(steps=6, on_nonfinite="skip", reset_every=0, recovery_steps=0)
+    late, early = late_and_not(monkeypatch, tmp_path, config, {1, 2}, "loss")
+    assert [row["loss"] for row in rows_of(late)] == [row["loss"] for row in rows_of(early)]
+    assert [row["loss"] for row in rows_of(late)][:2] == [None, None]
+
+
+def test_the_device_stops_where_the_host_would_stop(tmp_path, monkeypatch):
+    said = []
+    for late in (True, False):
+        with monkeypatch.context() as patch, cuda_path():
+            spoiled(patch, {9}, "loss")
+            if not late:
+                patch.setattr(stepping, "checks_on_device", lambda *_: False)
+            with pytest.raises(TrainingError) as caught:
+                train(config_of("low-rank"), tmp_path / str(late))
+        said.append(str(caught.value).replace(str(tmp_path / str(late)), ""))
+    assert said[0] == said[1]
+    assert "the loss of step 9 is nan; the last good state is kept in" in said[0]
+    with cuda_path():  # both go on with the same weights
+        assert_same(*(train(config_of("low-rank"), tmp_path / str(late)) for late in (True, False)))
+
+
+class HostReads(TorchDispatchMode):
+    """Appends the names of operators that wait for the device to give the host a number."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ON_DEVICE)
+def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method, monkeypatch):
+    config = resolve(config_of(method, clip=1.0))
+    model, optimizer = build(config)
+    tokens = torch.zeros(2, config.sequence_length, dtype=torch.long)
+    found, clock = [], StepClock(torch.device("cpu"))
+    real_step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (real_step(self), found.append("update"))[0]
+    )
+
+    def check(loss, norm):
+        found.append("check")
+        return loss.item(), norm.item()
+
+    for at in range(2):
+        with cuda_path(), HostReads(found):
+            stepping.take_step_(
+                model, optimizer, [(tokens, tokens)], config, at, check=check,
+                ready=lambda: found.append("ready"),
+            )  # fmt: skip
+    assert clock.seconds == 0
+    reads = ["_local_scalar_dense"] * 2  # of two numbers that are on the host already
+    assert found == ["ready", "update", "check", *reads] * 2
+
+
+@pytest.mark.parametrize("method", ON_DEVICE)
+def test_a_step_without_values_is_queued_whole(method):
+    """Of tensors of the meta device nothing can be read: it raises."""
+    config = resolve(config_of(method))
+    model, optimizer = build(config)
+    model.to("meta")
+    for p in model.parameters():
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    numbers = StepNumbers(*torch.empty(2, device="meta"))
+    with off_where(optimizer, numbers.found_inf()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "known"),
+    [
+        (lambda p: torch.optim.AdamW(p, fused=True), True),
+        (lambda p: torch.optim.AdamW(p), False),
+        (lambda p: torch.optim.Muon(p), False),
+    ],
+)
+def test_optimizers_that_do_not_know_the_flag_wait(optimizer, known):
+    made = optimizer([nn.Parameter(torch.ones(2, 2))])
+    assert not checks_on_device(made, torch.zeros(()))  # a CPU gains nothing
+    with cuda_path():
+        assert checks_on_device(made, torch.zeros(())) == known
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_flag_is_one_for_any_number_that_is_not_finite(value, which):
+    numbers = torch.ones(2, dtype=torch.bfloat16)
+    assert StepNumbers(*numbers).found_inf() == 0
+    numbers[which] = value
+    assert StepNumbers(*numbers).found_inf() == 1
+
+
+def test_the_flag_is_gone_after_the_step():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=True)
+    before = dict(vars(optimizer))
+    with pytest.raises(KeyboardInterrupt), off_where(optimizer, torch.ones(())):
+        raise KeyboardInterrupt
+    assert vars(optimizer) == before
+
+
+def test_a_norm_without_clipping_leaves_the_gradients_as_they_are():
+    p = nn.Parameter(torch.tensor([3.0, 4.0]))
+    p.grad = torch.tensor([3.0, 4.0])
+    given = p.grad
+    assert stepping.clip_([p, nn.Parameter(torch.ones(1))], 0.0) == 5
+    assert given._version == 0
+    assert torch.equal(given, torch.tensor([3.0, 4.0]))
+    assert stepping.clip_([p], 1.0) == 5
+    assert given.norm() == pytest.approx(1.0, abs=1e-6)
