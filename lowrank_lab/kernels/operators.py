@@ -160,7 +160,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tup
     out, log_sums, scratch = _attention_made(q, k, v)
     q, k, v = _rows(q, k, v)
     cos, sin = cos.contiguous(), sin.contiguous()
-    _call("attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v))
+    _call(
+        "attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v)
+    )
     return out, log_sums
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from lowrank_lab.distributed.dtensors import is_dtensor
 
@@ -98,9 +99,14 @@ def adam_update_(
 
 @lru_cache(maxsize=16)
 def _long_ago(device: torch.device, fake_mode: Any) -> Tensor:
-    """A step count for every call on a device: none waits for its fill."""
-    del fake_mode  # a fake tensor belongs to its mode
-    with torch.inference_mode(False):
+    """A step count for every call on a device, filled once.
+
+    It is made outside of all modes: traces of memory then see it neither in a first run nor later.
+    """
+    with _disable_current_modes(), torch.inference_mode(False):
+        if fake_mode is not None:  # fake tensors belong to a mode
+            empty = torch.empty((), dtype=torch.float32, device="meta")
+            return FakeTensor(fake_mode, empty, device)
         return torch.full((), _LONG_AGO, dtype=torch.float32, device=device)
 
 
