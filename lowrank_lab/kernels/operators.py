@@ -17,7 +17,7 @@ from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.kernels.library import library
 
 HEAD_SIZE = 16  # head sizes are its multiples
-PANEL_DEPTH = 256  # DEPTH in products.cpp
+PANEL_DEPTH = 128  # DEPTH in products.cpp
 NAMESPACE = "lowrank_lab_cpu"
 
 
@@ -160,7 +160,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tup
     out, log_sums, scratch = _attention_made(q, k, v)
     q, k, v = _rows(q, k, v)
     cos, sin = cos.contiguous(), sin.contiguous()
-    _call("attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v))
+    _call(
+        "attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v)
+    )
     return out, log_sums
 
 
