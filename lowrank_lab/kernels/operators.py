@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.kernels.library import library
@@ -68,7 +69,10 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def unfolded(operation: Any) -> Callable[..., Any] | None:
-    """What one of these operators allocates, as a function of its arguments; None for others."""
+    """The Python body of one of these operators, None for others; a tracker runs it instead.
+
+    On tensors without values it only allocates.
+    """
     return _BODIES.get(operation.name())
 
 
@@ -275,7 +279,9 @@ def _register(name: str, schema: str, kernel: Any, made: Callable[..., Any], res
     _library.define(name + schema)
     _library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", body, lib=_library)
-    _BODIES[f"{NAMESPACE}::{name}"] = body
+    _BODIES[f"{NAMESPACE}::{name}"] = lambda *args: (
+        body if isinstance(args[0], FakeTensor) else kernel
+    )(*args)
 
 
 for _name, _described in _OPERATORS.items():
