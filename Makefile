@@ -2,6 +2,7 @@
 # make test    set up, run the unit tests (test-all: all)          make figures  figures from data/study
 # make bench   time ours against the published packages            make lint     what CI checks beside the tests
 # make explore the explorer as an app (Voilà)                      make docs     the book, in build/docs
+# make gpu-check  a folder that checks a CUDA card elsewhere (DRY=1: the check itself, on this CPU)
 # make clean   forget the environment
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 
-.PHONY: study test test-notebooks test-browser test-slow test-all lab explore figures docs bench lint clean
+.PHONY: study test test-notebooks test-browser test-slow test-all lab explore figures docs bench gpu-check lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
@@ -53,6 +54,9 @@ docs: .venv/installed-docs
 
 bench: .venv/installed-dev
 	$(BIN)/lowrank-lab bench
+
+gpu-check: .venv/installed-dev
+	$(BIN)/python -m $(if $(DRY),benchmarks.gpu --dry-run,benchmarks.gpu_checks.prepare build/gpu-check)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -202,7 +202,8 @@ class OneTensor:
 
     def scale_larger_(self, bound: Tensor, scale: Tensor) -> None:
         """g ← scale·g where |g| > bound, as a new tensor."""
-        self.g = torch.where(self.g.abs() > bound, self.g * scale, self.g)
+        scaled = (self.g * scale).to(self.g.dtype)  # a 0-dimensional g would be widened
+        self.g = torch.where(self.g.abs() > bound, scaled, self.g)
 
     def scale_(self, scale: Tensor) -> Tensor:
         """g ← scale·g, in place; the result."""

@@ -21,7 +21,8 @@ class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, with the same arguments and states.
 
     On CUDA's path the momenta of matrices with equal shorter sides are orthogonalized together,
-    otherwise one by one, by torch.
+    otherwise one by one, by torch. (Without Nesterov, torch's own step divides momenta in bfloat16
+    by their norms; the joint one leaves them.)
     """
 
     # for resets, as torch's Muon: `step` is another one

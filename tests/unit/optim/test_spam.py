@@ -283,6 +283,14 @@ def test_a_full_reset_by_the_technique_restarts_spams_adam(density):
     assert torch.equal(W, U)
 
 
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_that_is_one_number_is_updated(method, dtype):
+    W = nn.Parameter(torch.ones((), dtype=dtype))
+    advance(W, method([W], lr=0.1), [torch.ones((), dtype=dtype)] * 3)
+    assert W < 1
+
+
 # Behaviour
 
 

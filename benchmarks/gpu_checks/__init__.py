@@ -1,0 +1,1 @@
+"""The sections of `benchmarks/gpu.py`, the check of a card: one module per section."""
