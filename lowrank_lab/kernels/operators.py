@@ -69,10 +69,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def unfolded(operation: Any) -> Callable[..., Any] | None:
-    """The Python body of one of these operators, None for others; a tracker runs it instead.
-
-    On tensors without values it only allocates.
-    """
+    """The Python body of one of these operators, None for others; of fake tensors, it allocates."""
     return _BODIES.get(operation.name())
 
 
@@ -273,15 +270,16 @@ _BODIES: dict[str, Callable[..., Any]] = {}
 
 
 def _register(name: str, schema: str, kernel: Any, made: Callable[..., Any], results: int) -> None:
-    def body(*args: Any) -> Any:
+    def fake(*args: Any) -> Any:
         return made(*args)[:results] if results else made(*args)
+
+    def body(*args: Any) -> Any:  # a tracker sees what is allocated within
+        return (fake if isinstance(args[0], FakeTensor) else kernel)(*args)
 
     _library.define(name + schema)
     _library.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", body, lib=_library)
-    _BODIES[f"{NAMESPACE}::{name}"] = lambda *args: (
-        body if isinstance(args[0], FakeTensor) else kernel
-    )(*args)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    _BODIES[f"{NAMESPACE}::{name}"] = body
 
 
 for _name, _described in _OPERATORS.items():
