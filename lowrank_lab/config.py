@@ -83,6 +83,8 @@ NOT_IN_RUN_ID = frozenset(
     {"checkpoint_every", "keep_latest", "keep_after_finish", "device", "parallel"}
 )
 
+# Values of method options that a run id counts as another one: earlier versions had only that.
+COUNTED_AS = {"refresh": {"auto": "svd"}}
 
 # Fields by the names that they had in earlier versions.
 RENAMED = {"checkpoints_kept": "keep_latest", "keep_checkpoints": "keep_after_finish"}
@@ -197,7 +199,7 @@ class RunConfig(BaseModel):
     stochastic_rounding: bool = help_field(
         False, "round bf16 weights stochastically (projected optimizers)"
     )
-    compile: bool = help_field(False, "torch.compile each block (needs a C++ compiler)")
+    compile: bool = help_field(False, "torch.compile blocks and loss (needs a C++ compiler)")
     activation_checkpointing: bool = help_field(False, "recompute blocks in the backward pass")
     seed: int = help_field(0, "of initial weights and batch order", ge=0, lt=1 << 32)
     device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto: CUDA where there is one")
@@ -379,6 +381,10 @@ class RunConfig(BaseModel):
         used = {k: v for k, v in self.model_dump().items() if v != defaults[k]}
         used = {k: v for k, v in used.items() if k not in NOT_IN_RUN_ID}
         used |= {"steps": self.total_steps, "tokens": None}
+        for name, counted in COUNTED_AS.items():
+            given = self.method_options.get(name)
+            if isinstance(given, str) and given in counted:
+                used["method_options"] = {**self.method_options, name: counted[given]}
         digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:10]
         parts = [self.model, self.method]
         parts += [f"r{self.rank}"] if self.rank else []

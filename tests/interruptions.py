@@ -40,21 +40,21 @@ def in_child(config, folder, before=lambda: None):
     return child
 
 
-def rows_of(run):
-    """The rows of metrics.jsonl but for times, and for what tells of damage."""
+def rows_of(run, but=()):
+    """The rows of metrics.jsonl but for times, other given fields, and what tells of damage."""
     rows = read_jsonl(run.folder / "metrics.jsonl")
     for row in rows:
         row["events"] = [event for event in row["events"] if event["event"] != "damage"]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in (*TIMES, *but)} for row in rows]
 
 
-def assert_same(ours, theirs):
-    """Two finished runs with the same weights, bit for bit, and the same records."""
+def assert_same(ours, theirs, but=()):
+    """Two finished runs with the same weights, bit for bit, and records, given fields apart."""
     weights, others = (load_file(run.folder / "model.safetensors") for run in (ours, theirs))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert [row["step"] for row in rows_of(ours)] == list(range(1, ours.config.total_steps + 1))
-    for row, other in zip(rows_of(ours), rows_of(theirs), strict=True):
+    for row, other in zip(rows_of(ours, but), rows_of(theirs, but), strict=True):
         assert row == other
     spectra, other_spectra = (read_jsonl(r.folder / "spectra.jsonl") for r in (ours, theirs))
     assert spectra == other_spectra

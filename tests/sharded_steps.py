@@ -48,7 +48,7 @@ def loro(params, **options):
     return optim.Loro([group, {"params": params[4:]}], lr=0.02, weight_decay=0.1, **options)
 
 
-REFRESHES = ("svd", "gram", "randomized")
+REFRESHES = ("svd", "gram", "subspace", "randomized")
 METHODS = {
     "adamw": uniform(optim.ProjectedAdamW),
     **{f"{name} {refresh}": ranked(method, refresh=refresh)

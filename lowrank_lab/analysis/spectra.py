@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lowrank_lab.layers import (
     FactorizedLinear,
     SLTrainLinear,
+    dense_singular_values,
     imbalance,
     product_singular_values,
+    truncated_svd,
 )
 
 Layer = nn.Linear | FactorizedLinear
@@ -28,12 +30,10 @@ def singular_values(layer: Layer) -> Tensor:
     """Singular values of a layer's weight, descending, float32: min(m, n) values, r for factors."""
     if isinstance(layer, FactorizedLinear):
         if layer.has_other_weights:
-            dense: Tensor = torch.linalg.svdvals(layer.dense_weight().float())
-            return dense
+            return dense_singular_values(layer.dense_weight())
         B, A = layer.factors()
         return product_singular_values(B, A).float() * abs(layer.scale)
-    values: Tensor = torch.linalg.svdvals(layer.weight.float())
-    return values
+    return dense_singular_values(layer.weight)
 
 
 @torch.no_grad()
@@ -49,8 +49,7 @@ def update_singular_values(layer: Layer, start: dict[str, Tensor]) -> Tensor:
         values = product_singular_values(torch.cat([B, B0], 1), torch.cat([A, -A0]))
         return values.float() * abs(layer.scale)
     moved = _wide_weight(layer, layer.state_dict()) - _wide_weight(layer, start)
-    found: Tensor = torch.linalg.svdvals(moved.float())
-    return found
+    return dense_singular_values(moved)
 
 
 @torch.no_grad()
@@ -64,8 +63,7 @@ def gradient_singular_values(layer: Layer) -> Tensor | None:
     if not isinstance(layer, FactorizedLinear):
         if layer.weight.grad is None:
             return None
-        dense: Tensor = torch.linalg.svdvals(layer.weight.grad.float())
-        return dense
+        return dense_singular_values(layer.weight.grad)
     B, A = layer.factors()
     if B.grad is None or A.grad is None:
         return None
@@ -102,9 +100,10 @@ def low_rank_shares(layer: SLTrainLinear) -> Tensor:
     sparse part S. A share lies outside [0, 1] if the two parts partly cancel.
     """
     L = (layer.scale * (layer.B @ layer.A)).double()
-    U, S, Vh = torch.linalg.svd(layer.dense_weight().double(), full_matrices=False)
+    W = layer.dense_weight()
+    U, S, Vh = truncated_svd(W, min(W.shape))
     parts = ((U.T @ L) * Vh).sum(1)
-    tiny = torch.finfo(torch.float64).eps * max(L.shape) * S[0]
+    tiny = (torch.finfo(torch.float64).eps * max(L.shape)) ** 0.5 * S[0]  # squares are resolved
     return torch.where(tiny < S, parts / S, torch.nan).float()
 
 

@@ -19,7 +19,7 @@ from lowrank_lab.analysis.spectra import (
     subspace_overlap,
     update_singular_values,
 )
-from lowrank_lab.layers import FactorizedLinear, SLTrainLinear, target_layers
+from lowrank_lab.layers import FactorizedLinear, SLTrainLinear, target_layers, truncated_svd
 
 
 @torch.no_grad()
@@ -142,14 +142,15 @@ class SpectraRecorder:
         if weight.grad is None:
             return {}
         G = weight.grad.detach()
-        U, S, Vh = torch.linalg.svd(G.float(), full_matrices=False)
+        rank = next(P.shape[1] for P in (left, right) if P is not None)
+        U, S, Vh = truncated_svd(G, rank)
         overlaps = [
-            float(subspace_overlap(P, asked[:, : P.shape[1]]))
+            float(subspace_overlap(P, asked))
             for P, asked in ((left, U), (right, Vh.T))
             if P is not None
         ]
         return {
-            "gradient": _rounded(S),
+            "gradient": _rounded(S.float()),
             "captured_energy": float(captured_energy(G, left, right)),
             "overlap": sum(overlaps) / len(overlaps),
         }

@@ -13,7 +13,9 @@ CATEGORIES = {
     "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",
     "projections": "#56B4E9", "activations": "#E69F00",
 }  # fmt: skip
-STEP_CATEGORIES = CATEGORIES | {"logits": "#CC79A7", "temporaries": "#009E73"}
+STEP_CATEGORIES = CATEGORIES | {
+    "logits": "#CC79A7", "temporaries": "#009E73", "workspaces": "#F0E442",
+}  # fmt: skip
 
 
 def memory_table(memory: pd.DataFrame) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from lowrank_lab.layers.replace import factorize, to_dense_
 from lowrank_lab.layers.skipped import skipped_layers
 from lowrank_lab.layers.sltrain import SLTrainLinear
 from lowrank_lab.layers.spec import KINDS, factorization
+from lowrank_lab.layers.svd import dense_singular_values, truncated_svd
 from lowrank_lab.layers.targets import target_layers
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "SLTrainLinear",
     "balance",
     "current_name",
+    "dense_singular_values",
     "factorization",
     "factorize",
     "generator_of",
@@ -41,4 +43,5 @@ __all__ = [
     "target_layers",
     "to_dense_",
     "train_dense_",
+    "truncated_svd",
 ]

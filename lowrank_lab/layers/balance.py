@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 
 # B A counts as rank-deficient if its smallest singular value is less than this share of the
@@ -115,8 +116,8 @@ def _wide(factor: Tensor) -> Tensor:
 
 
 def value_of(scalar: Tensor, usually: float) -> float:
-    """The value of a scalar tensor for a decision; `usually` for a fake tensor, which has none."""
-    return usually if isinstance(scalar, FakeTensor) else scalar.item()
+    """The value of a scalar tensor for a decision; `usually` for one without (fake or meta)."""
+    return usually if isinstance(scalar, FakeTensor) or scalar.is_meta else scalar.item()
 
 
 def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
@@ -135,11 +136,13 @@ def _triangular(X: Tensor, placement: Placement = REPLICATED) -> Tensor:
 
 
 def gram(X: Tensor) -> Tensor:
-    """XᵀX (r×r) of X (p×r): half of it is computed, the other half is mirrored."""
-    r, width = X.shape[1], 128
-    G = X.new_empty(r, r)
+    """XᵀX (r×r) of X (p×r), or of a stack: half is computed and mirrored, on a GPU all at once."""
+    if prefers_few_kernels(X):
+        return X.mT @ X
+    r, width = X.shape[-1], 128
+    G = X.new_empty(*X.shape[:-2], r, r)
     for i in range(0, r, width):
-        block = X[:, i : i + width].T @ X[:, i:]
-        G[i:, i : i + width] = block.T
-        G[i : i + width, i:] = block
+        block = X[..., i : i + width].mT @ X[..., i:]
+        G[..., i:, i : i + width] = block.mT
+        G[..., i : i + width, i:] = block
     return G

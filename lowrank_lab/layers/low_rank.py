@@ -11,6 +11,7 @@ from lowrank_lab.layers.association import linear_through_weight
 from lowrank_lab.layers.base import FactorizedLinear, kaiming_
 from lowrank_lab.layers.dense import dense_weight_of, is_fake_or_meta, reset_linear_
 from lowrank_lab.layers.padded import padded_linear, zero_padded
+from lowrank_lab.layers.svd import truncated_svd
 
 
 class LowRankLinear(FactorizedLinear):
@@ -22,6 +23,7 @@ class LowRankLinear(FactorizedLinear):
         alpha: α; default 32 for `kaiming` as in the paper's code, r (a scale of 1) for `spectral`.
         init: `kaiming` draws both factors Kaiming-uniform(a=√5), as the paper's code does;
             `spectral` splits the truncated SVD of the dense initial weight evenly.
+        decompose_on: device on which `spectral` computes this SVD; default: that of the weight.
 
     `drawn_rows` is the number of last rows of A that `spectral` draws, beside zero columns of B,
     because the rank of the weight is less than r.
@@ -40,6 +42,7 @@ class LowRankLinear(FactorizedLinear):
         rank: int,
         alpha: float | None = None,
         init: Literal["kaiming", "spectral"] = "kaiming",
+        decompose_on: torch.device | str | None = None,
     ) -> None:
         if alpha is None:
             alpha = 32.0 if init == "kaiming" else float(rank)
@@ -47,14 +50,14 @@ class LowRankLinear(FactorizedLinear):
         if init not in ("kaiming", "spectral"):
             raise ValueError(f"init: {init!r} is not allowed; kaiming or spectral")
         W = dense_weight_of(linear)
-        self.init = init
+        self.init: Literal["kaiming", "spectral"] = init
         self.B = nn.Parameter(W.new_empty(self.out_features, rank), W.requires_grad)
         self.A = nn.Parameter(W.new_empty(rank, self.in_features), W.requires_grad)
         self.bias = linear.bias
         if init == "kaiming":
             self.reset_factors()
         else:
-            self._init_spectral(W)
+            self._init_spectral(W, decompose_on)
 
     @torch.no_grad()
     def reset_factors(self) -> None:
@@ -69,7 +72,7 @@ class LowRankLinear(FactorizedLinear):
             self._init_spectral(W)
 
     @torch.no_grad()
-    def _init_spectral(self, W: Tensor) -> None:
+    def _init_spectral(self, W: Tensor, device: torch.device | str | None = None) -> None:
         """scale · B A = the best rank-r approximation of W, with BᵀB = AAᵀ.
 
         A zero column of B beside a zero row of A would never receive a gradient. If the rank of W
@@ -80,13 +83,13 @@ class LowRankLinear(FactorizedLinear):
         fake = is_fake_or_meta(W)
         if not fake and not W.isfinite().all():
             raise ValueError("init: 'spectral' is not allowed; the weight has NaN or infinity")
-        U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
+        U, S, Vh = truncated_svd(W, self.rank, device)
         root = (S[: self.rank] / self.scale).sqrt()
-        self.B.copy_(U[:, : self.rank] * root)
-        self.A.copy_(root[:, None] * Vh[: self.rank])
+        self.B.copy_(U * root)
+        self.A.copy_(root[:, None] * Vh)
         if fake:
             return
-        tolerance = max(W.shape) * torch.finfo(S.dtype).eps * S[0]
+        tolerance = max(W.shape) * torch.finfo(torch.float32).eps * S[0]
         found = int((S[: self.rank] > tolerance).sum())
         self.drawn_rows = self.rank - found
         if self.drawn_rows:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 # Categories that add up to all bytes, in the order of tables and figures.
 CATEGORIES = (
     "weights", "gradients", "optimizer_states", "activations", "logits", "temporaries",
+    "workspaces",
 )  # fmt: skip
 # Parts of categories: part → category.
 PARTS = {
@@ -36,6 +37,8 @@ class Breakdown:
         activations: tensors kept for the backward pass.
         logits: logits, loss and the gradients that the loss computes in its forward pass.
         temporaries: everything else: gradients of activations, outputs of running operations.
+        workspaces: scratch memory of CUDA's kernels: cuBLAS's, which stays allocated, and the
+            float32 sums of flash attention's backward pass.
         gathered: with sharding, the part of `temporaries` that is gathered weights of the current
             block or layer, and buffers of collectives.
     """
@@ -49,6 +52,7 @@ class Breakdown:
     activations: int = 0
     logits: int = 0
     temporaries: int = 0
+    workspaces: int = 0
     gathered: int = 0
 
     @property

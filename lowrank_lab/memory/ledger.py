@@ -71,10 +71,10 @@ class Ledger:
             self._blocks[found[1]].died = self._event
             self._changes.append((self._event, found[1], -1))
 
-    def transient(self, size: int, owner: str) -> None:
+    def transient(self, size: int, category: str, owner: str) -> None:
         """Record bytes that are allocated and released within one operation."""
         first, index = self._event + 1, len(self._blocks)
-        self._blocks.append(Block(size, "temporaries", owner, first, first + 1))
+        self._blocks.append(Block(size, category, owner, first, first + 1))
         self._changes += [(first, index, 1), (first + 1, index, -1)]
         self._event += 2
 

@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_lab.memory.breakdown import state_tensors, storages_of
-from lowrank_lab.memory.hidden import Hidden
+from lowrank_lab.memory.hidden import CUDA_KERNELS, Hidden
 from lowrank_lab.memory.ledger import Ledger
 from lowrank_lab.memory.modules import ModuleStack
 from lowrank_lab.memory.trace import Block, Trace
@@ -50,7 +50,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mirror: a module with the optimizer's parameters under the same names, if they aren't the
             model's.
         granularity: bytes; sizes are rounded up to a multiple of it (CUDA's allocator: 512).
-        hidden: bytes within operations (`hidden.LAPACK`, `hidden.GLOO`).
+        hidden: bytes within operations (`hidden.LAPACK`, `hidden.GLOO`, `hidden.CUDA_KERNELS`).
+        cublas: bytes of workspaces that are allocated all the time (`hidden.cublas_bytes`).
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         granularity: int = 1,
         hidden: Hidden | None = None,
         mirror: nn.Module | None = None,
+        cublas: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._optimizer = model, optimizer
@@ -75,6 +77,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ranges: list[str] = []  # named ranges, the innermost last
         self._name_weights()
         self._name_states()
+        if cublas:
+            with FakeTensorMode():
+                self._cublas = torch.empty(cublas, dtype=torch.uint8)
+            self.record(self._cublas, "workspaces", "cuBLAS")
         for t in getattr(model, "_tables", None) or ():
             self.record(t, "temporaries", "rotary tables")
         self._handles = [*self._modules.handles, *self._gradient_hooks()]
@@ -104,8 +110,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.record(leaf)
                 if collective:
                     self._gathered(leaf)
-        if hidden := self._hidden.get(func.overloadpacket._qualified_op_name):
-            self._ledger.transient(hidden(*args, **kwargs), self._modules.owner(self._ledger.phase))
+        name = func.overloadpacket._qualified_op_name
+        if hidden := self._hidden.get(name):
+            category = "workspaces" if name in CUDA_KERNELS else "temporaries"
+            owner = self._modules.owner(self._ledger.phase)
+            self._ledger.transient(hidden(*args, **kwargs), category, owner)
         return out
 
     def trace(self) -> Trace:

@@ -6,18 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.config import ResolvedConfig
-from lowrank_lab.layers import factorize, target_layers, train_dense_
+from lowrank_lab.layers import LowRankLinear, factorize, target_layers, train_dense_
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.models.llama import Llama
 
 
-def build(config: ResolvedConfig) -> tuple[Llama, torch.optim.Optimizer]:
-    """The model, initialised by the seed, and its optimizer; on the CPU, in the weights' dtype."""
-    model = build_model(config)
+def build(
+    config: ResolvedConfig, device: torch.device | None = None
+) -> tuple[Llama, torch.optim.Optimizer]:
+    """The model, initialised by the seed, and its optimizer; on the CPU, in the weights' dtype.
+
+    Args:
+        device: where a spectral start decomposes weights, one after the other; default: the CPU.
+    """
+    model = build_model(config, device)
     return model, build_optimizer(model, config)
 
 
-def build_model(config: ResolvedConfig) -> Llama:
+def build_to_load(config: ResolvedConfig) -> Llama:
+    """The model of `build` for weights that are loaded into it: without a spectral start's SVDs."""
+    if config.init != "spectral":
+        return build_model(config)
+    model = build_model(config.override(init="kaiming"))
+    for layer in model.modules():
+        if isinstance(layer, LowRankLinear):
+            layer.init = "spectral"  # of `reset_parameters`
+    return model
+
+
+def build_model(config: ResolvedConfig, device: torch.device | None = None) -> Llama:
     """The model of `build` alone."""
     method, options = METHODS[config.method], config.method_options
     with torch.random.fork_rng(devices=[]):
@@ -25,6 +42,7 @@ def build_model(config: ResolvedConfig) -> Llama:
         model = Llama(config.size, config.initializer_range, config.activation_checkpointing)
         if method.layers is not None:
             layer_options = {name: options[name] for name in method.layer_options}
+            layer_options |= {"decompose_on": device} if config.init == "spectral" else {}
             factorize(
                 model, method.layers, rank=config.method_rank, target=config.target,
                 init=config.init, **layer_options,

@@ -112,5 +112,5 @@ def projection_options(
         "update_proj_gap": Option.integer(200, 1),
         "proj_type": Option.choice("std", proj_types),
     }
-    options |= {"refresh": Option.choice("svd", refreshes)} if refreshes else {}
+    options |= {"refresh": Option.choice("auto", refreshes)} if refreshes else {}
     return options | ({"spread_refresh": Option.flag(False)} if spread else {})

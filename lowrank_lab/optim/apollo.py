@@ -22,12 +22,13 @@ from lowrank_lab.optim.projection import (
     get_projections,
     projected_gradient,
     projected_shapes,
+    refresh_together_,
     unprojected_dim,
 )
 from lowrank_lab.optim.sharded_refresh import refresh_sharded_
 from lowrank_lab.optim.subspaces import Projections, next_seed, sides
 
-PROJECTIONS = ("random", "svd", "gram")
+PROJECTIONS = ("random", "svd", "subspace", "gram")
 
 
 class Apollo(ProjectedAdamW):
@@ -39,7 +40,7 @@ class Apollo(ProjectedAdamW):
     * `update_proj_gap` (200): steps between two projections.
     * `scale` (1): the update is multiplied by √scale. APOLLO-Mini: 128, with rank 1 and
       `scale_type` tensor.
-    * `proj` (random): random | svd | gram, an SVD by `gram_subspaces`.
+    * `proj` (random): random | svd | subspace | gram; all but the first as `refresh` of GaLore.
     * `proj_type` (std): std | reverse_std | left | right.
     * `scale_type` (channel): channel | tensor.
     * `scale_front` (False): include √scale in the norms that the growth limiter compares.
@@ -118,6 +119,8 @@ class Apollo(ProjectedAdamW):
             refresh_sharded_(self, params, group | {"refresh": group["proj"]})
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
+        if not isinstance(G, Tensor) and group["proj"] != "random":
+            refresh_together_(self, group | {"refresh": group["proj"]})
         left, right = each(self, self._projections, G, state, group)
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)

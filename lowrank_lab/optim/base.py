@@ -20,6 +20,7 @@ from lowrank_lab.optim.adam import (
     adam_moments,
     adam_update_,
     bias_corrected_lr,
+    off_where,
     rounds_stochastically,
     to_state_precision,
 )
@@ -49,6 +50,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
+    found_inf: Tensor | None = None  # a flag on the device, as GradScaler gives to torch's
     batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
@@ -110,6 +112,26 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.refreshed = {}
+        with off_where(self.found_inf):
+            self._step_groups_()
+        self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
+        return loss
+
+    def can_skip(self) -> bool:
+        """Whether the next step is off where `found_inf` is 1: only Python numbers change then.
+
+        Not those that begin or refresh something, decay weights or round them at random.
+        """
+        for group in self.param_groups:
+            if any(group.get(k) for k in ("weight_decay", "stochastic_rounding", "spread_refresh")):
+                return False
+            period = group.get("update_proj_gap") or group.get("update_k")
+            for step in {self.state.get(p, {}).get("step") for p in group["params"]}:
+                if step is None or (period and step % period in (0, period - 1)):
+                    return False
+        return True
+
+    def _step_groups_(self) -> None:
         for params, group in self.work():
             if any(p.grad is not None and p.grad.is_sparse for p in params):
                 raise RuntimeError("sparse gradients are not supported; use a dense embedding")
@@ -121,8 +143,6 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
                     raise
                 message = f"{which} is not finite; {type(self).__name__} can't decompose it"
                 raise RuntimeError(message) from error
-        self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
-        return loss
 
     def work(self) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         """The parameters of each group that have a gradient, and the group."""

@@ -37,8 +37,8 @@ class Fira(ProjectedAdamW):
     * `update_proj_gap` (200): steps between two projections.
     * `alpha` (1): factor of the back-projection.
     * `proj_type` (std): std | reverse_std | left | right.
-    * `refresh` (svd): svd, exact and equal to the package | randomized | gram, exact with other
-      rounding (`gram_subspaces`).
+    * `refresh` (auto): svd, exact and equal to the package | subspace (`iterated_subspaces`) |
+      randomized | gram, exact with other rounding | auto: subspace on a GPU, svd elsewhere.
     * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
       gap.
     * `forgive_zero` (True): after a residual of zero, growth isn't limited for one step. False is
@@ -51,7 +51,7 @@ class Fira(ProjectedAdamW):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
-        "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "svd",
+        "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "auto",
         "spread_refresh": False, "forgive_zero": True,
     }  # fmt: skip
 

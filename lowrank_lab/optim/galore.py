@@ -29,8 +29,8 @@ class GaLore(ProjectedAdamW):
     * `update_proj_gap` (200): steps between two projections.
     * `scale` (0.25): the paper's α.
     * `proj_type` (std): std | reverse_std | left | right | full.
-    * `refresh` (svd): svd, exact and equal to the package | randomized | gram, exact with other
-      rounding (`gram_subspaces`).
+    * `refresh` (auto): svd, exact and equal to the package | subspace (`iterated_subspaces`) |
+      randomized | gram, exact with other rounding | auto: subspace on a GPU, svd elsewhere.
     * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
       gap.
 
@@ -38,7 +38,7 @@ class GaLore(ProjectedAdamW):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
-        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd",
+        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "auto",
         "spread_refresh": False,
     }  # fmt: skip
 

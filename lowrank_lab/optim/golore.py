@@ -22,6 +22,7 @@ from lowrank_lab.optim.projection import (
     project_back_add_,
     projected_gradient,
     projected_shapes,
+    refresh_together_,
     store_projections_,
     unprojected_dim,
 )
@@ -38,7 +39,8 @@ class GoLore(ProjectedAdamW):
     * `update_proj_gap` (200): steps between two projections.
     * `scale` (0.25): as in GaLore.
     * `proj_type` (std): std | reverse_std | left | right | full.
-    * `refresh` (svd): svd | randomized | gram, for the projections before the switch.
+    * `refresh` (auto): auto | svd | subspace | randomized | gram, as in GaLore, for the projections
+      before the switch.
     * `switch` (0): steps of GaLore. With 0 all projections are random, the case that the paper
       proves to converge; its language models switch after 80 % of the run.
     * `seed` (0): of the random projections.
@@ -51,7 +53,7 @@ class GoLore(ProjectedAdamW):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {
-        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd",
+        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "auto",
         "switch": 0, "seed": 0,
     }  # fmt: skip
 
@@ -75,6 +77,8 @@ class GoLore(ProjectedAdamW):
         refresh_sharded_(self, before, group)
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
+        if not isinstance(G, Tensor) and state["step"] < group["switch"]:
+            refresh_together_(self, group)
         left, right = each(self, self._carried, G, state, group)
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         R = projected_gradient(G, left, right, group)

@@ -21,9 +21,11 @@ from lowrank_lab.optim.adam import (
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
+    kept_if_off,
     random_bits,
     rounds_stochastically,
     stochastic_round,
+    zero_if_off_,
 )
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
 from lowrank_lab.optim.stacks import (
@@ -74,8 +76,9 @@ class MatrixUpdates(DTensorOptimizer):
             with (
                 self.plain_parts(p, dim) as (part, G, parts),
                 self._update_target(p, part, state["step"], group) as W,
+                kept_if_off(parts),
             ):
-                self.update_(W, G, parts, group, bias_corrected_lr(state, group))
+                self.update_(W, zero_if_off_(G), parts, group, bias_corrected_lr(state, group))
         state["step"] += 1
 
     def _update_many_(self, params: list[Tensor], group: dict[str, Any]) -> None:

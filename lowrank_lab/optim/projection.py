@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.placements import Placement
+from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import state_dtype, to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
@@ -30,6 +32,7 @@ from lowrank_lab.optim.stacks import Stacks, Weights, project_stacks
 from lowrank_lab.optim.subspaces import (
     Projections,
     gram_subspaces,
+    iterated_subspaces,
     leading_subspaces,
     randomized_subspaces,
     sides,
@@ -38,7 +41,8 @@ from lowrank_lab.optim.subspaces import (
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 PROJECTIONS = ("projection_left", "projection_right")  # in the states
 ONE_SIDED = ("std", "reverse_std", "left", "right")
-REFRESHES = ("svd", "randomized", "gram")
+REFRESHES = ("auto", "svd", "subspace", "randomized", "gram")
+STACK_BYTES = 1 << 28  # of float32 gradients that a refresh decomposes at once
 
 
 def unprojected_dim(group: dict[str, Any], shape: torch.Size) -> int | None:
@@ -55,7 +59,31 @@ def get_projections(
     With `spread_refresh` each parameter is refreshed at another step of the gap, so that no step
     waits for all of them; the first projections are computed together.
     """
+    if not isinstance(G, Tensor):
+        refresh_together_(optimizer, group)
     return each(optimizer, partial(_projections, optimizer), G, state, group)
+
+
+def refresh_together_(optimizer: ProjectedAdamW, group: dict[str, Any]) -> None:
+    """Recompute the projections of the batch that are due, of all matrices of a shape at once."""
+    due: dict[Any, list[Tensor]] = {}
+    for p in optimizer.batch:
+        optimizer.param = p
+        state = optimizer.state[p]
+        if p not in optimizer.refreshed and is_refresh_due(optimizer, state, group):
+            has = tuple(P is not None for P in load_projections(state))
+            due.setdefault((tuple(p.shape), has), []).append(p)
+    for same in due.values():
+        states = [optimizer.state[p] for p in same]
+        old = [
+            None if Ps[0] is None else torch.stack(Ps)
+            for Ps in zip(*map(load_projections, states), strict=True)
+        ]
+        G = torch.stack([p.grad for p in same if p.grad is not None])
+        new = new_projections(G, (old[0], old[1]), states[0]["step"], group)
+        for i, p in enumerate(same):  # copies: a view would keep, and save, the whole stack
+            left, right = (None if P is None else P[i].clone() for P in new)
+            optimizer.refreshed[p] = left, right
 
 
 def _projections(
@@ -74,13 +102,55 @@ def _projections(
 
 
 def new_projections(G: Tensor, old: Projections, step: int, group: dict[str, Any]) -> Projections:
-    """The projections (L, R) of a full gradient G, given the old ones."""
-    rank, which = group["rank"], sides(group["proj_type"], tuple(G.shape))
-    if group["refresh"] == "svd":
-        return leading_subspaces(G, rank, which)
-    if group["refresh"] == "gram":
-        return gram_subspaces(G, rank, which, old=old)
-    return randomized_subspaces(G, rank, which, seed=step, old=old)
+    """The projections (L, R) of a full gradient G (m×n), or of a stack of them, given the old ones.
+
+    Args:
+        G: m×n, or matrices×m×n; a large stack is decomposed in pieces of STACK_BYTES.
+        old: (L, R) or stacks of them; None for a side that isn't projected, or has none yet.
+        step: the seed of random columns.
+        group: its `rank`, `proj_type` and `refresh`.
+
+    Returns:
+        (L, R) in float32, or stacks of them; None for a side that isn't projected.
+
+    Raises:
+        LinAlgError: a gradient that isn't finite.
+    """
+    pieces = max(1, STACK_BYTES // (4 * G.shape[-2:].numel()))
+    if G.ndim > 2 and len(G) > pieces:
+        found = []
+        for i in range(0, len(G), pieces):
+            left, right = (None if P is None else P[i : i + pieces] for P in old)
+            found.append(new_projections(G[i : i + pieces], (left, right), step, group))
+        left, right = (None if Ps[0] is None else torch.cat(Ps) for Ps in zip(*found, strict=True))
+        return left, right
+    rank, which = group["rank"], sides(group["proj_type"], tuple(G.shape[-2:]))
+    refresh = refresh_on(G, group)
+    if refresh == "svd":
+        new = leading_subspaces(G, rank, which)
+    elif refresh == "gram":
+        new = gram_subspaces(G, rank, which, old=old)
+    else:
+        solve = iterated_subspaces if refresh == "subspace" else randomized_subspaces
+        new = solve(G, rank, which, seed=step, old=old)
+    require_finite(new)
+    return new
+
+
+def refresh_on(G: Tensor, group: dict[str, Any]) -> str:
+    """How projections are recomputed where G is: `auto` is subspace on a GPU, svd elsewhere."""
+    refresh: str = group["refresh"]
+    return refresh if refresh != "auto" else "subspace" if prefers_few_kernels(G) else "svd"
+
+
+def require_finite(projections: Projections) -> None:
+    """Raise LinAlgError if projections aren't finite: a GPU's solvers may not have failed."""
+    for P in projections:
+        if P is not None and not value_of(P.isfinite().all(), usually=True):
+            shape = tuple(P.shape)
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"a gradient can't be decomposed: its projections {shape} are not finite"
+            )
 
 
 def is_refresh_due(optimizer: ProjectedAdamW, state: dict[str, Any], group: dict[str, Any]) -> bool:

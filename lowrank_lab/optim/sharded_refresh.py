@@ -18,7 +18,9 @@ from lowrank_lab.optim.projection import (
     is_refresh_due,
     load_projections,
     new_projections,
+    refresh_on,
 )
+from lowrank_lab.optim.subspace_iteration import subspace_iteration
 from lowrank_lab.optim.subspaces import Projections, align_signs, leading_eigenvectors, sides
 
 
@@ -61,24 +63,36 @@ def _problem(
     """What computes the projections of a matrix, from what all ranks have gathered for it."""
     p = layout.p
     assert p.grad is not None
-    if group["refresh"] == "gram" and layout.dim is not None:
-        G = layout.gradient()
-        local_gram = gram((G.T if layout.dim == 1 else G).double())
-        total = layout.placement.all_reduce_sum_(local_gram)
-        return partial(_of_gram, total, group["rank"], layout.dim)
     old: Projections = (None, None)
-    if group["refresh"] != "svd":
+    refresh, reduces = refresh_on(p, group), by_gram(layout, group)
+    if refresh != "svd" and not (reduces and refresh == "gram"):
         left, right = load_projections(state)
         old = (
             (left if left is None else full_tensor(left)),
             (right if right is None else full_tensor(right)),
         )
-    G = full_tensor(p.grad)
-    return partial(new_projections, G, old, state.get("step", 0), group)
+    step: int = state.get("step", 0)
+    if reduces:
+        assert layout.dim is not None
+        G = layout.gradient()
+        local_gram = gram((G.T if layout.dim == 1 else G).double())
+        total = layout.placement.all_reduce_sum_(local_gram)
+        return partial(_of_gram, total, old[1 - layout.dim], layout.dim, step, group)
+    return partial(new_projections, full_tensor(p.grad), old, step, group)
 
 
-def _of_gram(total: Tensor, rank: int, dim: int) -> Projections:
-    P = leading_eigenvectors(total, rank)
+def by_gram(layout: ShardLayout, group: dict[str, Any]) -> bool:
+    """Whether projections come from the Gram matrix of the shards, not from a full gradient."""
+    return layout.dim is not None and refresh_on(layout.p, group) in ("subspace", "gram")
+
+
+def _of_gram(
+    total: Tensor, old: Tensor | None, dim: int, step: int, group: dict[str, Any]
+) -> Projections:
+    if refresh_on(total, group) == "gram":
+        P = leading_eigenvectors(total, group["rank"])
+    else:
+        P = subspace_iteration(total, group["rank"], seed=step, old=old)
     return (P, None) if dim == 1 else (None, P)
 
 
@@ -115,6 +129,6 @@ def _shared(
                 f"the gradient of a matrix {tuple(p.shape)} can't be decomposed"
             )
         P = placement.local_shard(P)
-        by_gram = group["refresh"] == "gram" and layout.dim is not None
-        found.append(align_signs(P, old[side], placement) if by_gram else P)
+        aligned = not by_gram(layout, group)
+        found.append(P if aligned else align_signs(P, old[side], placement))
     return found[0], found[1]

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.adam import adam_moments
+from lowrank_lab.optim.adam import MOMENTS, adam_moments, old_if_off, zero_if_off_
 
 STACK_BYTES = 512 * 2**20  # of the gradients that are copied at a time
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Run = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
 State = dict[str, Any]
 
@@ -109,6 +108,7 @@ class Weights:
                     block.baddbmm_(X, Y, alpha=alpha / self.factor)
             self.factor = alpha if self.factor is None else self.factor
         if self.factor is not None:
+            zero_if_off_(self.G.flat)
             torch._foreach_add_(self.tensors, self.G.items, alpha=self.factor)
 
 
@@ -146,7 +146,8 @@ class StackedStates:
                 else:
                     state[name] = value.clone()
         if there:
-            torch._foreach_copy_([old for old, _ in there], [new for _, new in there])
+            old, new = (list(both) for both in zip(*there, strict=True))
+            torch._foreach_copy_(old, old_if_off(new, old))
 
 
 Sides = list[Tensor | None]  # the projections of one side, a stack (k×m×r) for each run

@@ -1,9 +1,12 @@
-"""Leading subspaces of a gradient: exact by SVD, exact by its Gram matrix, or randomized.
+"""Leading subspaces of a gradient: exact by SVD or by its Gram matrix, iterated, or randomized.
 
-Shapes in this file: G is m×n; L is m×r and R is n×r, both with orthonormal columns.
+Shapes in this file: G is m×n; L is m×r and R is n×r, both with orthonormal columns. A stack of
+gradients (…, m, n) of the same shape gives stacks of L and R.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,8 +15,11 @@ from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.layers.balance import gram
-
-OVERSAMPLING = 16  # random columns beyond the rank, in the randomized refresh
+from lowrank_lab.optim.subspace_iteration import (
+    OVERSAMPLING,
+    random_columns,
+    subspace_iteration,
+)
 
 Sides = tuple[bool, bool]  # (left, right)
 Projections = tuple[Tensor | None, Tensor | None]  # L (m×r), R (n×r)
@@ -35,8 +41,9 @@ def leading_subspaces(G: Tensor, rank: int, which: Sides) -> Projections:
     """Leading singular vectors of G (m×n): L (m×r) and R (n×r), by an exact SVD in float32."""
     U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
     # Copies: a view would keep all of U or V alive.
-    left = U[:, :rank].clone(memory_format=torch.contiguous_format) if which[0] else None
-    return left, Vh[:rank].T.clone(memory_format=torch.contiguous_format) if which[1] else None
+    keep = partial(torch.clone, memory_format=torch.contiguous_format)
+    left = keep(U[..., :rank]) if which[0] else None
+    return left, keep(Vh[..., :rank, :].mT) if which[1] else None
 
 
 def randomized_subspaces(
@@ -55,28 +62,50 @@ def randomized_subspaces(
     """
     G = G.float()
     left = _range_finder(G, rank, seed, old[0]) if which[0] else None
-    return left, _range_finder(G.T, rank, seed, old[1]) if which[1] else None
+    return left, _range_finder(G.mT, rank, seed, old[1]) if which[1] else None
 
 
 def _range_finder(G: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor:
     """Leading left singular vectors (m×rank) of G (m×n)."""
-    columns = min(rank + OVERSAMPLING, *G.shape) - (0 if old is None else rank)
-    generator = torch.Generator(G.device).manual_seed(seed)
-    noise = torch.randn(G.shape[1], columns, generator=generator, device=G.device)
-    Y = G @ noise
+    columns = min(rank + OVERSAMPLING, *G.shape[-2:]) - (0 if old is None else rank)
+    Y = G @ random_columns(G, G.shape[-1], columns, seed)
     if old is not None:
-        Y = torch.cat([old.float(), Y], 1)
+        Y = torch.cat([old.float(), Y], -1)
     for _ in range(2 if old is None else 1):
-        Z = G.T @ Y  # n×columns
+        Z = G.mT @ Y  # n×columns
         # Old singular vectors stay nearly orthogonal, so normalizing them is enough. Random
         # columns have to be orthonormalized.
-        Z = torch.linalg.qr(Z)[0] if old is None else F.normalize(Z, dim=0)
+        Z = torch.linalg.qr(Z)[0] if old is None else F.normalize(Z, dim=-2)
         Y = G @ Z  # m×columns
     Q = torch.linalg.qr(Y)[0]
-    core = Q.T @ G
-    _, rotation = torch.linalg.eigh(core @ core.T)  # ascending
-    P: Tensor = Q @ rotation.flip(1)[:, :rank]
+    core = Q.mT @ G
+    _, rotation = torch.linalg.eigh(core @ core.mT)  # ascending
+    P: Tensor = Q @ rotation.flip(-1)[..., :rank]
     return align_signs(P, old).contiguous()
+
+
+def iterated_subspaces(
+    G: Tensor,
+    rank: int,
+    which: Sides,
+    *,
+    seed: int = 0,
+    old: Projections = (None, None),
+) -> Projections:
+    """Nearly leading singular vectors of G (m×n), by subspace iteration on G Gᵀ (L) and GᵀG (R).
+
+    They have at least 0.98 of the energy of the exact ones, also where singular values hardly fall.
+    On a GPU a small part of an SVD's time. Signs follow the old ones. Deterministic in `seed`.
+    """
+    G = G.float()
+    # Products of the scaled entries stay within float32.
+    largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    G = G / largest.clamp(min=torch.finfo(G.dtype).tiny)
+
+    def found(X: Tensor, P: Tensor | None) -> Tensor:
+        return align_signs(subspace_iteration(gram(X), rank, seed=seed, old=P), P)
+
+    return found(G.mT, old[0]) if which[0] else None, found(G, old[1]) if which[1] else None
 
 
 def gram_subspaces(
@@ -92,21 +121,21 @@ def gram_subspaces(
     follow the old ones. `refresh_sharded_` computes the same for sharded G.
     """
     G = G.double()
-    left = align_signs(leading_eigenvectors(gram(G.T), rank), old[0]) if which[0] else None
+    left = align_signs(leading_eigenvectors(gram(G.mT), rank), old[0]) if which[0] else None
     return left, align_signs(leading_eigenvectors(gram(G), rank), old[1]) if which[1] else None
 
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors (p×rank) of a Gram matrix (p×p), rounded to float32."""
     V: Tensor = torch.linalg.eigh(gram)[1]  # ascending
-    return V[:, -rank:].flip(1).to(torch.float32, memory_format=torch.contiguous_format)
+    return V[..., -rank:].flip(-1).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def align_signs(P: Tensor, old: Tensor | None, placement: Placement = REPLICATED) -> Tensor:
     """P with the column signs of the old one: Adam's moments depend on the basis."""
     if old is None:
         return P
-    agreement = placement.all_reduce_sum_((P * old).sum(0))
+    agreement = placement.all_reduce_sum_((P * old).sum(-2, keepdim=True))
     return P * torch.where(agreement < 0, -1.0, 1.0)
 
 

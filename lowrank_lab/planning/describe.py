@@ -20,7 +20,7 @@ from lowrank_lab.planning.memory_report import MemoryReport
 from lowrank_lab.planning.simulate import measure, simulate
 
 MOST_OWNERS = 8
-NEVER_PERSISTENT = ("temporaries", "gathered")
+NEVER_PERSISTENT = ("temporaries", "workspaces", "gathered")
 
 
 def facts(

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowrank_lab.device import cuda_path
 from lowrank_lab.memory.breakdown import persistent
-from lowrank_lab.memory.hidden import LAPACK
+from lowrank_lab.memory.hidden import CUDA_KERNELS, LAPACK, cublas_bytes
 from lowrank_lab.memory.tracker import Tracker
 from lowrank_lab.planning.memory_report import MemoryReport
 from lowrank_lab.training.step import CLOCKS, set_clock_
@@ -57,8 +57,7 @@ def simulate_model(
         fake, built = _fake_copy(model, optimizer, mode)
         stack.enter_context(mode)
         tracker = Tracker(
-            fake, built, granularity=CUDA_BLOCK if device == "cuda" else 1,
-            hidden=LAPACK if device == "cpu" else {},
+            fake, built, **(on_cuda() if device == "cuda" else {"hidden": LAPACK})
         )  # fmt: skip
         stack.callback(tracker.close)
         fake.train()
@@ -70,6 +69,11 @@ def simulate_model(
         report.persistent = persistent(fake, built)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def on_cuda() -> dict[str, Any]:
+    """Arguments of a `Tracker` of steps on CUDA."""
+    return {"granularity": CUDA_BLOCK, "hidden": CUDA_KERNELS, "cublas": cublas_bytes()}
 
 
 def _kinds(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, int]]:

@@ -39,7 +39,7 @@ from lowrank_lab.planning.fsdp import (
     untracked_global_shapes,
 )
 from lowrank_lab.planning.memory_report import MemoryReport
-from lowrank_lab.planning.own_model import CUDA_BLOCK, AnyOptimizer, Loss, simulate_model
+from lowrank_lab.planning.own_model import AnyOptimizer, Loss, on_cuda, simulate_model
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import warm_start
 from lowrank_lab.training.step import (
@@ -148,8 +148,7 @@ def _simulate(device: str, report: MemoryReport) -> MemoryReport:
         if report.world_size:
             report.excluded.append("buffers of NCCL or gloo, and the first process's copy in RAM")
         stack.enter_context(FakeTensorMode())
-        granularity = CUDA_BLOCK if device == "cuda" else 1
-        stepping = _Stepping(config, torch.device("cpu"), granularity, report.world_size > 0)
+        stepping = _Stepping(config, torch.device("cpu"), device, report.world_size > 0)
         if not METHODS[config.method].fake_steps:
             report.excluded.append("temporaries of the optimizer (its states are by formula)")
             stepping.assume_states(
@@ -183,8 +182,7 @@ def measure(config: RunConfig, device: str = "cpu") -> MemoryReport:
     in_shards = resolved.parallel == "fsdp2" and dist.is_initialized()
     if in_shards:
         report.world_size, report.rank = distributed.world_size(), distributed.rank()
-    granularity = CUDA_BLOCK if device == "cuda" else 1
-    stepping = _Stepping(resolved, torch.device(device), granularity, in_shards)
+    stepping = _Stepping(resolved, torch.device(device), device, in_shards)
     for name, run in stepping.kinds():
         before = stepping.tracker.alive_bytes
         # A release by one of gloo's threads is not recorded: what it held then counts on.
@@ -221,14 +219,25 @@ def allocator_peak(device: torch.device) -> Iterator[list[int]]:
     found.append(max(itertools.accumulate(changes, initial=0)))
 
 
+def make_cublas_workspaces(device: torch.device) -> None:
+    """Let the threads of the forward and the backward pass allocate their workspaces on CUDA."""
+    x = torch.ones(8, 8, device=device, requires_grad=True)
+    (x @ x).sum().backward()  # type: ignore[no-untyped-call]
+
+
 class _Stepping:
-    """A model in training that takes one step of each kind, under a tracker."""
+    """A model in training that takes one step of each kind, under a tracker.
+
+    Args:
+        device: of the tensors; fake ones are on the CPU.
+        counted: the device for which bytes are counted, cpu or cuda.
+    """
 
     def __init__(
         self,
         config: ResolvedConfig,
         device: torch.device,
-        granularity: int = 1,
+        counted: str = "cpu",
         in_shards: bool = False,
     ) -> None:
         self.config, self.device = config, device
@@ -240,10 +249,12 @@ class _Stepping:
             if device.type != "cpu":
                 self.model.to(device)
         self.model.train()
+        if device.type == "cuda":
+            make_cublas_workspaces(device)  # which the tracker counts from the start
         self.tracker = Tracker(
-            self.model, self.optimizer, granularity=granularity,
-            hidden=LAPACK | GLOO if granularity == 1 else {},
+            self.model, self.optimizer,
             mirror=None if self._shards is None else self._shards.mirror,
+            **(on_cuda() if counted == "cuda" else {"hidden": LAPACK | GLOO}),
         )  # fmt: skip
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._assumed: Tensor | None = None

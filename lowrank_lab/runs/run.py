@@ -178,13 +178,13 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from lowrank_lab.methods.build import build_model
+        from lowrank_lab.methods.build import build_to_load
         from lowrank_lab.methods.resolve import resolve
 
         path = self.folder / "model.safetensors"
         if not path.exists():
             raise InputError("run", str(self.folder), "it has no trained model yet")
-        model = build_model(resolve(self.config))  # with today's defaults for newer options
+        model = build_to_load(resolve(self.config))  # with today's defaults for newer options
         try:
             model.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:  # no safetensors file, or another model

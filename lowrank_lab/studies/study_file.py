@@ -106,9 +106,21 @@ def _read_runs(
         with _errors_named(f"{name}: {label}"):
             config = RunConfig(**fields)
             resolved = resolve(config)
-        runs.setdefault(resolved.run_id, (label, resolved))
+        first, same = runs.setdefault(resolved.run_id, (label, resolved))
+        if same.method_options != resolved.method_options:
+            _refuse_counted_as_one(name, (first, same), (label, resolved))
         given.setdefault(resolved.run_id, config)
     return runs, given
+
+
+def _refuse_counted_as_one(
+    name: str, first: tuple[str, ResolvedConfig], second: tuple[str, ResolvedConfig]
+) -> None:
+    """Refuse two variants that have one run id but not the same options (`COUNTED_AS`)."""
+    (label, config), (other, options) = second, (first[0], first[1].method_options)
+    field = next(n for n, v in config.method_options.items() if options[n] != v)
+    allowed = f"with {options[field]!r} of {other} it counts as one run; name what each does"
+    raise InputError(f"{name}: {label}: {field}", config.method_options[field], allowed)
 
 
 @contextmanager

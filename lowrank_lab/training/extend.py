@@ -20,6 +20,8 @@ from lowrank_lab.training.schedule import events
 
 FREE = {*NOT_IN_RUN_ID, "steps", "warmup"}  # fields in which an extended run may differ
 CADENCES = ("eval_every", "spectra_every")  # their defaults follow from the number of steps
+# Options whose default follows from it too, or was another one in earlier versions
+OPTIONS = ("merge_every", "refresh")
 
 
 def as_extension(config: RunConfig, folder: Path) -> RunConfig:
@@ -33,9 +35,9 @@ def as_extension(config: RunConfig, folder: Path) -> RunConfig:
     if config.total_steps <= old.total_steps:
         return config
     changes = {name: getattr(config, name) or getattr(old, name) for name in CADENCES}
-    if "merge_every" in old.method_options:  # its default follows from the number of steps too
-        merges = {"merge_every": old.method_options["merge_every"]}
-        changes["method_options"] = merges | config.method_options
+    kept = {n: old.method_options[n] for n in OPTIONS if n in old.method_options}
+    if kept and config.method == old.method:
+        changes["method_options"] = kept | config.method_options
     longer = config.replace(**changes)
     return longer if extends(resolve(longer), old) else config
 

@@ -7,20 +7,23 @@ it off: `found_inf`, the attribute that torch's GradScaler sets on fused optimiz
 then change nothing, step counts included. The host reads the numbers while the device updates, and
 before the step's events: a run's records are the same either way.
 
-Only an optimizer that knows the flag can be turned off on the device. All others (also DTensors,
-whose updates are many small ones) wait for the numbers as on a CPU: copies of weights and states
-to undo an update with would double their memory.
+Only an optimizer that knows the flag can be turned off on the device: fused ones of torch, and this
+package's (`ProjectedAdamW.can_skip`) between two refreshes. All others wait for the numbers as on a
+CPU (Muon, 8-bit moments, an optimizer by import path that isn't fused, DTensors): copies of weights
+and states to undo an update with would double their memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_lab.device import prefers_few_kernels
+from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.techniques.states import unwrapped
 
 
@@ -48,9 +51,19 @@ class StepNumbers:
 
 def checks_on_device(optimizer: torch.optim.Optimizer, loss: Tensor) -> bool:
     """Whether the device can turn the update off, and it pays: `loss` is on the path of CUDA."""
-    return prefers_few_kernels(loss) and all(
-        getattr(inner, "_step_supports_amp_scaling", False) for inner in unwrapped(optimizer)
-    )
+    return prefers_few_kernels(loss) and all(map(_knows_flag, unwrapped(optimizer)))
+
+
+def _knows_flag(optimizer: torch.optim.Optimizer) -> bool:
+    if isinstance(optimizer, ProjectedAdamW):
+        return optimizer.can_skip()
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """States and the Python numbers in them, which the device can't leave as they are."""
+    states = [s for s in optimizer.state.values() if isinstance(s, dict)]
+    return [(s, {k: v for k, v in s.items() if not isinstance(v, Tensor)}) for s in states]
 
 
 @contextmanager

@@ -23,7 +23,12 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import local_part, overwrite_, shard_as
 from lowrank_lab.distributed.exchange import gathered
 from lowrank_lab.memory.breakdown import Breakdown, persistent, tensor_bytes
-from lowrank_lab.methods.build import build, build_model, build_optimizer
+from lowrank_lab.methods.build import (
+    build,
+    build_model,
+    build_optimizer,
+    build_to_load,
+)
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.training.fsdp_layout import assign_owners, column_sharded, names_needing_owners
@@ -45,7 +50,7 @@ class ShardedState:
 
     def __init__(self, config: ResolvedConfig, device: torch.device) -> None:
         self._config, self._device = config, device
-        self.model = build_model(config)
+        self.model = build_model(config, device)
         if device.type != "cpu":  # fake tensors can't be moved, and are on the CPU
             self.model.to(device)
         self.mirror = _mirror_of(self.model)
@@ -62,7 +67,7 @@ class ShardedState:
         self._mirror_params = dict(self.mirror.named_parameters())
         self.optimizer = build_optimizer(self.mirror, config)
         # Rank 0's full model and optimizer on the CPU, for records; `gather_full_` updates them.
-        self.full_copy = build(config) if distributed.is_rank_zero() else None
+        self.full_copy = build(config, device) if distributed.is_rank_zero() else None
 
     def _fully_shard(self, columns: set[str]) -> None:
         """Shard the model, the weights named in `columns` by columns."""
@@ -170,7 +175,10 @@ class ShardedState:
 
     def new_full(self) -> tuple[Llama, torch.optim.Optimizer]:
         """A full model and optimizer on the CPU, to load a checkpoint into."""
-        return self.full_copy or build(self._config)
+        if self.full_copy:
+            return self.full_copy
+        model = build_to_load(self._config)
+        return model, build_optimizer(model, self._config)
 
     def persistent(self) -> Breakdown:
         """Bytes of weights, gradients and states that this rank stores between steps."""

@@ -19,7 +19,7 @@ from lowrank_lab.models.llama import Llama
 from lowrank_lab.training.clock import HostMark
 from lowrank_lab.training.ddp import ReplicatedLoss, averages_in_backward
 from lowrank_lab.training.events import apply_
-from lowrank_lab.training.finite import StepNumbers, checks_on_device, off_where
+from lowrank_lab.training.finite import StepNumbers, checks_on_device, numbers_of, off_where
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import events, learning_rate, merge_period
 
@@ -153,10 +153,15 @@ def take_step_(
     numbers = StepNumbers(loss, norm)
     ready()
     late = not wait and per_layer is None and shards is None and checks_on_device(optimizer, loss)
+    before, values = numbers_of(optimizer) if late else [], None
     if late:
         with off_where(optimizer, numbers.found_inf()):
             apply_gradients_(optimizer, config, step)
-    values = check(*numbers.on_host)
+    try:
+        values = check(*numbers.on_host)
+    finally:
+        for state, old in before if values is None else []:
+            state.update(old)
     if not late and not config.per_layer and values is not None:
         apply_gradients_(optimizer, config, step, shards)
     return values, finish_step_(model, optimizer, config, step, shards)

@@ -61,7 +61,7 @@ class Trainer:
         self.device = device_of(config)
         self._shards = ShardedModel(config, self.device) if config.parallel == "fsdp2" else None
         if self._shards is None:
-            self.model, self.optimizer = build(config)
+            self.model, self.optimizer = build(config, self.device)
         else:
             self.model, self.optimizer = self._shards.model, self._shards.optimizer
         self.model.to(self.device).train()

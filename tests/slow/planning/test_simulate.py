@@ -69,7 +69,7 @@ def test_where_the_optimizer_decides_the_peak_the_allocator_agrees(method):
         assert abs(trace.peak.total / measured.allocated[kind] - 1) < 0.03
 
 
-@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
+@pytest.mark.parametrize("refresh", ["svd", "subspace", "randomized", "gram"])
 def test_refreshes_spread_or_at_once_are_simulated_as_measured(refresh):
     options = {"refresh": refresh, "spread_refresh": True}
     config = configured("galore", method_options=options, batch=1, sequence_length=4)

@@ -240,7 +240,7 @@ def test_compared_memory_counts_projections_once():
     names = list(figures.STEP_CATEGORIES)
     accounts = pd.DataFrame([{"label": "galore", **dict.fromkeys(names, 1e9)}])
     accounts["optimizer_states"] = 3e9  # of them 1 GB of projections
-    assert texts(figures.compared_memory(accounts)) == ["8.00"]
+    assert texts(figures.compared_memory(accounts)) == ["9.00"]
 
 
 def test_facts_of_layers_are_those_of_the_recorded_spectra(tmp_path):

@@ -177,7 +177,10 @@ def test_a_pattern_that_matches_no_linear_layer_says_what_it_matches():
     ("arguments", "message"),
     [
         ({"rank": None}, r"^rank: None is not allowed"),
-        ({"sparsity": 0.1}, r"^options: 'sparsity' is not allowed; low-rank takes alpha, init$"),
+        (
+            {"sparsity": 0.1},
+            r"^options: 'sparsity' is not allowed; low-rank takes alpha, init, decompose_on$",
+        ),
         ({"rank": 7}, r"^rank: 7 is not allowed; .* \(layer 0\)$"),
     ],
 )

@@ -77,7 +77,7 @@ def test_bfloat16_strays_at_most_twice_as_far_with_refreshes_as_without(shape, r
 
 @shapes
 @proj_types
-@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
+@pytest.mark.parametrize("refresh", ["svd", "subspace", "randomized", "gram"])
 @pytest.mark.parametrize("rank", [1, 4, 10])
 def test_before_the_first_refresh_it_is_galore_bit_for_bit(shape, proj_type, refresh, rank):
     ends = []
@@ -92,7 +92,7 @@ def test_before_the_first_refresh_it_is_galore_bit_for_bit(shape, proj_type, ref
 
 @shapes
 @proj_types
-@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
+@pytest.mark.parametrize("refresh", ["svd", "subspace", "randomized", "gram"])
 def test_without_momentum_it_is_galore_up_to_the_switch_bit_for_bit(shape, proj_type, refresh):
     keys = {"proj_type": proj_type, "refresh": refresh, "betas": (0.0, 0.999)}
     galore = trained(shape, 4, method=GaLore, **keys)

@@ -32,7 +32,7 @@ from lowrank_lab.optim.subspaces import (
 STRENGTH = {GaLore: "scale", Fira: "alpha"}  # what multiplies the step inside the subspace
 
 both = pytest.mark.parametrize("method", [GaLore, Fira])
-refreshes = pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
+refreshes = pytest.mark.parametrize("refresh", ["svd", "subspace", "randomized", "gram"])
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 

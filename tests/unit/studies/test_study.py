@@ -22,6 +22,15 @@ from lowrank_lab.studies.progress import View
 from lowrank_lab.studies.study_file import load_study, seconds_of
 
 
+def test_variants_that_only_a_gpu_tells_apart_are_refused(study_file):
+    svd = {"method": "galore", "rank": 2, "method_options": {"refresh": "svd"}}
+    variants = {"default": {"method": "galore", "rank": 2}, "exact": svd}
+    with pytest.raises(InputError, match=r"exact: refresh: 'svd' .* 'auto' of default it counts"):
+        load_study(study_file(variants=variants))
+    del variants["default"]
+    assert len(load_study(study_file(variants=variants)).runs) == 1
+
+
 def test_runs_are_variants_times_grid_times_seeds(study_file):
     variants = {"a": {"method": "low-rank"}, "b": {"method": "galore"}}
     found = load_study(study_file(variants=variants, grid={"rank": [2, 4]}, seeds=[0, 1]))

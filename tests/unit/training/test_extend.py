@@ -9,9 +9,11 @@ from interruptions import assert_same, config_of
 from lowrank_lab import InputError, train
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.runs.files import read_jsonl
+from lowrank_lab.optim.projection import REFRESHES
+from lowrank_lab.runs.files import read_jsonl, write_json
 from lowrank_lab.runs.run import Run
 from lowrank_lab.training import checkpoint, extend, trainer
+from lowrank_lab.training.extend import as_extension
 from lowrank_lab.training.schedule import learning_rate
 
 METHODS = ("low-rank", "galore", "relora", "spam", "muon")
@@ -145,3 +147,21 @@ def test_a_warm_up_in_steps_takes_that_many():
     config = resolve(RunConfig(model="tiny", corpus="markov", steps=50, warmup=5, lr=1.0))
     rates = [learning_rate(step, config) for step in range(6)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_the_default_refresh_has_the_run_id_of_the_svd_that_it_is_on_a_cpu():
+    given = {"method": "galore", "rank": 4, "model": "tiny", "corpus": "markov", "steps": 10}
+    runs = {r: resolve(RunConfig(**given, method_options={"refresh": r})).run_id for r in REFRESHES}
+    assert resolve(RunConfig(**given)).run_id == runs["auto"] == runs["svd"]
+    assert len(set(runs.values())) == len(REFRESHES) - 1
+    assert resolve(RunConfig(**given)).method_options["refresh"] == "auto"
+
+
+def test_a_run_of_an_earlier_version_is_extended_with_its_svds(tmp_path):
+    given = {"method": "galore", "rank": 4, "model": "tiny", "corpus": "markov", "warmup": 2,
+             "schedule": "constant"}  # fmt: skip
+    old = resolve(RunConfig(**given, steps=10, method_options={"refresh": "svd"}))
+    write_json(tmp_path / "config.json", {"config": old.model_dump()})
+    longer = as_extension(RunConfig(**given, steps=20), tmp_path)
+    assert longer.method_options == {"refresh": "svd"}
+    assert as_extension(RunConfig(**given | {"method": "fira"}, steps=20), tmp_path).steps == 20

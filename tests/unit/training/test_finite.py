@@ -1,6 +1,8 @@
 """A step that isn't finite changes nothing, and on CUDA's path the host reads that late."""
 
+import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,23 +10,23 @@ from interruptions import STEPS, assert_same, config_of, rows_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_lab import TrainingError, train
+from lowrank_lab import TrainingError, optim, train
 from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training import step as stepping
-from lowrank_lab.training.clock import StepClock
-from lowrank_lab.training.finite import StepNumbers, checks_on_device, off_where
+from lowrank_lab.training.finite import StepNumbers, checks_on_device, numbers_of, off_where
 
-ON_DEVICE = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
+FUSED = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
+OURS = ["galore", "golore", "fira", "apollo", "apollo-mini", "spam", "stable-spam", "loro"]
 
 
 def spoiled(monkeypatch, steps, where):
     """Make the loss, or a gradient and with it the norm, of these steps (from 1) not finite."""
     real = stepping.gradients
 
-    def gradients(model, batches, config, per_layer=None, shards=None):
-        loss, norm = real(model, batches, config, per_layer, shards)
+    def gradients(model, batches, config, *rest):
+        loss, norm = real(model, batches, config, *rest)
         calls.append(1)
         if len(calls) not in steps:
             return loss, norm
@@ -41,24 +43,35 @@ def spoiled(monkeypatch, steps, where):
 
 def late_and_not(monkeypatch, folder, config, bad, where):
     """The run on CUDA's path, and the one in which the host waits before each update."""
+    flags = []
+
+    @contextmanager
+    def noted(optimizer, found_inf):
+        flags.append(found_inf.item())
+        with off_where(optimizer, found_inf):
+            yield
+
     for late in (True, False):
         with monkeypatch.context() as patch, cuda_path():
             spoiled(patch, bad, where)
+            patch.setattr(stepping, "off_where", noted)
             if not late:
                 patch.setattr(stepping, "checks_on_device", lambda *_: False)
             yield train(config, folder / str(late))
+    assert {0, 1} == set(flags)  # both kinds of steps were queued
 
 
 @pytest.mark.parametrize(
     ("method", "where"),
-    [*((name, "gradient") for name in ON_DEVICE), ("low-rank", "loss"), ("lora", "overflow")],
+    [*((n, "gradient") for n in (*FUSED, *OURS)), ("low-rank", "loss"), ("lora", "overflow")],
 )
 def test_the_device_skips_what_the_host_would_skip(method, where, tmp_path, monkeypatch):
-    # One before events, one that evaluation, spectra and a checkpoint follow, and the last one.
-    bad = {5, 6, 8, STEPS}
+    # Two in a row, one before events, one before a checkpoint, and the last one.
+    bad = {2, 3, 6, 7, 8, 12, STEPS}
     options = {"method_options": {"merge_every": 6}} if method == "relora" else {}
     config = config_of(method, on_nonfinite="skip", checkpoint_every=8, **options)
-    assert_same(*late_and_not(monkeypatch, tmp_path, config, bad, where))
+    runs = late_and_not(monkeypatch, tmp_path, config, bad, where)
+    assert_same(*runs, but=["peak_memory_bytes"])  # the flag's 4 bytes, and those of the update
 
 
 def test_a_first_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, monkeypatch):
@@ -98,33 +111,36 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ON_DEVICE)
-def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method, monkeypatch):
+@pytest.mark.parametrize("method", [*FUSED, *OURS])
+def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method):
     config = resolve(config_of(method, clip=1.0))
     model, optimizer = build(config)
     tokens = torch.zeros(2, config.sequence_length, dtype=torch.long)
-    found, clock = [], StepClock(torch.device("cpu"))
-    real_step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self: (real_step(self), found.append("update"))[0]
-    )
+    found, real_step = [], optimizer.step
+
+    def step():
+        real_step()
+        found.append("update")
 
     def check(loss, norm):
         found.append("check")
         return loss.item(), norm.item()
 
-    for at in range(2):
+    optimizer.step = step
+    for at in range(3):  # of the third, nothing is due
+        found.clear()
         with cuda_path(), HostReads(found):
             stepping.take_step_(
                 model, optimizer, [(tokens, tokens)], config, at, check=check,
                 ready=lambda: found.append("ready"),
             )  # fmt: skip
-    assert clock.seconds == 0
     reads = ["_local_scalar_dense"] * 2  # of two numbers that are on the host already
-    assert found == ["ready", "update", "check", *reads] * 2
+    events = found[5:]  # a refactorization follows the third step of some
+    assert found[:5] == ["ready", "update", "check", *reads]
+    assert not events or config.refactor_every
 
 
-@pytest.mark.parametrize("method", ON_DEVICE)
+@pytest.mark.parametrize("method", FUSED)
 def test_a_step_without_values_is_queued_whole(method):
     """Of tensors of the meta device nothing can be read: it raises."""
     config = resolve(config_of(method))
@@ -178,3 +194,50 @@ def test_a_norm_without_clipping_leaves_the_gradients_as_they_are():
     assert torch.equal(given, torch.tensor([3.0, 4.0]))
     assert stepping.clip_([p], 1.0) == 5
     assert given.norm() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "known"),
+    [
+        ({}, 5, True),
+        ({}, 0, False),  # nothing is known of a first step
+        ({}, 8, False),  # a refresh
+        ({}, 7, False),  # the last step before one
+        ({"weight_decay": 0.1}, 5, False),
+        ({"stochastic_rounding": True}, 5, False),
+        ({"spread_refresh": True}, 5, False),
+    ],
+)
+def test_steps_that_do_more_than_update_wait(changes, step, known):
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = optim.GaLore([{"params": [p], "rank": 2, "update_proj_gap": 4}])
+    optimizer.param_groups[0].update(changes)
+    for _ in range(step):
+        p.grad = torch.rand(4, 4)
+        optimizer.step()
+    with cuda_path():
+        assert checks_on_device(optimizer, torch.zeros(())) == known
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("state_precision", ["same", "fp32"])
+@pytest.mark.parametrize("method", [optim.GaLore, optim.Fira, optim.Apollo])
+def test_a_step_that_is_off_keeps_every_bit(method, state_precision, count):
+    """Of one matrix, and of several in one stack; also of plain AdamW beside it."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(6, 4).bfloat16()) for _ in range(count)]
+    plain = [nn.Parameter(torch.randn(5).bfloat16())]
+    groups = [{"params": params, "rank": 2, "update_proj_gap": 9}, {"params": plain}]
+    optimizer = method(groups, lr=0.1, state_precision=state_precision)
+    with cuda_path():
+        for at in range(3):
+            for p in (*params, *plain):
+                p.grad = torch.full_like(p, math.nan) if at == 2 else torch.randn_like(p)
+            before = copy.deepcopy((params, plain, list(optimizer.state.values())))
+            numbers = numbers_of(optimizer)
+            with off_where(optimizer, torch.tensor(float(at == 2))):
+                optimizer.step()
+    for state, old in numbers:
+        state.update(old)
+    after = (params, plain, list(optimizer.state.values()))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
