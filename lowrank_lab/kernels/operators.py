@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.kernels.library import library
 
 HEAD_SIZE = 16  # head sizes are its multiples
-PANEL_DEPTH = 256  # DEPTH in products.cpp
+PANEL_DEPTH = 128  # DEPTH in products.cpp
 NAMESPACE = "lowrank_lab_cpu"
 
 
@@ -68,7 +69,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def unfolded(operation: Any) -> Callable[..., Any] | None:
-    """What one of these operators allocates, as a function of its arguments; None for others."""
+    """The Python body of one of these operators, None for others; of fake tensors, it allocates."""
     return _BODIES.get(operation.name())
 
 
@@ -269,12 +270,15 @@ _BODIES: dict[str, Callable[..., Any]] = {}
 
 
 def _register(name: str, schema: str, kernel: Any, made: Callable[..., Any], results: int) -> None:
-    def body(*args: Any) -> Any:
+    def fake(*args: Any) -> Any:
         return made(*args)[:results] if results else made(*args)
+
+    def body(*args: Any) -> Any:  # a tracker sees what is allocated within
+        return (fake if isinstance(args[0], FakeTensor) else kernel)(*args)
 
     _library.define(name + schema)
     _library.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", body, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _BODIES[f"{NAMESPACE}::{name}"] = body
 
 

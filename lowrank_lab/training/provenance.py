@@ -13,13 +13,14 @@ from lowrank_lab import distributed
 from lowrank_lab.data.corpus import Corpus
 
 PACKAGE = Path(__file__).resolve().parent.parent
+SUFFIXES = {".py", ".cpp", ".h"}
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
-    "config.py", "device.py", "distributed", "cpu/onednn_matmul.py", "data", "models", "layers",
-    "optim", "techniques", "methods", "training/batches.py", "training/ddp.py", "training/evaluate.py",
-    "training/events.py", "training/extend.py", "training/finite.py", "training/fsdp.py",
-    "training/fsdp_layout.py", "training/fsdp_state.py", "training/loop.py", "training/preflight.py",
-    "training/schedule.py", "training/step.py", "training/trainer.py",
+    "config.py", "device.py", "distributed", "cpu/onednn_matmul.py", "kernels", "data", "models",
+    "layers", "optim", "techniques", "methods", "training/batches.py", "training/ddp.py",
+    "training/evaluate.py", "training/events.py", "training/extend.py", "training/finite.py",
+    "training/fsdp.py", "training/fsdp_layout.py", "training/fsdp_state.py", "training/loop.py",
+    "training/preflight.py", "training/schedule.py", "training/step.py", "training/trainer.py",
 )  # fmt: skip
 
 
@@ -31,8 +32,8 @@ def source_hash(places: tuple[str, ...] = (".",)) -> str:
     digest = hashlib.sha256()
     for place in places:
         path = PACKAGE / place
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            if file.is_relative_to(PACKAGE / "shipped"):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix not in SUFFIXES or file.is_relative_to(PACKAGE / "shipped"):
                 continue
             digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()

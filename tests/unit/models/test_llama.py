@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.kernels import KernelCount, loss_kernels
 from lowrank_lab.config import SIZES, Size
 from lowrank_lab.device import cuda_path
-from lowrank_lab.models import cross_entropy, llama
+from lowrank_lab.models import cross_entropy, rms_norm
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
 from lowrank_lab.models.llama import Llama, RMSNorm, rotary_tables, rotate
 
@@ -259,7 +259,7 @@ def test_rmsnorm_of_zeros_is_zero_with_finite_gradients():
 def test_rmsnorm_passes_gradcheck_in_float64():
     norm = RMSNorm(5).double()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(llama._RMSNorm.apply, (x, norm.weight))
+    assert torch.autograd.gradcheck(rms_norm._RMSNorm.apply, (x, norm.weight))
 
 
 def test_bfloat16_rmsnorm_is_right_to_its_rounding():

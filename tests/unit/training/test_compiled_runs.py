@@ -9,6 +9,7 @@ from short import short_options, usual_rate
 from torch._dynamo.utils import counters
 
 from lowrank_lab import METHODS, InputError, RunConfig
+from lowrank_lab.kernels import operators
 from lowrank_lab.models import compiled
 from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training import trainer
@@ -23,6 +24,7 @@ PARTS = 3  # the block, the last norm and the loss, each with gradients and with
 def counted(monkeypatch):
     """A recompilation is an error; graphs and breaks are counted from zero."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(operators, "available", lambda: False)  # kernels of a CPU replace graphs
     torch.compiler.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -75,6 +77,18 @@ def test_options_of_a_run_add_no_graph(values, text_corpus, tmp_path):
     values = {"method": "low-rank", "compile": True} | values
     train(eventful(text_corpus, **values), tmp_path / "run")
     assert counters["stats"]["unique_graphs"] == 2 * PARTS
+    assert not counters["graph_break"]
+
+
+def test_kernels_of_a_cpu_break_no_graph_and_replace_that_of_the_loss(
+    monkeypatch, text_corpus, tmp_path
+):
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    if not operators.available():
+        pytest.skip("no C++ compiler")
+    train(eventful(text_corpus, "sltrain", compile=True), tmp_path / "run")
+    assert counters["stats"]["unique_graphs"] == 2 * (PARTS - 1)
     assert not counters["graph_break"]
 
 
