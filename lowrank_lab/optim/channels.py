@@ -1,8 +1,8 @@
 """Norms and scales per channel, of one matrix or of stacks of many.
 
 A channel is a row of an m×n matrix (axis 1: norms run along it), a column (axis 0), or the whole
-tensor (None). The channels of stacked tensors form one vector: after the norms, one chain of small kernels
-serves all shapes. `Channels` and `StackedChannels` compute the same.
+tensor (None). The channels of stacked tensors form one vector: after the norms, one chain of small
+kernels serves all shapes. `Channels` and `StackedChannels` compute the same.
 """
 
 from __future__ import annotations
