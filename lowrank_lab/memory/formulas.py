@@ -99,8 +99,9 @@ def dense_activation_bytes(config: ResolvedConfig) -> int:
 
     With d the hidden size, i that of the MLP and h heads, a block keeps per token its input, two
     normalised inputs, q, k, v, their mixture and the input of the MLP (8 d entries), and 4 i of the
-    MLP; 3 i where float32 has the kernels of a CPU (`kernels.operators.swiglu`). Each of its two norms keeps a scalar, flash attention h float32 sums. With checkpointing a
-    block keeps its input alone. Mixed precision also keeps copies of the blocks' weights.
+    MLP; 3 i where float32 has the kernels of a CPU (`kernels.operators.swiglu`). Each of its two
+    norms keeps a scalar, flash attention h float32 sums. With checkpointing a block keeps its input
+    alone. Mixed precision also keeps copies of the blocks' weights.
     """
     size, length = config.size, config.sequence_length
     d, i, heads, layers = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import SIZES, Size
-from lowrank_lab.kernels import library
+from lowrank_lab.kernels import dispatch, library
 from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.memory.tracker import Tracker
 from lowrank_lab.models.llama import Llama, rotary_tables, rotate
@@ -186,7 +186,7 @@ def test_the_scratch_memory_that_is_planned_is_what_the_kernels_need():
     for length, size in [(1, 16), (48, 32), (49, 64), (300, 128)]:
         for name, backward in (("forward", False), ("backward", True)):
             needed = getattr(library.library(), f"{name}_scratch")(length, size)
-            assert kernels._scratch(length, size, backward) == needed
+            assert dispatch._scratch(length, size, backward) == needed
 
 
 @pytest.mark.parametrize(

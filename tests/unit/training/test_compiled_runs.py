@@ -120,8 +120,8 @@ class Untraceable(torch.nn.Linear):
 
 
 def test_a_layer_that_breaks_the_graph_is_refused_in_one_line(monkeypatch, text_corpus, tmp_path):
-    def build(config):
-        model, optimizer = trainer_build(config)
+    def build(*args, **kwargs):
+        model, optimizer = trainer_build(*args, **kwargs)
         model.model.layers[1].mlp.up_proj.__class__ = Untraceable
         return model, optimizer
 
