@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -209,6 +210,7 @@ def machine(quick: bool = False) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "lscpu": lscpu(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -217,10 +219,46 @@ def machine(quick: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "gemm_gflops": {
             str(d).removeprefix("torch."): round(gemm_rate(d, quick) / 1e9)
-            for d in (torch.float32, torch.bfloat16)
+            for d in (torch.float32, *([torch.bfloat16] if quick or bf16_is_native() else []))
         },
         "versions": {name: version(name) for name in packages},
     }
+
+
+FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+EMULATION = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def lscpu() -> dict[str, Any]:
+    """Vendor, family, model, caches and flags from lscpu; and the variables that hide some."""
+    try:
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        lines = ""
+    found = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in lines.splitlines())}
+    names = ("Vendor ID", "Model name", "CPU family", "Model", "Stepping", "L2 cache", "L3 cache")
+    facts: dict[str, Any] = {name: found[name] for name in names if name in found}
+    flags = found.get("Flags", "").split()
+    hidden = {name: os.environ[name] for name in EMULATION if name in os.environ}
+    return (
+        facts
+        | {"flags": [f for f in FLAGS if f in flags]}
+        | ({"emulated": hidden} if hidden else {})
+    )
+
+
+def machine_kind(facts: Mapping[str, Any]) -> str:
+    """The CPU's kind: its name, family and model, and the instructions that torch uses of it."""
+    own = facts.get("lscpu", {})
+    number = f", family {own['CPU family']} model {own['Model']}" if "Model" in own else ""
+    hidden = ", emulated" if own.get("emulated") else ""
+    return f"{facts['cpu']}{number} ({facts['capability']}{hidden})"
+
+
+def bf16_is_native() -> bool:
+    """Whether torch computes bf16 products by instructions of this CPU."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and bool({"avx512_bf16", "amx_bf16"} & {*lscpu()["flags"]})
 
 
 def gemm_rate(dtype: torch.dtype, quick: bool = False) -> float:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, in_fresh_process, machine
+from benchmarks.harness import Row, in_fresh_process, machine, machine_kind
 from lowrank_lab.config import InputError
 
 HERE = Path(__file__).parent
@@ -17,17 +17,19 @@ RESULTS = HERE / "results.json"
 PAGE = HERE.parent / "docs" / "results" / "speed.md"
 PEERS = ("galore_torch", "fira", "apollo_torch", "pytorch_optimizer", "transformers")
 TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+KINDS = "<!-- machines -->", "<!-- /machines -->"
 SUITES = (
     "imports", "study_growth", "corpora", "recording", "layers", "subspaces", "optimizers",
-    "training", "steps", "growth", "many_matrices",
+    "training", "cpu_training", "steps", "growth", "many_matrices",
 )  # fmt: skip
 
 
 def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
     """The rows of the named suites (all by default), with facts about the machine.
 
-    Unless `quick`, they are written to results.json, the book's table and the figures. Rows of
-    other suites stay if they come from the same machine and packages.
+    Unless `quick`, they are written to results.json, the book's tables and the figures. A run of
+    all suites replaces what is there. Rows of single suites join those from the same machine and
+    packages; from another machine they are kept under its kind, beside the others.
     """
     for peer in PEERS:
         if find_spec(peer) is None:
@@ -38,29 +40,45 @@ def run(names: tuple[str, ...], quick: bool, report: Callable[[Row], None]) -> d
             report(row)
             rows.append(row.as_dict())
     kept = {"machine": machine(quick), "rows": rows}
-    if not quick and (not names or (old := _kept_before(kept["machine"]))):
-        if names:
-            new = {row["name"] + row["peer_name"]: row for row in rows}
-            rows = [new.pop(row["name"] + row["peer_name"], row) for row in old] + [*new.values()]
-        RESULTS.write_text(json.dumps({**kept, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
-        write_table(rows)
-        draw(rows)
+    if not quick:
+        _keep(kept, part=bool(names))
     return kept
+
+
+def _keep(new: dict[str, Any], part: bool) -> None:
+    """Write results.json and all that shows it."""
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else new
+    kinds: dict[str, Any] = old.pop("machines", {})
+    if not part:
+        old = new
+    elif _same(old["machine"], new["machine"]):
+        old = {"machine": new["machine"], "rows": _joined(old["rows"], new["rows"])}
+    else:
+        kind = machine_kind(new["machine"])
+        before = kinds.get(kind)
+        if before and _same(before["machine"], new["machine"]):
+            new = {"machine": new["machine"], "rows": _joined(before["rows"], new["rows"])}
+        kinds[kind] = new
+    kept = {**old, **({"machines": kinds} if kinds else {})}
+    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    write_table(old["rows"])
+    write_kinds(kinds)
+    draw(old["rows"])
+
+
+def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether machine and packages are the same (except for GEMM rates)."""
+    return all(old.get(k) == v for k, v in new.items() if k != "gemm_gflops")
+
+
+def _joined(old: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    new = {row["name"] + row["peer_name"]: row for row in rows}
+    return [new.pop(row["name"] + row["peer_name"], row) for row in old] + [*new.values()]
 
 
 def _rows(name: str, quick: bool) -> list[Row]:
     found: list[Row] = importlib.import_module(f"benchmarks.{name}").rows(quick)
     return found
-
-
-def _kept_before(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows in results.json, if machine and packages are the same (except for GEMM rates)."""
-    if not RESULTS.exists():
-        return []
-    old = json.loads(RESULTS.read_text())
-    same = all(old["machine"].get(k) == v for k, v in facts.items() if k != "gemm_gflops")
-    rows: list[dict[str, Any]] = old["rows"] if same else []
-    return rows
 
 
 def line(row: Row) -> str:
@@ -78,6 +96,34 @@ def line(row: Row) -> str:
 
 def write_table(rows: list[dict[str, Any]]) -> None:
     """The rows with a target, and why some miss it, between the two marks in the book's page."""
+    _between(TABLE, [*table(rows), *shortfalls(rows)])
+
+
+def write_kinds(kinds: dict[str, Any]) -> None:
+    """A table for each further kind of machine."""
+    lines = []
+    for kind, kept in kinds.items():
+        facts = kept["machine"]["lscpu"]
+        hidden = " ".join(f"{k}={v}" for k, v in facts.get("emulated", {}).items())
+        told = f"{kept['machine']['cores']} cores, L2 {facts.get('L2 cache')}"
+        lines += [
+            "",
+            f"**{kind}**, {told}" + (f"; instructions hidden by `{hidden}`" if hidden else ""),
+        ]
+        lines += ["", *table(kept["rows"])]
+    _between(KINDS, lines[1:])
+
+
+def _between(marks: tuple[str, str], lines: list[str]) -> None:
+    text = PAGE.read_text()
+    if all(mark in text for mark in marks):
+        before, rest = text.split(marks[0], 1)
+        after = rest.split(marks[1], 1)[1]
+        PAGE.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows with a target, in Markdown."""
     head = ("", "ours", "against", "theirs", "floor", "ratio", "target", "")
     cells = [head, ("---",) * len(head)]
     for row in rows:
@@ -88,13 +134,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
             cells.append(
                 (row["name"], ours, row["peer_name"], peer, floor, ratio, row["target"], met)
             )
-    lines = [f"| {' | '.join(line)} |" for line in cells]
-    text = PAGE.read_text()
-    if all(mark in text for mark in TABLE):
-        before, rest = text.split(TABLE[0], 1)
-        after = rest.split(TABLE[1], 1)[1]
-        table = "\n".join([*lines, *shortfalls(rows)])
-        PAGE.write_text(f"{before}{TABLE[0]}\n{table}\n{TABLE[1]}{after}")
+    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:

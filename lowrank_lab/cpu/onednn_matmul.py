@@ -17,6 +17,7 @@ from lowrank_lab.kernels import operators as kernels
 SMALLEST = 2**18  # multiplications; in smaller products Python's call costs more than it saves
 PIECE = 2**20  # entries per copied piece; the next piece reuses its memory
 SMALL_WEIGHT = 2**18  # entries; our kernel has b in a core's cache, and no plan for more
+LONG = 256  # entries in a row of a; oneDNN with AVX-512 is the faster way from there on
 SMALL_RESULT = 2**16  # entries; MKL, which copies less, is then the faster way to aᵀ b
 
 _lock = threading.Lock()
@@ -120,8 +121,11 @@ def _dense(a: Tensor) -> bool:
 
 
 def _is_ours(a: Tensor, b: Tensor) -> bool:
-    """Whether our kernel is the fastest way to a · b."""
-    return a.is_contiguous() and b.numel() <= SMALL_WEIGHT and kernels.available()
+    """Whether our kernel is the fastest way to a · b, with a contiguous or tall and transposed."""
+    suits = a.is_contiguous() or (a.T.is_contiguous() and a.shape[0] >= 4 * b.shape[1])
+    if not suits or b.numel() > SMALL_WEIGHT or not kernels.available():
+        return False
+    return a.shape[1] < LONG or not a.is_contiguous() or not _onednn_pays(a, b)
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:

@@ -25,8 +25,8 @@ Key = TypeVar("Key")
 def gathered(tensors: Mapping[Key, Tensor]) -> Iterator[tuple[Key, Tensor]]:
     """Each tensor in full on the CPU of rank 0; the other ranks have to iterate and get nothing.
 
-    Shards travel together, in buckets of one dtype. Tensors that aren't sharded stay where they
-    are: rank 0 yields its own.
+    Shards are gathered in buckets of one dtype. Tensors that aren't sharded are not communicated:
+    rank 0 yields its own.
     """
     sharded = {key: t for key, t in tensors.items() if is_dtensor(t) and shard_dim(t) is not None}
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -47,9 +47,11 @@ def gathered(tensors: Mapping[Key, Tensor]) -> Iterator[tuple[Key, Tensor]]:
 
 
 def to_owners(tensors: Mapping[int, Sequence[DTensor]]) -> list[Tensor]:
-    """Full tensors of this rank, each rank being sent its own, by the owner's rank.
+    """Full tensors that this rank owns, from the shards of all ranks.
 
-    All have one dtype. One all-to-all: a rank receives no tensor of another owner.
+    Args:
+        tensors: those of each owner, by its rank, all of one dtype. In one all-to-all, each rank
+            receives the shards of its own tensors only.
     """
     me, ranks = dist.get_rank(), range(dist.get_world_size())
     mine = tensors.get(me, ())
@@ -59,9 +61,11 @@ def to_owners(tensors: Mapping[int, Sequence[DTensor]]) -> list[Tensor]:
 
 
 def from_owners_(tensors: Mapping[int, Sequence[DTensor]], full: Sequence[Tensor]) -> None:
-    """Set DTensors, in place, to the full tensors of their owners, of which `full` are this one's.
+    """Set DTensors in place to the full tensors of their owners: the inverse of `to_owners`.
 
-    One all-to-all, the way back of `to_owners`.
+    Args:
+        tensors: those of each owner, by its rank.
+        full: the full tensors that this rank owns. One all-to-all.
     """
     me, ranks = dist.get_rank(), range(dist.get_world_size())
     mine = tensors.get(me, ())

@@ -47,8 +47,12 @@ static void pad(float *x, n_t T, n_t P, n_t D) { memset(x + T * D, 0, 4 * (P - T
 
 static void transpose(const float *x, float *out, n_t P, n_t D) {
     for (n_t t = 0; t < P; t += W)
-        for (n_t d = 0; d < D; d++)
-            for (int j = 0; j < W; j++) out[d * P + t + j] = x[(t + j) * D + d];
+        for (n_t d = 0; d < D; d += W) {
+            vec rows[W];
+            for (int j = 0; j < W; j++) rows[j] = at(x + (t + j) * D + d);
+            transpose_tile(rows);
+            for (int j = 0; j < W; j++) at(out + (d + j) * P + t) = rows[j];
+        }
 }
 
 struct Head {  // where a head's rows are in a tensor (B, T, H, D) with the given strides

@@ -5,7 +5,7 @@
 #include <cstring>
 #include "tile.h"
 
-constexpr n_t DEPTH = 256;  // of the common dimension at a time
+constexpr n_t DEPTH = 128;  // of the common dimension at a time
 constexpr n_t ROWS = 96;    // of A at a time, a multiple of M
 
 // Panels of B's rows [from, from + depth): panel p is (depth×N), with zeros after B's last column.

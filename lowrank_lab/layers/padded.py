@@ -2,8 +2,8 @@
 
 On CUDA, half-precision products of 1b's MLP (width 5461) would take kernels for unaligned rows.
 There its gate and up projections return zero columns up to 5464, and its down projection takes
-them. Weights are stored as they are: zeros are appended to a copy that lives as long as a product.
-Gradients of the zero columns are zero, as silu(0) · 0 = 0 has no slope.
+them. Weights are stored without padding: zeros are appended to a copy for one product.
+Gradients of the zero columns are zero: at g = u = 0, silu(g) · u has no slope.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def padded_width(x: Tensor, *layers: nn.Module) -> int | None:
 
 
 def zero_padded(t: Any, rows: int | None = None, columns: int | None = None) -> Any:
-    """A matrix or vector (or None) with zeros up to this many rows and columns; itself if so."""
+    """A matrix or vector (or None) with zeros up to so many rows and columns."""
     if t is None:
         return None
     below = (rows or t.shape[0]) - t.shape[0]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from lowrank_lab.config import InputError, ResolvedConfig
+from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.layers.association import association_flops
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.methods.registry import METHODS
@@ -98,8 +99,9 @@ def dense_activation_bytes(config: ResolvedConfig) -> int:
 
     With d the hidden size, i that of the MLP and h heads, a block keeps per token its input, two
     normalised inputs, q, k, v, their mixture and the input of the MLP (8 d entries), and 4 i of the
-    MLP. Each of its two norms keeps a scalar, flash attention h float32 sums. With checkpointing a
-    block keeps its input alone. Mixed precision also keeps copies of the blocks' weights.
+    MLP; 3 i where float32 has the kernels of a CPU (`kernels.operators.swiglu`). Each of its two
+    norms keeps a scalar, flash attention h float32 sums. With checkpointing a block keeps its input
+    alone. Mixed precision also keeps copies of the blocks' weights.
     """
     size, length = config.size, config.sequence_length
     d, i, heads, layers = (
@@ -107,7 +109,8 @@ def dense_activation_bytes(config: ResolvedConfig) -> int:
     )  # fmt: skip
     full = config.precision == "fp32"
     c = 4 if full else 2
-    of_a_block = c * d if config.activation_checkpointing else c * (8 * d + 4 * i + 2)
+    of_mlp = 3 if full and config.device != "cuda" and kernels.available() else 4
+    of_a_block = c * d if config.activation_checkpointing else c * (8 * d + of_mlp * i + 2)
     if full and not config.activation_checkpointing:
         of_a_block += 4 * heads
     tokens = config.batch // config.gradient_accumulation * length

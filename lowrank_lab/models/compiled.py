@@ -16,9 +16,9 @@ BACKEND = "inductor"
 class Compiled:
     """A function of tensors, compiled at its first call with gradients and at its first without.
 
-    torch keeps the graphs of a code object together: eight at most, in all models of a process, and
-    it looks for the grad mode among them. Both modes get a code object of their own here, so that
-    evaluation compiles nothing again, and neither does another model.
+    torch keeps at most eight graphs per code object, for all models of a process and both grad
+    modes together. Here each mode of each model has its own code object, so that neither evaluation
+    nor another model compiles anything again.
 
     Args:
         function: a function of a module, not a closure; it must compile without a graph break.

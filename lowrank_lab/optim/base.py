@@ -50,7 +50,9 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
-    found_inf: Tensor | None = None  # a flag on the device, as GradScaler gives to torch's
+    found_inf: Tensor | None = (
+        None  # a flag on the device, as GradScaler sets on torch's optimizers
+    )
     batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
@@ -118,9 +120,9 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
         return loss
 
     def can_skip(self) -> bool:
-        """Whether the next step is off where `found_inf` is 1: only Python numbers change then.
+        """Whether `found_inf` = 1 turns the next step off, which then changes Python numbers only.
 
-        Not those that begin or refresh something, decay weights or round them at random.
+        False for steps that begin or refresh something, decay weights or round stochastically.
         """
         for group in self.param_groups:
             if any(group.get(k) for k in ("weight_decay", "stochastic_rounding", "spread_refresh")):

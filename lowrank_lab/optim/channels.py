@@ -1,8 +1,8 @@
 """Norms and scales per channel, of one matrix or of stacks of many.
 
 A channel is a row of an m×n matrix (axis 1: norms run along it), a column (axis 0), or the whole
-tensor (None). Of stacks, the channels of all tensors form one vector: what follows from norms is
-one chain of small kernels for all shapes. Both classes compute the same.
+tensor (None). The channels of stacked tensors form one vector: after the norms, one chain of small
+kernels serves all shapes. `Channels` and `StackedChannels` compute the same.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class StackedChannels:
     def views(self, flat: Tensor, runs: list[Run]) -> Iterator[tuple[Tensor, int, slice]]:
         """Views of a buffer (…, entries), the dimension along which norms run, and the channels.
 
-        Neighbours of different shape are one view where their channels are equally long rows.
+        Consecutive runs of different shapes share a view if their channels are rows of one length.
         """
         lead, at, channel = flat.shape[:-1], 0, 0
 
@@ -117,7 +117,7 @@ class StackedChannels:
         return list(found.unbind())
 
     def tensors(self) -> Iterator[tuple[slice, slice, int]]:
-        """Channels and tensors of neighbours with equally many channels, and how many."""
+        """Slices of channels and of tensors, by consecutive tensors with equally many channels."""
         channel = tensor = 0
         for channels, same in groupby(self.parts, lambda part: part[1]):
             count = sum(n for n, _ in same)
@@ -151,7 +151,7 @@ class StackedChannels:
             n.addcmul_(r, broadcast(scale[channels], n, dim), value=-1)
 
     def add_scaled_(self, W: Weights, G: Stacks, scale: Tensor, alpha: float) -> None:
-        """W ← W + alpha · scale∘G when the update ends; G is overwritten."""
+        """W ← W + alpha · scale∘G at the end of the update; G is overwritten."""
         self.scale_(G, scale.to(G.flat.dtype))
         W.factor = alpha
 

@@ -154,10 +154,11 @@ class Loro(ProjectedAdamW):
                     step_size = _scale(B, group) * bias_corrected_lr(state, group)
                     key = (X.dtype, X.device, step_size, _eps(state, group))
                     together.setdefault(key, []).append((X, G, *adam_moments(own, X)))
-                    state["step"] += 1
             for (_, _, step_size, eps), fours in together.items():
                 lists = map(list, zip(*fours, strict=True))
                 adam_update_(*lists, step_size=step_size, betas=group["betas"], eps=eps)
+        for state in states:  # only now: parts of DTensors carry their numbers back
+            state["step"] += 1
 
     def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW with ε after the bias correction: √v̂ + ε = (√v + ε·√w₂) / √w₂."""

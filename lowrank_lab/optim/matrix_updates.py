@@ -1,7 +1,7 @@
 """How an optimizer's `update_` is called: for one parameter after the other, or for many at once.
 
-On CUDA's path, parameters whose states have equal numbers are updated together, in few kernels, if
-the optimizer `can_stack` them.
+On CUDA's path, parameters whose states hold equal Python numbers are updated together, in few
+kernels, if the optimizer `can_stack` them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lowrank_lab.optim.stacks import (
 )
 
 SEED_STRIDE = 1_000_003  # between the seeds of two parameters, so that their streams differ
-FEWEST = 2  # tensors of a stack: a single one needs no copy
+FEWEST = 2  # tensors in a stack; a single one is updated without a copy
 
 
 class MatrixUpdates(DTensorOptimizer):
@@ -155,7 +155,7 @@ def each(
     state: State | StackedStates,
     group: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """The projections (L, R) of a matrix by a function; of many, each by itself, then stacked."""
+    """Call `projections` for a matrix, or for each of many; their (L, R) are then stacked."""
     if isinstance(G, Tensor):
         assert isinstance(state, dict)
         return projections(G, state, group)
@@ -183,9 +183,9 @@ def batches(
     DTensors, and matrices that fill a batch alone, are updated one by one, as is everything off
     CUDA's path.
 
-    Those of a batch have equal numbers in their states. Their order makes neighbours of shapes that
-    can be seen as one: matrices with rows of equal length, or, where all shapes are updated alike,
-    tensors with equally many entries.
+    Those of a batch hold equal Python numbers in their states. They are sorted so that shapes which
+    one view can cover follow each other: matrices with rows of equal length, or, where the update
+    does not depend on the shape, tensors with equally many entries.
     """
     alike: dict[Any, list[Tensor]] = {}
     can_stack = optimizer.can_stack(group)
@@ -214,7 +214,7 @@ def batches(
 
 @contextmanager
 def undone_on_error(*states: dict[str, Any]) -> Iterator[None]:
-    """Give states the numbers back that they had, if an update raises within the block."""
+    """Restore the Python numbers of states, if an update raises within the block."""
     before = [{k: v for k, v in s.items() if not isinstance(v, Tensor)} for s in states]
     try:
         yield

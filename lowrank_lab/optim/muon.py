@@ -14,15 +14,15 @@ from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.dtensors import is_dtensor
 from lowrank_lab.optim.stacks import limited
 
-LAST_NS_STEPS = 99  # torch refuses more
+LAST_NS_STEPS = 99  # torch raises for more
 
 
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, with the same arguments and states.
 
     On CUDA's path the momenta of matrices with equal shorter sides are orthogonalized together,
-    otherwise one by one, by torch. (Without Nesterov, torch's own step divides momenta in bfloat16
-    by their norms; the joint one leaves them.)
+    otherwise one by one, by torch. (Without Nesterov, torch's own step also overwrites bfloat16
+    momenta, dividing them by their norms; the joint step does not.)
     """
 
     # for resets, as torch's Muon: `step` is another one

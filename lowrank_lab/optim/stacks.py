@@ -1,8 +1,8 @@
-"""Many matrices updated together: few kernels instead of some per matrix, for CUDA.
+"""Many matrices updated together, on CUDA in few kernels instead of several per matrix.
 
 An update is written for a matrix W, its gradient G and its state. It also takes `Weights`, `Stacks`
-and `StackedStates` of many parameters: the tensors of one shape are a stack (k×m×n), of which one
-kernel takes all. The states stay those of the parameters; stacks are copies within a step.
+and `StackedStates` of many parameters: the tensors of one shape form a stack (k×m×n), which one
+kernel processes. States belong to the parameters; stacks are copies that last for one step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_lab.optim.adam import MOMENTS, adam_moments, old_if_off, zero_if_off_
 
-STACK_BYTES = 512 * 2**20  # of the gradients that are copied at a time
+STACK_BYTES = 512 * 2**20  # of gradients that are copied at a time
 Run = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
 State = dict[str, Any]
 
@@ -27,8 +27,8 @@ class Stacks:
 
     Attributes:
         runs: number and shape of the tensors of each run.
-        tensors: the tensors that are stacked; views of the buffer if there are none.
-        twin: a buffer of the same form behind this one, for Adam's direction; of `with_zero_twin`.
+        tensors: the tensors that were stacked, or views of a buffer that was given.
+        twin: a second buffer of the same layout, for Adam's direction; set by `with_zero_twin`.
     """
 
     twin: Stacks
@@ -84,12 +84,17 @@ class Stacks:
 
 
 class Weights:
-    """The tensors that an update changes; what is added to them is collected in G's buffer."""
+    """The tensors that an update changes; the update is collected in G's buffer.
+
+    Attributes:
+        product: N, left and right projections and alpha of a projected update, if there is one.
+        factor: by which G's buffer is added; None while it is not part of the update.
+    """
 
     def __init__(self, tensors: list[Tensor], G: Stacks) -> None:
         self.tensors, self.G = tensors, G
         self.product: tuple[Stacks, Sides, Sides, float] | None = None
-        self.factor: float | None = None  # of what is in G's buffer
+        self.factor: float | None = None
 
     def add_update_(self) -> None:
         """W ← W + factor · G's buffer + alpha · (L N, N Rᵀ or L N Rᵀ)."""
@@ -113,7 +118,7 @@ class Weights:
 
 
 class StackedStates:
-    """The states of many parameters as one: their single numbers as vectors, one entry each."""
+    """The states of many parameters: 0-dimensional tensors as vectors, one entry per parameter."""
 
     def __init__(self, states: list[State]) -> None:
         self.states = states
@@ -124,7 +129,7 @@ class StackedStates:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._vectors and not isinstance(self.states[0][name], Tensor):
-            return self.states[0][name]  # a number that all have in common
+            return self.states[0][name]  # a Python number, equal for all
         if name not in self._vectors:
             names = [k for k, v in self.states[0].items() if isinstance(v, Tensor) and v.ndim == 0]
             names = [k for k in names if k not in MOMENTS]  # of a parameter that is one number
@@ -156,7 +161,7 @@ Matrices = Tensor | Stacks
 
 
 def runs_of(tensors: Iterable[Tensor]) -> list[Run]:
-    """Number and shape of neighbours of equal shape."""
+    """Number and shape of consecutive tensors with equal shapes."""
     return [(len(list(same)), shape) for shape, same in groupby(tuple(t.shape) for t in tensors)]
 
 
@@ -216,7 +221,7 @@ def project_stacks(G: Stacks, left: Sides, right: Sides, dtype: torch.dtype) -> 
 
 
 def limited(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in parts of at most STACK_BYTES, or of one tensor."""
+    """Parts of at most STACK_BYTES; a larger tensor is a part of its own."""
     part: list[Tensor] = []
     nbytes = 0
     for t in tensors:

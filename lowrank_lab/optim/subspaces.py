@@ -92,10 +92,10 @@ def iterated_subspaces(
     seed: int = 0,
     old: Projections = (None, None),
 ) -> Projections:
-    """Nearly leading singular vectors of G (m×n), by subspace iteration on G Gᵀ (L) and GᵀG (R).
+    """Approximate leading singular vectors of G (m×n), by subspace iteration on G Gᵀ (L), GᵀG (R).
 
-    They have at least 0.98 of the energy of the exact ones, also where singular values hardly fall.
-    On a GPU a small part of an SVD's time. Signs follow the old ones. Deterministic in `seed`.
+    They capture at least 0.98 of the energy that exact ones do, also for flat spectra, and take a
+    small part of an SVD's time on a GPU. Signs follow the old ones. Deterministic in `seed`.
     """
     G = G.float()
     # Products of the scaled entries stay within float32.

@@ -1,4 +1,4 @@
-"""The time of training steps on their device, which may be behind the host."""
+"""The time of training steps on their device, which may lag behind the host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Mark(Protocol):
 
 
 class HostMark:
-    """A mark on a CPU, whose work is done when it returns."""
+    """A mark on a CPU, where work is done when its call returns."""
 
     def __init__(self) -> None:
         self._at = time.perf_counter()
@@ -33,7 +33,7 @@ class HostMark:
 
 
 def mark(device: torch.device) -> Mark:
-    """A mark after all work that the device has been given so far."""
+    """A mark after all work that is queued on the device so far."""
     if device.type != "cuda":
         return HostMark()
     event: Mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ class StepClock:
         self._ready.synchronize()
 
     def stop(self) -> float:
-        """A step ends; the seconds that it adds, which the host has waited for."""
+        """A step ends; returns the seconds that it adds."""
         assert self._from is not None
         assert self._ready is not None
         before, end = self.seconds, self._new_mark(self._device)
@@ -90,7 +90,7 @@ class StepClock:
         return self.seconds - before
 
     def settle(self) -> float:
-        """Wait for the last update and count it; the seconds that it adds."""
+        """Wait for the last update and count it; returns the seconds that it adds."""
         if self._unfinished is None:
             return 0.0
         begin, end = self._unfinished

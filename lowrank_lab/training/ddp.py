@@ -1,13 +1,13 @@
-"""DDP: replicated weights, gradients that travel between the processes during the backward pass.
+"""DDP: replicated weights, gradients that are averaged during the backward pass.
 
-torch's DistributedDataParallel wraps `forward`; the loss here is another method, so that what is
-wrapped is a module whose forward is the loss. The model itself stays as it is, with the same names
-and parameters: checkpoints, events and optimizers know nothing of it.
+torch's DistributedDataParallel wraps `forward`, but the loss is another method of the model. So it
+wraps a module whose forward is the loss. The model keeps its names and parameters: checkpoints,
+events and optimizers do not depend on the wrapper.
 
-Gradients are views of DDP's buckets, which stay allocated: the memory of gradients is taken all the
-time. torch lays the buckets out anew after the first backward pass, in the order in which gradients
-came. `step.replicate` rehearses that pass, so that a resumed run adds the same numbers in the same
-order as one that wasn't interrupted.
+Gradients are views of DDP's buckets, which stay allocated between steps. After the first backward
+pass, torch arranges the buckets anew, in the order in which gradients were computed. That pass is
+run in advance (`step.replicate`), so that a resumed run adds the same numbers in the same order as
+one that was not interrupted.
 
 Two cases average their gradients after the backward pass instead (`distributed.all_reduce_mean_`):
 updates per layer, which free each gradient at once, and warm starts, which change what is trained.
@@ -63,6 +63,6 @@ class ReplicatedLoss(DistributedDataParallel):
 
 
 def averages_in_backward(config: ResolvedConfig) -> bool:
-    """Whether several processes average gradients in this way."""
+    """Whether several processes average gradients during the backward pass."""
     several = config.parallel == "ddp" and distributed.world_size() > 1
     return several and not config.per_layer and not warm_start(config)

@@ -68,3 +68,53 @@ def test_the_book_shows_the_results_that_are_kept():
             assert line.endswith("| met |" if row["met"] else "| not met |")
             assert f"| {row['ratio']:.2f} |" in line
         assert (f"* {row['name']}, against {row['peer_name']}: " in shown) == (row["met"] is False)
+
+
+def test_rows_of_another_kind_of_machine_are_kept_beside_the_others(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    running = importlib.import_module("benchmarks.run")
+    monkeypatch.setattr(running, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(running, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(running, "draw", lambda rows: None)
+    marks = "\n".join([*running.TABLE, *running.KINDS])
+    running.PAGE.write_text(f"before\n{marks}\nafter\n")
+
+    def machine(model, versions):
+        lscpu = {"CPU family": "25", "Model": model, "emulated": {"X": "avx2"}}
+        return {"cpu": "AMD", "capability": "AVX2", "cores": 2, "lscpu": lscpu, "v": versions}
+
+    def row(name, ratio):
+        return {"name": name, "peer_name": "", "ours": 1.0, "peer": 1.0, "floor": 2.0, "note": "",
+                "unit": "ms", "ratio": ratio, "target": "≥ 1", "met": True}  # fmt: skip
+
+    def keep(facts, *rows):
+        running._keep({"machine": facts, "rows": [*rows]}, part=True)
+        return json.loads(running.RESULTS.read_text())
+
+    first, other = machine("1", "a"), machine("2", "a")
+    keep(first, row("old", 1.0))
+    keep(other, row("new", 2.0))
+    kept = keep(other, row("newer", 3.0))
+    assert [r["name"] for r in kept["rows"]] == ["old"]
+    kind = "AMD, family 25 model 2 (AVX2, emulated)"
+    assert [r["name"] for r in kept["machines"][kind]["rows"]] == ["new", "newer"]
+    kept = keep(machine("2", "b"), row("newest", 4.0))  # other packages: nothing is mixed
+    assert [r["name"] for r in kept["machines"][kind]["rows"]] == ["newest"]
+    kept = keep(first, row("old", 5.0))
+    assert kept["rows"][0]["ratio"] == 5.0
+    assert list(kept["machines"]) == [kind]
+    page = running.PAGE.read_text()
+    assert f"**{kind}**" in page
+    assert "`X=avx2`" in page
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter\n")
+
+
+def test_the_book_shows_every_kind_of_machine_that_is_kept():
+    text = (ROOT / "docs" / "results" / "speed.md").read_text().partition("<!-- machines -->")[2]
+    kinds = json.loads((ROOT / "benchmarks" / "results.json").read_text()).get("machines", {})
+    for kind, kept in kinds.items():
+        shown = text.partition(f"**{kind}**")[2].partition("\n**")[0]
+        for row in kept["rows"]:
+            assert f"| {row['name']} |" in shown
+            assert f"| {row['ratio']:.2f} |" in shown

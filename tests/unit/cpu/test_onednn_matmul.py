@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import lowrank_lab as lab
 from lowrank_lab.cpu import onednn_matmul
+from lowrank_lab.kernels import operators as kernels
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN"
@@ -22,7 +23,7 @@ SHAPES = [  # m, k, n
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A processor on which MKL is slow, and the shapes that oneDNN is called with."""
+    """A processor on which MKL is slow, no C++ compiler, and the shapes of oneDNN's calls."""
     found = []
 
     def recorded(x, W, onednn=onednn_matmul._onednn):
@@ -31,6 +32,8 @@ def calls(monkeypatch):
         return onednn(x, W)
 
     monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn_matmul.kernels, "available", lambda: False)
+    monkeypatch.setattr(onednn_matmul, "SMALL_RESULT", 0)
     monkeypatch.setattr(onednn_matmul, "_onednn", recorded)
     return found
 
@@ -62,6 +65,41 @@ def test_products_are_those_of_float64(calls, m, k, n, transposed):
     assert_product(wide[:, 3:].contiguous(), a, b)
     assert not wide[:, :3].any()
     assert calls if m * k * n >= onednn_matmul.SMALLEST else not calls
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("transposed", [(x, y) for x in (False, True) for y in (False, True)])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_products_of_our_kernel_are_those_of_float64(monkeypatch, m, k, n, transposed):
+    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: False)
+    calls = []
+    ours = kernels.product
+    monkeypatch.setattr(kernels, "product", lambda a, b, out: calls.append(a) or ours(a, b, out))
+    a, b = random(m, k, transposed[0]), random(k, n, transposed[1])
+    base, wide = torch.randn(m, n), torch.zeros(m, n + 3)
+    with onednn_matmul.fast_products():
+        assert_product(torch.mm(a, b), a, b)
+        assert_product(torch.addmm(base, a, b, alpha=-0.5), -0.5 * a, b, base)
+        assert_product(base.clone().addmm_(a, b, alpha=2.0), 2 * a, b, base)
+        assert_product(torch.mm(a, b, out=torch.empty(m, n)), a, b)
+        torch.mm(a, b, out=wide[:, 3:])
+    assert_product(wide[:, 3:].contiguous(), a, b)
+    assert not wide[:, :3].any()
+    few = m * k * n < onednn_matmul.SMALLEST or k * n > onednn_matmul.SMALL_WEIGHT
+    if few or not transposed[0]:
+        assert bool(calls) is not few
+    assert_product(ours(a, b, torch.full((m, n), torch.nan)), a, b)
+
+
+def test_small_transposed_products_are_left_to_MKL(calls, monkeypatch):
+    monkeypatch.setattr(onednn_matmul, "SMALL_RESULT", 2**16)
+    x, dY, wide = torch.randn(4096, 64), torch.randn(4096, 176), torch.randn(4096, 2048)
+    with onednn_matmul.fast_products():
+        dY.T @ x
+        assert not calls
+        wide.T @ x
+        x @ dY[:64]
+    assert len(calls) == 2
 
 
 def test_nan_and_infinity_go_through(calls):

@@ -9,6 +9,7 @@ from short import short_options, usual_rate
 from torch._dynamo.utils import counters
 
 from lowrank_lab import METHODS, InputError, RunConfig
+from lowrank_lab.kernels import operators
 from lowrank_lab.models import compiled
 from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training import trainer
@@ -23,6 +24,7 @@ PARTS = 3  # the block, the last norm and the loss, each with gradients and with
 def counted(monkeypatch):
     """A recompilation is an error; graphs and breaks are counted from zero."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(operators, "available", lambda: False)  # kernels of a CPU replace graphs
     torch.compiler.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -78,6 +80,18 @@ def test_options_of_a_run_add_no_graph(values, text_corpus, tmp_path):
     assert not counters["graph_break"]
 
 
+def test_kernels_of_a_cpu_break_no_graph_and_replace_that_of_the_loss(
+    monkeypatch, text_corpus, tmp_path
+):
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    if not operators.available():
+        pytest.skip("no C++ compiler")
+    train(eventful(text_corpus, "sltrain", compile=True), tmp_path / "run")
+    assert counters["stats"]["unique_graphs"] == 2 * (PARTS - 1)
+    assert not counters["graph_break"]
+
+
 def test_the_second_run_of_a_process_compiles_for_itself(text_corpus, tmp_path):
     for number in range(3):
         train(eventful(text_corpus, "full-rank", compile=True, seed=number), tmp_path / str(number))
@@ -106,8 +120,8 @@ class Untraceable(torch.nn.Linear):
 
 
 def test_a_layer_that_breaks_the_graph_is_refused_in_one_line(monkeypatch, text_corpus, tmp_path):
-    def build(config):
-        model, optimizer = trainer_build(config)
+    def build(*args, **kwargs):
+        model, optimizer = trainer_build(*args, **kwargs)
         model.model.layers[1].mlp.up_proj.__class__ = Untraceable
         return model, optimizer
 

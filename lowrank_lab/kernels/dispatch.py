@@ -1,0 +1,189 @@
+"""The compiled kernels, registered with torch: what each allocates, and its call.
+
+Shapes in this file: B = batch, T = sequence, H = heads, D = head size, d = hidden.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from lowrank_lab.kernels.library import library
+
+NAMESPACE = "lowrank_lab_cpu"
+
+
+def call(name: str, *args: Any) -> int:
+    """Call a kernel: tensors by their address, the number of threads last."""
+    found = library()
+    assert found is not None
+    passed = (a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    result: int = getattr(found, name)(*passed, torch.get_num_threads())
+    return result
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, each with a contiguous last dimension."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _strides(*tensors: Tensor) -> Any:
+    found = [stride for t in tensors for stride in t.stride()[:3]]
+    return (ctypes.c_int64 * len(found))(*found)
+
+
+def _attention_made(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
+    """The results, and the scratch memory of all threads."""
+    B, T, H, D = q.shape
+    scratch = q.new_empty(torch.get_num_threads() * _scratch(T, D, backward=False))
+    return q.new_empty(q.shape), q.new_empty((B, H, T)), scratch
+
+
+def _gradients_made(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    T, D = q.shape[1], q.shape[3]
+    scratch = q.new_empty(torch.get_num_threads() * _scratch(T, D, backward=True))
+    return (*(q.new_empty(q.shape) for _ in range(3)), scratch)
+
+
+def _scratch(length: int, size: int, backward: bool) -> int:
+    """Floats that a thread needs, with sequences padded to 48: see attention.cpp."""
+    padded = (length + 47) // 48 * 48
+    return 9 * padded * size + 24 * padded if backward else 3 * padded * size + 6 * (padded + size)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    out, log_sums, scratch = _attention_made(q, k, v)
+    q, k, v = _rows(q, k, v)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    call(
+        "attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v)
+    )
+    return out, log_sums
+
+
+def _attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, out: Tensor, log_sums: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv, scratch = _gradients_made(q)
+    q, k, v, grad = _rows(q, k, v, grad)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    call(
+        "attention_backward", q, k, v, cos, sin, out, log_sums, grad, dq, dk, dv, scratch,
+        *q.shape, _strides(q, k, v, grad),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _norm_made(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1])
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, s = _norm_made(x, weight, eps)
+    d = x.shape[-1]
+    call(
+        "norm_forward", x.contiguous(), weight.contiguous(), y, s, x.numel() // d, d, eps,
+    )  # fmt: skip
+    return y, s
+
+
+def _norm_gradients_made(x: Tensor, s: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    sums = x.new_empty((torch.get_num_threads(), x.shape[-1]))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), sums
+
+
+def _norm_backward(x: Tensor, s: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dweight, sums = _norm_gradients_made(x, s, weight, grad)
+    d = x.shape[-1]
+    x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
+    call("norm_backward", x, weight, s, grad, dx, sums, x.numel() // d, d)
+    return dx, torch.sum(sums, 0, out=dweight)
+
+
+def _swiglu_made(gate: Tensor, *others: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    out = _swiglu_made(gate)
+    call("swiglu_forward", gate.contiguous(), up.contiguous(), out, out.numel())
+    return out
+
+
+def _swiglu_gradients_made(gate: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = _swiglu_gradients_made(gate)
+    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
+    call("swiglu_backward", gate, up, grad, dgate, dup, gate.numel())
+    return dgate, dup
+
+
+def _losses(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
+    if targets.dtype.is_floating_point or targets.numel() != len(logits):
+        given = f"{targets.dtype} {tuple(targets.shape)}"
+        raise ValueError(f"targets: {given} is not allowed; {len(logits)} whole numbers")
+    targets = targets.long().contiguous()
+    wrong = call("losses", logits, targets, losses, *logits.shape, slopes)
+    if wrong:
+        raise IndexError(f"targets: {wrong} are not allowed; 0 to {logits.shape[1] - 1}")
+
+
+def _nothing_made(*args: Any) -> None:
+    return None
+
+
+_OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], int]] = {
+    # schema, kernel, what it allocates, the number of these that are results (0: not a tuple)
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+        _attention, _attention_made, 2,
+    ),
+    "attention_backward": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor out, Tensor log_sums, "
+        "Tensor grad) -> (Tensor, Tensor, Tensor)",
+        _attention_backward, _gradients_made, 3,
+    ),
+    "rms_norm": ("(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm, _norm_made, 2),
+    "rms_norm_backward": (
+        "(Tensor x, Tensor s, Tensor weight, Tensor grad) -> (Tensor, Tensor)",
+        _norm_backward, _norm_gradients_made, 2,
+    ),
+    "swiglu": ("(Tensor gate, Tensor up) -> Tensor", _swiglu, _swiglu_made, 0),
+    "swiglu_backward": (
+        "(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
+        _swiglu_backward, _swiglu_gradients_made, 2,
+    ),
+    "losses_": (
+        "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, bool slopes) -> ()",
+        _losses, _nothing_made, 0,
+    ),
+}  # fmt: skip
+
+_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+BODIES: dict[str, Callable[..., Any]] = {}
+
+
+def _register(name: str, schema: str, kernel: Any, made: Callable[..., Any], results: int) -> None:
+    def fake(*args: Any) -> Any:
+        return made(*args)[:results] if results else made(*args)
+
+    def body(*args: Any) -> Any:  # a tracker sees what is allocated within
+        return (fake if isinstance(args[0], FakeTensor) else kernel)(*args)
+
+    _library.define(name + schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    BODIES[f"{NAMESPACE}::{name}"] = body
+
+
+for _name, _described in _OPERATORS.items():
+    _register(_name, *_described)
