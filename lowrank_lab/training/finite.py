@@ -57,6 +57,8 @@ def checks_on_device(optimizer: torch.optim.Optimizer, loss: Tensor) -> bool:
 def _knows_flag(optimizer: torch.optim.Optimizer) -> bool:
     if isinstance(optimizer, ProjectedAdamW):
         return optimizer.can_skip()
+    if isinstance(optimizer, torch.optim.SGD) and not optimizer.state:
+        return False  # a first step that is off leaves memory that nothing has written as momenta
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

@@ -158,7 +158,7 @@ class Trainer:
     def _step(self, kind: str) -> dict[str, Any]:
         """One update and its events, timed and with its peak memory; the start of its row."""
         self._clock.start()
-        batches = self._batches.of(self.updates)
+        batches, skipped = self._batches.of(self.updates), self._skipped
         try:
             with self._peaks.of_step(kind, first=self.updates == 0):
                 values, events = take_step_(
@@ -170,7 +170,9 @@ class Trainer:
         except NotFiniteError as error:
             self._stop(f"after step {self.updates + 1}: {error}")
         peak = self._peaks.by_kind.get(kind)
-        if self.updates == 0:
+        if (
+            self.updates == 0 or skipped
+        ):  # a skipped first step may leave an optimizer without states
             self.bytes = self._persistent()
             self._records.memory(self.bytes, self._peaks.kept, peak)
         elapsed = self._clock.stop()

@@ -81,6 +81,16 @@ def test_a_first_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, monk
     assert [row["loss"] for row in rows_of(late)][:2] == [None, None]
 
 
+def test_the_bytes_of_optimizer_states_are_known_after_a_skipped_first_step(tmp_path, monkeypatch):
+    short = {"steps": 6, "reset_every": 0, "recovery_steps": 0}
+    usual = train(config_of(**short), tmp_path / "usual")
+    spoiled(monkeypatch, {1}, "loss")
+    run = train(config_of(on_nonfinite="skip", **short), tmp_path / "skipped")
+    rows, usual_rows = rows_of(run), rows_of(usual)
+    assert rows[0]["loss"] is None
+    assert rows[-1]["optimizer_state_bytes"] == usual_rows[-1]["optimizer_state_bytes"] > 0
+
+
 def test_the_device_stops_where_the_host_would_stop(tmp_path, monkeypatch):
     said = []
     for late in (True, False):
@@ -166,6 +176,16 @@ def test_optimizers_that_do_not_know_the_flag_wait(optimizer, known):
     assert not checks_on_device(made, torch.zeros(()))  # a CPU gains nothing
     with cuda_path():
         assert checks_on_device(made, torch.zeros(())) == known
+
+
+def test_momenta_that_torch_does_not_fill_in_a_skipped_step_are_not_made_in_one():
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True)
+    with cuda_path():
+        assert not checks_on_device(optimizer, torch.zeros(()))
+        optimizer.step()
+        assert checks_on_device(optimizer, torch.zeros(()))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
