@@ -219,7 +219,7 @@ def machine(quick: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "gemm_gflops": {
             str(d).removeprefix("torch."): round(gemm_rate(d, quick) / 1e9)
-            for d in (torch.float32, torch.bfloat16)
+            for d in (torch.float32, *([torch.bfloat16] if quick or bf16_is_native() else []))
         },
         "versions": {name: version(name) for name in packages},
     }

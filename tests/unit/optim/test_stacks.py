@@ -46,6 +46,8 @@ def optimizer_of(row, dtype, keys, **options):
         params = [nn.Parameter(normal(s, 7 * i + number, dtype)) for i, s in enumerate(shapes)]
         group = {"params": params, "lr": 0.01 * (1 + number)}
         own = row.keys | row.soon | keys if rank or row.kind == "whole" else {}
+        if rank and "refresh" in row.cls.group_defaults:  # its default depends on the path
+            own = {"refresh": "svd"} | own
         groups.append(group | own | ({"rank": rank} if rank else {}))
     return row.cls(groups, **options)
 
@@ -155,7 +157,8 @@ def test_other_strides_of_weights_and_gradients_are_no_obstacle(shape):
     results = []
     for stacked in (True, False):
         params = [nn.Parameter(normal(shape[::-1], i, torch.float64).T) for i in range(3)]
-        optimizer = Fira([{"params": params, "rank": 4, "update_proj_gap": 2}], lr=0.01)
+        keys = {"rank": 4, "update_proj_gap": 2, "refresh": "svd"}
+        optimizer = Fira([{"params": params, **keys}], lr=0.01)
         for step in range(5):
             for i, p in enumerate(params):
                 p.grad = normal(shape[::-1], 10 * step + i, torch.float64).T
