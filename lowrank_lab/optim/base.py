@@ -50,9 +50,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
-    found_inf: Tensor | None = (
-        None  # a flag on the device, as GradScaler sets on torch's optimizers
-    )
+    found_inf: Tensor | None = None  # a flag on the device, as GradScaler sets it
     batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
