@@ -73,6 +73,8 @@ class Trial:
         )
         self.matrices = [nn.Parameter(x) for x in matrices]
         self.b = nn.Parameter(start(shape, dtype)[1])
+        if cls is None and "refresh" in getattr(row.cls, "group_defaults", {}):
+            keys = {"refresh": "svd"} | keys  # `auto` is another one on CUDA's path
         cls = cls or row.cls
         if row.kind == "whole":
             self.optimizer = cls([*self.matrices, self.b], **options, **keys)

@@ -20,8 +20,8 @@ from lowrank_lab.optim.projection import (
     new_projections,
     refresh_on,
 )
-from lowrank_lab.optim.subspace_iteration import subspace_iteration
-from lowrank_lab.optim.subspaces import Projections, align_signs, leading_eigenvectors, sides
+from lowrank_lab.optim.subspace_iteration import leading_eigenvectors, subspace_iteration
+from lowrank_lab.optim.subspaces import Projections, align_signs, sides
 
 
 def refresh_sharded_(

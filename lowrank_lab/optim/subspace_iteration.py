@@ -7,6 +7,8 @@ through the same few kernels. The host waits once, for the eigenvalues of the c�
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,24 +19,35 @@ FILTERS = 3  # Chebyshev polynomials of A, which separate eigenvalues that are c
 RANGE = 1e4  # largest λ₁/λ_c at which float32 resolves all columns of such a polynomial
 
 
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors (p×rank) of a Gram matrix (p×p), rounded to float32."""
+    V: Tensor = torch.linalg.eigh(gram)[1]  # ascending
+    return V[..., -rank:].flip(-1).to(torch.float32, memory_format=torch.contiguous_format)
+
+
 def subspace_iteration(A: Tensor, rank: int, *, seed: int = 0, old: Tensor | None = None) -> Tensor:
     """Approximate leading eigenvectors (p×rank) of A, orthonormal and ordered, in float32.
 
     Starts from the old eigenvectors, where there are any, and random columns. Each of POWERS and
     FILTERS steps ends with an orthonormalization. The eigenvectors of A within the columns are the
     result (Rayleigh-Ritz). Deterministic in `seed`; a stack has the same random columns in each
-    matrix.
+    matrix. Exact where columns are as many as rows, or could not be made independent.
 
     Source: Chebyshev-filtered subspace iteration (Zhou, Saad, Tiago & Chelikowsky 2006).
     """
-    A = _scaled(A)
+    if rank + OVERSAMPLING >= A.shape[-1]:
+        return leading_eigenvectors(A, rank)
+    exact, A = partial(leading_eigenvectors, A, rank), _scaled(A)
     X = _start(A, rank, seed, old)
     for _ in range(POWERS):
         X = orthonormal(A @ X, passes=1)
     for _ in range(FILTERS):
         X = orthonormal(_filtered(A, X), passes=1)
     X = orthonormal(X, passes=1)  # again: to rounding
-    _, rotation = torch.linalg.eigh(X.mT @ (A @ X))  # ascending
+    try:
+        _, rotation = torch.linalg.eigh(X.mT @ (A @ X))  # ascending
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return exact()
     rotation = rotation.flip(-1)[..., :rank].double()  # stays a rotation if TF32 is allowed
     P: Tensor = X.double() @ rotation
     return P.float()
@@ -49,7 +62,7 @@ def _scaled(A: Tensor) -> Tensor:
 def _start(A: Tensor, rank: int, seed: int, old: Tensor | None) -> Tensor:
     """The old eigenvectors and random columns: p×c."""
     p = A.shape[-1]
-    columns = min(rank + OVERSAMPLING, p) - (0 if old is None else rank)
+    columns = rank + OVERSAMPLING - (0 if old is None else rank)
     X = random_columns(A, p, columns, seed).expand(*A.shape[:-1], columns)
     return X if old is None else torch.cat([old.float(), X], -1)
 

@@ -17,6 +17,7 @@ from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.layers.balance import gram
 from lowrank_lab.optim.subspace_iteration import (
     OVERSAMPLING,
+    leading_eigenvectors,
     random_columns,
     subspace_iteration,
 )
@@ -123,12 +124,6 @@ def gram_subspaces(
     G = G.double()
     left = align_signs(leading_eigenvectors(gram(G.mT), rank), old[0]) if which[0] else None
     return left, align_signs(leading_eigenvectors(gram(G), rank), old[1]) if which[1] else None
-
-
-def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """The leading eigenvectors (p×rank) of a Gram matrix (p×p), rounded to float32."""
-    V: Tensor = torch.linalg.eigh(gram)[1]  # ascending
-    return V[..., -rank:].flip(-1).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def align_signs(P: Tensor, old: Tensor | None, placement: Placement = REPLICATED) -> Tensor:
