@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from lowrank_lab.cli import main
 from lowrank_lab.memory.formulas import GB
+from lowrank_lab.methods.registry import METHODS
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("60m", "130m", "350m", "1b")
@@ -25,7 +26,7 @@ RATE = "396e12"
 GPUS = ROOT / "docs" / "how-to" / "gpus.md"
 MEMORY = ROOT / "docs" / "explanation" / "memory.md"
 ONE = "memory --model 1b --rank 512 --batch 16"
-SHARDS = "memory --model 7b --rank 1024 --batch 512 --activation-checkpointing --world-size"
+SHARDS = "memory --model 7b --batch 512 --activation-checkpointing --world-size"
 HEAD_ROW = r"^#   (.+, seed \d+)  +[\d.]+ GB.*$"
 
 
@@ -60,7 +61,7 @@ def write_head(size: str) -> None:
             numbers = re.findall(r"[\d.]+", line[len(label) :])
             states, peak, hours = (*numbers[:2], numbers[3]) if len(numbers) == 5 else ("",) * 3
             cells[label.removesuffix(", seed 0")] = [f"{states} GB", f"{peak} GB", hours]
-        write_rows(GPUS, lambda label, _: cells.get(label))
+        write_rows(GPUS, lambda label, columns: cells.get(label) if columns == 3 else None)
 
 
 def write_rows(path: Path, columns: Callable[[str, int], list[str] | None]) -> None:
@@ -78,16 +79,17 @@ def write_rows(path: Path, columns: Callable[[str, int], list[str] | None]) -> N
 
 def one_process(label: str, columns: int) -> list[str] | None:
     """Weights with states and the peak of 1b, of a row's first method."""
-    if columns != 2 or label.split(",")[0].lower() not in methods():
+    if columns != 2 or label.split(",")[0].lower() not in METHODS:
         return None
     return gigabytes(f"{ONE} --method {label.split(',')[0].lower()}", (2, 1))
 
 
 def shards(label: str, columns: int) -> list[str] | None:
     """The same of one process of 8 and of 64 that train 7b."""
-    if columns != 4 or label.split(",")[0] not in methods():
+    if columns != 4 or label.split(",")[0] not in METHODS:
         return None
-    command = f"--method {label.split(',')[0]}"
+    method = label.split(",")[0]
+    command = f"--method {method} --rank {METHODS[method].rank or 1024}"
     return [cell for n in (8, 64) for cell in gigabytes(f"{SHARDS} {n} {command}", (2, 2))]
 
 
@@ -96,11 +98,6 @@ def gigabytes(command: str, digits: tuple[int, int]) -> list[str]:
     found = json.loads(command_output(f"{command} --json"))
     values = (found["weights"] + found["optimizer_states"], found["peak"])
     return [f"{value / GB:.{d}f}" for value, d in zip(values, digits, strict=True)]
-
-
-def methods() -> set[str]:
-    """Names of all methods."""
-    return {row["name"] for row in json.loads(command_output("methods --json"))}
 
 
 def command_output(command: str) -> str:
