@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_checks.results import at_most
-from benchmarks.gpu_checks.session import Item, Session, compile_, relative_error
+from benchmarks.gpu_checks.session import Item, Session, relative_error
 from lowrank_lab.config import ResolvedConfig, RunConfig
 from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.build import build, build_model
@@ -89,7 +89,7 @@ def against_float64(
     expected = in_float64(config, model, tokens.cpu(), targets.cpu())
     model.to(session.device).train()
     if config.compile:
-        compile_(model)
+        model.compile_blocks()
     with cuda_path():
         with autocast(config, session.device):
             loss = model.loss(tokens, targets)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from benchmarks.gpu_checks.results import Results
 from lowrank_lab.data.corpus import Corpus
-from lowrank_lab.models.llama import Llama
 from lowrank_lab.training.step import Batch
 
 # Spectra decompose every layer that this matches; one is enough where they aren't the subject.
@@ -94,12 +93,6 @@ class Session:
         """What `prepare` computed under a name; None where it was not run."""
         path = None if self.prepared is None else self.prepared / "expected.json"
         return json.loads(path.read_text()).get(name) if path and path.exists() else None
-
-
-def compile_(model: Llama) -> None:
-    """Compile what `train` compiles of a model."""
-    for part in ("compile_blocks", "compile_loss"):
-        getattr(model, part, lambda: None)()
 
 
 @contextmanager

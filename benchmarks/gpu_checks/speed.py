@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.gpu_checks.counting import counted
 from benchmarks.gpu_checks.results import at_most
 from benchmarks.gpu_checks.session import ONE_LAYER, Item, Session, relative_error, training_on
-from lowrank_lab import METHODS, RunConfig, train
+from lowrank_lab import RunConfig, train
 from lowrank_lab.config import SIZES
 from lowrank_lab.device import cuda_path
 from lowrank_lab.memory.formulas import flops_per_token
@@ -81,17 +81,11 @@ def configuration(session: Session, size: str, method: str, compiled: bool) -> R
     """A run in which nothing is due in the steps that are measured."""
     batch, length = (8, 32) if session.tiny else (BATCHES[size], 256)
     return RunConfig(
-        model=size, method=method, method_options=quick_refresh(method), precision="bf16",
+        model=size, method=method, precision="bf16",
         compile=compiled, vocab_size=session.corpus.vocab_size, batch=batch,
         sequence_length=length, device=session.device.type, repeat=True, steps=NEVER,
         eval_every=NEVER, spectra_every=NEVER, checkpoint_every=NEVER, spectra_layers=ONE_LAYER,
     )  # fmt: skip
-
-
-def quick_refresh(method: str) -> dict[str, Any]:
-    """Another refresh than full SVDs, which would take most of the time of so few steps."""
-    option = METHODS[method].options.get("refresh")
-    return {"refresh": "randomized"} if option is not None and option.default == "svd" else {}
 
 
 def speed(session: Session, size: str, method: str, compiled: bool) -> None:
@@ -161,8 +155,8 @@ def ways_of_the_loss() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "ours": cross_entropy.linear_cross_entropy
     }
-    if fused := getattr(cross_entropy, "FusedLosses", None):
-        ways["ours, compiled"] = partial(cross_entropy.linear_cross_entropy, fused=fused())
+    compiled = cross_entropy.FusedLosses()
+    ways["ours, compiled"] = partial(cross_entropy.linear_cross_entropy, fused=compiled)
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.modules.linear_cross_entropy_options.LinearCrossEntropyOptions()
         ways["torch"] = partial(F.linear_cross_entropy, options=options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -35,7 +36,7 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno",
     "-fno-trapping-math",
 )  # fmt: skip
-# What torch was told to use of the CPU (ATEN_CPU_CAPABILITY) holds here, too.
+# ATEN_CPU_CAPABILITY, which restricts torch's instructions, restricts these too.
 INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "DEFAULT": "-march=x86-64"}
 # For a torch that can't list the CPU's abilities, by which the cache tells CPUs apart.
 OLD_INSTRUCTIONS = {"AVX512": "-march=x86-64-v4"}
@@ -44,15 +45,23 @@ SECONDS = 120  # for the compiler
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernels; None without a C++ compiler, or where torch's own are asked for (`SWITCH`)."""
+    """The kernels; None without a C++ compiler, or where torch's own are asked for (`SWITCH`).
+
+    A compiler that fails is reported once, in one line of the log.
+    """
     compiler = _compiler()
     if compiler is None or os.environ.get(SWITCH) == "0":
         return None
+    why: Exception | None = None
     for flags in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
         try:
             return _loaded(compiler, [*FLAGS, _instructions(), *flags])
-        except (OSError, AttributeError, subprocess.SubprocessError):
-            continue
+        except (OSError, AttributeError, subprocess.SubprocessError) as error:
+            why = error
+    logging.getLogger(__name__).warning(
+        "kernels: %s failed (%s); torch's operators compute instead, more slowly (%s=0: no try)",
+        compiler, " ".join(str(why).split())[:200], SWITCH,
+    )  # fmt: skip
     return None
 
 

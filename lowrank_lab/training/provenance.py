@@ -11,6 +11,7 @@ import torch
 
 from lowrank_lab import distributed
 from lowrank_lab.data.corpus import Corpus
+from lowrank_lab.kernels.operators import available
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SUFFIXES = {".py", ".cpp", ".h"}
@@ -54,6 +55,7 @@ def ran_on(device: torch.device, corpus: Corpus) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "threads": torch.get_num_threads(),
+        "kernels": "torch" if cuda or not available() else "own",  # see lowrank_lab/kernels
         "processes": distributed.world_size(),
     }
 

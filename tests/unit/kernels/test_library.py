@@ -3,6 +3,7 @@
 import tomllib
 
 import pytest
+import torch
 from paths import ROOT
 
 from lowrank_lab.kernels import library as made
@@ -87,3 +88,19 @@ def test_a_change_of_a_kernel_changes_the_source_of_a_run(tmp_path, monkeypatch)
         file.write_text(text)
         hashes.add(provenance.source_hash(("kernels",)))
     assert len(hashes) == 2
+
+
+def test_a_compiler_that_fails_is_reported_in_one_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(made, "_compiler", lambda: "/bin/false")
+    assert made.library.__wrapped__() is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("kernels: /bin/false failed (")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(("there", "name"), [(True, "own"), (False, "torch")])
+def test_a_run_records_which_kernels_it_has(there, name, monkeypatch):
+    monkeypatch.setattr(provenance, "available", lambda: there)
+    corpus = type("Corpus", (), {"facts": {"sha256": "0"}})
+    assert provenance.ran_on(torch.device("cpu"), corpus)["kernels"] == name
