@@ -170,9 +170,8 @@ class Trainer:
         except NotFiniteError as error:
             self._stop(f"after step {self.updates + 1}: {error}")
         peak = self._peaks.by_kind.get(kind)
-        if (
-            self.updates == 0 or skipped
-        ):  # a skipped first step may leave an optimizer without states
+        # A skipped first step may leave an optimizer without states.
+        if self.updates == 0 or (skipped and not self.bytes.optimizer_states):
             self.bytes = self._persistent()
             self._records.memory(self.bytes, self._peaks.kept, peak)
         elapsed = self._clock.stop()
