@@ -23,7 +23,7 @@ ARGUMENTS = {  # of each function; the number of threads is the last
     "attention_forward": [*8 * [_pointer], *4 * [_long], _pointer, _int],
     "attention_backward": [*12 * [_pointer], *4 * [_long], _pointer, _int],
     "norm_forward": [*4 * [_pointer], *2 * [_long], _float, _int],
-    "norm_backward": [*6 * [_pointer], *2 * [_long], _int],
+    "norm_backward": [*6 * [_pointer], *3 * [_long], _int],
     "swiglu_forward": [*3 * [_pointer], _long, _int],
     "swiglu_backward": [*5 * [_pointer], _long, _int],
     "losses": [*3 * [_pointer], *2 * [_long], _int, _int],

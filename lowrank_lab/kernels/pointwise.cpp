@@ -18,14 +18,14 @@ extern "C" void norm_forward(const float *x, const float *w, float *y, float *s,
     }
 }
 
-// dx = s (g∘w − x̂ mean(g∘w∘x̂)) with x̂ = x·s, and dw = Σ g∘x̂: one row of `sums` per thread.
+// dx = s (g∘w − x̂ mean(g∘w∘x̂)) with x̂ = x·s, and dw = Σ g∘x̂: `parts` rows of `sums`.
 extern "C" void norm_backward(const float *x, const float *w, const float *s, const float *g,
-                              float *dx, float *sums, n_t rows, n_t d, int threads) {
+                              float *dx, float *sums, n_t rows, n_t d, n_t parts, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int part = 0; part < threads; part++) {
+    for (n_t part = 0; part < parts; part++) {
         float *dw = sums + part * d;
         memset(dw, 0, 4 * d);
-        for (n_t r = rows * part / threads; r < rows * (part + 1) / threads; r++) {
+        for (n_t r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
             const float *a = x + r * d, *b = g + r * d;
             float *o = dx + r * d, own = s[r], mean = 0;
 #pragma omp simd reduction(+ : mean)

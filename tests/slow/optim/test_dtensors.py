@@ -13,6 +13,9 @@ from processes import run_all
 TOLERANCE = 1e-6
 # A rounding of bfloat16 weights at random may fall on the other side after a sum in another order.
 ROUNDED = 2**-7
+ITERATED = (
+    1e-5  # the Gram matrix of a single process is a float32 product, that of shards a float64 sum
+)
 
 
 def results(what, size, folder):
@@ -28,8 +31,12 @@ def wrong(found):
         f"{case} (rank {rank})": value
         for rank, cases in enumerate(found)
         for case, value in cases.items()
-        if isinstance(value, str) or not value <= (ROUNDED if "rounded" in case else TOLERANCE)
+        if isinstance(value, str) or not value <= limit(case)
     }
+
+
+def limit(case):
+    return ROUNDED if "rounded" in case else ITERATED if "subspace" in case else TOLERANCE
 
 
 @pytest.mark.parametrize(("size", "least"), [(2, 110), (3, 50), (4, 75)])

@@ -59,3 +59,29 @@ def test_a_target_that_is_no_token_is_refused(target):
     targets = torch.tensor([0, 1, target])
     with pytest.raises(IndexError, match="targets: 1 are not allowed; 0 to 10"):
         linear_cross_entropy(torch.randn(3, 8), torch.randn(11, 8), targets)
+
+
+@pytest.fixture
+def on_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_results_and_gradients_are_the_same_bits_on_any_number_of_threads(on_threads):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(3, 50, 2, 32)] * 3 + [(300, 96), (96,), (77, 13), (77, 13), (50, 16), (50, 16)]
+    given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    q, k, v, x, weight, gate, up, cos, sin = given
+    results = []
+    for count in (1, 2, 5):
+        on_threads(count)
+        outs = [
+            kernels.rotary_attention(q, k, v, cos.detach(), sin.detach()),
+            kernels.rms_norm(x, weight, 1e-6),
+            kernels.swiglu(gate, up),
+        ]
+        leaves = [q, k, v, x, weight, gate, up]
+        results.append([*outs, *torch.autograd.grad([out.square().sum() for out in outs], leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
