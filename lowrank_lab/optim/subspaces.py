@@ -98,10 +98,7 @@ def iterated_subspaces(
     They capture at least 0.98 of the energy that exact ones do, also for flat spectra, and take a
     small part of an SVD's time on a GPU. Signs follow the old ones. Deterministic in `seed`.
     """
-    G = G.float()
-    # Products of the scaled entries stay within float32.
-    largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=(-2, -1), keepdim=True)
-    G = G / largest.clamp(min=torch.finfo(G.dtype).tiny)
+    G = G.double()  # as shards do, whose Gram matrices are added up (`sharded_refresh`)
 
     def found(X: Tensor, P: Tensor | None) -> Tensor:
         return align_signs(subspace_iteration(gram(X), rank, seed=seed, old=P), P)

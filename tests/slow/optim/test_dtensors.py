@@ -31,12 +31,8 @@ def wrong(found):
         f"{case} (rank {rank})": value
         for rank, cases in enumerate(found)
         for case, value in cases.items()
-        if isinstance(value, str) or not value <= limit(case)
+        if isinstance(value, str) or not value <= (ROUNDED if "rounded" in case else TOLERANCE)
     }
-
-
-def limit(case):
-    return ROUNDED if "rounded" in case else ITERATED if "subspace" in case else TOLERANCE
 
 
 @pytest.mark.parametrize(("size", "least"), [(2, 110), (3, 50), (4, 75)])

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from compiling import counting
 from torch._dynamo.utils import counters
 
 from lowrank_lab.config import SIZES, InputError
-from lowrank_lab.kernels import operators
 from lowrank_lab.models import compiled
 from lowrank_lab.models.compiled import Compiled
 from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy
@@ -17,14 +17,8 @@ from lowrank_lab.models.llama import Llama
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
-    """A recompilation is an error; graphs are counted from zero."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
-    monkeypatch.setattr(operators, "available", lambda: False)  # kernels of a CPU replace graphs
-    torch.compiler.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with counting(monkeypatch, "aot_eager"):
         yield
-    torch.compiler.reset()
 
 
 def scaled(x, factor=3.0):

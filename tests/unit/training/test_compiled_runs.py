@@ -5,6 +5,7 @@ The backend "eager" runs each graph as torch traced it: graphs are counted witho
 
 import pytest
 import torch
+from compiling import counting
 from short import short_options, usual_rate
 from torch._dynamo.utils import counters
 
@@ -22,14 +23,8 @@ PARTS = 3  # the block, the last norm and the loss, each with gradients and with
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
-    """A recompilation is an error; graphs and breaks are counted from zero."""
-    monkeypatch.setattr(compiled, "BACKEND", "eager")
-    monkeypatch.setattr(operators, "available", lambda: False)  # kernels of a CPU replace graphs
-    torch.compiler.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with counting(monkeypatch, "eager"):
         yield
-    torch.compiler.reset()
 
 
 def eventful(text_corpus, method, **values):
