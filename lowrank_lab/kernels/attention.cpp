@@ -72,13 +72,16 @@ static float exponentials(float *s, n_t n, n_t end, float *log_sum) {
     return 1 / sum;
 }
 
-// P = exp(S − log_sum) and dS = P ∘ (dP − delta) for the first n keys, in place of S and dP.
-static void slopes(float *S, float *dP, n_t n, n_t end, float log_sum, float delta) {
+// P = exp(S − log_sum) and dS = P ∘ (dP − sum(P ∘ dP)) for the first n keys, in place of S and dP.
+static void slopes(float *S, float *dP, n_t n, n_t end, float log_sum) {
     for (n_t c = n; c < end; c++) S[c] = -1e30f;
+    vec sums = {};
     for (n_t c = 0; c < end; c += W) {
         vec p = at(S + c) = exp_of(at(S + c) - log_sum);
-        at(dP + c) = p * (at(dP + c) - delta);
+        sums += p * at(dP + c);
     }
+    float sum = sum_of(sums);
+    for (n_t c = 0; c < end; c += W) at(dP + c) = at(S + c) * (at(dP + c) - sum);
 }
 
 extern "C" n_t forward_scratch(n_t T, n_t D) {  // floats per thread
@@ -124,8 +127,8 @@ extern "C" void attention_forward(const float *q, const float *k, const float *v
 
 // dq, dk, dv (B, T, H, D) contiguous from the gradient of out, with strides[9:12].
 extern "C" void attention_backward(const float *q, const float *k, const float *v, const float *cos,
-                                   const float *sin, const float *out, const float *lse,
-                                   const float *grad, float *dq, float *dk, float *dv, float *scratch,
+                                   const float *sin, const float *lse, const float *grad,
+                                   float *dq, float *dk, float *dv, float *scratch,
                                    n_t B, n_t T, n_t H, n_t D, const n_t *strides, int threads) {
     n_t P = up(T, PAD), X = P * D, row = H * D, own[] = {T * row, row, D};
     float scale = 1 / std::sqrt((float)D);
@@ -143,18 +146,14 @@ extern "C" void attention_backward(const float *q, const float *k, const float *
             pad(Q, T, P, D), pad(K, T, P, D), pad(V, T, P, D), pad(dO, T, P, D);
             transpose(K, KT, P, D), transpose(V, VT, P, D);
             memset(dK, 0, 4 * 2 * X);
-            const float *O = head.in(out, own);
             for (n_t first = 0; first < T; first += R) {
                 n_t keys = first + R;
                 for (n_t r = 0; r < R; r += M) {
                     rows_times(D, Q + (first + r) * D, D, KT, P, S + r * P, P, keys);
                     rows_times(D, dO + (first + r) * D, D, VT, P, dP + r * P, P, keys);
                 }
-                for (n_t r = 0, t = first; r < R; r++, t++) {
-                    vec delta = {};  // rowsum(P ∘ dP) = dO · O
-                    for (n_t d = 0; t < T && d < D; d += W) delta += at(dO + t * D + d) * at(O + t * row + d);
-                    slopes(S + r * P, dP + r * P, t + 1, up(keys, W), t < T ? lse[i * T + t] : 0, sum_of(delta));
-                }
+                for (n_t r = 0, t = first; r < R; r++, t++)
+                    slopes(S + r * P, dP + r * P, t + 1, up(keys, W), t < T ? lse[i * T + t] : 0);
                 for (n_t r = 0; r < R; r += M)
                     rows_times(keys, dP + r * P, P, K, D, dQ + (first + r) * D, D, D);
                 add_transposed_times(S, P, dO + first * D, D, dV, keys);

@@ -68,14 +68,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tup
 
 
 def _attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, out: Tensor, log_sums: Tensor,
-    grad: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, log_sums: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv, scratch = _gradients_made(q)
     q, k, v, grad = _rows(q, k, v, grad)
     cos, sin = cos.contiguous(), sin.contiguous()
     call(
-        "attention_backward", q, k, v, cos, sin, out, log_sums, grad, dq, dk, dv, scratch,
+        "attention_backward", q, k, v, cos, sin, log_sums, grad, dq, dk, dv, scratch,
         *q.shape, _strides(q, k, v, grad),
     )  # fmt: skip
     return dq, dk, dv
@@ -149,7 +148,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], int]] =
         _attention, _attention_made, 2,
     ),
     "attention_backward": (
-        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor out, Tensor log_sums, "
+        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor log_sums, "
         "Tensor grad) -> (Tensor, Tensor, Tensor)",
         _attention_backward, _gradients_made, 3,
     ),

@@ -21,7 +21,7 @@ SOURCES = ("attention.cpp", "pointwise.cpp", "products.cpp")
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {  # of each function; the number of threads is the last
     "attention_forward": [*8 * [_pointer], *4 * [_long], _pointer, _int],
-    "attention_backward": [*12 * [_pointer], *4 * [_long], _pointer, _int],
+    "attention_backward": [*11 * [_pointer], *4 * [_long], _pointer, _int],
     "norm_forward": [*4 * [_pointer], *2 * [_long], _float, _int],
     "norm_backward": [*6 * [_pointer], *3 * [_long], _int],
     "swiglu_forward": [*3 * [_pointer], _long, _int],

@@ -80,7 +80,7 @@ class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         out, log_sums = torch.ops.lowrank_lab_cpu.attention(q, k, v, cos, sin)
-        ctx.save_for_backward(q, k, v, cos, sin, out, log_sums)
+        ctx.save_for_backward(q, k, v, cos, sin, log_sums)
         return out  # type: ignore[no-any-return]
 
     @staticmethod
