@@ -2,7 +2,8 @@
 
 `update_` is called for each parameter of the groups that have a `rank`; all other groups are plain
 AdamW. The conventions are galore-torch's: ε is added to √v *before* the bias correction, and weight
-decay is decoupled and applied *after* the update.
+decay is decoupled and applied *after* the update. A method with other ones says so
+(`eps_after_correction`, `decays_first`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lowrank_lab.optim.adam import (
     off_where,
     rounds_stochastically,
     to_state_precision,
+    uncorrected_eps,
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
@@ -50,6 +52,8 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
+    eps_after_correction: ClassVar[bool] = False  # of plain AdamW: ε is added to √v̂, as in torch
+    decays_first: ClassVar[bool] = False  # weight decay before the update, as in torch
     found_inf: Tensor | None = None  # a flag on the device, as GradScaler sets it
     batch: list[Tensor]  # the parameters that are being updated together
 
@@ -151,13 +155,19 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
 
     def step_group_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient."""
-        if "rank" in group:
+        if self.decays_first:
+            self._decay_(params, group)
+        if self.acts_on(group):
             if sharded := [cast("Tensor", p) for p in params if is_dtensor(p)]:
                 self.prepare_sharded_(sharded, group)
             self._update_each_(params, group)
         else:
             self._plain_adamw_(params, group)
-        # `_update_target` has already applied weight decay with stochastic rounding.
+        if not self.decays_first:
+            self._decay_(params, group)
+
+    def _decay_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        # `_update_target` applies weight decay with stochastic rounding.
         decayed = [p for p in params if not rounds_stochastically(p, group)]
         if group["weight_decay"] > 0 and decayed:
             parts = list(map(local_part, decayed))
@@ -173,9 +183,10 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             state = self._advanced_state(p, group)
             adam_moments(state, p)
             state["step"] += 1
-            key = (p.dtype, p.device, bias_corrected_lr(state, group))
+            eps = self._eps(state, group)
+            key = (p.dtype, p.device, bias_corrected_lr(state, group), eps)
             batches.setdefault(key, []).append(p)
-        for (_, _, step_size), batch in batches.items():
+        for (_, _, step_size, eps), batch in batches.items():
             states = [self.state[p] for p in batch]
             adam_update_(
                 list(map(local_part, batch)),
@@ -184,8 +195,12 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
                 [local_part(s["exp_avg_sq"]) for s in states],
                 step_size=step_size,
                 betas=group["betas"],
-                eps=group["eps"],
+                eps=eps,
             )
+
+    def _eps(self, state: dict[str, Any], group: dict[str, Any]) -> float:
+        """What plain AdamW adds to √v."""
+        return uncorrected_eps(state, group) if self.eps_after_correction else float(group["eps"])
 
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW one by one, for float32 moments or stochastic rounding of bfloat16 weights."""
@@ -193,7 +208,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             state = self._advanced_state(p, group)
             with self.plain_parts(p, ANY_DIM) as (part, G, parts):
                 g = to_state_precision(G, group)
-                N = adam_direction(g, parts, group["betas"], group["eps"])
+                N = adam_direction(g, parts, group["betas"], self._eps(state, group))
                 with self._update_target(p, part, state["step"], group) as W:
                     W.add_(N, alpha=-bias_corrected_lr(state, group))
             state["step"] += 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-
 from lowrank_lab.optim.adam import PRECISIONS
 from lowrank_lab.optim.checks import (
     require_adam,
@@ -14,22 +12,22 @@ from lowrank_lab.optim.checks import (
     require_known_keys,
     require_real,
 )
+from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer
 
 # Entries of a state: shapes of tensors, None for Python numbers
 Shapes = dict[str, tuple[int, ...] | None]
 
 
-class CheckedOptimizer(torch.optim.Optimizer):
+class CheckedOptimizer(DTensorOptimizer):
     """An optimizer that refuses groups with unknown keys or values that are not allowed."""
 
-    group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
+    group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a marked group and their defaults
     has_ranked_groups: ClassVar[bool] = True
     loads_from: ClassVar[tuple[str, ...]] = ()  # sources of `foreign_state.converted`
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        ranked = ("rank", *self.group_defaults) if self.has_ranked_groups else ()
-        require_known_keys(param_group, self.defaults, ranked)
-        if "rank" in param_group:
+        require_known_keys(param_group, self.defaults, self.marked_keys(), self.marker)
+        if self.marker in param_group:
             for key, default in self.group_defaults.items():
                 param_group.setdefault(key, default)
         super().add_param_group(param_group)
@@ -39,14 +37,18 @@ class CheckedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def marked_keys(self) -> tuple[str, ...]:
+        """The keys of the groups that the method updates, the marker first."""
+        return (self.marker, *self.group_defaults) if self.has_ranked_groups else ()
+
     def check_any_group(self, group: dict[str, Any]) -> None:
-        """Refuse a group, ranked or not, with values or parameters that are not supported."""
+        """Refuse a group, marked or not, with values or parameters that are not supported."""
         require_adam(group)
         require_real(self, group)
         if "state_precision" in group:
             require_choice("state_precision", group["state_precision"], PRECISIONS)
             require_bool("stochastic_rounding", group["stochastic_rounding"])
-        if "rank" in group:
+        if self.marker in group:
             self.check_group(group)
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -59,24 +59,28 @@ def require_adam(values: Mapping[str, Any]) -> None:
 
 
 def require_known_keys(
-    param_group: Mapping[str, Any], keys: Iterable[str], ranked: Iterable[str] = ()
+    param_group: Mapping[str, Any],
+    keys: Iterable[str],
+    marked: Iterable[str] = (),
+    marker: str = "rank",
 ) -> None:
     """Refuse a group with a key that neither this optimizer nor another program reads.
 
     Args:
         keys: allowed in every group.
-        ranked: allowed only in a group with `rank`; includes `rank`.
+        marked: allowed only in a group with the marker; includes it.
+        marker: the key of the groups that a method updates.
     """
-    keys, ranked = set(keys), set(ranked)
+    keys, marked = set(keys), set(marked)
     for key, value in param_group.items():
         if key in NEUTRAL and key not in keys:
             neutral = NEUTRAL[key]
             require(key, value, neutral is None or value == neutral, f"only {neutral}")
             continue
-        known = key in keys or key in ranked or key in FOREIGN_KEYS
-        require(key, value, known, f"no such key; {nearest(key, keys | ranked)}")
-        fits = key not in ranked or key in keys or "rank" in param_group
-        require(key, value, fits, "only in a group with a rank")
+        known = key in keys or key in marked or key in FOREIGN_KEYS
+        require(key, value, known, f"no such key; {nearest(key, keys | marked)}")
+        fits = key not in marked or key in keys or marker in param_group
+        require(key, value, fits, f"only in a group with {marker}")
 
 
 def parameter_name(optimizer: torch.optim.Optimizer, p: Tensor) -> str:

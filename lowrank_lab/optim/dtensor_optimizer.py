@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,16 @@ from lowrank_lab.distributed.placements import REPLICATED, Placement
 class DTensorOptimizer(torch.optim.Optimizer):
     """An optimizer whose updates work on plain tensors, local parts of DTensors included."""
 
+    marker: ClassVar[str] = "rank"  # the key of the groups that the method updates
     # The parameter that is being updated, and how the processes share its update.
     param: Tensor
     layout: ShardLayout | None = None
     placement: Placement = REPLICATED
     refreshed: dict[Tensor, Any]  # new projections of DTensors, within a step
+
+    def acts_on(self, group: dict[str, Any]) -> bool:
+        """Whether the method updates the parameters of a group; all others are plain AdamW."""
+        return self.marker in group
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         """The dimension along which a DTensor of `group` is updated in shards; None: not at all.
@@ -39,8 +44,8 @@ class DTensorOptimizer(torch.optim.Optimizer):
         return None
 
     def dim_of(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        """`shard_dim` of any group; groups without a rank are updated elementwise."""
-        return self.shard_dim(group, shape) if "rank" in group else ANY_DIM
+        """`shard_dim` of any group; groups of plain AdamW are updated elementwise."""
+        return self.shard_dim(group, shape) if self.acts_on(group) else ANY_DIM
 
     @torch.no_grad()
     def place_states_(self) -> None:

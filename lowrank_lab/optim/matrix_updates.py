@@ -205,7 +205,7 @@ def batches(
         alike.setdefault(key, []).append(p)
 
     def order(p: Tensor) -> Any:
-        return (p.shape[-1] if "rank" in group else p.numel(), tuple(p.shape))
+        return (p.shape[-1] if optimizer.marker in group else p.numel(), tuple(p.shape))
 
     for same in alike.values():
         for batch in limited(sorted(same, key=order)):

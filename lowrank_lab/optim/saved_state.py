@@ -12,7 +12,7 @@ from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
 from lowrank_lab.optim.foreign_state import converted
 
-FIXED = ("rank", "proj_type", "density")  # group keys that decide the shapes of states
+FIXED = ("rank", "proj_type", "density", "norm_dim", "use_muon")  # group keys that decide the shapes of states
 OPTIONAL = ("refresh_offset",)  # entries that a state may lack
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -78,7 +78,6 @@ def _merged(
     optimizer: CheckedOptimizer, own: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Any]:
     """The group after loading: own values, replaced by saved ones where there are any."""
-    ranked = ("rank", *optimizer.group_defaults) if optimizer.has_ranked_groups else ()
     for key in FIXED:
         ours, theirs = own.get(key), saved.get(key)
         asked = "no such key" if ours is None else f"{ours!r}, as in this optimizer's group"
@@ -86,7 +85,9 @@ def _merged(
         require(f"state_dict: {key}", theirs, same, asked)
     try:
         unread = {k for k in saved if k in own}  # a program's own key, set in both
-        require_known_keys(saved, {*optimizer.defaults, *unread}, ranked)
+        require_known_keys(
+            saved, {*optimizer.defaults, *unread}, optimizer.marked_keys(), optimizer.marker
+        )
         merged = {**own, **saved}
         optimizer.check_any_group({**merged, "params": own["params"]})
     except ValueError as error:

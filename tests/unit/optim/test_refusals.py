@@ -61,7 +61,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest(row, key, later):
 def test_keys_of_the_method_are_refused_without_a_rank(row):
     keys = {k: v for k, v in row.cls.group_defaults.items() if k not in ("seed",)}
     for key, value in keys.items():
-        with pytest.raises(ValueError, match=f"^{key}: .* only in a group with a rank$"):
+        with pytest.raises(ValueError, match=f"^{key}: .* only in a group with {row.cls.marker}$"):
             row.cls([{"params": [nn.Parameter(torch.zeros(3))], key: value}])
     with pytest.raises(ValueError, match=r"^ranks: 4 .* did you mean 'rank'\?$"):
         row.cls([{"params": [nn.Parameter(torch.zeros(3))], "ranks": 4}])
