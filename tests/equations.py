@@ -181,3 +181,72 @@ def loro(W, grads, seen, *, factors, update_k, weight_decay=0.0, eps=1e-8, scale
             B, A = B - LR * scale * D_B, A - LR * scale * D_A
         B, A = decayed(B, weight_decay), decayed(A, weight_decay)
     return B @ A
+
+
+def scale(W, grads, seen, *, norm_dim=1, momentum=0.0, weight_decay=0.0, **_):
+    """SCALE, 2506.16659."""
+    M = 0.0
+    for G in grads:
+        M = G.double() if not momentum else momentum * M + (1 - momentum) * G.double()
+        rms = M.square().mean(dim=norm_dim, keepdim=True).sqrt()
+        W = decayed(W, weight_decay) - LR * M / rms.clamp(min=1e-8)
+    return W
+
+
+def newton_schulz(X, schedule):
+    """X ← aX + (bA + cA²)X with A = X Xᵀ, of a matrix divided by its norm."""
+    X = X / max(X.norm(), 1e-7)
+    for a, b, c in schedule:
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+def normuon(
+    W, grads, seen, *, momentum=0.95, beta2=0.95, nesterov=True, update_scale="preserve_norm",
+    use_adjusted_lr=False, weight_decay=0.0, eps=1e-10, **_,
+):  # fmt: skip
+    """NorMuon, 2510.05491."""
+    (m, n), M, v = W.shape, 0.0, 0.0
+    for G in grads:
+        M = momentum * M + (1 - momentum) * G.double()
+        U = momentum * M + (1 - momentum) * G.double() if nesterov else M
+        Q = newton_schulz(U, [(3.4445, -4.7750, 2.0315)] * 5)
+        v = beta2 * v + (1 - beta2) * Q.square().mean(1, keepdim=True)
+        N = Q / (v.sqrt() + eps)
+        size, rate = Q.norm(), LR * math.sqrt(max(1, m / n))
+        if use_adjusted_lr:
+            rate = LR * 0.2 * math.sqrt(max(m, n))
+        if update_scale == "match_rms":
+            size, rate = 0.2 * math.sqrt(m * n), LR
+        W = decayed(W, weight_decay) - rate * size * N / (N.norm() + eps)
+    return W
+
+
+QUINTIC = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+           (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip
+
+
+def spectron(W, grads, seen, *, factors, vectors, momentum=0.9, weight_decay=0.0, **_):
+    """Spectron, 2602.12429, on factors B (m×r) and A (r×n); the product after all steps.
+
+    `vectors`: where power iteration starts, along the longer side of each factor.
+    """
+    Xs, Ms = [X.detach().double() for X in factors], [0.0, 0.0]
+    us = [u.flatten().double() for u in vectors]
+    for G in grads:
+        B, A = Xs
+        grads_of = (G.double() @ A.T, B.T @ G.double())
+        sigmas, Qs = [], []
+        for i in range(2):
+            Xs[i] = decayed(Xs[i], weight_decay)
+            tall = Xs[i] if Xs[i].shape[0] > Xs[i].shape[1] else Xs[i].T
+            v = tall.T @ us[i]
+            us[i] = tall @ (v / v.norm())
+            us[i] = us[i] / us[i].norm()
+            v = tall.T @ us[i]
+            sigmas.append(us[i] @ tall @ (v / v.norm()))
+            Ms[i] = momentum * Ms[i] + (1 - momentum) * grads_of[i]
+            Qs.append(newton_schulz(Ms[i], QUINTIC))
+        Xs = [X - LR / (sum(sigmas) + 1) * Q for X, Q in zip(Xs, Qs, strict=True)]
+    return Xs[0] @ Xs[1]

@@ -15,6 +15,7 @@ from apollo_torch import APOLLOAdamW
 from fira import FiraAdamW
 from galore_torch import GaLoreAdamW
 from optimizer_trial import Row
+from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from small_matrices import (
     GAP,
     ONE_SIDED,
@@ -160,6 +161,75 @@ STABLE_SPAM = Row(
         ({"theta": 1.0}, "theta: "), ({"update_proj_gap": 0}, "update_proj_gap: "),
     ),
 )  # fmt: skip
+
+
+class NorMuonInFloat32(pytorch_optimizer.NorMuon):
+    """The package with its iteration in float32: in bfloat16 two orders of sums differ by 1 %."""
+
+    @staticmethod
+    def _orthogonalize(group, updates):
+        return [zero_power_via_newton_schulz_5(U, weights=group["ns_coeffs"], dtype=U.dtype)
+                for U in updates]  # fmt: skip
+
+
+def normuon_in_package(groups, lr, weight_decay=0.0, cls=NorMuonInFloat32):
+    rest, matrices = groups
+    rest = {"use_muon": False, "eps": 1e-10, "betas": (0.9, 0.95)} | rest
+    groups = [group | {"lr": lr, "weight_decay": weight_decay} for group in (rest, matrices)]
+    return cls(groups)
+
+
+def without_precision(*, ns_precision, **keys):
+    return keys
+
+
+MATRIX_SHAPES = tuple((shape, None) for shape in (SQUARE, TALL, WIDE, (1, 7), (7, 1), (1, 1)))
+SCALE = Row(
+    "scale", optim.Scale, {"norm_dim": 1}, {}, "marked", noisy_gradients, equations=equations.scale,
+    sizes=MATRIX_SHAPES, cases=tuple(
+        {"norm_dim": d} | keys for d in (0, 1) for keys in ({}, {"momentum": 0.9}, DECAY)
+    ),
+    converges={"steps": 400, "lr": 0.1, "share": 1e-3}, unknown=("rank", "scale"),
+    refused=(
+        ({"norm_dim": 2}, "norm_dim: 2"), ({"norm_dim": None}, "norm_dim: None"),
+        ({"norm_dim": True}, "norm_dim: True"), ({"momentum": 1.0}, "momentum: 1.0"),
+        ({"momentum": "most"}, "momentum: 'most'"), ({"adam_scale": -1}, "adam_scale: -1"),
+        ({"state_precision": "fp32"}, "state_precision: 'fp32'"),
+        ({"stochastic_rounding": True}, "stochastic_rounding: True"),
+    ),
+)  # fmt: skip
+NORMUON = Row(
+    "normuon", optim.NorMuon, {"use_muon": True, "ns_precision": "fp32"}, {}, "marked",
+    noisy_gradients, equations=equations.normuon, package=normuon_in_package,
+    theirs=without_precision, sizes=MATRIX_SHAPES,
+    cases=({}, DECAY, {"nesterov": False}, {"update_scale": "match_rms"},
+           {"use_adjusted_lr": True}, {"beta2": 0.5, "momentum": 0.5}),
+    converges={"steps": 400, "lr": 0.1, "share": 1e-3}, unknown=("rank", "scale"),
+    refused=(
+        ({"use_muon": 1}, "use_muon: 1"), ({"use_muon": None}, "use_muon: None"),
+        ({"momentum": -0.1}, "momentum: -0.1"), ({"beta2": 1.0}, "beta2: 1.0"),
+        ({"nesterov": 0}, "nesterov: 0"), ({"ns_steps": 0}, "ns_steps: 0"),
+        ({"ns_precision": "fp16"}, "ns_precision: 'fp16'"),
+        ({"update_scale": "rms"}, "update_scale: 'rms'"),
+        ({"use_adjusted_lr": "no"}, "use_adjusted_lr: 'no'"),
+        ({"adam_scale": math.inf}, "adam_scale: inf"),
+        ({"state_precision": "fp32"}, "state_precision: 'fp32'"),
+    ),
+)  # fmt: skip
+SPECTRON = Row(
+    # Of entries around 1, float32 would round away 1e-4 of a step.
+    "spectron", optim.Spectron, {"ns_precision": "fp32"}, {}, "factors", size=0.03,
+    gradients=noisy_gradients, equations=equations.spectron, sizes=tuple(((m, n), r) for m, n, r in FACTORS),
+    cases=({}, DECAY, {"momentum": 0.5}),
+    converges={"steps": 400, "lr": 1.0, "share": 1e-3, "rank": 3}, unknown=("alpha",),
+    refused=(
+        ({"rank": 0}, "rank: 0"), ({"rank": 3}, r"params: \(\(6, 2\), \(2, 4\)\)"),
+        ({"rank": 2.0}, "rank: 2.0"), ({"momentum": 1}, "momentum: 1"),
+        ({"ns_steps": 0.5}, "ns_steps: 0.5"), ({"ns_precision": "half"}, "ns_precision: 'half'"),
+        ({"adam_scale": None}, "adam_scale: None"),
+        ({"state_precision": "fp32"}, "state_precision: 'fp32'"),
+    ),
+)  # fmt: skip
 LORO = Row(
     "loro", optim.Loro, {"update_k": 10}, {"update_k": 2}, "factors", noisy_gradients, 34,
     equations=equations.loro, tolerance=1e-3,
@@ -199,5 +269,9 @@ ROWS = (
                sizes=tuple((shape, None) for shape in (SQUARE, TALL, WIDE, (1, 7), (7, 1))),
                cases=tuple({"density": d} | decay for d in (0.05, 0.5, 0.99)
                            for decay in ({}, DECAY))),
-    LORO,
+    LORO, SCALE,
+    SCALE.with_("momentum", {"momentum": 0.9}), SCALE.with_("columns", {"norm_dim": 0}),
+    NORMUON, NORMUON.with_("bf16", {"ns_precision": "bf16"}, converges={}),
+    NORMUON.with_("rms", {"update_scale": "match_rms"}),
+    SPECTRON, SPECTRON.with_("bf16", {"ns_precision": "bf16"}, converges={}),
 )  # fmt: skip

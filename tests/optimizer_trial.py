@@ -34,7 +34,9 @@ class Row:
     cls: Callable
     keys: dict  # of the group of the matrix
     soon: dict  # keys with which everything rare happens within five steps
-    kind: str = "ranked"  # what is in that group: a `ranked` or `whole` matrix, or `factors`
+    # What is in that group: a matrix with a rank (`ranked`), or one that its keys mark (`marked`);
+    # two `factors`; a matrix and all else (`whole`)
+    kind: str = "ranked"
     gradients: Callable = gradients
     steps: int = STEPS
     equations: Callable | None = None
@@ -49,6 +51,7 @@ class Row:
     converges: dict = field(default_factory=dict)  # `steps`, `lr`, `share`, and keys
     refused: tuple = ()  # pairs of keys and the start of the message
     unknown: tuple = ()  # keys that its groups don't have
+    size: float = 1.0  # of the entries of the factors before the first step
     stops: tuple = (7, 9, 10)  # steps at which it is saved: a refresh is at hand, due or done
 
     def __repr__(self):
@@ -68,9 +71,9 @@ class Trial:
         options = {k: keys.pop(k) for k in ("lr", "weight_decay") if k in keys}
         self.row, options = row, {"lr": LR} | options
         keys = row.keys | keys
-        matrices = (
-            factors_of(shape, rank, dtype) if row.kind == "factors" else start(shape, dtype)[:1]
-        )
+        matrices = start(shape, dtype)[:1]
+        if row.kind == "factors":
+            matrices = [row.size * X for X in factors_of(shape, rank, dtype)]
         self.matrices = [nn.Parameter(x) for x in matrices]
         self.b = nn.Parameter(start(shape, dtype)[1])
         if cls is None and "refresh" in getattr(row.cls, "group_defaults", {}):
@@ -79,7 +82,8 @@ class Trial:
         if row.kind == "whole":
             self.optimizer = cls([*self.matrices, self.b], **options, **keys)
         else:
-            groups = [{"params": [self.b]}, {"params": self.matrices, "rank": rank, **keys}]
+            marked = {"rank": rank} if row.kind != "marked" else {}
+            groups = [{"params": [self.b]}, {"params": self.matrices, **marked, **keys}]
             self.optimizer = cls(groups, **options)
 
     @property

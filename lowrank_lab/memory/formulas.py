@@ -67,10 +67,11 @@ def layers(config: ResolvedConfig) -> Iterator[list[Weight]]:
     """The weights layer by layer: embeddings, norms, linear layers in the model's order."""
     size, kind, r = config.size, METHODS[config.method].layers, config.rank or 0
     weight = partial(Weight, itemsize=element_bytes(config))
-    yield [weight((size.vocab_size, size.hidden_size))]
+    yield [weight((size.vocab_size, size.hidden_size), role="embedding")]
     for _ in range(2 * size.num_layers + 1):
         yield [weight((size.hidden_size,))]
-    for m, n, target in matrices(config):
+    *hidden, (vocabulary, d, target) = matrices(config)
+    for m, n, target in hidden:
         if kind is None or not target:
             yield [weight((m, n), target=target)]
             continue
@@ -80,6 +81,7 @@ def layers(config: ResolvedConfig) -> Iterator[list[Weight]]:
         elif kind == "sltrain" and sparse_entries(config, m, n):
             layer.append(weight((sparse_entries(config, m, n),), target=True))
         yield layer
+    yield [weight((vocabulary, d), target=target, role="head")]
 
 
 def sparse_entries(config: ResolvedConfig, m: int, n: int) -> int:

@@ -10,8 +10,11 @@ from lowrank_lab.optim.fira import Fira
 from lowrank_lab.optim.galore import GaLore
 from lowrank_lab.optim.golore import GoLore
 from lowrank_lab.optim.loro import Loro
+from lowrank_lab.optim.normuon import NorMuon
 from lowrank_lab.optim.param_groups import param_groups
+from lowrank_lab.optim.scale import Scale
 from lowrank_lab.optim.spam import Spam
+from lowrank_lab.optim.spectron import Spectron
 from lowrank_lab.optim.stable_spam import StableSpam
 
 __all__ = [
@@ -21,8 +24,11 @@ __all__ = [
     "GaLore",
     "GoLore",
     "Loro",
+    "NorMuon",
     "ProjectedAdamW",
+    "Scale",
     "Spam",
+    "Spectron",
     "StableSpam",
     "param_groups",
 ]

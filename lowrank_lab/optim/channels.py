@@ -47,6 +47,14 @@ class Channels:
             found = list(self.placement.global_norm(torch.stack(found)))
         return found
 
+    def rms(self, X: Tensor) -> Tensor:
+        """Root mean square of each channel, in float32 or wider; the axis may be sharded."""
+        assert self.axis is not None
+        norms = channel_norms(X, self.axis)
+        if self.placement.dim == self.axis:
+            norms = self.placement.global_norm(norms)
+        return norms.div_(math.sqrt(self.placement.global_shape(X)[self.axis]))
+
     def total(self, norms: Tensor) -> Tensor:
         """The norm of the matrix from those of its channels."""
         total: Tensor = torch.linalg.vector_norm(norms)
@@ -116,6 +124,15 @@ class StackedChannels:
         self.reduce(G.flat, G.runs, out=found[2])
         return list(found.unbind())
 
+    def rms(self, X: Stacks) -> Tensor:
+        """Root mean square of each channel, in float32 or wider."""
+        wide = torch.promote_types(X.dtype, torch.float32)
+        out = torch.empty(self.count, dtype=wide, device=X.flat.device)
+        self.reduce(X.flat, X.runs, out)
+        for view, dim, channels in self.views(X.flat, X.runs):
+            out[channels].div_(math.sqrt(view.shape[dim]))
+        return out
+
     def tensors(self) -> Iterator[tuple[slice, slice, int]]:
         """Slices of channels and of tensors, by consecutive tensors with equally many channels."""
         channel = tensor = 0
@@ -184,64 +201,10 @@ def rank_channels(
     return StackedChannels(G.runs, [None if whole else 0 if R is None else 1 for R in right])
 
 
-class OneTensor:
-    """A gradient that is scaled as a whole; numbers are 0-dimensional, in `wide` precision."""
-
-    def __init__(self, G: Tensor, wide: torch.dtype) -> None:
-        self.g, self.wide = G, wide
-
-    def largest(self) -> Tensor:
-        """max|g|; 0 of an empty shard."""
-        size = self.g.abs()
-        return (size.max() if size.numel() else size.sum()).to(self.wide)
-
-    def norm(self) -> Tensor:
-        """‖g‖."""
-        norm: Tensor = torch.linalg.vector_norm(self.g, dtype=self.wide)
-        return norm
-
-    def scale_larger_(self, bound: Tensor, scale: Tensor) -> None:
-        """g ← scale·g where |g| > bound, as a new tensor."""
-        scaled = (self.g * scale).to(self.g.dtype)  # a 0-dimensional g would be widened
-        self.g = torch.where(self.g.abs() > bound, scaled, self.g)
-
-    def scale_(self, scale: Tensor) -> Tensor:
-        """g ← scale·g, in place; the result."""
-        return self.g.mul_(scale)
-
-
-class ManyTensors:
-    """As `OneTensor` of each of many gradients, in their buffer; numbers are vectors."""
-
-    def __init__(self, G: Stacks, wide: torch.dtype) -> None:
-        self.g, self.wide = G, wide
-        self.channels = StackedChannels(G.runs, [None] * len(G.runs))
-
-    def _reduce(self, order: float) -> Tensor:
-        out = torch.empty(self.channels.count, dtype=self.wide, device=self.g.flat.device)
-        return self.channels.reduce(self.g.flat, self.g.runs, out, order)
-
-    def largest(self) -> Tensor:
-        return self._reduce(math.inf)
-
-    def norm(self) -> Tensor:
-        return self._reduce(2)
-
-    def scale_larger_(self, bound: Tensor, scale: Tensor) -> None:
-        flat, runs = self.g.flat, self.g.runs
-        size = flat.abs()
-        larger, scaled = torch.empty_like(flat, dtype=torch.bool), torch.empty_like(flat)
-        views = (self.channels.views(t, runs) for t in (flat, size, larger, scaled))
-        for (g, dim, at), (absolute, *_), (mask, *_), (out, *_) in zip(*views, strict=True):
-            torch.gt(absolute, broadcast(bound[at], g, dim), out=mask)
-            torch.mul(g, broadcast(scale[at], g, dim), out=out)
-        torch.where(larger, scaled, flat, out=flat)
-
-    def scale_(self, scale: Tensor) -> Stacks:
-        self.channels.scale_(self.g, scale)
-        return Stacks(self.g.runs, self.g.flat)
-
-
-def tensors_in(G: Matrices, wide: torch.dtype) -> OneTensor | ManyTensors:
-    """A gradient, or stacks of them, to be scaled tensor by tensor."""
-    return OneTensor(G, wide) if isinstance(G, Tensor) else ManyTensors(G, wide)
+def channels_along(
+    X: Matrices, axis: int, placement: Placement = REPLICATED
+) -> Channels | StackedChannels:
+    """The channels of a matrix, or of stacks of them, whose norms run along one axis."""
+    if isinstance(X, Tensor):
+        return Channels(axis, placement)
+    return StackedChannels(X.runs, [axis] * len(X.runs))

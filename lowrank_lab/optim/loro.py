@@ -47,6 +47,7 @@ from lowrank_lab.optim.adam import (
 )
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require, require_int
+from lowrank_lab.optim.factors import check_pairs, pairs_of, with_gradients
 from lowrank_lab.optim.matrix_updates import undone_on_error
 
 Factor = tuple[Tensor, Tensor, dict[str, Any]]  # W, G and state of B or A
@@ -98,19 +99,12 @@ class Loro(ProjectedAdamW):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        rank, period, scale, params = (group[k] for k in ("rank", "update_k", "scale", "params"))
-        require_int("rank", rank, 1)
-        require_int("update_k", period, 1)
+        check_pairs(group)
+        scale = group["scale"]
+        require_int("update_k", group["update_k"], 1)
         for key, only in (("state_precision", "same"), ("stochastic_rounding", False)):
             require(key, group[key], group[key] == only, f"LORO supports only {only}")
         require("scale", scale, scale is None or scale > 0, "None (r/m) or above 0")
-        require("params", len(params), len(params) % 2 == 0, "pairs of factors: B1, A1, B2, A2, …")
-        for B, A in _pairs(params):
-            shapes = (tuple(B.shape), tuple(A.shape))
-            factors = B.ndim == A.ndim == 2 and B.shape[1] == A.shape[0] == rank
-            require("params", shapes, factors, f"each B m×{rank}, followed by its A {rank}×n")
-            fits = rank <= min(B.shape[0], A.shape[1])
-            require("rank", rank, fits, f"at most min(m, n) of each pair, not {shapes}")
 
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return ANY_DIM  # exact steps, which gather the factors, are rare
@@ -120,7 +114,7 @@ class Loro(ProjectedAdamW):
         if "rank" not in group:
             super().step_group_(params, group)
             return
-        pairs = [pair for pair in _pairs(group["params"]) if _have_gradients(*pair)]
+        pairs = with_gradients(pairs_of(group["params"]))
         exact = [self._is_exact(B, group) for B, _ in pairs]
         for pair, is_exact in zip(pairs, exact, strict=True):
             if is_exact:
@@ -160,14 +154,6 @@ class Loro(ProjectedAdamW):
                 adam_update_(*lists, step_size=step_size, betas=group["betas"], eps=eps)
         for state in states:  # only now: parts of DTensors carry their numbers back
             state["step"] += 1
-
-
-def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(params[::2], params[1::2], strict=True))
-
-
-def _have_gradients(B: Tensor, A: Tensor) -> bool:
-    return B.grad is not None and A.grad is not None
 
 
 def _scale(B: Tensor, group: dict[str, Any]) -> float:

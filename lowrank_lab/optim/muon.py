@@ -12,6 +12,7 @@ from torch.optim._muon import _adjust_lr
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.dtensors import is_dtensor
+from lowrank_lab.optim.newton_schulz import form_of, orthogonalized
 from lowrank_lab.optim.stacks import limited
 
 LAST_NS_STEPS = 99  # torch raises for more
@@ -54,7 +55,7 @@ class Muon(torch.optim.Muon):
         if group["nesterov"]:
             updates = list(torch._foreach_lerp(grads, momenta, group["momentum"]))
         orthogonal = orthogonalized(
-            updates, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            updates, [group["ns_coefficients"]] * group["ns_steps"], group["eps"]
         )
         lr = float(group["lr"])
         if group["weight_decay"] > 0:
@@ -73,63 +74,5 @@ def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
     def kind(p: Tensor) -> Any:
         return str(p.device), str(p.dtype), str(p.grad.dtype if p.grad is not None else None)
 
-    for _, same in groupby(sorted(params, key=lambda p: (kind(p), *_form(p))), kind):
+    for _, same in groupby(sorted(params, key=lambda p: (kind(p), *form_of(p))), kind):
         yield from limited(list(same))
-
-
-def _form(X: Tensor) -> tuple[int, int, bool]:
-    """Shorter and longer side of a matrix, and whether it is wide."""
-    m, n = X.shape
-    return min(m, n), max(m, n), m <= n
-
-
-def orthogonalized(
-    updates: list[Tensor],
-    coefficients: tuple[float, float, float],
-    steps: int,
-    eps: float,
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Tensor]:
-    """Newton and Schulz's iteration X ← aX + (bA + cA²)X with A = X Xᵀ, as in torch's Muon.
-
-    Args:
-        updates: matrices in the order of their forms (`_form`), each m×n.
-        coefficients: a, b and c.
-        steps: iterations.
-        eps: least norm by which a matrix is divided.
-        dtype: of the iteration; torch's is bfloat16.
-
-    Returns:
-        Contiguous tensors shaped like the updates, in their dtype.
-    """
-    results: list[Tensor] = []
-    for _, rows in groupby(updates, lambda U: _form(U)[0]):  # one Gram matrix (r×r) for each
-        stacks = [list(same) for _, same in groupby(rows, lambda U: _form(U)[:2])]
-        Xs = [torch.stack([U if _form(U)[2] else U.mT for U in same]).to(dtype) for same in stacks]
-        for X, same in zip(_iterated(Xs, coefficients, steps, eps), stacks, strict=True):
-            tall = sum(not _form(U)[2] for U in same)
-            parts = (X[:tall].mT, X[tall:])
-            for part in parts:
-                results += part.to(same[0].dtype).contiguous().unbind() if len(part) else ()
-    return results
-
-
-def _iterated(
-    Xs: list[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float
-) -> list[Tensor]:
-    """`orthogonalized` of stacks (k×r×n) with the same r ≤ n."""
-    a, b, c = coefficients
-    counts = [len(X) for X in Xs]
-    norms = Xs[0].new_empty(sum(counts))
-    for X, norm in zip(Xs, torch.split(norms, counts), strict=True):
-        torch.linalg.vector_norm(X, dim=(-2, -1), out=norm)
-    norms = norms.clamp_(min=eps)[:, None, None]
-    for X, norm in zip(Xs, torch.split(norms, counts), strict=True):
-        X.div_(norm)
-    gram = Xs[0].new_empty((sum(counts), Xs[0].shape[1], Xs[0].shape[1]))
-    for _ in range(steps):
-        for X, A in zip(Xs, torch.split(gram, counts), strict=True):
-            torch.bmm(X, X.mT, out=A)
-        polynomials = torch.split(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), counts)
-        Xs = [torch.baddbmm(X, B, X, beta=a) for X, B in zip(Xs, polynomials, strict=True)]
-    return Xs

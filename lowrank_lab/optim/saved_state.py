@@ -12,7 +12,8 @@ from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
 from lowrank_lab.optim.foreign_state import converted
 
-FIXED = ("rank", "proj_type", "density", "norm_dim", "use_muon")  # group keys that decide the shapes of states
+# Group keys that decide the shapes of states
+FIXED = ("rank", "proj_type", "density", "norm_dim", "use_muon")
 OPTIONAL = ("refresh_offset",)  # entries that a state may lack
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

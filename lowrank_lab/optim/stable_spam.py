@@ -13,12 +13,12 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.adam import adam_update_, restart_adam_
-from lowrank_lab.optim.channels import tensors_in
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
 from lowrank_lab.optim.stacks import Matrices, moments_of, tensors_of
 from lowrank_lab.optim.state_bytes import SCALAR, Weight
 from lowrank_lab.optim.uniform import UniformAdam
+from lowrank_lab.optim.whole_tensors import tensors_in
 
 # Moving averages of max|g|, ‖g‖ and ‖g‖² per parameter (0-dimensional, float32 or wider)
 AVERAGES = ("max_average", "norm_average", "norm_sq_average")

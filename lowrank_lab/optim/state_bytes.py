@@ -22,12 +22,14 @@ class Weight(NamedTuple):
         itemsize: bytes per entry.
         target: whether the method acts on it.
         trains: whether it has a gradient and optimizer states.
+        role: `embedding` or `head`, the matrices at the model's ends; empty for all others.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     target: bool = False
     trains: bool = True
+    role: str = ""
 
     @property
     def ndim(self) -> int:

@@ -4,13 +4,12 @@ Of all cases one by one, and of some in stacks, as many matrices are updated on 
 The packages and equations of each stand in tests/optimizer_rows.py.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
+from equality_errors import by_equations, error, name_of, run, well_defined
 from optimizer_rows import ROWS
 from optimizer_trial import Trial
-from small_matrices import SQUARE, TALL, WIDE, readable, relative, start
+from small_matrices import SQUARE, TALL, WIDE, relative, start
 
 # Sizes at which the stacked form is tried, too
 STACKED = {(TALL, 4), (WIDE, 1), (SQUARE, 16), (TALL, None), ((9,), None), ((), None)}
@@ -24,38 +23,6 @@ def cases(rows):
                 yield pytest.param(row, shape, rank, keys, "single", id=name)
                 if row.kind != "factors" and (shape, rank) in STACKED:
                     yield pytest.param(row, shape, rank, keys, "stacked", id=f"{name}, stacked")
-
-
-def name_of(row, shape, rank, keys):
-    words = [row.name, readable(shape) or "scalar", *([f"rank {rank}"] if rank else [])]
-    return ", ".join([*words, *(f"{k} {v}" for k, v in keys.items())])
-
-
-def run(row, shape, rank, cls=None, dtype=torch.float32, **keys):
-    """A trial after all steps, the matrix before them, and what the optimizer kept after each."""
-    if cls is not None:
-        row, keys = replace(row, keys={}), row.theirs(**row.keys | keys)
-    trial, seen = Trial(row, shape, rank, dtype, cls, **keys), []
-    before = trial.result()
-    return trial.advance(row.gradients(shape, row.steps, dtype), seen), before, seen
-
-
-def by_equations(row, shape, rank, before, seen, dtype=torch.float32, **keys):
-    """The matrix after all steps."""
-    if row.kind == "factors":
-        keys["factors"] = Trial(row, shape, rank, dtype).matrices
-    grads = row.gradients(shape, row.steps, dtype)
-    return row.equations(before, grads, seen, rank=rank, **row.keys | keys).detach()
-
-
-def error(result, reference, before):
-    """Relative error of the accumulated update, stricter than that of the weights."""
-    return relative(result - before, reference - before)
-
-
-def well_defined(row, keys):
-    """At a refresh of two sides by SVD, entries off the diagonal are rounding noise to Adam."""
-    return (keys.get("proj_type"), keys.get("switch", 1) > 0) != ("full", True)
 
 
 FOLLOWED = [case for case in cases(row for row in ROWS if row.equations)
@@ -88,9 +55,9 @@ def test_weight_decay_changes_the_update(row):
 
 
 forms = pytest.mark.parametrize("form", ["single", "stacked"], indirect=True)
-SIZES = {"ranked": (SQUARE, TALL, WIDE), "whole": (TALL, (9,))}
+SIZES = {"ranked": (SQUARE, TALL, WIDE), "marked": (SQUARE, TALL, WIDE), "whole": (TALL, (9,))}
 HALF = [pytest.param(row, shape, rank, keys, id=name_of(row, shape, rank, keys))
-        for row in ROWS if row.package for keys in row.half
+        for row in ROWS if row.package and row.equations for keys in row.half
         for shape, rank in row.sizes if shape in SIZES[row.kind]]  # fmt: skip
 
 

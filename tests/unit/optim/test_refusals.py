@@ -27,8 +27,9 @@ def test_a_bad_hyperparameter_is_refused(row, bad):
 def group_of(row, **keys):
     """A group as its optimizer wants it, changed by some keys."""
     shapes = [(6, 2), (2, 4)] if row.kind == "factors" else [(6, 4)]
-    rank = {} if row.kind == "whole" else {"rank": 2}
-    return {"params": [nn.Parameter(torch.zeros(shape)) for shape in shapes]} | rank | keys
+    rank = {} if row.kind in ("whole", "marked") else {"rank": 2}
+    marked = row.keys if row.kind == "marked" else rank
+    return {"params": [nn.Parameter(torch.zeros(shape)) for shape in shapes]} | marked | keys
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,9 @@ def test_keys_of_the_method_are_refused_without_a_rank(row):
     for key, value in keys.items():
         with pytest.raises(ValueError, match=f"^{key}: .* only in a group with {row.cls.marker}$"):
             row.cls([{"params": [nn.Parameter(torch.zeros(3))], key: value}])
-    with pytest.raises(ValueError, match=r"^ranks: 4 .* did you mean 'rank'\?$"):
-        row.cls([{"params": [nn.Parameter(torch.zeros(3))], "ranks": 4}])
+    marker = row.cls.marker
+    with pytest.raises(ValueError, match=rf"^{marker}s: 4 .* did you mean '{marker}'\?$"):
+        row.cls([{"params": [nn.Parameter(torch.zeros(3))], f"{marker}s": 4}])
 
 
 @pytest.mark.parametrize("row", OWN, ids=str)
@@ -122,7 +124,7 @@ def test_sparse_gradients_are_refused(row):
 
 
 BY_SVD = [(row, {}) for row in OWN if row.name.split()[0] in ("galore", "fira")]
-EXACT = [(row, row.soon) for row in OWN if row.kind == "factors"]
+EXACT = [(row, row.soon) for row in OWN if "update_k" in row.keys]
 
 
 @pytest.mark.parametrize(("row", "keys"), BY_SVD + EXACT, ids=str)

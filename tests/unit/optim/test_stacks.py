@@ -14,7 +14,8 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from lowrank_lab.device import cuda_path
 from lowrank_lab.optim import Fira, GaLore, GoLore
 from lowrank_lab.optim import stacks as stacking
-from lowrank_lab.optim.muon import Muon, orthogonalized
+from lowrank_lab.optim.muon import Muon
+from lowrank_lab.optim.newton_schulz import orthogonalized
 
 MATRICES = [(16, 16), (24, 10), (10, 24), (16, 16), (24, 10), (24, 16), (16, 10), (10, 24)]
 EXTREMES = [(1, 7), (7, 1), (1, 1), (1, 7), (9, 1)]  # rank 1
@@ -34,6 +35,8 @@ def shapes_of(row):
     """Groups of shapes, each with its rank; None: not ranked."""
     if row.kind == "whole":
         return [(MATRICES + EXTREMES + OTHERS, None)]
+    if row.kind == "marked":
+        return [(MATRICES + EXTREMES, 1), (OTHERS, None)]
     if row.kind == "factors":
         pairs = [((m, 3), (3, n)) for m, n in [(16, 16), (24, 10), (10, 24), (16, 16), (24, 5)]]
         return [(list(itertools.chain(*pairs)), 3), (OTHERS, None)]
@@ -48,7 +51,8 @@ def optimizer_of(row, dtype, keys, **options):
         own = row.keys | row.soon | keys if rank or row.kind == "whole" else {}
         if rank and "refresh" in row.cls.group_defaults:  # its default depends on the path
             own = {"refresh": "svd"} | own
-        groups.append(group | own | ({"rank": rank} if rank else {}))
+        marked = {"rank": rank} if rank and row.kind != "marked" else {}
+        groups.append(group | own | marked)
     return row.cls(groups, **options)
 
 
@@ -256,7 +260,7 @@ def iterated(U):
 
 def test_orthogonalized_matrices_follow_their_iteration_in_float64():
     updates = [normal(s, i, torch.float64) for i, s in enumerate([(1, 7), (9, 5), (5, 9), (8, 8)])]
-    found = orthogonalized(updates, COEFFICIENTS, 5, 1e-7, torch.float64)
+    found = orthogonalized(updates, [COEFFICIENTS] * 5, 1e-7, torch.float64)
     for U, ours in zip(updates, found, strict=True):
         assert relative(ours, iterated(U)) <= 1e-12
 
@@ -264,7 +268,7 @@ def test_orthogonalized_matrices_follow_their_iteration_in_float64():
 @pytest.mark.parametrize("shape", [(1, 7), (24, 16), (16, 24), (16, 16)])
 def test_in_bfloat16_the_iteration_is_as_exact_as_torchs(shape):
     updates = [normal(shape, seed, torch.bfloat16) for seed in range(30)]
-    found = orthogonalized(updates, COEFFICIENTS, 5, 1e-7)
+    found = orthogonalized(updates, [COEFFICIENTS] * 5, 1e-7)
     theirs = [_zeropower_via_newtonschulz(U, COEFFICIENTS, 5, 1e-7) for U in updates]
     exact = [iterated(U) for U in updates]
     ours, torchs = (
