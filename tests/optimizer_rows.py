@@ -219,7 +219,8 @@ NORMUON = Row(
 SPECTRON = Row(
     # Of entries around 1, float32 would round away 1e-4 of a step.
     "spectron", optim.Spectron, {"ns_precision": "fp32"}, {}, "factors", size=0.03,
-    gradients=noisy_gradients, equations=equations.spectron, sizes=tuple(((m, n), r) for m, n, r in FACTORS),
+    gradients=noisy_gradients, equations=equations.spectron,
+    sizes=tuple(((m, n), r) for m, n, r in FACTORS),
     cases=({}, DECAY, {"momentum": 0.5}),
     converges={"steps": 400, "lr": 1.0, "share": 1e-3, "rank": 3}, unknown=("alpha",),
     refused=(

@@ -48,6 +48,23 @@ def loro(params, **options):
     return optim.Loro([group, {"params": params[4:]}], lr=0.02, weight_decay=0.1, **options)
 
 
+def marked(method, **keys):
+    """An optimizer of matrices in a group with a marker, and of other parameters."""
+
+    def build(params, **options):
+        matrices = [p for p in params if p.ndim == 2]
+        rest = [p for p in params if p.ndim != 2]
+        groups = [{"params": matrices, **keys}, {"params": rest}]
+        return method(groups, lr=0.02, weight_decay=0.1, **options)
+
+    return build
+
+
+def spectron(params, **options):
+    group = {"params": params[:4], "rank": 2, "ns_precision": "fp32"}
+    return optim.Spectron([group, {"params": params[4:]}], lr=0.02, weight_decay=0.1, **options)
+
+
 REFRESHES = ("svd", "gram", "subspace", "randomized")
 METHODS = {
     "adamw": uniform(optim.ProjectedAdamW),
@@ -71,8 +88,19 @@ METHODS = {
     "spam half": uniform(optim.Spam, update_proj_gap=4, warmup=2, density=0.5),
     "stable-spam": uniform(optim.StableSpam, update_proj_gap=4),
     "loro": loro,
+    "scale": marked(optim.Scale, norm_dim=1),
+    "scale momentum": marked(optim.Scale, norm_dim=1, momentum=0.9),
+    "scale columns": marked(optim.Scale, norm_dim=0),
+    "normuon": marked(optim.NorMuon, use_muon=True, ns_precision="fp32"),
+    "normuon rms": marked(
+        optim.NorMuon, use_muon=True, ns_precision="fp32", update_scale="match_rms"
+    ),
+    "spectron": spectron,
 }  # fmt: skip
 PRECISE = {"state_precision": "fp32", "stochastic_rounding": True}
+
+
+FACTORED = ("loro", "spectron")
 
 
 def numbers(shape, seed, dtype=None):
@@ -81,7 +109,7 @@ def numbers(shape, seed, dtype=None):
 
 
 def shapes_of(name):
-    return ((12, 2), (2, 9), (7, 2), (2, 8), (5,), (4, 3)) if name == "loro" else SHAPES
+    return ((12, 2), (2, 9), (7, 2), (2, 8), (5,), (4, 3)) if name in FACTORED else SHAPES
 
 
 def parameters(name, dtype=torch.float32):
@@ -407,7 +435,16 @@ def refuses_factors_that_are_not_finite():
 
 def tensor_parallel_cases(folder):
     torch.set_default_dtype(torch.float64)
-    for name in ("adamw", "galore svd", "fira gram", "apollo", "spam half", "stable-spam"):
+    for name in (
+        "adamw",
+        "galore svd",
+        "fira gram",
+        "apollo",
+        "spam half",
+        "stable-spam",
+        "scale",
+        "normuon",
+    ):
         yield name, partial(with_tensor_parallel, name)
 
 

@@ -30,6 +30,8 @@ class Method:
         per_layer: whether each weight can be updated by itself within the backward pass.
         needs_full: which weights the optimizer can't update as DTensors: with fsdp2 they are
             gathered for it.
+        target_moments: whether the optimizer keeps averages of the gradients of target weights;
+            without them a momentum reset of the targets is refused.
         states: elements of optimizer state of an m×n target weight, in words.
         state_bytes: bytes of a weight's optimizer states; None: not known.
         projection_bytes: the share of them that is stored projections; None: there are none.
@@ -53,6 +55,7 @@ class Method:
     layer_options: tuple[str, ...] = ()
     per_layer: bool = True
     needs_full: FullWeights = "all"
+    target_moments: bool = True
     states: str = ""
     state_bytes: StateRule | None = None
     projection_bytes: StateRule | None = None

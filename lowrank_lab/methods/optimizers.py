@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
-from lowrank_lab.optim import Combined, Loro
+from lowrank_lab.optim import Combined, Loro, NorMuon, Scale, Spectron
 from lowrank_lab.optim.muon import Muon
 from lowrank_lab.optim.state_bytes import SCALAR, Weight, adamw_states
 
+NORMUON_EPS = 1e-10  # of the row averages, as published
 ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
 # (parameters of the target layers, all other parameters, configuration) → optimizer
 OptimizerBuilder = Callable[[list[Tensor], list[Tensor], ResolvedConfig], torch.optim.Optimizer]
@@ -82,6 +84,47 @@ def loro(
     """LORO: the factors of the target layers in pairs B, A."""
     ranked = {"rank": config.rank, "update_k": config.method_options["update_k"]}
     return Loro(_groups(targets, rest, ranked), **_adam(config))
+
+
+def scale(
+    targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
+) -> torch.optim.Optimizer:
+    """SCALE: the targets, the embedding and the head normalized, AdamW on all others.
+
+    The embedding is the first weight of the model, and the head the last.
+    """
+    options = config.method_options
+    embedding, *rest = rest
+    targets, of_head = list(targets), targets if re.search(config.target, "lm_head") else rest
+    head = targets.pop() if of_head is not rest else rest.pop()
+    groups = [
+        {"params": targets, "norm_dim": 1},
+        {"params": [embedding], "norm_dim": 0},
+        {"params": [head], "norm_dim": 1, "momentum": options["momentum"]},
+        {"params": rest},
+    ]
+    adam = _adam(config) | {"adam_scale": options["adam_scale"]}
+    return Scale([group for group in groups if group["params"]], **adam)
+
+
+def normuon(
+    targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
+) -> torch.optim.Optimizer:
+    """NorMuon for the target matrices, and AdamW for the rest."""
+    options = config.method_options
+    keys = {"use_muon": True, "beta2": options["row_beta2"], "eps": NORMUON_EPS}
+    keys |= {name: options[name] for name in ("momentum", "update_scale", "ns_precision")}
+    return NorMuon(_groups(targets, rest, keys), **_adam(config))
+
+
+def spectron(
+    targets: list[Tensor], rest: list[Tensor], config: ResolvedConfig
+) -> torch.optim.Optimizer:
+    """Spectron: the factors of the target layers in pairs B, A."""
+    options = config.method_options
+    keys = {"rank": config.rank} | {n: options[n] for n in ("momentum", "ns_precision")}
+    adam = _adam(config) | {"adam_scale": options["adam_scale"]}
+    return Spectron(_groups(targets, rest, keys), **adam)
 
 
 def muon(

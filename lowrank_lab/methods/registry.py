@@ -5,7 +5,9 @@ parameter (data/study/README.md: stage 2 of tuning); those at width 96 the best 
 (GoLore has GaLore's). From width 512 on they are those of notebooks/studies/paper_*.yaml, which
 name the script or guess behind each; other methods scale their learning rate with width as full
 rank does. Over ranks (data/study/ranks and ranks_rates) the best rate is the same up to a quarter
-of the width, and half of it at half the width.
+of the width, and half of it at half the width. Not tuned yet are those of SCALE (its scripts' rates
+from width 512 on), NorMuon (Muon's, which suit steps of the same size) and Spectron (a guess: no
+rate of its pretraining is published).
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
 those that Tol calls muted.
@@ -21,14 +23,21 @@ from lowrank_lab.methods.optimizers import (
     loro,
     muon,
     muon_states,
+    normuon,
     projected,
+    scale,
+    spectron,
     uniform,
 )
 from lowrank_lab.methods.options import ByWidth, Option, adam_options, projection_options
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.apollo import PROJECTIONS
+from lowrank_lab.optim.momentum import NS_PRECISIONS
+from lowrank_lab.optim.normuon import UPDATE_SCALES, normuon_states
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
+from lowrank_lab.optim.scale import scale_states
 from lowrank_lab.optim.spam import spam_states
+from lowrank_lab.optim.spectron import spectron_states
 from lowrank_lab.optim.stable_spam import stable_spam_states
 from lowrank_lab.optim.state_bytes import (
     adamw_states,
@@ -332,6 +341,66 @@ ROWS = (
         states="mn",
         state_bytes=muon_states,
         colour="#E69F00",
+    ),
+    Method(
+        name="scale",
+        summary="normalized gradients without states, momentum for the head alone",
+        source="2506.16659",
+        optimizer=scale,
+        lr=ByWidth({64: 1e-2, 512: 1e-3, 1024: 1e-3, 2048: 2e-4, 4096: 1e-4}),
+        options={
+            **adam_options(eps=1e-8),
+            "momentum": Option.number(0.9, 0, 0.999999),
+            "adam_scale": Option.number(
+                ByWidth({512: 1.0, 1024: 1.0, 2048: 5.0, 4096: 10.0}), 0, 1000
+            ),
+        },
+        target_moments=False,
+        needs_full="none",
+        states="0; mn of the head",
+        state_bytes=scale_states,
+        colour="#661100",
+    ),
+    Method(
+        name="normuon",
+        summary="Muon with rows of equal size: an average per output",
+        source="2510.05491",
+        optimizer=normuon,
+        lr=ByWidth({64: 1e-2, 512: 2e-3, 2048: 1e-3}),
+        options={
+            **adam_options(eps=1e-8),
+            "momentum": Option.number(0.95, 0, 0.999999),
+            "row_beta2": Option.number(0.95, 0, 0.999999),
+            "update_scale": Option.choice("match_rms", UPDATE_SCALES),
+            "ns_precision": Option.choice("bf16", NS_PRECISIONS),
+        },
+        needs_full="none",
+        states="mn + m",
+        state_bytes=normuon_states,
+        colour="#DDCC77",
+    ),
+    Method(
+        name="spectron",
+        summary="low-rank factors, orthogonalised momentum, steps bounded in spectral norm",
+        source="2602.12429",
+        optimizer=spectron,
+        lr=ByWidth({64: 1e-1, 512: 2e-2, 2048: 1e-2}),
+        layers="low-rank",
+        uses_rank=True,
+        init="spectral",
+        options={
+            **adam_options(eps=1e-8),
+            "alpha": Option.number(None, 1e-6, 1e6),
+            "momentum": Option.number(0.9, 0, 0.999999),
+            "ns_precision": Option.choice("bf16", NS_PRECISIONS),
+            "adam_scale": Option.number(0.1, 0, 1000),
+        },
+        layer_options=("alpha",),
+        per_layer=False,
+        needs_full="none",
+        states="r(m+n), and a vector of max(m,r) and max(n,r)",
+        state_bytes=spectron_states,
+        colour="#88CCEE",
     ),
 )
 

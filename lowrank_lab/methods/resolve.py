@@ -73,6 +73,10 @@ def _check_techniques(config: RunConfig, method: Method) -> None:
         value, default = getattr(config, name), RunConfig.model_fields[name].default
         if value != default and not config.refactor_every:
             raise InputError(name, value, f"needs refactor_every; or {default}")
+    resets = config.reset_every and config.reset_strength and config.reset_params == "targets"
+    if resets and not method.target_moments:
+        allowed = f"{method.name} keeps no averages for target weights; all"
+        raise InputError("reset_params", config.reset_params, allowed)
     _check_optimizer(config, method)
     _check_precision(config, method)
     if config.per_layer:

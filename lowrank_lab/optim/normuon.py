@@ -124,10 +124,13 @@ class NorMuon(MomentumOptimizer):
         size = channels.total(rms * inverse).add_(group["eps"])
         if group["update_scale"] == "preserve_norm":
             size.div_(channels.total(rms))
-        for part, shape in zip(*self._parts(size, Q), strict=True):
-            part.div_(_factor(shape, group))
+        parts = self._parts(size, Q)
+        factors = [_factor(shape, group) for _, shape in parts]
+        for (part, _), factor in zip(parts, factors, strict=True):
+            if factor != factors[0]:
+                part.mul_(factors[0] / factor)
         scale = channels.divided(inverse, size, rms.dtype)
-        channels.add_scaled_(W, Q, scale, alpha=-float(group["lr"]))
+        channels.add_scaled_(W, Q, scale, alpha=-float(group["lr"]) * factors[0])
 
     def _orthogonalized(
         self, updates: list[Tensor], G: Matrices, group: dict[str, Any]
@@ -142,12 +145,12 @@ class NorMuon(MomentumOptimizer):
         (Q,) = orthogonalized([U], schedule, EPS, dtype)
         return self.placement.local_shard(Q).to(G.dtype)
 
-    def _parts(self, values: Tensor, Q: Matrices) -> tuple[Any, list[tuple[int, ...]]]:
-        """Values of tensors by the shape of their tensors, and those shapes."""
+    def _parts(self, values: Tensor, Q: Matrices) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Values of tensors by the shape of their tensors."""
         if isinstance(Q, Tensor):
-            return [values], [self.placement.global_shape(Q)]
-        counts, shapes = zip(*Q.runs, strict=True)
-        return torch.split(values, list(counts)), list(shapes)
+            return [(values, self.placement.global_shape(Q))]
+        counts = [count for count, _ in Q.runs]
+        return list(zip(torch.split(values, counts), [s for _, s in Q.runs], strict=True))
 
 
 def _factor(shape: tuple[int, ...], group: dict[str, Any]) -> float:
