@@ -9,6 +9,8 @@ PERIODS = ("update_proj_gap", "merge_every", "update_k", "switch")
 
 def usual_rate(method):
     """A rate at which every method trains; defaults come from tuning, and may change."""
+    if method == "spectron":
+        return 0.3  # a bound of the step's spectral norm
     dense, ranked = METHODS[method].layers is None, METHODS[method].uses_rank
     return 1e-2 if dense and ranked else 2.5e-3 if dense else 5e-3
 

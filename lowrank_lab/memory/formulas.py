@@ -70,7 +70,7 @@ def layers(config: ResolvedConfig) -> Iterator[list[Weight]]:
     yield [weight((size.vocab_size, size.hidden_size), role="embedding")]
     for _ in range(2 * size.num_layers + 1):
         yield [weight((size.hidden_size,))]
-    *hidden, (vocabulary, d, target) = matrices(config)
+    *hidden, (vocabulary, d, on_head) = matrices(config)
     for m, n, target in hidden:
         if kind is None or not target:
             yield [weight((m, n), target=target)]
@@ -81,7 +81,7 @@ def layers(config: ResolvedConfig) -> Iterator[list[Weight]]:
         elif kind == "sltrain" and sparse_entries(config, m, n):
             layer.append(weight((sparse_entries(config, m, n),), target=True))
         yield layer
-    yield [weight((vocabulary, d), target=target, role="head")]
+    yield [weight((vocabulary, d), target=on_head, role="head")]
 
 
 def sparse_entries(config: ResolvedConfig, m: int, n: int) -> int:

@@ -100,8 +100,8 @@ def scale(
     groups = [
         {"params": targets, "norm_dim": 1},
         {"params": [embedding], "norm_dim": 0},
-        {"params": [head], "norm_dim": 1, "momentum": options["momentum"]},
         {"params": rest},
+        {"params": [head], "norm_dim": 1, "momentum": options["momentum"]},
     ]
     adam = _adam(config) | {"adam_scale": options["adam_scale"]}
     return Scale([group for group in groups if group["params"]], **adam)
