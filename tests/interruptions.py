@@ -5,7 +5,7 @@ import os
 
 import torch
 from safetensors.torch import load_file
-from short import short_options
+from short import reset_of, short_options
 
 from lowrank_lab import METHODS, RunConfig, train
 from lowrank_lab.runs.files import read_jsonl
@@ -24,6 +24,7 @@ def config_of(method="full-rank", **values):
         "method": method, "method_options": short_options(method, 4),
     }  # fmt: skip
     given |= {"refactor_every": 3} if METHODS[method].layers else {}
+    given |= reset_of(method)
     return RunConfig(**given | values)
 
 

@@ -7,12 +7,22 @@ QUICK = [name for name in METHODS if name != "adamw-8bit"]
 PERIODS = ("update_proj_gap", "merge_every", "update_k", "switch")
 
 
+def high_rate(method):
+    """A high rate; Spectron's bounds the spectral norm of its steps."""
+    return 0.3 if method == "spectron" else 1e-2
+
+
 def usual_rate(method):
     """A rate at which every method trains; defaults come from tuning, and may change."""
     if method == "spectron":
-        return 0.3  # a bound of the step's spectral norm
+        return high_rate(method)
     dense, ranked = METHODS[method].layers is None, METHODS[method].uses_rank
     return 1e-2 if dense and ranked else 2.5e-3 if dense else 5e-3
+
+
+def reset_of(method):
+    """What resets act on, where a method keeps no averages for its targets."""
+    return {} if METHODS[method].target_moments else {"reset_params": "all"}
 
 
 def short_options(method, period):

@@ -111,6 +111,8 @@ def test_the_rank_of_a_method_without_one_is_an_error():
 @pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("values", [{}, {"reset_every": 5, "recovery_steps": 3}, {"rank": 1}])
 def test_resolving_twice_is_resolving_once(name, values):
+    if "reset_every" in values and not METHODS[name].target_moments:
+        values = values | {"reset_params": "all"}
     once = resolve(tiny(name, **values))
     assert resolve(once) == once
     assert resolve(once).run_id == once.run_id
@@ -314,6 +316,14 @@ def test_a_resolved_configuration_can_be_written_as_json(name):
     config = resolve(tiny(name))
     stored = json.dumps(config.model_dump(), allow_nan=False)
     assert ResolvedConfig(**json.loads(stored)) == config
+
+
+def test_a_reset_of_targets_without_averages_is_refused():
+    resets = {"reset_every": 5, "recovery_steps": 3}
+    assert refusal(tiny("scale", **resets)) == (
+        "reset_params: 'targets' is not allowed; scale keeps no averages for target weights; all"
+    )
+    assert resolve(tiny("scale", **resets, reset_params="all")).reset_every == 5
 
 
 # build and partition

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from short import QUICK, short_options
+from short import QUICK, reset_of, short_options
 
 from lowrank_lab.config import RunConfig
 from lowrank_lab.layers import LoRALinear
@@ -24,6 +24,7 @@ def config_of(method, **values):
     options = short_options(method, 4)
     techniques = {"reset_every": 5, "recovery_steps": 2, "reset_strength": 0.7}
     techniques |= {"refactor_every": 4} if row.layers else {}
+    techniques |= reset_of(method)
     given = {"model": "tiny", "steps": STEPS, "method": method, "method_options": options}
     return resolve(RunConfig(**{**given, **techniques, **values}))
 

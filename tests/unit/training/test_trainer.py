@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from short import QUICK, short_options, usual_rate
+from short import QUICK, high_rate, reset_of, short_options, usual_rate
 
 from lowrank_lab import METHODS, InputError, RunConfig, TrainingError
 from lowrank_lab.data.prepare import prepare
@@ -46,6 +46,7 @@ def config(text_corpus):
                 **{"eval_every": 6, "spectra_every": 6, "checkpoint_every": 4, "num_layers": 1},
                 **{"method": method, "method_options": options, **TECHNIQUES},
                 **({"refactor_every": 3} if row.layers else {}),
+                **reset_of(method),
                 **values,
             }
         )
@@ -231,7 +232,9 @@ def test_the_first_row_is_the_loss_and_gradient_of_the_initial_model(config, tmp
 
 @pytest.mark.parametrize("method", QUICK)
 def test_loss_falls(config, tmp_path, method):
-    run = train(config(method, steps=40, lr=1e-2, reset_every=0, checkpoint_every=40), tmp_path)
+    run = train(
+        config(method, steps=40, lr=high_rate(method), reset_every=0, checkpoint_every=40), tmp_path
+    )
     losses = [row["loss"] for row in rows_of(run.folder)]
     assert losses[0] == pytest.approx(math.log(257), rel=0.03)
     assert sum(losses[-5:]) / 5 < losses[0] - 1
@@ -314,8 +317,9 @@ def test_a_batch_in_pieces_keeps_the_activations_of_one_piece(config, trained, p
     ("precision", "dtype"), [("amp-bf16", torch.float32), ("bf16", torch.bfloat16)]
 )
 def test_lower_precisions_train_as_the_full_one_does(config, trained, method, precision, dtype):
-    full = trained(config(method, lr=1e-2)).result["test_loss"]
-    low = trained(config(method, lr=1e-2, precision=precision))
+    rate = high_rate(method)
+    full = trained(config(method, lr=rate)).result["test_loss"]
+    low = trained(config(method, lr=rate, precision=precision))
     assert low.result["test_loss"] == pytest.approx(full, rel=0.03)
     assert full < math.log(257) - 0.5
     weights = load_file(low.folder / "model.safetensors").values()
