@@ -97,7 +97,7 @@ def scale(
     embedding, *rest = rest
     targets, of_head = list(targets), targets if re.search(config.target, "lm_head") else rest
     head = targets.pop() if of_head is not rest else rest.pop()
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": targets, "norm_dim": 1},
         {"params": [embedding], "norm_dim": 0},
         {"params": rest},

@@ -1,6 +1,6 @@
 """The optimizers of the methods, one per file: ordinary torch.optim.Optimizers for any model.
 
-`param_groups` makes their groups from a model.
+`param_groups` and `scale_groups` make their groups from a model.
 """
 
 from lowrank_lab.optim.apollo import Apollo
@@ -11,7 +11,7 @@ from lowrank_lab.optim.galore import GaLore
 from lowrank_lab.optim.golore import GoLore
 from lowrank_lab.optim.loro import Loro
 from lowrank_lab.optim.normuon import NorMuon
-from lowrank_lab.optim.param_groups import param_groups
+from lowrank_lab.optim.param_groups import param_groups, scale_groups
 from lowrank_lab.optim.scale import Scale
 from lowrank_lab.optim.spam import Spam
 from lowrank_lab.optim.spectron import Spectron
@@ -31,4 +31,5 @@ __all__ = [
     "Spectron",
     "StableSpam",
     "param_groups",
+    "scale_groups",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_lab.config import TARGETS
 from lowrank_lab.layers.base import FactorizedLinear
-from lowrank_lab.layers.targets import LINEAR, describe_layers, matching_layers
+from lowrank_lab.layers.targets import LINEAR, describe_layers, heads, matching_layers
 from lowrank_lab.optim.checks import require, require_int
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -68,6 +68,38 @@ def param_groups(
             group["params"].append(p)
             group["param_names"].append(name)
     require("rank", rank, bool(groups[0]["params"]), f"one that fits: {_first(small)}")
+    return [group for group in groups if group["params"]]
+
+
+def scale_groups(model: nn.Module, momentum: float = 0.9) -> list[dict[str, Any]]:
+    """Groups for `Scale`; each trainable parameter is in exactly one.
+
+    Embeddings have `norm_dim` 0, the weights of nn.Linear 1, and those of the heads
+    (`layers.targets.heads`) `momentum` as well. All other parameters are plain AdamW: norms,
+    biases, factors. A head that shares the matrix of an embedding is an embedding, as in the
+    authors' code.
+
+    Args:
+        model: any module. Parameters that don't require a gradient are left out.
+        momentum: of the heads.
+
+    Returns:
+        Groups with `params` and, in the same order, `param_names`; none of them is empty.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
+    of_heads = {id(m) for m in heads(model, layers)}
+    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    numbers = {id(m.weight): 0 for m in embeddings}
+    for _, layer in layers:
+        numbers.setdefault(id(layer.weight), 2 if id(layer) in of_heads else 1)
+    of_head = {"norm_dim": 1, "momentum": momentum}
+    keys: list[dict[str, Any]] = [{"norm_dim": 0}, {"norm_dim": 1}, of_head, {}]
+    groups: list[dict[str, Any]] = [{"params": [], "param_names": [], **own} for own in keys]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            group = groups[numbers.get(id(p), 3)]
+            group["params"].append(p)
+            group["param_names"].append(name)
     return [group for group in groups if group["params"]]
 
 

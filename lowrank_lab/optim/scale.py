@@ -42,7 +42,7 @@ class Scale(MomentumOptimizer):
     redistributed (all-to-all).
 
     Args:
-        params: tensors or groups. `scale_groups` sorts the parameters of a language model.
+        params: tensors or groups. `scale_groups` makes them from a model.
         lr: learning rate, absolute.
         betas: decay rates of AdamW's moments.
         eps: added to √v before bias correction.

@@ -29,7 +29,10 @@ def growing(row, shape, dtype=torch.float32):
 
 
 def test_every_optimizer_of_the_package_has_a_row():
-    classes = {getattr(optim, name) for name in optim.__all__} - {optim.param_groups}
+    classes = {getattr(optim, name) for name in optim.__all__} - {
+        optim.param_groups,
+        optim.scale_groups,
+    }
     assert classes == {row.cls for row in OWN} | {optim.Combined}
 
 
