@@ -21,6 +21,7 @@ from lowrank_lab import optim
 from lowrank_lab.distributed.dtensors import full_tensor, local_part, overwrite_
 from lowrank_lab.layers import merge_
 from lowrank_lab.techniques import prune_moments_
+from lowrank_lab.techniques.refactorization import factorized_layers
 
 STEPS = 9
 RANKED = {"rank": 3, "update_proj_gap": 4}
@@ -357,6 +358,14 @@ def galore(model):
     return optim.GaLore([{"params": matrices, "rank": 3}, {"params": rest}], lr=0.02)
 
 
+def of_pairs(model):
+    """Spectron on the factors of a model."""
+    pairs = [f for _, layer in factorized_layers(model) for f in layer.factors()]
+    rest = [p for p in model.parameters() if not any(p is f for f in pairs)]
+    group = {"params": pairs, "rank": 4, "ns_precision": "fp32"}
+    return optim.Spectron([group, {"params": rest}], lr=0.1)
+
+
 def refactor(on_refactor, basis="singular"):
     return lambda model, optimizer: lab.refactorize_(model, optimizer, on_refactor, basis)
 
@@ -382,6 +391,9 @@ ACTS = {
     **{f"{kind} {how} {basis} {opt.__name__}": (kind, opt, refactor(how, basis))
        for kind in ("low-rank", "sltrain") for how in ("keep", "reset", "transport")
        for basis in ("singular", "nearest") for opt in (adamw, ours)},
+    **{f"low-rank {how} spectron": ("low-rank", of_pairs, refactor(how))
+       for how in ("keep", "reset", "transport")},
+    "low-rank reset 0.7 spectron": ("low-rank", of_pairs, reset(0.7)),
     **{f"{opt.__name__} reset {strength}": (None, opt, reset(strength))
        for opt in (adamw, ours, galore) for strength in (1.0, 0.7)},
     **{f"{opt.__name__} pruned {how}": (None, opt, prune(how))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import train_all
 from safetensors.torch import load_file
-from short import short_options
+from short import reset_of, short_options
 
 from lowrank_lab import METHODS, RunConfig, train
 from lowrank_lab.memory.formulas import by_formula, optimizer_state_bytes
@@ -34,7 +34,9 @@ def fields_of(method, steps=50):
     if METHODS[method].layers == "low-rank":
         found["init"] = "spectral"  # two Kaiming-uniform factors amplify rounding a thousandfold
     if "merge_every" not in METHODS[method].options:
-        found |= {"reset_every": 20}
+        found |= {"reset_every": 20} | reset_of(method)
+    if "ns_precision" in METHODS[method].options:
+        found["method_options"] |= {"ns_precision": "fp32"}  # in bfloat16, rounding would grow
     return found
 
 

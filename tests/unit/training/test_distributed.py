@@ -56,7 +56,10 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("method", ["full-rank", "lora", "relora", "galore", "muon"])
+METHODS = "full-rank lora relora galore muon scale normuon spectron".split()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_only_shard_trains_as_a_whole_model_does_and_its_checkpoint_goes_on(
     method, launched, tmp_path
 ):
