@@ -370,8 +370,7 @@ ROWS = (
     ),
     Method(
         name="muon",
-        summary="orthogonalised momentum for the matrices, AdamW for the rest (torch): embedding and "
-        "head are 56 % of the parameters at 60m, 10 % at 1b",
+        summary="orthogonalised momentum for the matrices, AdamW for the rest (torch)",
         source="Muon (K. Jordan 2024)",
         year=2024,
         use="half of AdamW's states where each matrix fits on one device",
@@ -382,7 +381,7 @@ ROWS = (
             "momentum": Option.number(0.95, 0, 0.999999),
         },
         needs_full="targets",
-        states="mn; AdamW's of embedding and head",
+        states="mn; AdamW's 2 for embedding and head: 56 % of the weights of 60m, 10 % of 1b",
         state_bytes=muon_states,
         colour="#E69F00",
     ),
@@ -425,7 +424,7 @@ ROWS = (
             "ns_precision": Option.choice("bf16", NS_PRECISIONS),
         },
         needs_full="none",
-        states="mn + m; AdamW's of embedding and head",
+        states="mn + m; AdamW's 2 for embedding and head",
         state_bytes=normuon_states,
         colour="#DDCC77",
     ),
