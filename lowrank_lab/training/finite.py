@@ -9,8 +9,8 @@ before the step's events: a run's records are the same either way.
 
 Only an optimizer that knows the flag can be turned off on the device: fused ones of torch, and this
 package's (`ProjectedAdamW.can_skip`) between two refreshes. All others wait for the numbers as on a
-CPU (Muon, 8-bit moments, an optimizer by import path that isn't fused, DTensors): copies of weights
-and states to undo an update with would double their memory.
+CPU (Muon and its relatives, SCALE, 8-bit moments, an optimizer by import path that isn't fused,
+DTensors): copies of weights and states to undo an update with would double their memory.
 """
 
 from __future__ import annotations

@@ -169,6 +169,9 @@ def test_a_step_without_values_is_queued_whole(method):
         (lambda p: torch.optim.AdamW(p, fused=True), True),
         (lambda p: torch.optim.AdamW(p), False),
         (lambda p: torch.optim.Muon(p), False),
+        (optim.Scale, False),
+        (optim.NorMuon, False),
+        (optim.Spectron, False),
     ],
 )
 def test_optimizers_that_do_not_know_the_flag_wait(optimizer, known):
