@@ -15,11 +15,19 @@ from torch.profiler import record_function
 
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.device import prefers_few_kernels
+from lowrank_lab.distributed.dtensors import is_dtensor
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.training.clock import HostMark
 from lowrank_lab.training.ddp import ReplicatedLoss, averages_in_backward
 from lowrank_lab.training.events import apply_
-from lowrank_lab.training.finite import StepNumbers, checks_on_device, numbers_of, off_where
+from lowrank_lab.training.finite import (
+    FiniteCheck,
+    NotFiniteStepError,
+    StatesBefore,
+    Values,
+    checks_on_device,
+    off_where,
+)
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.schedule import events, learning_rate, merge_period
 
@@ -28,7 +36,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, each (sequences, sequence_length)
-Values = tuple[float, float]  # loss and gradient norm
 
 
 def autocast(config: ResolvedConfig, device: torch.device) -> torch.autocast:
@@ -128,8 +135,7 @@ def take_step_(
     step: int,
     *,
     per_layer: PerLayerUpdates | None = None,
-    check: Callable[[Tensor, Tensor], Values | None] | None = None,
-    ready: Callable[[], Any] = HostMark,
+    check: FiniteCheck | None = None,
     wait: bool = False,
     shards: ShardedModel | None = None,
     replicas: ReplicatedLoss | None = None,
@@ -138,34 +144,35 @@ def take_step_(
 
     Args:
         per_layer: updates the parameters within the backward pass.
-        check: gets loss and gradient norm on the host, to be read when the mark of `ready` is
-            reached; raises, or returns None, if they aren't finite: the weights are unchanged then
-            (`training.finite`). After None, events still follow.
-        ready: marks the point at which both are computed and copied.
-        wait: call `check` before the update in any case, so that it can read gradients and weights.
+        check: reads loss and gradient norm. Where they aren't finite, weights and states are
+            unchanged, and the step is skipped: its events follow. Or its error is passed on.
+        wait: check before the update in any case, so that gradients and weights can be read.
         shards: the sharded model, with `parallel` "fsdp2".
         replicas: the loss of a model that several processes train.
 
     Returns:
-        The result of `check`, and a record of each event.
+        Loss and gradient norm, None of a skipped step, and a record of each event.
     """
     if per_layer is not None:
         set_learning_rate(optimizer, config, step)
     loss, norm = gradients(model, batches, config, per_layer, shards, replicas)
     if check is None:
         return None, update_(model, optimizer, config, step, shards=shards)
-    numbers = StepNumbers(loss, norm)
-    ready()
+    check.start(loss, norm)
     late = not wait and per_layer is None and shards is None and checks_on_device(optimizer, loss)
-    before, values = numbers_of(optimizer) if late else [], None
+    before = StatesBefore(optimizer) if late else None
     if late:
-        with off_where(optimizer, numbers.found_inf()):
+        with off_where(optimizer, check.found_inf()):
             apply_gradients_(optimizer, config, step)
     try:
-        values = check(*numbers.on_host)
-    finally:
-        for state, old in before if values is None else []:
-            state.update(old)
+        values = check.values()
+    except NotFiniteStepError:
+        if before is not None:
+            before.restore_()
+        raise
+    if values is None and before is not None:
+        before.restore_()
+    del before  # and with it what the update has replaced
     if not late and not config.per_layer and values is not None:
         apply_gradients_(optimizer, config, step, shards)
     return values, finish_step_(model, optimizer, config, step, shards)
@@ -244,10 +251,23 @@ def gradients(
 def clip_(parameters: Iterable[Tensor], clip: float) -> Tensor:
     """Scale gradients to a global norm of at most `clip`, if above 0; their norm before."""
     found = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in found if p.grad is not None])
-    if clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(found, clip, norm)
+    grads = [p.grad for p in found if p.grad is not None]
+    together = all(prefers_few_kernels(g) and not is_dtensor(g) for g in grads)
+    norm = _total_norm(grads) if grads and together else torch.nn.utils.get_total_norm(grads)
+    if clip > 0 and grads:
+        # in the dtype of the gradients, as torch's joint kernel needs it
+        torch.nn.utils.clip_grads_with_norm_(
+            found, clip, norm.to(grads[0].dtype), foreach=together or None
+        )
     return norm
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """The norm of all entries, in three kernels, in float32 or wider."""
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    norms = torch._foreach_norm(grads, dtype=wide)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def update_(

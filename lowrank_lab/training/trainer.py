@@ -32,6 +32,7 @@ from lowrank_lab.training.evaluate import (
     evaluate,
     evaluation_weights,
 )
+from lowrank_lab.training.finite import FiniteCheck, NotFiniteStepError
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.monitor import LossWatch
 from lowrank_lab.training.outside import OutsideState
@@ -76,6 +77,7 @@ class Trainer:
             self.model.compile_blocks()
         self.updates = 0
         self._clock = StepClock(self.device)
+        self._check = FiniteCheck(self._finite, self._clock.ready)
         self.bytes = Breakdown()
         self._per_layer = PerLayerUpdates(self.model, self.optimizer) if config.per_layer else None
         self._outside = OutsideState(self.optimizer)
@@ -171,12 +173,14 @@ class Trainer:
             with self._peaks.of_step(kind, first=self.updates == 0):
                 values, events = take_step_(
                     self.model, self.optimizer, batches, self.config, self.updates,
-                    per_layer=self._per_layer, check=self._finite, ready=self._clock.ready,
+                    per_layer=self._per_layer, check=self._check,
                     wait=self._due(self.config.spectra_every, self.updates + 1),
                     shards=self._shards, replicas=self._replicas,
                 )  # fmt: skip
         except NotFiniteError as error:
             self._stop(f"after step {self.updates + 1}: {error}")
+        except NotFiniteStepError as error:
+            self._stop(str(error))
         peak = self._peaks.by_kind.get(kind)
         # A skipped first step may leave an optimizer without states.
         if self.updates == 0 or (skipped and not self.bytes.optimizer_states):
@@ -277,7 +281,7 @@ class Trainer:
         (`training.finite`). The next batch is fetched before the host waits for the numbers.
 
         Raises:
-            TrainingError: one isn't finite, unless `on_nonfinite` is "skip".
+            NotFiniteStepError: one isn't finite, unless `on_nonfinite` is "skip".
         """
         with untracked():
             self._batches.fetch(self.updates + 1)
@@ -288,7 +292,7 @@ class Trainer:
                 reason = f"the {name} of step {self.updates + 1} is {value}"
                 self._skipped += 1
                 if self.config.on_nonfinite == "stop" or self._skipped > MOST_SKIPPED:
-                    self._stop(reason)
+                    raise NotFiniteStepError(reason)
                 self._found.append({"event": "skipped", "what": reason})
                 return None
         self._skipped = 0
