@@ -21,8 +21,8 @@ _flag: Tensor | None = None
 
 if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta"):
     # It changes tensors in place and returns nothing: without values there is nothing to do.
-    _META = torch.library.Library("aten", "IMPL")
-    _META.impl("_fused_sgd_", lambda *args, **options: None, "Meta")
+    _META = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    _META.impl("_fused_sgd_", lambda *args, **options: None, "Meta")  # type: ignore[no-untyped-call]
 
 
 @contextmanager
