@@ -25,7 +25,8 @@ from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
 from lowrank_lab.training.finite import FiniteCheck, off_where
-from lowrank_lab.training.step import clip_, set_clock_
+from lowrank_lab.training.gradients import clip_
+from lowrank_lab.training.kinds import set_clock_
 
 COUNTED = ("60m", "130m", "350m", "1b")
 # Methods and options; GoLore before its switch and after it.

@@ -15,6 +15,9 @@ from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training import step as stepping
 from lowrank_lab.training.finite import FiniteCheck, StatesBefore, checks_on_device, off_where
+from lowrank_lab.training.gradients import clip_
+from lowrank_lab.training.kinds import kind_of
+from lowrank_lab.training.schedule import events
 
 FUSED = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
 OURS = [
@@ -158,11 +161,11 @@ def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method, val
     finite = FiniteCheck(check, lambda: found.append("ready"))
     for at in range(9):
         found.clear()
-        kinds.add(stepping.kind_of(config, at))
+        kinds.add(kind_of(config, at))
         with cuda_path(), HostReads(found):
             stepping.take_step_(model, optimizer, [(tokens, tokens)], config, at, check=finite)
         assert found[:5] == ["ready", "update", "check", *reads]
-        assert not found[5:] or stepping.events(at + 1, config)  # a refactorization reads
+        assert not found[5:] or events(at + 1, config)  # a refactorization reads
     assert {"first", "next"} <= kinds
 
 
@@ -231,10 +234,10 @@ def test_a_norm_without_clipping_leaves_the_gradients_as_they_are():
     p = nn.Parameter(torch.tensor([3.0, 4.0]))
     p.grad = torch.tensor([3.0, 4.0])
     given = p.grad
-    assert stepping.clip_([p, nn.Parameter(torch.ones(1))], 0.0) == 5
+    assert clip_([p, nn.Parameter(torch.ones(1))], 0.0) == 5
     assert given._version == 0
     assert torch.equal(given, torch.tensor([3.0, 4.0]))
-    assert stepping.clip_([p], 1.0) == 5
+    assert clip_([p], 1.0) == 5
     assert given.norm() == pytest.approx(1.0, abs=1e-6)
 
 
