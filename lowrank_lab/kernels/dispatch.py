@@ -116,25 +116,34 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def _swiglu_allocate_attention_gradients(gate: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+def _allocate_swiglu_gradients(gate: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
 def _swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = _swiglu_allocate_attention_gradients(gate)
+    dgate, dup = _allocate_swiglu_gradients(gate)
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     call("swiglu_backward", gate, up, grad, dgate, dup, gate.numel())
     return dgate, dup
 
 
 def _losses(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
-    if targets.dtype.is_floating_point or targets.numel() != len(logits):
+    targets = whole_numbers(targets, len(logits))
+    refuse(call("losses", logits, targets, losses, *logits.shape, slopes), logits.shape[1])
+
+
+def whole_numbers(targets: Tensor, count: int) -> Tensor:
+    """So many targets, contiguous int64; ValueError for others."""
+    if targets.dtype.is_floating_point or targets.numel() != count:
         given = f"{targets.dtype} {tuple(targets.shape)}"
-        raise ValueError(f"targets: {given} is not allowed; {len(logits)} whole numbers")
-    targets = targets.long().contiguous()
-    wrong = call("losses", logits, targets, losses, *logits.shape, slopes)
+        raise ValueError(f"targets: {given} is not allowed; {count} whole numbers")
+    return targets.long().contiguous()
+
+
+def refuse(wrong: int, vocabulary: int) -> None:
+    """IndexError if so many targets are no token."""
     if wrong:
-        raise IndexError(f"targets: {wrong} are not allowed; 0 to {logits.shape[1] - 1}")
+        raise IndexError(f"targets: {wrong} are not allowed; 0 to {vocabulary - 1}")
 
 
 def _allocate_nothing(*args: Any) -> None:
@@ -163,7 +172,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], int]] =
     "swiglu": ("(Tensor gate, Tensor up) -> Tensor", _swiglu, _allocate_swiglu, 0),
     "swiglu_backward": (
         "(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
-        _swiglu_backward, _swiglu_allocate_attention_gradients, 2,
+        _swiglu_backward, _allocate_swiglu_gradients, 2,
     ),
     "losses_": (
         "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, bool slopes) -> ()",

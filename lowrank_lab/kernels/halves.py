@@ -18,6 +18,7 @@ from lowrank_lab.kernels.dispatch import NAMESPACE, attention_scratch, call, reg
 
 Tensors = tuple[Tensor, ...]
 PARTS = 8  # as in halves.h: partial sums of gradients, on any number of threads
+MULTIPLE = 16  # of all widths: N in tile.h
 PIECE = 48  # as in mlp.cpp: rows at a time
 
 

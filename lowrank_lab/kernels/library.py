@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.cpp", "mlp.cpp", "pointwise.cpp", "products.cpp", "self_attention.cpp")
+SOURCES = (
+    "attention.cpp", "head.cpp", "mlp.cpp", "pointwise.cpp", "products.cpp", "self_attention.cpp",
+)  # fmt: skip
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {  # of each function; the number of threads is the last
     "attention_forward": [*8 * [_pointer], *4 * [_long], _pointer, _int],
@@ -30,6 +32,7 @@ ARGUMENTS = {  # of each function; the number of threads is the last
     "mlp_backward": [*15 * [_pointer], *3 * [_long], _int],
     "self_attention_forward": [*16 * [_pointer], *4 * [_long], _float, _int],
     "self_attention_backward": [*22 * [_pointer], *4 * [_long], _int],
+    "head_losses": [*7 * [_pointer], *3 * [_long], _int, _int],
     "losses": [*3 * [_pointer], *2 * [_long], _int, _int],
     "product": [
         _pointer, _long, _long, _pointer, _long, _long, _pointer, _pointer, *3 * [_long], _int,

@@ -1,5 +1,6 @@
 // RMSNorm, SwiGLU and the softmax of the loss in one pass each; float32, contiguous.
 #include <cstring>
+#include "losses.h"
 #include "pointwise.h"
 
 // `rows` rows of RMSNorm, and their s.
@@ -47,39 +48,12 @@ extern "C" void swiglu_backward(const float *g, const float *u, const float *dy,
     memcpy(dg + whole, &a, 4 * rest), memcpy(du + whole, &b, 4 * rest);
 }
 
-// losses = log Σ exp(l) − l[target] for rows l of V logits; with `slopes`, softmax − one_hot(target)
-// takes their place. Returns the number of targets that are no column; their rows are left alone.
+// The losses of rows of V logits, and with `slopes` their gradients in place of the logits. Returns
+// the number of targets that are no column; their rows are left alone.
 extern "C" int losses(float *logits, const int64_t *targets, float *losses, n_t rows, n_t V,
                       int slopes, int threads) {
     int wrong = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : wrong) if (threads > 1)
-    for (n_t r = 0; r < rows; r++) {
-        if (targets[r] < 0 || targets[r] >= V) {
-            wrong++;
-            continue;
-        }
-        float *l = logits + r * V, own = l[targets[r]], rest[W];
-        n_t whole = V / W * W;
-        for (int j = 0; j < W; j++) rest[j] = whole + j < V ? l[whole + j] : -INFINITY;
-        vec tops = at(rest), sums = {};
-        for (n_t c = 0; c < whole; c += W) tops = at(l + c) > tops ? at(l + c) : tops;
-        float top = largest_of(tops);
-        for (n_t c = 0; c < whole; c += W) {
-            vec e = exp_of(at(l + c) - top);
-            sums += e;
-            if (slopes) at(l + c) = e;
-        }
-        float sum = sum_of(sums);
-        vec e = exp_of(at(rest) - top);
-        for (n_t c = whole; c < V; c++) {
-            sum += e[c - whole];
-            if (slopes) l[c] = e[c - whole];
-        }
-        losses[r] = top + std::log(sum) - own;
-        if (!slopes) continue;
-#pragma omp simd
-        for (n_t c = 0; c < V; c++) l[c] *= 1 / sum;
-        l[targets[r]] -= 1;
-    }
+    for (n_t r = 0; r < rows; r++) wrong += !loss_row(logits + r * V, targets[r], losses + r, V, slopes);
     return wrong;
 }

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype, prefers_few_kernels
 from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.kernels.head import head_losses, takes_head
 from lowrank_lab.models.compiled import Compiled
 
 LOGITS_IN_CHUNK = 1 << 26  # bytes; smaller chunks have more partial gradients to add up
@@ -86,10 +87,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_: Callable[[Tensor, Tensor, Tensor, bool], None],
     ) -> Tensor:  # fmt: skip
         count, vocabulary = hidden.shape[0], weight.shape[0]
+        wants_hidden, wants_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
+        ctx.count = count
+        if takes_head(hidden, weight):
+            losses, *grads = head_losses(hidden, weight, targets, wants_hidden or wants_weight)
+            wanted = zip((wants_hidden, wants_weight), grads, strict=True)
+            ctx.save_for_backward(*(grad if wants else None for wants, grad in wanted))
+            return losses.mean()
         size = LOGITS_ON_CUDA if prefers_few_kernels(hidden) else LOGITS_IN_CHUNK
         fitting = size // (vocabulary * hidden.element_size())
         chunk = min(count, max(SMALLEST_CHUNK, fitting))
-        wants_hidden, wants_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
         losses = hidden.new_empty((count, 1), dtype=torch.float32)
@@ -108,7 +115,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight = product.float()
                 else:
                     grad_weight += product
-        ctx.count = count
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )

@@ -13,12 +13,12 @@ from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.kernels.halves import MULTIPLE
 from lowrank_lab.layers.padded import AlignedLinear
 from lowrank_lab.models.rms_norm import RMSNorm
 
 MOST_WEIGHTS = 2**18  # entries in a half; with more, its weights leave a core's cache
 FEWEST_SEQUENCES = 8  # threads share the work by sequences
-MULTIPLE = 16  # of all widths
 
 
 def fused_weights(x: Tensor, norm: nn.Module, layers: Sequence[nn.Module]) -> list[Tensor] | None:
