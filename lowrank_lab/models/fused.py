@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype
+from lowrank_lab.kernels import flops as flops  # so that FlopCounterMode knows the kernels
 from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.kernels.halves import MULTIPLE
 from lowrank_lab.layers.padded import AlignedLinear

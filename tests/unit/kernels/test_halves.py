@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab.config import SIZES, Size
 from lowrank_lab.kernels import halves, head, library
@@ -186,6 +187,15 @@ def test_a_compiled_model_uses_them_as_well():
     mine = torch.autograd.grad(found, list(model.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, grads, strict=True))
     assert calls_of(lambda: model.loss(tokens, tokens)) == OPERATORS
+
+
+@pytest.mark.parametrize("batch", [8, 4])
+def test_torch_counts_the_flops_of_the_kernels(batch):
+    model, tokens = Llama(SMALL), torch.zeros(batch, 6, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens, tokens).backward()
+    products = 6 * (4 * 32 * 32 + 3 * 32 * 48 + 64 * 32) + 6 * 6 * 32
+    assert counter.get_total_flops() == products * tokens.numel()
 
 
 def test_the_scratch_memory_that_is_planned_is_what_the_kernels_need():
