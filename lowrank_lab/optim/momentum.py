@@ -13,6 +13,7 @@ from lowrank_lab.optim.adam import advance_weights_
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require
+from lowrank_lab.optim.found_inf import lerp_
 from lowrank_lab.optim.stacks import Matrices, StackedStates, State, tensors_of
 
 NUMBERS = ("step", "exp_avg_weight", "exp_avg_sq_weight")
@@ -23,7 +24,7 @@ class MomentumOptimizer(ProjectedAdamW):
     """AdamW whose marked groups keep an average of gradients with the decay rate `momentum`.
 
     Weight decay is decoupled and applied before the update, in all groups. Groups of plain AdamW
-    have the learning rate lr · adam_scale. Updates can't be turned off on the device (`can_skip`).
+    have the learning rate lr · adam_scale.
     """
 
     decays_first: ClassVar[bool] = True
@@ -51,9 +52,6 @@ class MomentumOptimizer(ProjectedAdamW):
             return super().state_shapes(group, shape)
         return {**dict.fromkeys(NUMBERS), "exp_avg": shape}
 
-    def can_skip(self) -> bool:
-        return False
-
     def can_stack(self, group: dict[str, Any]) -> bool:
         return True
 
@@ -79,7 +77,7 @@ def averaged(state: State | StackedStates, G: Matrices, beta: float) -> list[Ten
         if "exp_avg" not in each:
             each["exp_avg"] = torch.zeros_like(g, memory_format=torch.preserve_format)
     averages: list[Tensor] = [each["exp_avg"] for each in states]
-    torch._foreach_lerp_(averages, grads, 1 - beta)
+    lerp_(averages, grads, 1 - beta)
     return averages
 
 

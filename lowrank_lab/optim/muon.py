@@ -12,6 +12,7 @@ from torch.optim._muon import _adjust_lr
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.dtensors import is_dtensor
+from lowrank_lab.optim.found_inf import add_, decay_, lerp_, off_where
 from lowrank_lab.optim.newton_schulz import form_of, orthogonalized
 from lowrank_lab.optim.stacks import limited
 
@@ -26,6 +27,7 @@ class Muon(torch.optim.Muon):
     momenta, dividing them by their norms; the joint step does not.)
     """
 
+    found_inf: Tensor | None = None  # a flag on the device, as GradScaler sets it
     # for resets, as torch's Muon: `step` is another one
     state_layout: ClassVar[dict[str, Any]] = {"first": ("momentum_buffer",), "partial": "buffer"}
 
@@ -39,9 +41,10 @@ class Muon(torch.optim.Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for batch in _batches([p for p in group["params"] if p.grad is not None]):
-                self._update_many_(batch, group)
+        with off_where(self.found_inf):
+            for group in self.param_groups:
+                for batch in _batches([p for p in group["params"] if p.grad is not None]):
+                    self._update_many_(batch, group)
         return loss
 
     def _update_many_(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -50,22 +53,18 @@ class Muon(torch.optim.Muon):
         momenta: list[Tensor] = []
         self._init_group({**group, "params": params}, found, grads, momenta)
         # M ← μM + (1−μ)G;  U = (1−μ)G + μM (Nesterov) or M;  W ← W − lr·adjusted · U Vᵀ of U
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        lerp_(momenta, grads, 1 - group["momentum"])
         updates = momenta
         if group["nesterov"]:
             updates = list(torch._foreach_lerp(grads, momenta, group["momentum"]))
-        orthogonal = orthogonalized(
-            updates, [group["ns_coefficients"]] * group["ns_steps"], group["eps"]
-        )
         lr = float(group["lr"])
+        orthogonal = orthogonalized(
+            updates, [group["ns_coefficients"]] * group["ns_steps"], group["eps"],
+            scale=lambda U: _adjust_lr(lr, group["adjust_lr_fn"], U.shape),
+        )  # fmt: skip
         if group["weight_decay"] > 0:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        rates: dict[float, list[tuple[Tensor, Tensor]]] = {}
-        for p, U in zip(params, orthogonal, strict=True):
-            adjusted = _adjust_lr(lr, group["adjust_lr_fn"], p.shape)
-            rates.setdefault(adjusted, []).append((p, U))
-        for rate, pairs in rates.items():
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=-rate)
+            decay_(params, lr * group["weight_decay"])
+        add_(params, orthogonal, alpha=-1.0)
 
 
 def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:

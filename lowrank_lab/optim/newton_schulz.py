@@ -6,7 +6,7 @@ matrices are iterated in stacks; stacks with equal shorter sides share their r×
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -29,11 +29,13 @@ class WideStack(NamedTuple):
         X: k×r×n with r ≤ n.
         numbers: which matrices they are; tall ones come first.
         tall: how many are tall.
+        scale: a factor of their results.
     """
 
     X: Tensor
     numbers: list[int]
     tall: int
+    scale: float = 1.0
 
     def matrices(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """Number and contiguous tensor of each matrix, in its own orientation."""
@@ -42,18 +44,27 @@ class WideStack(NamedTuple):
         yield from zip(self.numbers, found, strict=True)
 
 
-def wide_stacks(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[list[WideStack]]:
+def one(U: Tensor) -> float:
+    """No factor."""
+    return 1.0
+
+
+def wide_stacks(
+    matrices: Sequence[Tensor], dtype: torch.dtype, scale: Callable[[Tensor], float] = one
+) -> list[list[WideStack]]:
     """Copies of the matrices in stacks; those with equal shorter sides together."""
     forms = [form_of(M) for M in matrices]
     order = sorted(range(len(matrices)), key=forms.__getitem__)
     together: list[list[WideStack]] = []
     for _, rows in groupby(order, lambda i: forms[i][0]):
         stacks = []
-        for _, same in groupby(rows, lambda i: forms[i][:2]):
+        for _, same in groupby(rows, lambda i: (*forms[i][:2], scale(matrices[i]))):
             numbers = list(same)
             wide = [matrices[i] if forms[i][2] else matrices[i].mT for i in numbers]
             tall = sum(not forms[i][2] for i in numbers)
-            stacks.append(WideStack(torch.stack(wide).to(dtype), numbers, tall))
+            stacks.append(
+                WideStack(torch.stack(wide).to(dtype), numbers, tall, scale(matrices[numbers[0]]))
+            )
         together.append(stacks)
     return together
 
@@ -63,6 +74,7 @@ def orthogonalized(
     schedule: Sequence[Coefficients],
     eps: float,
     dtype: torch.dtype = torch.bfloat16,
+    scale: Callable[[Tensor], float] = one,
 ) -> list[Tensor]:
     """The results of the iteration, after the division of each matrix by its norm.
 
@@ -71,12 +83,13 @@ def orthogonalized(
         schedule: coefficients of each iteration.
         eps: least norm by which a matrix is divided.
         dtype: of the iteration; that of torch's Muon is bfloat16.
+        scale: a factor of the result, from an update; it is part of the last product.
 
     Returns:
         Contiguous tensors shaped like the updates, in their dtype.
     """
     results = list(updates)
-    for stacks in orthogonalized_stacks(updates, schedule, eps, dtype):
+    for stacks in orthogonalized_stacks(updates, schedule, eps, dtype, scale):
         for stack in stacks:
             for i, Q in stack.matrices(updates[stack.numbers[0]].dtype):
                 results[i] = Q
@@ -84,10 +97,14 @@ def orthogonalized(
 
 
 def orthogonalized_stacks(
-    updates: Sequence[Tensor], schedule: Sequence[Coefficients], eps: float, dtype: torch.dtype
+    updates: Sequence[Tensor],
+    schedule: Sequence[Coefficients],
+    eps: float,
+    dtype: torch.dtype,
+    scale: Callable[[Tensor], float] = one,
 ) -> list[list[WideStack]]:
     """`orthogonalized`, in stacks and in the dtype of the iteration."""
-    return [_iterated(stacks, schedule, eps) for stacks in wide_stacks(updates, dtype)]
+    return [_iterated(stacks, schedule, eps) for stacks in wide_stacks(updates, dtype, scale)]
 
 
 def _iterated(
@@ -103,9 +120,16 @@ def _iterated(
     for X, norm in zip(Xs, torch.split(norms, counts), strict=True):
         X.div_(norm)
     gram = Xs[0].new_empty((sum(counts), Xs[0].shape[1], Xs[0].shape[1]))
-    for a, b, c in schedule:
+    scales = [stack.scale for stack in stacks]
+    if not schedule:
+        Xs = [X * s for X, s in zip(Xs, scales, strict=True)]
+    for i, (a, b, c) in enumerate(schedule, 1):
+        now = scales if i == len(schedule) else [1.0] * len(Xs)
         for X, A in zip(Xs, torch.split(gram, counts), strict=True):
             torch.bmm(X, X.mT, out=A)
         polynomials = torch.split(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), counts)
-        Xs = [torch.baddbmm(X, P, X, beta=a) for X, P in zip(Xs, polynomials, strict=True)]
+        Xs = [
+            torch.baddbmm(X, P, X, beta=a * s, alpha=s)
+            for X, P, s in zip(Xs, polynomials, now, strict=True)
+        ]
     return [stack._replace(X=X) for stack, X in zip(stacks, Xs, strict=True)]

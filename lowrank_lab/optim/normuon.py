@@ -14,9 +14,17 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.optim.channels import channels_along
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
+from lowrank_lab.optim.found_inf import lerp_, zero_if_off_
 from lowrank_lab.optim.momentum import NS_PRECISIONS, MomentumOptimizer, averaged, ns_dtype
 from lowrank_lab.optim.newton_schulz import orthogonalized
-from lowrank_lab.optim.stacks import Matrices, StackedStates, Stacks, State, tensors_of
+from lowrank_lab.optim.stacks import (
+    Matrices,
+    StackedStates,
+    Stacks,
+    State,
+    stack_shapes,
+    tensors_of,
+)
 from lowrank_lab.optim.state_bytes import Weight, two_moments
 
 COEFFICIENTS = (DEFAULT_A, DEFAULT_B, DEFAULT_C)  # of torch's Muon
@@ -130,6 +138,8 @@ class NorMuon(MomentumOptimizer):
             if factor != factors[0]:
                 part.mul_(factors[0] / factor)
         scale = channels.divided(inverse, size, rms.dtype)
+        if isinstance(Q, Tensor):
+            zero_if_off_(scale)
         channels.add_scaled_(W, Q, scale, alpha=-float(group["lr"]) * factors[0])
 
     def _orthogonalized(
@@ -149,8 +159,8 @@ class NorMuon(MomentumOptimizer):
         """Values of tensors by the shape of their tensors."""
         if isinstance(Q, Tensor):
             return [(values, self.placement.global_shape(Q))]
-        counts = [count for count, _ in Q.runs]
-        return list(zip(torch.split(values, counts), [s for _, s in Q.runs], strict=True))
+        counts = [count for count, _ in Q.shapes]
+        return list(zip(torch.split(values, counts), [s for _, s in Q.shapes], strict=True))
 
 
 def _factor(shape: tuple[int, ...], group: dict[str, Any]) -> float:
@@ -168,12 +178,12 @@ def row_averages(state: State | StackedStates, Q: Matrices, rms: Tensor, beta2: 
         if "exp_avg_sq" not in each:
             each["exp_avg_sq"] = X.new_zeros((len(X), 1))
     vs: list[Tensor] = [each["exp_avg_sq"] for each in states]
+    new = rms.square().to(vs[0].dtype)
     if isinstance(Q, Tensor):
-        return vs[0].lerp_(rms.square().to(Q.dtype), 1 - beta2)
-    stacks = Stacks.of(vs)
-    joint = stacks.flat.lerp_(rms.square().to(Q.dtype), 1 - beta2)
-    torch._foreach_copy_(vs, stacks.items)
-    return joint
+        lerp_(vs, [new], 1 - beta2)
+        return vs[0]
+    lerp_(vs, Stacks(stack_shapes(vs), new).items, 1 - beta2)
+    return Stacks.of(vs).flat
 
 
 def normuon_states(w: Weight, config: ResolvedConfig) -> int:

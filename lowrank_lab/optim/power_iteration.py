@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
+from lowrank_lab.optim.found_inf import old_if_off
 from lowrank_lab.optim.newton_schulz import wide_stacks
 
 
@@ -34,7 +35,7 @@ def power_step_(X: Tensor, u: Tensor, dim: int, placement: Placement = REPLICATE
     z = placement.all_reduce_sum_(wide @ w)
     size = placement.global_norm(torch.linalg.vector_norm(w))
     is_zero, inverse = size == 0, 1 / size
-    u.copy_(torch.where(is_zero, u, (w * inverse).view(u.shape)))
+    u.copy_(old_if_off(torch.where(is_zero, u, (w * inverse).view(u.shape)), u))
     return torch.where(is_zero, 0.0, torch.linalg.vector_norm(z) * inverse)
 
 
@@ -57,7 +58,7 @@ def power_steps_(factors: list[Tensor], us: list[Tensor]) -> Tensor:
     for stack, w, old, zero, scale in zip(
         found, ws, olds, torch.split(is_zero, counts), torch.split(inverse, counts), strict=True
     ):
-        new = torch.where(zero, old, w.mul_(scale))
+        new = old_if_off(torch.where(zero, old, w.mul_(scale)), old)
         targets = [us[i] for i in stack.numbers]
         torch._foreach_copy_(targets, [n.view(u.shape) for n, u in zip(new, targets, strict=True)])
     sigma: Tensor = torch.linalg.vector_norm(zs, dim=(1, 2)).mul_(inverse[:, 0, 0])

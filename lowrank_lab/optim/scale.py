@@ -12,6 +12,7 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.optim.channels import channels_along
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
+from lowrank_lab.optim.found_inf import zero_if_off_
 from lowrank_lab.optim.momentum import MomentumOptimizer, averaged
 from lowrank_lab.optim.stacks import Stacks
 from lowrank_lab.optim.state_bytes import Weight, two_moments
@@ -98,8 +99,10 @@ class Scale(MomentumOptimizer):
             else:
                 G = W.G = Stacks.of(averages)
         # W ← W − lr · G / max(rms, 1e-8)
-        rms = channels.rms(G).clamp_(min=LEAST)
-        channels.add_scaled_(W, G, rms.reciprocal_(), alpha=-float(group["lr"]))
+        inverse = channels.rms(G).clamp_(min=LEAST).reciprocal_()
+        if isinstance(G, Tensor):
+            zero_if_off_(inverse)
+        channels.add_scaled_(W, G, inverse, alpha=-float(group["lr"]))
 
 
 def scale_states(w: Weight, config: ResolvedConfig) -> int:

@@ -23,6 +23,7 @@ from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.factors import Pair, check_pairs, pairs_of, with_gradients
+from lowrank_lab.optim.found_inf import add_, zero_if_off_
 from lowrank_lab.optim.matrix_updates import SEED_STRIDE, undone_on_error
 from lowrank_lab.optim.momentum import NS_PRECISIONS, MomentumOptimizer, averaged, ns_dtype
 from lowrank_lab.optim.newton_schulz import (
@@ -142,7 +143,7 @@ class Spectron(MomentumOptimizer):
                 u = self._vector(p, own)
                 found.append((X, Q, power_step_(X, u, dim, self.placement)))
             (_, _, sigma_B), (_, _, sigma_A) = found
-            rate = -float(group["lr"]) / (sigma_B + sigma_A + 1)
+            rate = zero_if_off_(-float(group["lr"]) / (sigma_B + sigma_A + 1))
             for X, Q, _ in found:
                 X.add_(Q.mul_(rate))
         for state in states:  # only now: parts of DTensors carry their numbers back
@@ -168,7 +169,7 @@ class Spectron(MomentumOptimizer):
             torch.mul(Q, rate[:, None, None], out=Q)
             for i, update in stack._replace(X=Q).matrices(Q.dtype):
                 updates[i] = update
-        torch._foreach_add_(factors, updates)
+        add_(factors, updates, 1.0)
         for state in states:
             state["step"] += 1
 

@@ -45,11 +45,11 @@ class ManyTensors:
 
     def __init__(self, G: Stacks, wide: torch.dtype) -> None:
         self.g, self.wide = G, wide
-        self.channels = StackedChannels(G.runs, [None] * len(G.runs))
+        self.channels = StackedChannels(G.shapes, [None] * len(G.shapes))
 
     def _reduce(self, order: float) -> Tensor:
         out = torch.empty(self.channels.count, dtype=self.wide, device=self.g.flat.device)
-        return self.channels.reduce(self.g.flat, self.g.runs, out, order)
+        return self.channels.reduce(self.g.flat, self.g.shapes, out, order)
 
     def largest(self) -> Tensor:
         return self._reduce(math.inf)
@@ -58,10 +58,10 @@ class ManyTensors:
         return self._reduce(2)
 
     def scale_larger_(self, bound: Tensor, scale: Tensor) -> None:
-        flat, runs = self.g.flat, self.g.runs
+        flat, shapes = self.g.flat, self.g.shapes
         size = flat.abs()
         larger, scaled = torch.empty_like(flat, dtype=torch.bool), torch.empty_like(flat)
-        views = (self.channels.views(t, runs) for t in (flat, size, larger, scaled))
+        views = (self.channels.views(t, shapes) for t in (flat, size, larger, scaled))
         for (g, dim, at), (absolute, *_), (mask, *_), (out, *_) in zip(*views, strict=True):
             torch.gt(absolute, broadcast(bound[at], g, dim), out=mask)
             torch.mul(g, broadcast(scale[at], g, dim), out=out)
@@ -69,7 +69,7 @@ class ManyTensors:
 
     def scale_(self, scale: Tensor) -> Stacks:
         self.channels.scale_(self.g, scale)
-        return Stacks(self.g.runs, self.g.flat)
+        return Stacks(self.g.shapes, self.g.flat)
 
 
 def tensors_in(G: Matrices, wide: torch.dtype) -> OneTensor | ManyTensors:
