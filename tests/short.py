@@ -9,7 +9,7 @@ PERIODS = ("update_proj_gap", "merge_every", "update_k", "switch")
 
 def high_rate(method):
     """A high rate; Spectron's bounds the spectral norm of its steps."""
-    return 0.3 if method == "spectron" else 1e-2
+    return 0.1 if method == "spectron" else 1e-2
 
 
 def usual_rate(method):

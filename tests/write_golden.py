@@ -22,6 +22,7 @@ SCALES = {
     "galore": {"scale": 0.25}, "golore": {"scale": 0.25}, "fira": {"alpha": 1.0},
     "apollo": {"scale": 1.0}, "apollo-mini": {"scale": 128.0},
     "lora": {"alpha": 32}, "relora": {"alpha": 32}, "sltrain": {"alpha": 32},
+    "normuon": {"ns_precision": "fp32"}, "spectron": {"ns_precision": "fp32"},
 }  # fmt: skip
 
 
