@@ -199,7 +199,9 @@ class RunConfig(BaseModel):
     stochastic_rounding: bool = help_field(
         False, "round bf16 weights stochastically (projected optimizers)"
     )
-    compile: bool = help_field(False, "torch.compile blocks and loss (needs a C++ compiler)")
+    compile: bool = help_field(
+        False, "torch.compile blocks, loss, CUDA optimizers (needs a C++ compiler)"
+    )
     activation_checkpointing: bool = help_field(False, "recompute blocks in the backward pass")
     seed: int = help_field(0, "of initial weights and batch order", ge=0, lt=1 << 32)
     device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto: CUDA where there is one")

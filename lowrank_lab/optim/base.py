@@ -23,6 +23,7 @@ from lowrank_lab.optim.adam import (
     rounds_stochastically,
     to_state_precision,
 )
+from lowrank_lab.optim.chains import compiled_where
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
 from lowrank_lab.optim.found_inf import decay_, off_where
@@ -51,6 +52,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
     found_inf: Tensor | None = None  # a flag on the device, as GradScaler sets it
+    compile_chains = False  # see chains.py
     batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
@@ -112,7 +114,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.refreshed = {}
-        with off_where(self.found_inf):
+        with off_where(self.found_inf), compiled_where(self.compile_chains):
             self._step_groups_()
         self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
         return loss

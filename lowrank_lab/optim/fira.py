@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool
@@ -82,20 +83,29 @@ class Fira(ProjectedAdamW):
         alpha, channels = group["alpha"], rank_channels(G, right, self.placement)
         # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
         R_norm, N_norm, G_norm = channels.norms(R, N, G)
-        phi = N_norm / (R_norm + EPS)
-        # P has orthonormal columns: ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖² per channel. A difference at
-        # rounding level means that the gradient lies inside the subspace: the residual is zero.
-        G_norm_sq = G_norm.square()
-        residual_sq = torch.addcmul(G_norm_sq, R_norm, R_norm, value=alpha**2 - 2 * alpha)
         rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
-        residual_sq *= residual_sq > rounding * G_norm_sq
-        S_norm = channels.total(residual_sq.sqrt_().mul_(phi))
+        phi, S_norms = _channel_scales(R_norm, N_norm, G_norm, alpha, rounding)
+        S_norm = channels.total(S_norms)
         limiter = growth_limiter(state, S_norm, group["forgive_zero"])
         phi = channels.divided(phi, limiter, N.dtype)
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
         channels.subtract_scaled_(N, R, phi)
         project_back_add_(W, N, left, right, alpha=-step_size * alpha)
         channels.add_scaled_(W, G, phi, alpha=-step_size)
+
+
+@Chain
+def _channel_scales(
+    R_norm: Tensor, N_norm: Tensor, G_norm: Tensor, alpha: float, rounding: float
+) -> tuple[Tensor, Tensor]:
+    """φ and φ‖G − αP R‖ of each channel."""
+    phi = N_norm / (R_norm + EPS)
+    # P has orthonormal columns: ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖² per channel. A difference at
+    # rounding level means that the gradient lies inside the subspace: the residual is zero.
+    G_norm_sq = G_norm.square()
+    residual_sq = torch.addcmul(G_norm_sq, R_norm, R_norm, value=alpha**2 - 2 * alpha)
+    residual_sq *= residual_sq > rounding * G_norm_sq
+    return phi, residual_sq.sqrt_().mul_(phi)
 
 
 def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = True) -> Tensor:
@@ -111,9 +121,15 @@ def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = Tru
     if "residual_norm" not in state:
         state["residual_norm"] = norm
         return torch.ones_like(norm)
-    previous = state["residual_norm"]
+    limiter: Tensor
+    limiter, state["residual_norm"] = _limited(norm, state["residual_norm"], forgive_zero)
+    return limiter
+
+
+@Chain
+def _limited(norm: Tensor, previous: Tensor, forgive_zero: bool) -> tuple[Tensor, Tensor]:
+    """The limiter, and the limited norm."""
     if forgive_zero:
         previous = F.threshold(previous, EPS, math.inf)
-    limiter: Tensor = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
-    state["residual_norm"] = norm / limiter
-    return limiter
+    limiter = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
+    return limiter, norm / limiter
