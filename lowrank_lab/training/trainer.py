@@ -16,7 +16,12 @@ from lowrank_lab.data.splits import Split
 from lowrank_lab.memory.tracker import untracked
 from lowrank_lab.techniques import NotFiniteError
 from lowrank_lab.training.errors import TrainingError
-from lowrank_lab.training.evaluate import evaluate, evaluation_weights
+from lowrank_lab.training.evaluate import (
+    Evaluation,
+    copying_loss,
+    evaluate,
+    evaluation_weights,
+)
 from lowrank_lab.training.finite import FiniteCheck, NotFiniteStepError
 from lowrank_lab.training.kinds import kind_of
 from lowrank_lab.training.records import metrics_row, parameter_counts, perplexities
@@ -50,7 +55,10 @@ class Trainer(RunState):
                 self._spectra.note_momentum()
         row = self._step(kind)
         if self._due(config.eval_every):
-            loss = row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
+            found = self.evaluate("validation", config.eval_tokens)
+            loss = row["validation_loss"] = found.loss
+            row["validation_loss_by_position"] = found.by_position
+            row["copying_loss"] = self._copying_loss()
             if loss < self._best.get("validation_loss", math.inf):
                 self._best = {"validation_loss": loss, "step": self.updates}
         self._records.metrics(row)
@@ -103,10 +111,10 @@ class Trainer(RunState):
     def finish(self) -> None:
         """Final evaluations, the trained model and result.json."""
         self._clock.settle()
-        losses = {
-            f"{split}_loss": self.evaluate(split, self.config.test_tokens)
-            for split in ("validation", "test")
-        }
+        splits: tuple[Split, ...] = ("validation", "test")
+        ends = {split: self.evaluate(split, self.config.test_tokens) for split in splits}
+        losses = {f"{split}_loss": end.loss for split, end in ends.items()}
+        copying = self._copying_loss()
         self._gather()
         if not self._records.writes:
             return
@@ -116,6 +124,9 @@ class Trainer(RunState):
         self._records.result({
             **losses,
             **perplexities(losses),
+            **{f"{split}_loss_by_position": end.by_position for split, end in ends.items()},
+            "copying_loss": copying,
+            **{f"test_{name}": values for name, values in ends["test"].by_document.items()},
             "best_validation_loss": self._best.get("validation_loss"),
             "best_step": self._best.get("step"),
             "entropy": self.corpus.entropy,
@@ -127,12 +138,16 @@ class Trainer(RunState):
             "optimizer_state_bytes": self.bytes.optimizer_states,
         })  # fmt: skip
 
-    def evaluate(self, split: Split, tokens: int) -> float:
+    def evaluate(self, split: Split, tokens: int) -> Evaluation:
         with evaluation_weights(self.model, self.optimizer):
-            loss = evaluate(self.model, self.corpus, split, tokens, self.config)
-        if not math.isfinite(loss):
-            self._stop(f"the {split} loss after step {self.updates} is {loss}")
-        return loss
+            found = evaluate(self.model, self.corpus, split, tokens, self.config)
+        if not math.isfinite(found.loss):
+            self._stop(f"the {split} loss after step {self.updates} is {found.loss}")
+        return found
+
+    def _copying_loss(self) -> float:
+        with evaluation_weights(self.model, self.optimizer):
+            return copying_loss(self.model, self.corpus.vocab_size, self.config)
 
     def _stop(self, reason: str) -> NoReturn:
         """End the run, with the last good state kept."""
