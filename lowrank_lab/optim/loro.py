@@ -120,7 +120,9 @@ class Loro(ProjectedAdamW):
         if "rank" not in group:
             super().step_group_(params, group)
             return
-        pairs = [pair for pair in _pairs(group["params"]) if _have_gradients(*pair)]
+        pairs = [
+            (B, A) for B, A in _pairs(group["params"]) if B.grad is not None and A.grad is not None
+        ]
         exact = [self._is_exact(B, group) for B, _ in pairs]
         for pair, is_exact in zip(pairs, exact, strict=True):
             if is_exact:
@@ -175,10 +177,6 @@ class Loro(ProjectedAdamW):
 
 def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(params[::2], params[1::2], strict=True))
-
-
-def _have_gradients(B: Tensor, A: Tensor) -> bool:
-    return B.grad is not None and A.grad is not None
 
 
 def _eps(state: dict[str, Any], group: dict[str, Any]) -> float:
