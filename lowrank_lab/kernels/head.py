@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.kernels.dispatch import NAMESPACE, call, refuse, register, whole_numbers
-from lowrank_lab.kernels.halves import MULTIPLE, PARTS
+from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE, PARTS
 from lowrank_lab.kernels.operators import takes
 
 HEAD_ROWS = 48  # as in head.cpp: rows at a time
@@ -21,7 +21,7 @@ MOST_WEIGHTS = 2**17  # entries; with more, they leave a core's cache
 def takes_head(hidden: Tensor, weight: Tensor) -> bool:
     """Whether one kernel can compute the losses of hidden (N, d) with weight (V, d)."""
     suits = all(n % MULTIPLE == 0 for n in weight.shape) and weight.numel() <= MOST_WEIGHTS
-    return suits and takes(hidden, weight)
+    return suits and len(hidden) >= FEWEST_ROWS and takes(hidden, weight)
 
 
 def head_losses(
@@ -48,7 +48,7 @@ def head_scratch(d: int, vocabulary: int, slopes: bool) -> int:
 def _allocate(hidden: Tensor, weight: Tensor, targets: Tensor, slopes: bool) -> tuple[Tensor, ...]:
     losses = hidden.new_empty((len(hidden), 1))
     grads = [t.new_empty(t.shape if slopes else (0,)) for t in (hidden, weight)]
-    return losses, *grads, hidden.new_empty(head_scratch(*weight.shape[::-1], slopes))
+    return losses, *grads, hidden.new_empty(head_scratch(weight.shape[1], weight.shape[0], slopes))
 
 
 def _head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, slopes: bool) -> Any:

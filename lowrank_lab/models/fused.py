@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.kernels import flops as flops  # so that FlopCounterMode knows the kernels
 from lowrank_lab.kernels import operators as kernels
-from lowrank_lab.kernels.halves import MULTIPLE
+from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE
 from lowrank_lab.layers.padded import AlignedLinear
 from lowrank_lab.models.rms_norm import RMSNorm
 
@@ -28,7 +28,9 @@ def fused_weights(x: Tensor, norm: nn.Module, layers: Sequence[nn.Module]) -> li
     That is the case for float32 on a CPU, small dense layers without bias, and as long as nobody
     follows single layers by hooks. None otherwise.
     """
-    if x.dim() != 3 or len(x) < FEWEST_SEQUENCES or autocast_dtype(x) is not None:
+    if x.dim() != 3 or len(x) < FEWEST_SEQUENCES or x.shape[0] * x.shape[1] < FEWEST_ROWS:
+        return None
+    if autocast_dtype(x) is not None:
         return None
     if type(norm) is not RMSNorm or not all(map(_is_plain, layers)) or _is_followed(norm):
         return None

@@ -89,7 +89,7 @@ class Attention(nn.Module):
             return halves.self_attention(x, fused, cos, sin, self.num_heads, NORM_EPS)
         heads = (*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads)
         q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if heads[-1] % kernels.HEAD_SIZE == 0 and kernels.takes(q, k, v, cos, sin):
+        if kernels.takes_heads(q, k, v):
             mixed = kernels.rotary_attention(q, k, v, cos, sin)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
