@@ -28,8 +28,9 @@ from benchmarks.harness import (
 from benchmarks.training import BATCH, LENGTH, LR, pair, some_tokens, their_loss
 from benchmarks.two_runs import two_runs
 from lowrank_lab.config import SIZES, RunConfig, Size
+from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.loop import fast_process
-from lowrank_lab.training.step import gradients, update_
+from lowrank_lab.training.step import update_
 
 MICRO = SIZES["micro"]._replace(vocab_size=512)  # the studies' model
 MODELS = {"micro": (MICRO, 1), "1M": (SIZES["mini"], 2), "5M": (Size(256, 688, 4, 4, 4096), 2)}

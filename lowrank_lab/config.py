@@ -178,6 +178,12 @@ class RunConfig(BaseModel):
     lr: float | None = help_field(
         None, "peak learning rate; default: the method's at this width", gt=0, le=100
     )
+    rest_lr: float | None = help_field(
+        None,
+        "peak learning rate of what is no target: embedding, head, norms; default: lr",
+        gt=0,
+        le=100,
+    )
     warmup: float = help_field(
         0.1, "share of the steps for warm-up, below 1; or its steps, from 2", ge=0, le=1 << 50
     )
@@ -212,6 +218,9 @@ class RunConfig(BaseModel):
     )
     eval_tokens: int = help_field(65536, "tokens per evaluation", ge=2, le=1 << 50)
     test_tokens: int = help_field(262144, "tokens per final evaluation", ge=2, le=1 << 50)
+    eval_windows: Literal["first", "spread"] = help_field(
+        "first", "windows to evaluate: those a split begins with, or spread over all of it"
+    )
     spectra_every: int | None = help_field(
         None, "steps between spectra; default steps/5", ge=1, le=1 << 50
     )
@@ -324,7 +333,11 @@ class RunConfig(BaseModel):
         if self.recovery_steps == 1:
             raise InputError("recovery_steps", 1, "must be 0 (no recovery) or at least 2")
         if self.reset_every and self.recovery_steps > self.reset_every:
-            allowed = f"must be at most reset_every {self.reset_every}"
+            longest = self.reset_every if self.reset_every > 1 else 0
+            allowed = (
+                f"at most reset_every {self.reset_every}: recovery_steps {longest}, or reset_every "
+                f"{self.recovery_steps}, is allowed"
+            )
             raise InputError("recovery_steps", self.recovery_steps, allowed)
         both = math.lcm(self.refactor_every, self.reset_every) if self.reset_every else 0
         restarts = self.reset_strength == 1 and self.reset_how == "scale"

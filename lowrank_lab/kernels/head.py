@@ -48,7 +48,8 @@ def head_scratch(d: int, vocabulary: int, slopes: bool) -> int:
 def _allocate(hidden: Tensor, weight: Tensor, targets: Tensor, slopes: bool) -> tuple[Tensor, ...]:
     losses = hidden.new_empty((len(hidden), 1))
     grads = [t.new_empty(t.shape if slopes else (0,)) for t in (hidden, weight)]
-    return losses, *grads, hidden.new_empty(head_scratch(weight.shape[1], weight.shape[0], slopes))
+    vocabulary, d = weight.shape
+    return losses, *grads, hidden.new_empty(head_scratch(d, vocabulary, slopes))
 
 
 def _head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, slopes: bool) -> Any:

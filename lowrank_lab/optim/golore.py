@@ -91,7 +91,8 @@ class GoLore(ProjectedAdamW):
         used = self._projections(G, state, group)
         new = load_projections(state)
         if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
-            state["exp_avg"].copy_(carry_moment(state["exp_avg"], old, new, self.placement))
+            moment = carry_moment(state["exp_avg"], old, new, self.placement)
+            state["exp_avg"] = moment.to(state["exp_avg"]).contiguous()
         return used
 
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:

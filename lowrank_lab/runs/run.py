@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import embedding_bytes
-from lowrank_lab.paths import located
+from lowrank_lab.paths import data_folder, located
 from lowrank_lab.runs.kept import RUNS, KeptRecords, kept_run, open_study
 from lowrank_lab.runs.records import FolderRecords
 
@@ -93,6 +93,34 @@ class Run:
         if (result := self.records.result) is None:
             raise InputError("run", str(self.folder), "it has not finished: result.json is missing")
         return dict(result)
+
+    @property
+    def documents(self) -> pd.DataFrame:
+        """One row per evaluated document of the test split: document, tokens, loss (nats a token).
+
+        Empty for a corpus without documents, and for runs before version 0.2.
+        """
+        import pandas as pd
+
+        names = {"document": "test_documents", "tokens": "test_document_tokens",
+                 "loss": "test_document_losses"}  # fmt: skip
+        columns = {column: self.result.get(name, []) for column, name in names.items()}
+        return pd.DataFrame(columns).astype({"document": int, "tokens": int, "loss": float})
+
+    @property
+    def by_position(self) -> pd.DataFrame:
+        """Validation loss by position in the window: step, position, loss; one row per group.
+
+        `position` is the first of a group, from 1: 1, 2–3, 4–7, 8–15 …
+        """
+        import pandas as pd
+
+        rows = [
+            (row["step"], 2**k, loss)
+            for row in self.records.metrics
+            for k, loss in enumerate(row.get("validation_loss_by_position") or ())
+        ]
+        return pd.DataFrame(rows, columns=["step", "position", "loss"])
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -239,11 +267,12 @@ def find_runs(folder: Path | str) -> list[Run]:
 
     Both run folders and kept studies are searched; hidden folders are skipped.
     """
-    folder = runs_folder(folder)
+    given, folder = folder, runs_folder(folder)
     if not folder.is_dir():
         if kept_run(folder) is not None:
             return [Run(folder)]
-        raise InputError("folder", str(folder), "there is no such folder")
+        places = "" if Path(given).is_absolute() else f", here or in {data_folder()}"
+        raise InputError("folder", str(given), f"there is no such folder{places}")
     found = {path.parent for path in folder.rglob("config.json")}
     found |= {
         path.parent / run for path in folder.rglob(RUNS) for run in open_study(path.parent).runs
@@ -358,7 +387,8 @@ def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
         return facts
     result = run.result
     result["bytes_without_embeddings"] = _bytes_without_embeddings(config, result)
-    return facts | {f"final_{name}": value for name, value in result.items()}
+    single = {name: value for name, value in result.items() if not isinstance(value, list)}
+    return facts | {f"final_{name}": value for name, value in single.items()}
 
 
 def _bytes_without_embeddings(config: ResolvedConfig, result: dict[str, Any]) -> float:
