@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.kernels.dispatch import PYTHON_BODIES, call
@@ -31,6 +32,11 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the kernels can compute with these: float32 on a CPU, not empty."""
     suits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
     return suits and not prefers_few_kernels(tensors[0]) and available()
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether none is of another class (a DTensor, for example), which has products of its own."""
+    return all(type(t) in (Tensor, torch.nn.Parameter, FakeTensor) for t in tensors)
 
 
 def takes_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -125,6 +125,11 @@ def with_hooks_on_norms(block):
         layer.register_full_backward_hook(lambda *_: None)
 
 
+def with_hooks_on_halves(block):
+    for half in (block.self_attn, block.mlp):
+        half.register_forward_pre_hook(lambda module, inputs: None)
+
+
 def with_own_modules(block):
     class Own(nn.Linear):
         def forward(self, x):
@@ -134,7 +139,15 @@ def with_own_modules(block):
 
 
 @pytest.mark.parametrize(
-    "change", [with_bias, with_other_layers, with_hooks, with_hooks_on_norms, with_own_modules]
+    "change",
+    [
+        with_bias,
+        with_other_layers,
+        with_hooks,
+        with_hooks_on_norms,
+        with_hooks_on_halves,
+        with_own_modules,
+    ],
 )
 def test_layers_that_are_not_plain_are_called_themselves(change):
     block = block_of(SMALL)
@@ -162,10 +175,10 @@ def test_other_shapes_are_computed_layer_by_layer(size, shape, expected):
 
 def test_autocast_is_not_bypassed():
     block, x = block_of(SMALL), torch.randn(8, 50, 32)
-    layers = block.mlp.layers()
-    assert fused.fused_weights(x, block.post_attention_layernorm, layers) is not None
+    given = x, block.post_attention_layernorm, block.mlp, block.mlp.layers()
+    assert fused.fused_weights(*given) is not None
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused.fused_weights(x, block.post_attention_layernorm, layers) is None
+        assert fused.fused_weights(*given) is None
 
 
 def test_a_tracker_of_memory_sees_the_kernels_that_training_uses():
@@ -188,6 +201,16 @@ def test_a_compiled_model_uses_them_as_well():
     mine = torch.autograd.grad(found, list(model.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, grads, strict=True))
     assert calls_of(lambda: model.loss(tokens, tokens)) == OPERATORS
+
+
+def test_tensors_of_another_class_keep_their_own_products():
+    class Other(torch.Tensor):
+        pass
+
+    hidden, weight = torch.randn(400, 16), torch.randn(16, 16)
+    assert head.takes_head(hidden, weight)
+    assert not head.takes_head(hidden, weight.as_subclass(Other))
+    assert not kernels.are_plain(hidden, weight.as_subclass(Other))
 
 
 @pytest.mark.parametrize("batch", [8, 4])
