@@ -61,6 +61,12 @@ def spam_in_package(**keys):
     return {"warmup_epoch" if k == "warmup" else k: v for k, v in keys.items()}
 
 
+def published(is_right, shape, rank, keys):
+    """Packages keep Adam's moments at a refresh."""
+    return "on_refresh" not in keys and is_right(shape, rank, keys)
+
+
+FOLLOWING = ({"on_refresh": "reset"}, {"on_refresh": "transport"})
 TWO_SIDED = ({"proj_type": "full"},)
 SIDES = tuple({"proj_type": proj_type} for proj_type in ONE_SIDED)
 GAPS = {"update_proj_gap": GAP}
@@ -77,21 +83,26 @@ ADAM = {"steps": 400, "lr": 0.3, "share": 1e-6, "rank": 3, "update_proj_gap": 20
 GALORE = Row(
     "galore", optim.GaLore, {**GAPS, "scale": 1.0, "proj_type": "std"}, OFTEN,
     equations=equations.galore, package=partial(GaLoreAdamW, no_deprecation_warning=True),
-    cases=(*SIDES, *TWO_SIDED, DECAY, {"scale": 0.25}, {"scale": 2.0}),
-    package_is_right=galore_is_right, converges=ADAM, unknown=("alpha", "update_proj_gpa"),
-    refused=(*BAD_PROJECTIONS, ({"refresh": "qr"}, "refresh: 'qr'")),
+    cases=(*SIDES, *TWO_SIDED, DECAY, {"scale": 0.25}, {"scale": 2.0}, *FOLLOWING),
+    package_is_right=partial(published, galore_is_right), converges=ADAM,
+    unknown=("alpha", "update_proj_gpa"),
+    refused=(*BAD_PROJECTIONS, ({"refresh": "qr"}, "refresh: 'qr'"),
+             ({"on_refresh": "published"}, "on_refresh: 'published'")),
 )  # fmt: skip
 FIRA = Row(
     "fira", optim.Fira, {**GAPS, "alpha": 1.0, "proj_type": "std"}, OFTEN,
     equations=equations.fira, package=partial(FiraAdamW, no_deprecation_warning=True),
     cases=tuple(
-        PUBLISHED | keys for keys in (*SIDES, DECAY, *({"alpha": a} for a in (0.5, 2.0, 3.0)))
+        PUBLISHED | keys
+        for keys in (*SIDES, DECAY, *({"alpha": a} for a in (0.5, 2.0, 3.0)), *FOLLOWING)
     ),
     half=(PUBLISHED,),
     # It adds its two parts to W one after the other: two roundings where the package has one.
-    package_is_right=fira_is_right, bf16=2.0, converges=ADAM, unknown=("scale",),
+    package_is_right=partial(published, fira_is_right), bf16=2.0, converges=ADAM,
+    unknown=("scale",),
     refused=(*BAD_PROJECTIONS, ({"proj_type": "full"}, "proj_type: 'full'"),
-             ({"forgive_zero": 1}, "forgive_zero: 1")),
+             ({"forgive_zero": 1}, "forgive_zero: 1"),
+             ({"on_refresh": True}, "on_refresh: True")),
 )  # fmt: skip
 GOLORE = Row(
     "golore", optim.GoLore, {**GAPS, "scale": 1.0, "switch": 15}, {**OFTEN, "switch": 3},
@@ -99,6 +110,8 @@ GOLORE = Row(
     cases=(
         *(side | {"switch": s} for side, s in product(SIDES, (0, 15, NEVER))),
         {"proj_type": "full", "switch": 0}, DECAY, {"scale": 0.25}, {"scale": 2.0},
+        *({"on_refresh": how, "proj_type": side, "switch": 0}
+          for how in ("keep", "reset", "transport") for side in ("std", "full")),
     ),
     converges=ADAM | {"rank": 5, "steps": 800, "switch": 200}, unknown=("alpha",),
     stops=(9, 10, 14, 19, 20, 21),  # the switch is at 15, the first random projection at 20
@@ -106,6 +119,7 @@ GOLORE = Row(
         *BAD_PROJECTIONS, ({"refresh": "qr"}, "refresh: 'qr'"), ({"switch": -1}, "switch: -1"),
         ({"switch": 0.8}, "switch: 0.8"), ({"switch": True}, "switch: True"),
         ({"seed": -1}, "seed: -1"), ({"seed": None}, "seed: None"),
+        ({"on_refresh": "carry"}, "on_refresh: 'carry'"),
     ),
 )  # fmt: skip
 APOLLO = Row(
@@ -200,4 +214,7 @@ ROWS = (
                cases=tuple({"density": d} | decay for d in (0.05, 0.5, 0.99)
                            for decay in ({}, DECAY))),
     LORO,
+    *(row.with_(f"{how} {side}", {"on_refresh": how, "proj_type": side}, converges={})
+      for row, sides in ((GALORE, ("std", "full")), (FIRA, ("std", )), (GOLORE, ("std", )))
+      for how in ("reset", "transport") for side in sides),
 )  # fmt: skip

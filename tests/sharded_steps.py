@@ -59,6 +59,10 @@ METHODS = {
     **{f"galore full {refresh}": ranked(optim.GaLore, proj_type="full", refresh=refresh)
        for refresh in ("gram", "randomized")},
     "galore spread": ranked(optim.GaLore, spread_refresh=True),
+    **{f"{name} {side} {how}": ranked(method, proj_type=side, on_refresh=how)
+       for name, method, side in (("galore", optim.GaLore, "std"), ("galore", optim.GaLore, "full"),
+                                  ("fira", optim.Fira, "std"), ("golore", optim.GoLore, "std"))
+       for how in ("reset", "transport")},
     "golore": ranked(optim.GoLore, switch=4),
     "golore random": ranked(optim.GoLore),
     "golore full": ranked(optim.GoLore, proj_type="full", switch=4),

@@ -27,6 +27,7 @@ from lowrank_lab.methods.optimizers import (
 from lowrank_lab.methods.options import ByWidth, Option, adam_options, projection_options
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.apollo import PROJECTIONS
+from lowrank_lab.optim.carried import ON_REFRESH
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 from lowrank_lab.optim.spam import spam_states
 from lowrank_lab.optim.stable_spam import stable_spam_states
@@ -50,6 +51,7 @@ _APOLLO = {
     "store_projection": Option.flag(True),
 }
 _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
+_SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
 _LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
 _GALORE_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 1e-2})
 _GALORE_SCALE = ByWidth({64: 1.0, 96: 1.0, 512: 0.25})
@@ -174,15 +176,13 @@ ROWS = (
         name="galore",
         summary="dense weights, Adam in a rank-r subspace of the gradient, renewed by SVD",
         source="2403.03507",
-        optimizer=projected(
-            GaLore, "update_proj_gap", "scale", "proj_type", "refresh", "spread_refresh"
-        ),
+        optimizer=projected(GaLore, *_SUBSPACE_KEYS, "scale", "spread_refresh"),
         lr=_GALORE_LR,
         halve_lr_at_high_rank=True,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(PROJ_TYPES, REFRESHES, spread=True),
+            **projection_options(PROJ_TYPES, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
         },
         needs_full="none",
@@ -195,14 +195,12 @@ ROWS = (
         name="fira",
         summary="GaLore plus the gradient outside the subspace, scaled and growth-limited",
         source="2410.01623",
-        optimizer=projected(
-            Fira, "update_proj_gap", "alpha", "proj_type", "refresh", "spread_refresh"
-        ),
+        optimizer=projected(Fira, *_SUBSPACE_KEYS, "alpha", "spread_refresh"),
         lr=ByWidth({64: 1e-2}),
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(ONE_SIDED, REFRESHES, spread=True),
+            **projection_options(ONE_SIDED, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "alpha": Option.number(
                 ByWidth({64: 0.5, 96: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
             ),
@@ -250,14 +248,12 @@ ROWS = (
         name="golore",
         summary="GaLore that turns to random subspaces, moments carried, at step `switch`",
         source="2410.11289",
-        optimizer=projected(
-            GoLore, "update_proj_gap", "scale", "proj_type", "refresh", "switch", seeded=True
-        ),
+        optimizer=projected(GoLore, *_SUBSPACE_KEYS, "scale", "switch", seeded=True),
         lr=_GALORE_LR,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(PROJ_TYPES, REFRESHES),
+            **projection_options(PROJ_TYPES, REFRESHES, on_refresh=GoLore.on_refresh),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
             "switch": Option.integer(0, 0),
         },

@@ -62,6 +62,10 @@ class MatrixUpdates(DTensorOptimizer):
         """
         raise NotImplementedError
 
+    def restarts(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether Adam restarts on p in this step; `update_` then sets its moments to zero."""
+        return False
+
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for batch, together in batches(self, params, group):
             if together:
@@ -105,6 +109,8 @@ class MatrixUpdates(DTensorOptimizer):
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of p, with the weights of its moments advanced by one step."""
         state: dict[str, Any] = self.state[p]
+        if self.restarts(p, group):
+            state.update(exp_avg_weight=0.0, exp_avg_sq_weight=0.0)
         advance_weights_(state, group["betas"])
         return state
 
@@ -201,7 +207,8 @@ def batches(
             for name, value in state.items()
             if isinstance(value, Tensor) and not name.startswith("projection")
         )
-        key = (p.device, p.dtype, p.grad.dtype, *numbers, kinds)
+        restarts = optimizer.restarts(p, group)
+        key = (p.device, p.dtype, p.grad.dtype, *numbers, restarts, kinds)
         alike.setdefault(key, []).append(p)
 
     def order(p: Tensor) -> Any:

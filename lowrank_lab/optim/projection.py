@@ -24,6 +24,7 @@ from lowrank_lab.distributed.placements import Placement
 from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import state_dtype, to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.carried import ON_REFRESH, follow_refresh_
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
@@ -97,7 +98,7 @@ def _projections(
             left, right = new_projections(G, load_projections(state), state["step"], group)
             agreed = optimizer.placement.broadcast
             new = left if left is None else agreed(left), right if right is None else agreed(right)
-        store_projections_(state, new, G.dtype)
+        replace_projections_(optimizer, state, new, G.dtype, group)
     return gather_projections(load_projections(state), shape, optimizer.placement)
 
 
@@ -168,11 +169,23 @@ def load_projections(state: dict[str, Any]) -> Projections:
     return state.get("projection_left"), state.get("projection_right")
 
 
-def store_projections_(state: dict[str, Any], new: Projections, dtype: torch.dtype) -> None:
-    """Replace the projections in a state (local shards where `load_projections` returns them)."""
+def replace_projections_(
+    optimizer: ProjectedAdamW,
+    state: dict[str, Any],
+    new: Projections,
+    dtype: torch.dtype,
+    group: dict[str, Any],
+) -> None:
+    """Replace the projections in a state, and do to its moments what the group's `on_refresh` says.
+
+    The projections are local shards where `load_projections` returns them.
+    """
+    old = load_projections(state)
     for name, projection in zip(PROJECTIONS, new, strict=True):
         if projection is not None:
             state[name] = projection.to(dtype)
+    how = group.get("on_refresh", "keep")
+    follow_refresh_(state, old, load_projections(state), how, optimizer.placement)
 
 
 def gather_projections(
@@ -228,9 +241,15 @@ def project_back_add_(W: Any, N: Any, left: Any, right: Any, alpha: float) -> An
     return W.addmm_(X, Y, alpha=alpha) if W.dtype == P.dtype else W.add_(X @ Y, alpha=alpha)
 
 
-def check_projection(group: dict[str, Any], proj_types: tuple[str, ...] = PROJ_TYPES) -> None:
+def check_projection(
+    group: dict[str, Any],
+    proj_types: tuple[str, ...] = PROJ_TYPES,
+    on_refresh: tuple[str, ...] = ON_REFRESH,
+) -> None:
     """Refuse a ranked group with values of its projection keys that are not allowed."""
     require_choice("proj_type", group["proj_type"], proj_types)
+    if "on_refresh" in group:
+        require_choice("on_refresh", group["on_refresh"], on_refresh)
     if "refresh" in group:
         require_choice("refresh", group["refresh"], REFRESHES)
     require_bool("spread_refresh", group.get("spread_refresh", False))
