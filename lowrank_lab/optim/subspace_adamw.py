@@ -26,8 +26,8 @@ class SubspaceAdamW(ProjectedAdamW):
     A refresh does to Adam's moments what the group key `on_refresh` says:
 
     * `keep`: nothing. They belong to the old basis.
-    * `reset`: both moments and their weights become zero, as in `reset_momentum_` of the matrix, and
-      the growth limiter starts again. The state's `step`, on which refreshes depend, counts on.
+    * `reset`: both moments and their weights become zero and the growth limiter starts again, as in
+      `reset_momentum_` of the matrix. The state's `step`, on which refreshes depend, counts on.
     * `transport`: both follow the basis (`carried.py`). A refresh that permutes and flips the
       basis changes no step; any other turn of it leaves the first moment of W's gradient unchanged.
 
