@@ -80,6 +80,8 @@ BAD_PROJECTIONS = (
 )  # fmt: skip
 ADAM = {"steps": 400, "lr": 0.3, "share": 1e-6, "rank": 3, "update_proj_gap": 20}
 
+# At full rank the rest is rounding noise, whose sign is taken
+FRUGAL_SIZES = tuple((shape, r) for shape in (SQUARE, TALL, WIDE) for r in (1, 4))
 GALORE = Row(
     "galore", optim.GaLore, {**GAPS, "scale": 1.0, "proj_type": "std"}, OFTEN,
     equations=equations.galore, package=partial(GaLoreAdamW, no_deprecation_warning=True),
@@ -120,6 +122,39 @@ GOLORE = Row(
         ({"switch": 0.8}, "switch: 0.8"), ({"switch": True}, "switch: True"),
         ({"seed": -1}, "seed: -1"), ({"seed": None}, "seed: None"),
         ({"on_refresh": "carry"}, "on_refresh: 'carry'"),
+    ),
+)  # fmt: skip
+FRUGAL = Row(
+    "frugal", optim.Frugal, {**GAPS, "proj": "svd", "proj_type": "std"}, OFTEN,
+    equations=equations.frugal, sizes=FRUGAL_SIZES,
+    cases=(
+        *(side | {"proj": proj} for side in SIDES for proj in ("svd", "columns", "random")),
+        DECAY, {"inactive_lr_scale": 0.1}, {"inactive_lr_scale": 0.0}, {"on_refresh": "keep"},
+        *({"on_refresh": "transport", "proj": proj} for proj in ("svd", "columns", "random")),
+    ),
+    converges={"steps": 500, "lr": 0.03, "share": 1e-5, "rank": 3, "update_proj_gap": 100},
+    unknown=("scale", "switch"),
+    refused=(
+        *BAD_PROJECTIONS[:3], *BAD_PROJECTIONS[4:], ({"rank": None}, "rank: None"),
+        ({"proj_type": "full"}, "proj_type: 'full'"), ({"refresh": "qr"}, "refresh: 'qr'"),
+        ({"proj": "rows"}, "proj: 'rows'"), ({"density": 0.5}, "rank: "),
+        ({"inactive_lr_scale": -1.0}, "inactive_lr_scale: -1.0"), ({"seed": -1}, "seed: -1"),
+        ({"on_refresh": "published"}, "on_refresh: 'published'"),
+        ({"rank": None, "density": 0.0}, "density: 0.0"),
+        ({"rank": None, "density": 1.1}, "density: 1.1"),
+    ),
+)  # fmt: skip
+LDADAM = Row(
+    "ldadam", optim.LDAdam, {"rho": 0.908}, {}, equations=equations.ldadam,
+    cases=(*SIDES, DECAY, {"error_feedback": False}, {"error_feedback": False, **DECAY},
+           {"rho": 0.5}, {"rho": 0.0}),
+    converges={"steps": 500, "lr": 0.03, "share": 3e-4, "rank": 3},
+    unknown=("update_proj_gap", "scale"), stops=(1, 7),
+    refused=(
+        *(bad for bad in BAD_PROJECTIONS if "update_proj_gap" not in bad[0]),
+        ({"proj_type": "full"}, "proj_type: 'full'"), ({"refresh": "qr"}, "refresh: 'qr'"),
+        ({"rho": 1.0}, "rho: 1.0"), ({"rho": -0.1}, "rho: -0.1"), ({"rho": None}, "rho: None"),
+        ({"error_feedback": 1}, "error_feedback: 1"),
     ),
 )  # fmt: skip
 APOLLO = Row(
@@ -208,6 +243,12 @@ ROWS = (
     APOLLO.with_("svd", {"proj": "svd"}), APOLLO.with_("subspace", {"proj": "subspace"}),
     APOLLO.with_("mini", {"scale_type": "tensor", "scale": 128.0, "store_projection": False},
                  converges=APOLLO.converges | {"lr": 0.03}),
+    FRUGAL, FRUGAL.with_("columns", {"proj": "columns"}, converges={}),
+    FRUGAL.with_("random", {"proj": "random", "on_refresh": "transport"}, converges={}),
+    LDADAM,
+    LDADAM.with_("alone", {"error_feedback": False},
+                 converges={"steps": 500, "lr": 0.1, "share": 1e-6, "rank": 3}),
+    LDADAM.with_("reverse", {"proj_type": "reverse_std"}, converges={}),
     SPAM, STABLE_SPAM,
     SPAM.with_("half", {"density": 0.5}, converges={}, equations=equations.spam,
                sizes=tuple((shape, None) for shape in (SQUARE, TALL, WIDE, (1, 7), (7, 1))),

@@ -7,6 +7,9 @@ name the script or guess behind each; other methods scale their learning rate wi
 rank does. Over ranks (data/study/ranks and ranks_rates) the best rate is the same up to a quarter
 of the width, and half of it at half the width.
 
+Rates of ldadam and frugal are not tuned yet: from width 512 on they are those of the authors'
+scripts, at width 64 that of full rank.
+
 Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
 those that Tol calls muted.
 """
@@ -25,9 +28,10 @@ from lowrank_lab.methods.optimizers import (
     uniform,
 )
 from lowrank_lab.methods.options import ByWidth, Option, adam_options, projection_options
-from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
+from lowrank_lab.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam, Spam, StableSpam, frugal
 from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.carried import ON_REFRESH
+from lowrank_lab.optim.ldadam import ldadam_states
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 from lowrank_lab.optim.spam import spam_states
 from lowrank_lab.optim.stable_spam import stable_spam_states
@@ -55,6 +59,8 @@ _SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
 _LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
 _GALORE_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 1e-2})
 _GALORE_SCALE = ByWidth({64: 1.0, 96: 1.0, 512: 0.25})
+_FRUGAL_LR = ByWidth({64: 5e-3, 512: 1e-3})  # not tuned yet
+_LDADAM_LR = ByWidth({64: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})  # not tuned yet
 _DENSE_LR = ByWidth({64: 5e-3, 96: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})
 _SPECTRAL_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
@@ -294,6 +300,53 @@ ROWS = (
         state_bytes=projected_states,
         projection_bytes=stored_projections,
         colour="#CC6677",
+    ),
+    Method(
+        name="frugal",
+        summary="Adam in a subspace of the gradient, restarted with it, and the sign of the rest",
+        source="2411.07837",
+        year=2024,
+        parent="galore",
+        use="GaLore's states, with an update of full rank and no scale to tune",
+        optimizer=projected(Frugal, *_SUBSPACE_KEYS, "proj", "inactive_lr_scale", seeded=True),
+        lr=_FRUGAL_LR,
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-8),
+            **projection_options(ONE_SIDED, REFRESHES, on_refresh=("reset", "keep", "transport")),
+            "proj": Option.choice("svd", frugal.PROJECTIONS),
+            "inactive_lr_scale": Option.number(1.0, 0, 1e6),
+        },
+        needs_full="none",
+        states="2r·max(m,n) + r·min(m,n)",
+        state_bytes=projected_states,
+        projection_bytes=stored_projections,
+        colour="#DDAA33",
+    ),
+    Method(
+        name="ldadam",
+        summary="Adam in a subspace that follows the gradient in every step, with error feedback",
+        source="2410.16103",
+        year=2024,
+        parent="galore",
+        use="no refreshes to time; without error_feedback, GaLore's states",
+        optimizer=projected(LDAdam, "rho", "proj_type", "error_feedback", "refresh"),
+        lr=_LDADAM_LR,
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-8),
+            "beta1": Option.number(0.908, 0, 0.999999),
+            "beta2": Option.number(0.99, 1e-6, 0.999999),
+            "rho": Option.number(0.908, 0, 0.999999),
+            "proj_type": Option.choice("std", ONE_SIDED),
+            "error_feedback": Option.flag(True),
+            "refresh": Option.choice("auto", REFRESHES),
+        },
+        needs_full="none",
+        states="2r·max(m,n) + r·min(m,n) + mn; without error_feedback mn less",
+        state_bytes=ldadam_states,
+        projection_bytes=stored_projections,
+        colour="#6699CC",
     ),
     Method(
         name="spam",

@@ -48,7 +48,7 @@ def carried(
 
 
 def overlaps(old: Projections, new: Projections, placement: Placement = REPLICATED) -> Projections:
-    """X = LₙᵀLₒ and Y = RₒᵀRₙ (r×r), which carry moments of old projections to new ones.
+    """X = LₙᵀLₒ and Y = RₒᵀRₙ (r×r, or stacks), which carry moments of old projections to new ones.
 
     Projections in half precision are multiplied in float32; products of shards are summed.
     """
@@ -57,7 +57,7 @@ def overlaps(old: Projections, new: Projections, placement: Placement = REPLICAT
         if P is None or Q is None:
             return None
         wide = torch.promote_types(P.dtype, torch.float32)
-        return placement.all_reduce_sum_(P.to(wide).T @ Q.to(wide))
+        return placement.all_reduce_sum_(P.to(wide).mT @ Q.to(wide))
 
     return product(new[0], old[0]), product(old[1], new[1])
 

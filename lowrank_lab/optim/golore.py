@@ -61,28 +61,37 @@ class GoLore(SubspaceAdamW):
             require_int(key, group[key], 0)
 
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        before = [p for p in params if self.state[p].get("step", 0) < group["switch"]]
-        super().prepare_sharded_(before, group)
+        decomposed = [p for p in params if not self.draws(self.state[p].get("step", 0), group)]
+        super().prepare_sharded_(decomposed, group)
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
-        if not isinstance(G, Tensor) and state["step"] < group["switch"]:
-            refresh_together_(self, group)
-        left, right = each(self, self._projections, G, state, group)
+        left, right = self.projections_of(G, state, group)
         # R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
         project_back_add_(W, N, left, right, alpha=-step_size * group["scale"])
 
+    def draws(self, step: int, group: dict[str, Any]) -> bool:
+        """Whether a projection that is due in a step is drawn at random."""
+        return bool(step >= group["switch"])
+
+    def draw(self, G: Tensor, side: int, key: tuple[int, ...], group: dict[str, Any]) -> Tensor:
+        """A random projection (side×r) with orthonormal columns, fixed by `key`."""
+        return random_orthonormal(G, side, group["rank"], key)
+
+    def projections_of(self, G: Any, state: Any, group: dict[str, Any]) -> tuple[Any, Any]:
+        """The projections (L, R) of a matrix in this step, or those of many."""
+        if not isinstance(G, Tensor) and not self.draws(state["step"], group):
+            refresh_together_(self, group)
+        return each(self, self._projections, G, state, group)
+
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
-        """The projections (L, R) of this step: GaLore's before the switch, random ones after it."""
         step = state["step"]
-        if step % group["update_proj_gap"] == 0 and step >= group["switch"]:
+        if step % group["update_proj_gap"] == 0 and self.draws(step, group):
             shape = self.placement.global_shape(G)
             keys = [(group["seed"], param_index(self, self.param), step, side) for side in range(2)]
             left, right = (
-                self.placement.local_shard(
-                    random_orthonormal(G, shape[side], group["rank"], keys[side])
-                )
+                self.placement.local_shard(self.draw(G, shape[side], keys[side], group))
                 if projects
                 else None
                 for side, projects in enumerate(sides(group["proj_type"], shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lowrank_lab.optim.adam import (
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
+    eps_after_correction,
     kept_if_off,
     random_bits,
     rounds_stochastically,
@@ -47,6 +48,8 @@ FEWEST = 2  # tensors in a stack; a single one is updated without a copy
 class MatrixUpdates(DTensorOptimizer):
     """An optimizer that calls `update_` for its parameters."""
 
+    eps_after: ClassVar[bool] = False  # ε is added after the bias correction, as in torch's AdamW
+    decays_first: ClassVar[bool] = False  # weight decay precedes the update, as in torch's AdamW
     batch: list[Tensor]  # the parameters that are being updated together
 
     def can_stack(self, group: dict[str, Any]) -> bool:
@@ -61,6 +64,19 @@ class MatrixUpdates(DTensorOptimizer):
         stacks.py).
         """
         raise NotImplementedError
+
+    def eps_of(self, state: Any, group: dict[str, Any]) -> float:
+        """What is added to √v."""
+        return eps_after_correction(state, group) if self.eps_after else float(group["eps"])
+
+    def step_size_of(self, state: Any, group: dict[str, Any]) -> float:
+        """The learning rate with both bias corrections.
+
+        A decay that follows the update by (1 − lr·λ) precedes it if the update is divided by that.
+        """
+        first = self.decays_first
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"] if first else 1.0
+        return bias_corrected_lr(state, group) / decay
 
     def restarts(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether Adam restarts on p in this step; `update_` then sets its moments to zero."""
@@ -82,7 +98,7 @@ class MatrixUpdates(DTensorOptimizer):
                 self._update_target(p, part, state["step"], group) as W,
                 kept_if_off(parts),
             ):
-                self.update_(W, zero_if_off_(G), parts, group, bias_corrected_lr(state, group))
+                self.update_(W, zero_if_off_(G), parts, group, self.step_size_of(state, group))
         state["step"] += 1
 
     def _update_many_(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -100,7 +116,7 @@ class MatrixUpdates(DTensorOptimizer):
                 ],
                 G,
             )
-            self.update_(W, G, together, group, bias_corrected_lr(states[0], group))
+            self.update_(W, G, together, group, self.step_size_of(states[0], group))
             W.add_update_()
             together.store_()
         for state in states:
@@ -134,15 +150,15 @@ class MatrixUpdates(DTensorOptimizer):
 
     def adam_direction(self, R: Any, state: Any, group: dict[str, Any]) -> Any:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
+        eps = self.eps_of(state, group)
         if isinstance(R, Stacks):
             ms, vs = moments_of(state, R)
             adam_update_(
-                R.twin.items, R.items, ms, vs,
-                step_size=-1.0, betas=group["betas"], eps=group["eps"],
-            )  # fmt: skip
+                R.twin.items, R.items, ms, vs, step_size=-1.0, betas=group["betas"], eps=eps
+            )
             return R.twin
         N = self.buffer("direction", R.shape, R)
-        return adam_direction(R, state, group["betas"], group["eps"], out=N)
+        return adam_direction(R, state, group["betas"], eps, out=N)
 
     def buffer(self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
         """An uninitialised tensor of that shape, shared by all parameters within a step."""

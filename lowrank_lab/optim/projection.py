@@ -229,7 +229,10 @@ def projected_gradient(G: Any, left: Any, right: Any, group: dict[str, Any]) -> 
 
 
 def project_back_add_(W: Any, N: Any, left: Any, right: Any, alpha: float) -> Any:
-    """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place; the product in the projection's dtype."""
+    """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place; the product in the projection's dtype.
+
+    W may be a stack, in the projections' dtype.
+    """
     if isinstance(W, Weights):  # when the update ends, in few kernels
         W.product = (N, left, right, alpha)
         return W
@@ -237,7 +240,9 @@ def project_back_add_(W: Any, N: Any, left: Any, right: Any, alpha: float) -> An
     assert P is not None
     N = N.to(P.dtype)
     X = N if left is None else left
-    Y = N if right is None else right.T if left is None else N @ right.T
+    Y = N if right is None else right.mT if left is None else N @ right.mT
+    if W.ndim > 2:  # a stack
+        return W.baddbmm_(X, Y, alpha=alpha)
     return W.addmm_(X, Y, alpha=alpha) if W.dtype == P.dtype else W.add_(X @ Y, alpha=alpha)
 
 
@@ -253,4 +258,4 @@ def check_projection(
     if "refresh" in group:
         require_choice("refresh", group["refresh"], REFRESHES)
     require_bool("spread_refresh", group.get("spread_refresh", False))
-    require_int("update_proj_gap", group["update_proj_gap"], 1)
+    require_int("update_proj_gap", group.get("update_proj_gap", 1), 1)
