@@ -69,7 +69,7 @@ def follow_refresh_(
     how: str,
     placement: Placement = REPLICATED,
 ) -> None:
-    """What a refresh does to Adam's moments in a state, in place.
+    """What a refresh does to Adam's moments in a state: they are replaced, not changed in place.
 
     Args:
         state: of a matrix; without moments it doesn't change.
@@ -83,16 +83,15 @@ def follow_refresh_(
         return
     m, v = state["exp_avg"], state["exp_avg_sq"]
     if how == "reset":
-        m.zero_()
-        v.zero_()
-        if "residual_norm" in state:  # as a full `reset_momentum_` does
-            state["residual_norm"].fill_(math.inf)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(m), torch.zeros_like(v)
+        if (norm := state.get("residual_norm")) is not None:  # as a full `reset_momentum_` does
+            state["residual_norm"] = torch.full_like(norm, math.inf)
         return
     X, Y = overlaps(old, new, placement)
-    m.copy_(carried(m, X, Y))
+    state["exp_avg"] = carried(m, X, Y).to(m).contiguous()
     if how == "transport":
         X, Y = None if X is None else _averaging(X), None if Y is None else _averaging(Y.T).T
-        v.copy_(carried(v, X, Y, second=True))
+        state["exp_avg_sq"] = carried(v, X, Y, second=True).to(v).contiguous()
 
 
 def _averaging(X: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 from lowrank_lab.optim.subspaces import sides
 from lowrank_lab.optim.turned import Turn, add_back_, sided, turned
 
+MOVED = (PROJECTIONS, ("exp_avg",), ("exp_avg_sq",))  # entries that are replaced in every step
 START = {"update_proj_gap": sys.maxsize}  # get_projections then decomposes in the first step only
 
 
@@ -92,9 +93,6 @@ class LDAdam(SubspaceAdamW):
         fed = "rank" in group and group["error_feedback"]
         return super().state_shapes(group, shape) | ({"error": shape} if fed else {})
 
-    def can_skip(self) -> bool:
-        return False  # the subspace of every step follows from its gradient
-
     def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         super().prepare_sharded_(params, group | START)
 
@@ -120,7 +118,7 @@ class LDAdam(SubspaceAdamW):
         if isinstance(G, Tensor):
             return torch.add(G, state["error"], out=self.buffer("fed", G.shape, G))
         torch._foreach_add_(G.items, [s["error"] for s in state.states])
-        return Stacks(G.runs, G.flat)  # their tensors are in the buffer now
+        return Stacks(G.shapes, G.flat)  # their tensors are in the buffer now
 
     def _turn_(self, G: Tensor, state: Any, group: dict[str, Any]) -> tuple[Any, Any, list[Turn]]:
         """This step's projections (L, R), stored with moments that follow."""
@@ -141,20 +139,21 @@ class LDAdam(SubspaceAdamW):
     ) -> tuple[Any, Any, list[Turn]]:
         """As `_turn_` of each; the projections are stacks, one per run."""
         states = state.states
-        old = [[next(s[n] for n in PROJECTIONS if n in s) for s in states]]
-        old += [[s[n] for s in states] for n in ("exp_avg", "exp_avg_sq")]
+        old = [[next(s[n] for n in names if n in s) for s in states] for names in MOVED]
         stacks, weights = [_in_runs(tensors, G) for tensors in old], _weights(states[0], group)
         gather_(*stacks)
         turns, pairs = [], []
         for (_, shape), g, P, m, v in zip(
-            G.runs, G.blocks, *(s.blocks for s in stacks), strict=True
+            G.shapes, G.blocks, *(s.blocks for s in stacks), strict=True
         ):
             left = sides(group["proj_type"], shape)[0]
             turns.append(turned(g, P, m, v, left, group, weights))
             pairs.append(sided(turns[-1].new_P, left))
         new = [t.new_P for t in turns], [t.new_m for t in turns], [t.new_v for t in turns]
-        for tensors, blocks in zip(old, new, strict=True):
-            torch._foreach_copy_(tensors, [x for block in blocks for x in block.unbind()])
+        for blocks, names in zip(new, MOVED, strict=True):
+            fresh = copies([x for block in blocks for x in block.unbind()])
+            for s, t in zip(states, fresh, strict=True):
+                s[next(n for n in names if n in s)] = t
         lefts, rights = map(list, zip(*pairs, strict=True))
         return lefts, rights, turns
 
@@ -173,17 +172,16 @@ class LDAdam(SubspaceAdamW):
                 r = torch.add(r, turn.new_m, alpha=factor)
             add_back_(E, Q if L is None else L, r, L is not None, -1.0)
         if single:
-            state.setdefault("error", Es[0]).copy_(Es[0])
+            state["error"] = Es[0].clone() if "error" in state else Es[0]
             return
-        for s, E in zip(state.states, G.items, strict=True):
-            s.setdefault("error", torch.empty_like(E))
-        torch._foreach_copy_([s["error"] for s in state.states], G.items)
+        for s, E in zip(state.states, copies(G.items), strict=True):
+            s["error"] = E
 
 
 def _in_runs(tensors: list[Tensor], like: Stacks) -> Stacks:
     """Stacks of tensors in the runs of other ones, also where two runs have equal shapes here."""
     runs, at = [], 0
-    for count, _ in like.runs:
+    for count, _ in like.shapes:
         runs.append((count, tuple(tensors[at].shape)))
         at += count
     return Stacks(runs, None, tensors)
@@ -204,3 +202,10 @@ def ldadam_states(w: Weight, config: ResolvedConfig) -> int:
     return projected_states(w, config) + w.nbytes * (
         w.target and config.method_options["error_feedback"]
     )
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of views into a stack, by one kernel; the views would keep all of it."""
+    fresh = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    torch._foreach_copy_(fresh, tensors)
+    return fresh

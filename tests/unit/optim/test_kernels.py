@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.kernels import OPTIMIZERS, optimizer_kernels
+from benchmarks.kernels import OPTIMIZERS, step_kernels
 
 LIMITS = {"60m": 40, "350m": 80}
 # Its subspace changes in every step: a power iteration, an orthonormal basis, and the moments in
@@ -13,8 +13,19 @@ OF_LDADAM = {"60m": 150, "350m": 210}
 @pytest.mark.parametrize("size", LIMITS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_with_nothing_due_launches_few_kernels_and_reads_no_value(name, size):
+    """The update and the check that can turn it off; of norm and clipping there are always few."""
     method, options = OPTIMIZERS[name]
-    count = optimizer_kernels(method, size, options)
+    counts = step_kernels(method, size, options)
     limits = OF_LDADAM if method == "ldadam" else LIMITS
-    assert 0 < count.total <= limits[size], count.kernels
-    assert count.waits == 0
+    assert 0 < counts.check.total + counts.update.total <= limits[size], counts.update.kernels
+    assert counts.norm.total < 10
+    assert not any(count.waits for count in counts)
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "stable-spam", "muon", "loro"])
+def test_weight_decay_adds_a_kernel_for_each_group(name):
+    method, options = OPTIMIZERS[name]
+    plain, decayed = (
+        step_kernels(method, "60m", options, weight_decay=decay).update.total for decay in (0, 0.1)
+    )
+    assert decayed <= plain + 2

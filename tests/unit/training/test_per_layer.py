@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
-from short import QUICK, short_options
+from short import QUICK, per_layer_options, short_options
 from torch import nn
 
 from lowrank_lab import METHODS, InputError, RunConfig, load_runs, train
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, Spam, StableSpam
-from lowrank_lab.training.step import PerLayerUpdates, gradients, set_learning_rate, update_
+from lowrank_lab.training.gradients import PerLayerUpdates, gradients
+from lowrank_lab.training.step import set_learning_rate, update_
 
 STEPS = 7
 RANKED = {"rank": 3, "update_proj_gap": 3}
@@ -83,7 +84,7 @@ def alive_watched(model, seen):
 
 
 def config_of(text_corpus, method, **values):
-    options = short_options(method, 3)
+    options = short_options(method, 3) | per_layer_options(method)
     return RunConfig(
         **{
             **{"model": "tiny", "corpus": text_corpus, "vocab_size": "byte", "num_layers": 1},
