@@ -138,7 +138,8 @@ def thin_q(Y: Tensor) -> Tensor:
     if not prefers_few_kernels(Y) or Y.dtype == torch.float64:
         Q, R = torch.linalg.qr(Y)
         Q = Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Y.dtype)[..., None, :]
-        return Q.clone(memory_format=torch.contiguous_format)
+        found: Tensor = Q.clone(memory_format=torch.contiguous_format)
+        return found
     Q = F.normalize(Y, dim=-2).double()
     Q.diagonal(dim1=-2, dim2=-1).add_(1e-8)  # below the rounding of float32
     for shift in (1e-12, 0.0, 0.0):
@@ -147,4 +148,5 @@ def thin_q(Y: Tensor) -> Tensor:
             gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         L, _ = torch.linalg.cholesky_ex(gram)
         Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
-    return Q.to(Y.dtype, memory_format=torch.contiguous_format)
+    found = Q.to(Y.dtype, memory_format=torch.contiguous_format)
+    return found
