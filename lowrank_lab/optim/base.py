@@ -19,7 +19,6 @@ from lowrank_lab.optim.adam import (
     adam_direction,
     adam_moments,
     adam_update_,
-    bias_corrected_lr,
     rounds_stochastically,
     to_state_precision,
 )
@@ -160,9 +159,9 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             state = self._advanced_state(p, group)
             adam_moments(state, p)
             state["step"] += 1
-            key = (p.dtype, p.device, bias_corrected_lr(state, group))
-            batches.setdefault(key, []).append(p)
-        for (_, _, step_size), batch in batches.items():
+            rates = (self.step_size_of(state, group), self.eps_of(state, group))
+            batches.setdefault((p.dtype, p.device, *rates), []).append(p)
+        for (_, _, step_size, eps), batch in batches.items():
             states = [self.state[p] for p in batch]
             adam_update_(
                 list(map(local_part, batch)),
@@ -171,7 +170,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
                 [local_part(s["exp_avg_sq"]) for s in states],
                 step_size=step_size,
                 betas=group["betas"],
-                eps=group["eps"],
+                eps=eps,
             )
 
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -180,7 +179,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             state = self._advanced_state(p, group)
             with self.plain_parts(p, ANY_DIM) as (part, G, parts):
                 g = to_state_precision(G, group)
-                N = adam_direction(g, parts, group["betas"], group["eps"])
+                N = adam_direction(g, parts, group["betas"], self.eps_of(state, group))
                 with self._update_target(p, part, state["step"], group) as W:
-                    W.add_(N, alpha=-bias_corrected_lr(state, group))
+                    W.add_(N, alpha=-self.step_size_of(state, group))
             state["step"] += 1

@@ -9,27 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
-    check_projection,
     get_projections,
     project_back_add_,
     projected_gradient,
-    projected_shapes,
-    unprojected_dim,
 )
-from lowrank_lab.optim.sharded_refresh import refresh_sharded_
+from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 
 NORM_GROWTH_LIMIT = 1.01  # γ
 EPS = 1e-8
 
 
-class Fira(ProjectedAdamW):
+class Fira(SubspaceAdamW):
     """Fira's AdamW, a drop-in for `fira.FiraAdamW`.
 
     Keys of a ranked group (default):
@@ -42,6 +38,8 @@ class Fira(ProjectedAdamW):
       randomized | gram, exact with other rounding | auto: subspace on a GPU, svd elsewhere.
     * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
       gap.
+    * `on_refresh` (keep, as in the package): keep | reset | transport, what a refresh does to
+      Adam's moments (`SubspaceAdamW`). A reset restarts the growth limiter, too.
     * `forgive_zero` (True): after a residual of zero, growth isn't limited for one step. False is
       the published rule: after one gradient that is zero, or inside the subspace, the residual is
       limited to 1e-8, and needs about 1800 steps to grow back.
@@ -53,28 +51,20 @@ class Fira(ProjectedAdamW):
 
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "auto",
-        "spread_refresh": False, "forgive_zero": True,
+        "spread_refresh": False, "forgive_zero": True, "on_refresh": "keep",
     }  # fmt: skip
 
-    loads_from: ClassVar[tuple[str, ...]] = (*ProjectedAdamW.loads_from, "fira")
+    loads_from: ClassVar[tuple[str, ...]] = (*SubspaceAdamW.loads_from, "fira")
+
+    proj_types: ClassVar[tuple[str, ...]] = ONE_SIDED
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        check_projection(group, ONE_SIDED)
         require_bool("forgive_zero", group["forgive_zero"])
 
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         norm: Shapes = {"residual_norm": ()} if "rank" in group else {}
-        return super().state_shapes(group, shape) | projected_shapes(group, shape) | norm
-
-    def can_stack(self, group: dict[str, Any]) -> bool:
-        return True
-
-    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected_dim(group, shape)
-
-    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        refresh_sharded_(self, params, group)
+        return super().state_shapes(group, shape) | norm
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         left, right = get_projections(self, state, G, group)
