@@ -131,7 +131,7 @@ def bias_corrected_lr(state: dict[str, Any], group: dict[str, Any]) -> float:
     return lr * math.sqrt(state["exp_avg_sq_weight"]) / float(state["exp_avg_weight"])
 
 
-def uncorrected_eps(state: dict[str, Any], group: dict[str, Any]) -> float:
+def eps_after_correction(state: Any, group: dict[str, Any]) -> float:
     """ε·√w₂, added to √v: equal to adding ε to √v̂ after the bias correction."""
     eps = float(group["eps"])
     return eps * math.sqrt(state["exp_avg_sq_weight"]) if group["correct_bias"] else eps

@@ -3,7 +3,7 @@
 `update_` is called for each parameter of the groups that have a `rank`; all other groups are plain
 AdamW. The conventions are galore-torch's: ε is added to √v *before* the bias correction, and weight
 decay is decoupled and applied *after* the update. A method with other ones says so
-(`eps_after_correction`, `decays_first`).
+(`eps_after`, `decays_first`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from lowrank_lab.optim.adam import (
     adam_direction,
     adam_moments,
     adam_update_,
-    bias_corrected_lr,
     rounds_stochastically,
     to_state_precision,
-    uncorrected_eps,
 )
+from lowrank_lab.optim.chains import compiled_where
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
 from lowrank_lab.optim.found_inf import decay_, off_where
@@ -52,9 +51,9 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
-    eps_after_correction: ClassVar[bool] = False  # of plain AdamW: ε is added to √v̂, as in torch
     decays_first: ClassVar[bool] = False  # weight decay before the update, as in torch
     found_inf: Tensor | None = None  # a flag on the device, as GradScaler sets it
+    compile_chains = False  # see chains.py
     batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
@@ -116,7 +115,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.refreshed = {}
-        with off_where(self.found_inf):
+        with off_where(self.found_inf), compiled_where(self.compile_chains):
             self._step_groups_()
         self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
         return loss
@@ -168,9 +167,8 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             state = self._advanced_state(p, group)
             adam_moments(state, p)
             state["step"] += 1
-            eps = self._eps(state, group)
-            key = (p.dtype, p.device, bias_corrected_lr(state, group), eps)
-            batches.setdefault(key, []).append(p)
+            rates = (self.step_size_of(state, group), self.eps_of(state, group))
+            batches.setdefault((p.dtype, p.device, *rates), []).append(p)
         for (_, _, step_size, eps), batch in batches.items():
             states = [self.state[p] for p in batch]
             adam_update_(
@@ -183,17 +181,13 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
                 eps=eps,
             )
 
-    def _eps(self, state: dict[str, Any], group: dict[str, Any]) -> float:
-        """What plain AdamW adds to √v."""
-        return uncorrected_eps(state, group) if self.eps_after_correction else float(group["eps"])
-
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW one by one, for float32 moments or stochastic rounding of bfloat16 weights."""
         for p in params:
             state = self._advanced_state(p, group)
             with self.plain_parts(p, ANY_DIM) as (part, G, parts):
                 g = to_state_precision(G, group)
-                N = adam_direction(g, parts, group["betas"], self._eps(state, group))
+                N = adam_direction(g, parts, group["betas"], self.eps_of(state, group))
                 with self._update_target(p, part, state["step"], group) as W:
-                    W.add_(N, alpha=-bias_corrected_lr(state, group))
+                    W.add_(N, alpha=-self.step_size_of(state, group))
             state["step"] += 1

@@ -42,8 +42,8 @@ from lowrank_lab.optim.adam import (
     adam_moments,
     adam_update_,
     bias_corrected_lr,
+    eps_after_correction,
     restart_adam_,
-    uncorrected_eps,
 )
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require, require_int
@@ -86,7 +86,7 @@ class Loro(ProjectedAdamW):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch",)
-    eps_after_correction: ClassVar[bool] = True
+    eps_after: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {"update_k": 500, "scale": None}
 
     def __init__(
@@ -148,7 +148,7 @@ class Loro(ProjectedAdamW):
                     state = self._advanced_state(p, group)
                     X, G, own = parts.enter_context(self.plain_parts(p, ANY_DIM))
                     step_size = _scale(B, group) * bias_corrected_lr(state, group)
-                    key = (X.dtype, X.device, step_size, uncorrected_eps(state, group))
+                    key = (X.dtype, X.device, step_size, eps_after_correction(state, group))
                     together.setdefault(key, []).append((X, G, *adam_moments(own, X)))
             for (_, _, step_size, eps), fours in together.items():
                 lists = map(list, zip(*fours, strict=True))
@@ -170,7 +170,9 @@ def _exact_(factors: tuple[Factor, Factor], group: dict[str, Any], scale: float)
     """
     lr, directions = group["lr"], []
     for _, G, state in factors:
-        N = adam_direction(zero_if_off_(G), state, group["betas"], uncorrected_eps(state, group))
+        N = adam_direction(
+            zero_if_off_(G), state, group["betas"], eps_after_correction(state, group)
+        )
         # m̂ / (√v̂ + ε) = √w₂/w₁ · N
         directions.append(N.double() * bias_corrected_lr(state, {**group, "lr": 1.0}))
         restart_adam_(state)

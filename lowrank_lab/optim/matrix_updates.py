@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lowrank_lab.optim.adam import (
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
+    eps_after_correction,
     random_bits,
     rounds_stochastically,
     stochastic_round,
@@ -46,6 +47,8 @@ FEWEST = 2  # tensors in a stack; a single one is updated without a copy
 class MatrixUpdates(DTensorOptimizer):
     """An optimizer that calls `update_` for its parameters."""
 
+    eps_after: ClassVar[bool] = False  # ε is added after the bias correction, as in torch's AdamW
+    decays_first: ClassVar[bool] = False  # weight decay precedes the update, as in torch's AdamW
     batch: list[Tensor]  # the parameters that are being updated together
 
     def can_stack(self, group: dict[str, Any]) -> bool:
@@ -60,6 +63,23 @@ class MatrixUpdates(DTensorOptimizer):
         stacks.py).
         """
         raise NotImplementedError
+
+    def eps_of(self, state: Any, group: dict[str, Any]) -> float:
+        """What is added to √v."""
+        return eps_after_correction(state, group) if self.eps_after else float(group["eps"])
+
+    def step_size_of(self, state: Any, group: dict[str, Any]) -> float:
+        """The learning rate with both bias corrections.
+
+        A decay that follows the update by (1 − lr·λ) precedes it if the update is divided by that.
+        """
+        first = self.decays_first
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"] if first else 1.0
+        return bias_corrected_lr(state, group) / decay
+
+    def restarts(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether Adam restarts on p in this step; `update_` then sets its moments to zero."""
+        return False
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for batch, together in batches(self, params, group):
@@ -76,7 +96,7 @@ class MatrixUpdates(DTensorOptimizer):
                 self.plain_parts(p, dim) as (part, G, parts),
                 self._update_target(p, part, state["step"], group) as W,
             ):
-                self.update_(W, zero_if_off_(G), parts, group, bias_corrected_lr(state, group))
+                self.update_(W, zero_if_off_(G), parts, group, self.step_size_of(state, group))
         state["step"] += 1
 
     def _update_many_(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -94,7 +114,7 @@ class MatrixUpdates(DTensorOptimizer):
                 ],
                 G,
             )
-            self.update_(W, G, together, group, bias_corrected_lr(states[0], group))
+            self.update_(W, G, together, group, self.step_size_of(states[0], group))
             W.add_update_()
             together.store_()
         for state in states:
@@ -103,6 +123,8 @@ class MatrixUpdates(DTensorOptimizer):
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of p, with the weights of its moments advanced by one step."""
         state: dict[str, Any] = self.state[p]
+        if self.restarts(p, group):
+            state.update(exp_avg_weight=0.0, exp_avg_sq_weight=0.0)
         advance_weights_(state, group["betas"])
         return state
 
@@ -126,15 +148,15 @@ class MatrixUpdates(DTensorOptimizer):
 
     def adam_direction(self, R: Any, state: Any, group: dict[str, Any]) -> Any:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
+        eps = self.eps_of(state, group)
         if isinstance(R, Stacks):
             ms, vs = moments_of(state, R)
             adam_update_(
-                R.twin.items, R.items, ms, vs,
-                step_size=-1.0, betas=group["betas"], eps=group["eps"],
-            )  # fmt: skip
+                R.twin.items, R.items, ms, vs, step_size=-1.0, betas=group["betas"], eps=eps
+            )
             return R.twin
         N = self.buffer("direction", R.shape, R)
-        return adam_direction(R, state, group["betas"], group["eps"], out=N)
+        return adam_direction(R, state, group["betas"], eps, out=N)
 
     def buffer(self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
         """An uninitialised tensor of that shape, shared by all parameters within a step."""
@@ -199,7 +221,8 @@ def batches(
             for name, value in state.items()
             if isinstance(value, Tensor) and not name.startswith("projection")
         )
-        key = (p.device, p.dtype, p.grad.dtype, *numbers, kinds)
+        restarts = optimizer.restarts(p, group)
+        key = (p.device, p.dtype, p.grad.dtype, *numbers, restarts, kinds)
         alike.setdefault(key, []).append(p)
 
     def order(p: Tensor) -> Any:

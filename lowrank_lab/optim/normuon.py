@@ -70,7 +70,7 @@ class NorMuon(MomentumOptimizer):
     """
 
     marker: ClassVar[str] = "use_muon"
-    eps_after_correction: ClassVar[bool] = True
+    eps_after: ClassVar[bool] = True
     loads_from: ClassVar[tuple[str, ...]] = ("torch",)
     group_defaults: ClassVar[dict[str, Any]] = {
         "momentum": 0.95, "beta2": 0.95, "nesterov": True, "ns_steps": 5, "ns_precision": "bf16",

@@ -82,7 +82,7 @@ class Spectron(MomentumOptimizer):
         ValueError: a hyperparameter out of range, an unknown key, parameters that are not pairs.
     """
 
-    eps_after_correction: ClassVar[bool] = True
+    eps_after: ClassVar[bool] = True
     loads_from: ClassVar[tuple[str, ...]] = ("torch",)
     group_defaults: ClassVar[dict[str, Any]] = {
         "momentum": 0.9, "ns_steps": 5, "ns_precision": "bf16",

@@ -23,6 +23,7 @@ FUSED = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
 OURS = [
     "galore", "golore", "fira", "apollo", "apollo-mini", "spam", "stable-spam", "loro", "muon",
     "scale", "normuon", "spectron",
+    "frugal", "ldadam",
 ]  # fmt: skip
 VARIANTS = {
     "decay": {"weight_decay": 0.1},
