@@ -51,7 +51,6 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
-    decays_first: ClassVar[bool] = False  # weight decay before the update, as in torch
     found_inf: Tensor | None = None  # a flag on the device, as GradScaler sets it
     compile_chains = False  # see chains.py
     batch: list[Tensor]  # the parameters that are being updated together

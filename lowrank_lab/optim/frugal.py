@@ -117,7 +117,6 @@ class Frugal(GoLore):
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
         rate = float(group["lr"]) * group["inactive_lr_scale"]
-        rate /= 1.0 - float(group["lr"]) * group["weight_decay"]  # `decays_first`
         if group["inactive_lr_scale"] > 0:
             self._add_sign_(W, G, R, (left, right), -rate)
         project_back_add_(W, N, left, right, alpha=-step_size)

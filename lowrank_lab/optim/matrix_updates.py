@@ -69,13 +69,8 @@ class MatrixUpdates(DTensorOptimizer):
         return eps_after_correction(state, group) if self.eps_after else float(group["eps"])
 
     def step_size_of(self, state: Any, group: dict[str, Any]) -> float:
-        """The learning rate with both bias corrections.
-
-        A decay that follows the update by (1 − lr·λ) precedes it if the update is divided by that.
-        """
-        first = self.decays_first
-        decay = 1.0 - float(group["lr"]) * group["weight_decay"] if first else 1.0
-        return bias_corrected_lr(state, group) / decay
+        """The learning rate with both bias corrections."""
+        return bias_corrected_lr(state, group)
 
     def restarts(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether Adam restarts on p in this step; `update_` then sets its moments to zero."""
@@ -136,9 +131,12 @@ class MatrixUpdates(DTensorOptimizer):
         if not rounds_stochastically(part, group):
             yield part
             return
-        W = part.float()
+        W, share = part.float(), group["lr"] * group["weight_decay"]
+        if self.decays_first:
+            decay_([W], share)
         yield W
-        decay_([W], group["lr"] * group["weight_decay"])
+        if not self.decays_first:
+            decay_([W], share)
         # The bits are those of the full matrix: the same ones for any number of processes.
         seed = (param_index(self, p) * SEED_STRIDE + step) % 2**63
         bits = random_bits(p.shape, seed, part.device)
