@@ -74,8 +74,8 @@ def param_groups(
 def scale_groups(model: nn.Module, momentum: float = 0.9) -> list[dict[str, Any]]:
     """Groups for `Scale`; each trainable parameter is in exactly one.
 
-    Embeddings have `norm_dim` 0, the weights of nn.Linear 1, and those of the heads
-    (`layers.targets.heads`) `momentum` as well. All other parameters are plain AdamW: norms,
+    Embeddings have `norm_dim` 0, the weights of nn.Linear and its subclasses 1, and those of the
+    heads (`layers.targets.heads`) `momentum` as well. All other parameters are plain AdamW: norms,
     biases, factors. A head that shares the matrix of an embedding is an embedding, as in the
     authors' code.
 
@@ -86,7 +86,7 @@ def scale_groups(model: nn.Module, momentum: float = 0.9) -> list[dict[str, Any]
     Returns:
         Groups with `params` and, in the same order, `param_names`; none of them is empty.
     """
-    layers = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     of_heads = {id(m) for m in heads(model, layers)}
     embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding))
     numbers = {id(m.weight): 0 for m in embeddings}
