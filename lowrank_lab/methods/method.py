@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lowrank_lab.layers import KINDS
 from lowrank_lab.methods.optimizers import OptimizerBuilder
 from lowrank_lab.methods.options import ByWidth, Option
 from lowrank_lab.optim.state_bytes import StateRule
@@ -25,7 +26,7 @@ class Method:
             `spectral_lr` only).
         layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
         rank: default rank; None is a quarter of the hidden size.
-        init: default initialisation of the factors.
+        init: default initialisation of the factors; None: they have one alone, or there are none.
         layer_options: names of the options that the layers take, and not the optimizer.
         per_layer: whether each weight can be updated by itself within the backward pass.
         needs_full: which weights the optimizer can't update as DTensors: with fsdp2 they are
@@ -58,6 +59,11 @@ class Method:
     projection_bytes: StateRule | None = None
     fake_steps: bool = True
     colour: str | None = None
+
+    @property
+    def has_products(self) -> bool:
+        """Whether its layers have a product B A, which refactorization balances."""
+        return self.layers is not None and bool(KINDS[self.layers].has_dense_weight)
 
     def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
         """The default peak learning rate for a model of this hidden size."""

@@ -7,6 +7,8 @@ name the script or guess behind each; other methods scale their learning rate wi
 rank does. Over ranks (data/study/ranks and ranks_rates) the best rate is the same up to a quarter
 of the width, and half of it at half the width.
 
+Not tuned yet: CoLA below width 512, from which on its rates are those of its authors' scripts.
+
 Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
 those that Tol calls muted.
 """
@@ -24,7 +26,13 @@ from lowrank_lab.methods.optimizers import (
     projected,
     uniform,
 )
-from lowrank_lab.methods.options import ByWidth, Option, adam_options, projection_options
+from lowrank_lab.methods.options import (
+    ByWidth,
+    FlagByWidth,
+    Option,
+    adam_options,
+    projection_options,
+)
 from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
 from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
@@ -148,6 +156,24 @@ ROWS = (
         states="2(r(m+n) + ⌊δmn⌋)",
         state_bytes=adamw_states,
         colour="#7F7F7F",
+    ),
+    Method(
+        name="cola",
+        summary="y = B·silu(A·x): factors with an activation between them, AdamW on both",
+        source="2502.10940",
+        optimizer=adamw,
+        lr=ByWidth({512: 6e-3, 768: 3e-3, 1024: 3e-3, 2048: 2e-3, 4096: 1e-3}),
+        layers="cola",
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-8),
+            "only_lr_act": Option.flag(FlagByWidth({1: False, 1024: True})),
+            "recompute": Option.flag(False),
+        },
+        needs_full="none",
+        states="2r(m+n)",
+        state_bytes=adamw_states,
+        colour="#661100",
     ),
     Method(
         name="loro",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, Size, nearest
+from lowrank_lab.config import TARGETS, InputError, ResolvedConfig, RunConfig, Size, nearest
 from lowrank_lab.data.prepare import vocabulary
 from lowrank_lab.layers import target_layers
 from lowrank_lab.methods.method import Method
@@ -61,11 +61,12 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 def _check_techniques(config: RunConfig, method: Method) -> None:
     """Refuse techniques that the method can't use, or that exclude each other."""
     dense = method.layers is None
-    if dense and config.refactor_every:
-        allowed = f"{method.name} has no factors to refactorize; 0"
-        raise InputError("refactor_every", config.refactor_every, allowed)
-    if dense and config.init is not None:
-        raise InputError("init", config.init, f"{method.name} has no factors to initialise")
+    if config.refactor_every and not method.has_products:
+        why = "no factors to refactorize" if dense else "an activation between its factors"
+        raise InputError("refactor_every", config.refactor_every, f"{method.name} has {why}; 0")
+    if method.init is None and config.init is not None:
+        why = "no factors to initialise" if dense else "one initialisation of its factors"
+        raise InputError("init", config.init, f"{method.name} has {why}")
     if config.init == "spectral" and method.layers not in (None, "low-rank"):
         allowed = f"the factors of {method.name} are added to other weights; kaiming"
         raise InputError("init", config.init, allowed)
@@ -126,6 +127,17 @@ def _check_precision(config: RunConfig, method: Method) -> None:
             raise InputError(name, value, f"needs precision bf16, not {config.precision}")
 
 
+def _check_recompute(config: RunConfig) -> None:
+    """Refuse CoLA-M where it can't keep narrow activations alone, or where nothing is kept."""
+    field = "method_options.recompute"
+    if config.activation_checkpointing:
+        raise InputError(field, True, "activation_checkpointing recomputes whole blocks; False")
+    targets, every = (len(_target_shapes(config.size, t)) for t in (config.target, TARGETS))
+    if targets < every:
+        allowed = f"target leaves {every - targets} of {every} layers of the blocks dense; False"
+        raise InputError(field, True, allowed)
+
+
 def _check_per_layer(config: RunConfig, method: Method) -> None:
     if not method.per_layer:
         raise InputError("per_layer", True, f"{method.name} updates its factors in pairs")
@@ -183,7 +195,9 @@ def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any])
     for name, value in options.items():
         if method.options[name].real and value is not None:
             options[name] = float(value)  # 32 and 32.0 are the same run: one id
-    if method.layers is not None and options["alpha"] is None:
+    if options.get("recompute"):
+        _check_recompute(config)
+    if "alpha" in options and options["alpha"] is None:
         options["alpha"] = 32.0 if changes["init"] == "kaiming" else float(changes["rank"])
     if "merge_every" in options and "merge_every" not in given:  # short runs merge as well
         options["merge_every"] = min(options["merge_every"], max(1, config.total_steps // 5))

@@ -29,7 +29,7 @@ def fields_of(method, steps=50):
     found = SMALL | {"method": method, "steps": steps, "method_options": short_options(method, 12)}
     if METHODS[method].uses_rank:
         found["rank"] = METHODS[method].rank or 4
-    if METHODS[method].layers:
+    if METHODS[method].has_products:
         found |= {"refactor_every": 15}
     if METHODS[method].layers == "low-rank":
         found["init"] = "spectral"  # two Kaiming-uniform factors amplify rounding a thousandfold

@@ -34,7 +34,7 @@ def eventful(text_corpus, method, **values):
         sequence_length=16, eval_tokens=9 * 16, test_tokens=11 * 16, eval_every=4,
         spectra_every=6, checkpoint_every=4, method=method, lr=usual_rate(method),
         method_options=short_options(method, 4), reset_every=5, recovery_steps=3,
-        **({"refactor_every": 3} if METHODS[method].layers else {}), **values,
+        **({"refactor_every": 3} if METHODS[method].has_products else {}), **values,
     )  # fmt: skip
 
 
