@@ -223,4 +223,6 @@ def _rule(config: ResolvedConfig) -> StateRule:
         raise InputError("optimizer", config.optimizer, "there is no formula for its states")
     if row is None or row.state_bytes is None:
         raise InputError("method", config.method, "there is no formula for its states")
-    return row.state_bytes
+    rule = row.in_precision(config.state_precision).state_bytes
+    assert rule is not None
+    return rule

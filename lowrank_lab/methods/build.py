@@ -80,7 +80,8 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Opt
     if config.method_options.get("warm_start"):  # W₀ trains first, and B and A after it
         train_dense_(model, on=True)
         targets += partition(model, config.target)[0]
-    return METHODS[config.method].optimizer(targets, rest, config)
+    method = METHODS[config.method].in_precision(config.state_precision)
+    return method.optimizer(targets, rest, config)
 
 
 def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]]:

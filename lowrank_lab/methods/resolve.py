@@ -22,6 +22,7 @@ from lowrank_lab.methods.options import at_width
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.trial import check_events, check_per_layer, check_sharded
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.optim.eight_bit import EIGHT_BIT, torchao_optim
 
 WORDS = {"no": False, "off": False, "on": True, "yes": True}  # of YAML 1.1, where a flag is meant
 
@@ -121,10 +122,33 @@ def _merge_of(config: RunConfig, method: Method) -> tuple[str, float] | None:
 def _check_precision(config: RunConfig, method: Method) -> None:
     """Refuse float32 states and stochastic rounding without bfloat16 weights or a projection."""
     for name, value in precision_choices(config).items():
+        if value == EIGHT_BIT:
+            _check_8bit(config, method)
+            continue
         if "proj_type" not in method.options:
             raise InputError(name, value, f"the optimizer of {method.name} has no such choice")
         if config.precision != "bf16":
             raise InputError(name, value, f"needs precision bf16, not {config.precision}")
+
+
+def _check_8bit(config: RunConfig, method: Method) -> None:
+    """Refuse moments in 8 bits where the optimizer can't store them."""
+    allowed = None
+    if not method.eight_bit:
+        has_own = method.optimizer is adamw and method.layers is None
+        allowed = f"the optimizer of {method.name} has no such choice"
+        allowed += "; use the method adamw-8bit" if has_own else ""
+    elif config.optimizer is not None:
+        allowed = f"the states of {config.optimizer} are its own; same"
+    elif method.optimizer is not adamw and config.parallel == "fsdp2":
+        allowed = "with fsdp2 shards of moments would cut its blocks; same or fp32"
+    else:
+        try:
+            torchao_optim()
+        except ImportError as error:
+            allowed = str(error)
+    if allowed is not None:
+        raise InputError("state_precision", EIGHT_BIT, allowed)
 
 
 def _check_recompute(config: RunConfig) -> None:

@@ -6,14 +6,17 @@ from typing import Any, ClassVar
 
 import torch
 
+from lowrank_lab.distributed.dtensors import is_dtensor
 from lowrank_lab.optim.adam import PRECISIONS
 from lowrank_lab.optim.checks import (
+    require,
     require_adam,
     require_bool,
     require_choice,
     require_known_keys,
     require_real,
 )
+from lowrank_lab.optim.eight_bit import EIGHT_BIT, torchao_optim
 
 # Entries of a state: shapes of tensors, None for Python numbers
 Shapes = dict[str, tuple[int, ...] | None]
@@ -25,6 +28,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a ranked group and their defaults
     has_ranked_groups: ClassVar[bool] = True
     loads_from: ClassVar[tuple[str, ...]] = ()  # sources of `foreign_state.converted`
+    in_8_bits: ClassVar[bool] = False  # whether moments may be stored in 8 bits
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         ranked = ("rank", *self.group_defaults) if self.has_ranked_groups else ()
@@ -44,10 +48,23 @@ class CheckedOptimizer(torch.optim.Optimizer):
         require_adam(group)
         require_real(self, group)
         if "state_precision" in group:
-            require_choice("state_precision", group["state_precision"], PRECISIONS)
+            self._check_precision(group)
             require_bool("stochastic_rounding", group["stochastic_rounding"])
         if "rank" in group:
             self.check_group(group)
+
+    def _check_precision(self, group: dict[str, Any]) -> None:
+        precision = group["state_precision"]
+        known = PRECISIONS if self.in_8_bits else tuple(p for p in PRECISIONS if p != EIGHT_BIT)
+        require_choice("state_precision", precision, known)
+        if precision == EIGHT_BIT:
+            sharded = any(map(is_dtensor, group["params"]))
+            allowed = "same or fp32: shards of DTensors would cut its blocks"
+            require("state_precision", precision, not sharded, allowed)
+            try:
+                torchao_optim()
+            except ImportError as error:
+                require("state_precision", precision, False, str(error))
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a group with keys or parameters that the method doesn't support."""

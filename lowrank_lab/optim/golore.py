@@ -13,6 +13,7 @@ from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
+from lowrank_lab.optim.eight_bit import read_moment, write_moment_
 from lowrank_lab.optim.matrix_updates import each
 from lowrank_lab.optim.projection import (
     check_projection,
@@ -52,6 +53,7 @@ class GoLore(ProjectedAdamW):
     matrix.
     """
 
+    in_8_bits: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "auto",
         "switch": 0, "seed": 0,
@@ -91,7 +93,8 @@ class GoLore(ProjectedAdamW):
         used = self._projections(G, state, group)
         new = load_projections(state)
         if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
-            state["exp_avg"].copy_(carry_moment(state["exp_avg"], old, new, self.placement))
+            m = read_moment(state["exp_avg"])
+            write_moment_(state["exp_avg"], carry_moment(m, old, new, self.placement))
         return used
 
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
