@@ -84,7 +84,7 @@ def loss_kernels(size: Size, tokens: int, *, gradients: bool = True) -> KernelCo
 
 
 def optimizer_kernels(
-    method: str, size: str, options: dict[str, Any], *, stacked: bool = True
+    method: str, size: str, options: dict[str, Any], *, stacked: bool = True, states: str = "same"
 ) -> KernelCount:
     """Kernels of an optimizer step in bf16 with nothing due.
 
@@ -93,10 +93,12 @@ def optimizer_kernels(
         size: of the model.
         options: of the method.
         stacked: on CUDA's path; False: as off it, one parameter after the other.
+        states: the `state_precision`.
     """
     config = RunConfig(
-        model=size, method=method, method_options=options, precision="bf16", corpus="markov"
-    )
+        model=size, method=method, method_options=options, precision="bf16", corpus="markov",
+        state_precision=states,
+    )  # fmt: skip
     with FakeTensorMode(), cuda_path() if stacked else nullcontext():
         model, optimizer = build(resolve(config))
         for p in model.parameters():

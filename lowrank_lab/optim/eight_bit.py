@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank_lab.optim.adam import MOMENTS, adam_direction, adam_update_, is_quantized
 
 EIGHT_BIT = "8bit"  # the state_precision
 BLOCK, FEWEST = 256, 4096  # entries of a block, and of the smallest moment that is quantized
-PIECE = 1 << 22  # entries that are decoded at a time
+PIECE = 1 << 24  # entries that are decoded at a time
 SMALLEST_SCALE = 1e-12
 
 
@@ -46,7 +47,7 @@ def quantizes(group: dict[str, Any], entries: int) -> bool:
 
 
 def torchao_optim() -> Any:
-    """The module torchao.optim.
+    """The module torchao.optim, with its tables made.
 
     Raises:
         ImportError: torchao isn't installed; the message says how to.
@@ -54,10 +55,12 @@ def torchao_optim() -> Any:
     try:
         with _quiet():  # it warns of each missing kernel on machines without CUDA
             import torchao.optim.subclass_8bit
-
-            return torchao.optim
     except ImportError:
         raise ImportError("it needs torchao: pip install 'lowrank-lab[quant]'") from None
+    with _disable_current_modes():  # they are read from a tensor, and fake ones have no values
+        torchao.optim.subclass_8bit.get_qmap_signed()
+        torchao.optim.subclass_8bit.get_qmap_unsigned()
+    return torchao.optim
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from lowrank_lab.optim import eight_bit as module
 from lowrank_lab.optim.adam import MOMENTS, is_quantized
 from lowrank_lab.optim.eight_bit import Codes, eight_bit_bytes, is_quantizable, read_moment
 from lowrank_lab.planning.simulate import measure, simulate
-from lowrank_lab.techniques import prune_moments_, reset_momentum_
+from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
+from lowrank_lab.training.checkpoint import load, save
+from lowrank_lab.training.step import gradients, update_
 
 torchao_8bit = pytest.importorskip("torchao.optim.subclass_8bit")
 PROJECTED = [GaLore, Fira, Apollo, GoLore]
@@ -356,3 +358,50 @@ def test_without_torchao_it_is_refused_before_anything_is_built(monkeypatch):
         make()
     with pytest.raises(InputError, match=r"^state_precision: .*pip install"):
         resolve(run_config("galore"))
+
+
+def test_a_simulation_in_a_fresh_process_makes_the_tables_from_real_numbers():
+    for get in (torchao_8bit.get_qmap_signed, torchao_8bit.get_qmap_unsigned):
+        get.cache_clear()
+    assert simulate(run_config("galore")).persistent.optimizer_states
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["galore", "cola"])
+def test_a_checkpoint_goes_on_bit_for_bit(method, tmp_path):
+    config = resolve(run_config(method, rank=64, steps=8, lr=1e-2))
+
+    def trained(built, first, last):
+        for step in range(first, last):
+            tokens = torch.randint(16, (2, 17), generator=torch.Generator().manual_seed(step))
+            gradients(built[0], [(tokens[:, :-1], tokens[:, 1:])], config)
+            update_(*built, config, step)
+        return dict(built[0].named_parameters())
+
+    with torch.compiler.set_stance("force_eager"):
+        whole, first, second = build(config), build(config), build(config)
+        expected = trained(whole, 0, 8)
+        trained(first, 0, 5)
+        save(tmp_path, 5, *first)
+        assert load(tmp_path, *second)[0] == 5
+        found = trained(second, 5, 8)
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("on_refactor", ["keep", "reset", "transport"])
+def test_events_of_factors_follow_in_8_bits(on_refactor):
+    config = resolve(run_config("low-rank", rank=64, lr=1e-2))
+    model, optimizer = build(config)
+    with torch.compiler.set_stance("force_eager"):
+        for step in range(3):
+            tokens = torch.randint(16, (2, 17))
+            gradients(model, [(tokens[:, :-1], tokens[:, 1:])], config)
+            update_(model, optimizer, config, step)
+        B = model.model.layers[0].mlp.up_proj.B
+        before = read_moment(optimizer.state[B]["exp_avg"])
+        assert refactorize_(model, optimizer, on_refactor).changed
+    after = read_moment(optimizer.state[B]["exp_avg"])
+    assert is_quantized(optimizer.state[B]["exp_avg"])
+    assert torch.equal(after, before) is (on_refactor == "keep")
+    assert after.any().item() is (on_refactor != "reset")

@@ -17,7 +17,7 @@ from lowrank_lab.training import trainer
 from lowrank_lab.training.loop import train
 
 # each layer kind, with all that its methods do to it, and a projected optimizer
-METHODS_HERE = ("full-rank", "low-rank", "lora", "relora", "sltrain", "loro", "galore")
+METHODS_HERE = ("full-rank", "low-rank", "lora", "relora", "sltrain", "cola", "loro", "galore")
 PARTS = 3  # the block, the last norm and the loss, each with gradients and without
 
 
@@ -45,11 +45,13 @@ def losses_of(run):
     return [*found, run.result["test_loss"]]
 
 
-@pytest.mark.parametrize("method", METHODS_HERE)
+@pytest.mark.parametrize("method", [*METHODS_HERE, "cola-m"])
 def test_a_run_compiles_each_part_once_with_gradients_and_once_without(
     method, text_corpus, tmp_path
 ):
-    plain = eventful(text_corpus, method)
+    plain = eventful(text_corpus, method.removesuffix("-m"))
+    if method == "cola-m":
+        plain = plain.replace(method_options={"recompute": True})
     run = train(plain.model_copy(update={"compile": True}), tmp_path / "compiled")
     assert counters["stats"]["unique_graphs"] == 2 * PARTS
     assert not counters["graph_break"]
