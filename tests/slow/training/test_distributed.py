@@ -65,6 +65,7 @@ IN_SHARDS = {
     "reset": changed("low-rank", on_refactor="reset", reset_every=0),
     "transport": changed("low-rank", on_refactor="transport", reset_every=0),
     "sltrain transport": changed("sltrain", on_refactor="transport", reset_every=0),
+    "cola recompute": changed("cola", {"recompute": True}),
     "relora": changed("relora"),
     "relora part": changed("relora", {"merge_share": 0.9, "merge_every": 20}),
     "relora pruned": changed("relora", {"merge_share": 0.9, "merge_moments": "magnitude"}),
