@@ -178,6 +178,12 @@ class RunConfig(BaseModel):
     lr: float | None = help_field(
         None, "peak learning rate; default: the method's at this width", gt=0, le=100
     )
+    rest_lr: float | None = help_field(
+        None,
+        "peak learning rate of what is no target: embedding, head, norms; default: lr",
+        gt=0,
+        le=100,
+    )
     warmup: float = help_field(
         0.1, "share of the steps for warm-up, below 1; or its steps, from 2", ge=0, le=1 << 50
     )
@@ -212,6 +218,9 @@ class RunConfig(BaseModel):
     )
     eval_tokens: int = help_field(65536, "tokens per evaluation", ge=2, le=1 << 50)
     test_tokens: int = help_field(262144, "tokens per final evaluation", ge=2, le=1 << 50)
+    eval_windows: Literal["first", "spread"] = help_field(
+        "first", "windows to evaluate: those a split begins with, or spread over all of it"
+    )
     spectra_every: int | None = help_field(
         None, "steps between spectra; default steps/5", ge=1, le=1 << 50
     )

@@ -130,6 +130,21 @@ class StatesTable(MarkdownDirective):
         return markdown_table(head, [(f"`{name}`", *row) for name, row in cells.items()])
 
 
+class FamilyTree(MarkdownDirective):
+    """METHODS as nested lists: what grew out of what, when, what it stores, when to use it."""
+
+    classes: ClassVar[list[str]] = ["generated", "family-tree"]
+
+    def lines(self) -> list[str]:
+        from lowrank_lab.methods.family import family_tree
+
+        return [
+            f"{'  ' * (len(branches) // 3)}- **[{m.name}](../explanation/methods.md#{m.name})** "
+            f"({m.year}), {m.states.split(';')[0]}: {m.use}"
+            for branches, m in family_tree(built_in())
+        ]
+
+
 class MoreMethods(MarkdownDirective):
     """The methods that have no section with equations on the page yet."""
 
@@ -239,6 +254,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("run-config-fields", RunConfigFields)
     app.add_directive("methods-table", MethodsTable)
     app.add_directive("states-table", StatesTable)
+    app.add_directive("family-tree", FamilyTree)
     app.add_directive("more-methods", MoreMethods)
     app.add_directive("method-options", MethodOptions)
     app.add_directive("kept-study", KeptStudy)

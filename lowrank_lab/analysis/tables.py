@@ -11,9 +11,17 @@ import pandas as pd
 import torch
 
 from lowrank_lab.analysis.spectra import effective_rank, is_factor
-from lowrank_lab.analysis.stats import mean_interval, p_below
+from lowrank_lab.analysis.stats import (
+    corrected,
+    mean_interval,
+    p_below,
+    p_within,
+    seed_document_interval,
+)
 from lowrank_lab.memory.formulas import MIB
 from lowrank_lab.runs.run import LAYER_FACTS, Run
+
+MARGIN = 0.01  # nats per token
 
 
 def summary(finals: pd.DataFrame) -> pd.DataFrame:
@@ -74,6 +82,58 @@ def claims(finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
     """
     below = [p_below(row[~np.isnan(row)].tolist()) for row in paired(finals, pairs).to_numpy()]
     return _differences(finals, pairs, fewest=0).assign(**{"p (A < B)": below})
+
+
+def verdicts(
+    finals: pd.DataFrame, pairs: Sequence[tuple[str, str]], margin: float = MARGIN
+) -> pd.DataFrame:
+    """`claims`, corrected for their number by Holm's method, with an equivalence test of each.
+
+    Further columns: `p (Holm)`, of A < B; `p (equal)`, by two one-sided tests within ±margin; and
+    `verdict`: *below* (p (Holm) < 0.05), *equal* (p (equal) < 0.05), *above* (the interval lies
+    above 0), or *open*.
+
+    Args:
+        margin: nats per token within which two losses count as equal.
+    """
+    table = claims(finals, pairs)
+    values = [row[~np.isnan(row)].tolist() for row in paired(finals, pairs).to_numpy()]
+    table["p (Holm)"] = corrected(table["p (A < B)"].tolist(), "holm")
+    table["p (equal)"] = [p_within(row, margin) for row in values]
+    kinds = [
+        (table["p (Holm)"] < 0.05, "below"),
+        (table["p (equal)"] < 0.05, "equal"),
+        (table["A − B"] > table["±"], "above"),
+    ]
+    conditions, names = zip(*kinds, strict=True)
+    table["verdict"] = np.select(conditions, names, "open")
+    return table
+
+
+def by_documents(runs: Iterable[Run], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Differences in test loss over seeds and documents, with bootstrap intervals of both.
+
+    Columns: A, B, seeds, documents, `A − B`, low, high, and `share`, the share of documents on
+    which A's loss is lower. Pairs without two common seeds and documents are left out.
+    """
+    tables = [
+        run.documents.assign(label=run.label, seed=run.config.seed) for run in runs if run.finished
+    ]
+    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    found: list[tuple[Any, ...]] = []
+    for a, b in pairs if len(rows) else ():
+        wide = [
+            rows[rows["label"] == label].pivot(index="seed", columns="document", values="loss")
+            for label in (a, b)
+        ]
+        both = (wide[0] - wide[1]).dropna(how="all").dropna(axis=1)
+        if min(both.shape) < 2:
+            continue
+        tokens = rows.drop_duplicates("document").set_index("document")["tokens"][both.columns]
+        interval = seed_document_interval(both.to_numpy(), tokens.to_numpy())
+        found.append((a, b, *both.shape, *interval, float((both.mean() < 0).mean())))
+    names = ["A", "B", "seeds", "documents", "A − B", "low", "high", "share"]
+    return pd.DataFrame(found, columns=names)
 
 
 def paired(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
@@ -160,6 +220,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """A table as text, with significant digits only."""
     digits = {
         "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "p (A < B)": ".2g",
+        "p (Holm)": ".2g", "p (equal)": ".2g", "low": "+.4f", "high": "+.4f", "share": ".0%",
         "test perplexity": ".3f", "seconds": ".0f",
         "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
         "parameters": ",", "without embeddings": ",", "tokens": ",",

@@ -3,45 +3,84 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowrank_lab.config import RunConfig
+from lowrank_lab.config import InputError, RunConfig, nearest
+
+if TYPE_CHECKING:
+    from lowrank_lab.methods.method import Method
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="as JSON")
-def methods(as_json: bool) -> None:
-    """List the methods with their sources, options and defaults."""
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--json", "as_json", is_flag=True, help="as JSON, with the default of every option")
+def methods(names: tuple[str, ...], as_json: bool) -> None:
+    """Draw the family tree of the methods: year, what each stores, when to use it.
+
+    With NAMEs, tell all about these: source, learning rates, options with their defaults.
+    """
     from lowrank_lab.methods.registry import METHODS
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": m.name,
-            "summary": m.summary,
-            "source": f"arXiv {m.source}" if m.source[:4].isdigit() else m.source,
-            "layers": m.layers or "dense",
-            "states": m.states,
-            "lr": m.lr,
-            "spectral_lr": m.spectral_lr,
-            "options": {name: option.default for name, option in m.options.items()},
-        }
-        for m in METHODS.values()
-    ]
+    for name in names:
+        if name not in METHODS:
+            raise InputError("method", name, nearest(name, METHODS))
+    found = [METHODS[name] for name in names] or list(METHODS.values())
     if as_json:
-        for row in rows:
-            row["lr"] = row["lr"].plain
-        click.echo(json.dumps(rows, indent=1))
-        return
+        click.echo(json.dumps([_facts(method) for method in found], indent=1))
+    elif names:
+        click.echo("\n\n".join(_described(method) for method in found))
+    else:
+        click.echo("\n".join(_tree(found)))
+        click.echo("\nStates: elements of optimizer state of an m×n weight. More: NAME or --json")
+
+
+def _facts(m: Method) -> dict[str, Any]:
+    return {
+        "name": m.name,
+        "summary": m.summary,
+        "source": f"arXiv {m.source}" if m.source[:4].isdigit() else m.source,
+        "year": m.year,
+        "parent": m.parent,
+        "use": m.use,
+        "layers": m.layers or "dense",
+        "states": m.states,
+        "lr": m.lr.plain,
+        "spectral_lr": m.spectral_lr,
+        "options": {name: option.default for name, option in m.options.items()},
+    }
+
+
+def _described(m: Method) -> str:
+    facts = _facts(m)
+    spectral = f" (init spectral: {m.spectral_lr})" if m.spectral_lr else ""
+    options = [f"    {k} {v}" for k, v in facts["options"].items() if v is not None]
+    lines = [
+        f"{m.name}: {m.summary}",
+        f"  source   {facts['source']}",
+        *([f"  year     {m.year}"] if m.year else []),
+        f"  weights  {facts['layers']}",
+        f"  states   {m.states or 'not known'} of an m×n weight",
+        f"  lr       {m.lr}{spectral}",
+        *([f"  use      {m.use}"] if m.use else []),
+        *(["  options"] if options else []),
+    ]
+    return "\n".join([*lines, *options])
+
+
+def _tree(found: list[Method]) -> Iterator[str]:
+    from lowrank_lab.methods.family import family_tree
+
+    rows = [("method", "year", "states", "when to use it")]
+    for branches, m in family_tree(found):
+        states = m.states.split(";")[0] or "not known"
+        rows.append((branches + m.name, str(m.year or ""), states, m.use or m.summary))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
-        options = "; ".join(f"{k} {v}" for k, v in row["options"].items() if v is not None)
-        spectral = f" (init spectral: {row['spectral_lr']})" if row["spectral_lr"] else ""
-        click.echo(
-            f"{row['name']:12} {row['summary']} ({row['source']}); states of an m×n weight: "
-            f"{row['states'] or 'not known'}; lr {row['lr']}{spectral}; {options}"
-        )
+        yield "  ".join([*map(str.ljust, row[:3], widths), row[3]])
 
 
 @click.command()

@@ -10,7 +10,7 @@ import click
 
 def show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> None:
     """Print the table of a study, then its paired differences: those in `pairs`, or all."""
-    from lowrank_lab.analysis.tables import claims, differences, formatted, structure, summary
+    from lowrank_lab.analysis.tables import differences, formatted, structure, summary, verdicts
     from lowrank_lab.runs.run import final_table, find_runs, load_runs
 
     finals = final_table(load_runs(folder))
@@ -18,7 +18,7 @@ def show_table(folder: Path, as_json: bool = False, pairs: Sequence[tuple[str, s
         click.echo(summary(finals).to_json(orient="records", indent=1))
         return
     click.echo(formatted(summary(finals)).to_string(index=False))
-    table = claims(finals, pairs) if pairs else differences(finals)
+    table = verdicts(finals, pairs) if pairs else differences(finals)
     if len(table):
         click.echo(f"\nseed by seed:\n{formatted(table).to_string(index=False)}")
     ends = structure(find_runs(folder))

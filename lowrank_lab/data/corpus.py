@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank_lab.config import InputError
 from lowrank_lab.data.splits import SPLITS, Split
 from lowrank_lab.data.token_files import TokenShards
+from lowrank_lab.data.tokenizer import end_of_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -102,6 +103,26 @@ class Corpus:
         offsets = indices[:, None] * sequence_length + np.arange(sequence_length + 1)
         tokens = torch.from_numpy(self._shards[split].take(offsets).astype(np.int64))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def documents(
+        self, split: Split, indices: np.ndarray, sequence_length: int
+    ) -> np.ndarray | None:
+        """The number of the document, from 0, that each target of the windows belongs to.
+
+        An end-of-text token belongs to the document that it ends. (len(indices), sequence_length);
+        None for a corpus of numbers, which has no documents.
+        """
+        if not (self.folder / "tokenizer.json").exists():
+            return None
+        offsets = indices[:, None] * sequence_length + np.arange(1, sequence_length + 1)
+        return np.searchsorted(self._ends(split), offsets)
+
+    def _ends(self, split: Split) -> np.ndarray:
+        """The offsets of a split's end-of-text tokens."""
+        end = self.tokenizer.token_to_id(end_of_text(self.tokenizer))
+        shards = self._shards[split]
+        parts = zip(shards.starts, shards.parts, strict=False)
+        return np.concatenate([start + np.flatnonzero(part == end) for start, part in parts])
 
 
 def permute(indices: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.layers import (
     ColaLinear,
     LowRankLinear,
@@ -81,7 +81,29 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Opt
         train_dense_(model, on=True)
         targets += partition(model, config.target)[0]
     method = METHODS[config.method].in_precision(config.state_precision)
-    return method.optimizer(targets, rest, config)
+    optimizer = method.optimizer(targets, rest, config)
+    if config.rest_lr is not None:
+        _set_rest_rate(optimizer, rest, config)
+    return optimizer
+
+
+def _set_rest_rate(
+    optimizer: torch.optim.Optimizer, rest: list[Tensor], config: ResolvedConfig
+) -> None:
+    """Give the groups of the rest the key `lr_ratio`, by which the schedule's rate is multiplied.
+
+    Raises:
+        InputError: the optimizer has some of the rest in a group with targets.
+    """
+    assert config.rest_lr is not None
+    of_rest = {id(p) for p in rest}
+    for group in optimizer.param_groups:
+        own = [id(p) in of_rest for p in group["params"]]
+        if any(own) and not all(own):
+            allowed = f"{config.method} has targets and the rest in one group of parameters; none"
+            raise InputError("rest_lr", config.rest_lr, allowed)
+        if all(own):
+            group["lr_ratio"] = config.rest_lr / config.lr
 
 
 def partition(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]]:

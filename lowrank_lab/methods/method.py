@@ -21,6 +21,9 @@ class Method:
 
     Attributes:
         source: arXiv id, or where else it was published.
+        year: when it was first published.
+        parent: the method that it grew out of, by name.
+        use: when to use it, in one line.
         lr: default peak learning rate.
         spectral_lr: the same for factors that start from an SVD.
         halve_lr_at_high_rank: halve the default learning rate when rank ≥ width / 2 (of factors:
@@ -46,6 +49,9 @@ class Method:
     source: str
     optimizer: OptimizerBuilder
     lr: ByWidth
+    year: int | None = None
+    parent: str | None = None
+    use: str = ""
     spectral_lr: ByWidth | None = None
     halve_lr_at_high_rank: bool = False
     layers: str | None = None

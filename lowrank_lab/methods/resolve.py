@@ -50,6 +50,8 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     changes["rank"] = rank = _checked_rank(config, method)
     rate = method.learning_rate(config.size.hidden_size, changes.get("init"), rank)
     changes["lr"] = config.lr or rate
+    if config.rest_lr == changes["lr"]:
+        changes["rest_lr"] = None
     changes["method_options"] = options = _checked_options(config, method, changes)
     if not config.reset_every or not config.reset_strength:
         changes |= {"reset_every": 0, "reset_strength": 1.0, "reset_how": "scale"}

@@ -43,6 +43,19 @@ def linear_cross_entropy(
     return loss
 
 
+def token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, fused: FusedLosses | None = None
+) -> Tensor:
+    """The cross-entropy of each token (N,), float32, without gradients.
+
+    Shapes and `fused` as in `linear_cross_entropy`, which is its mean.
+    """
+    if dtype := autocast_dtype(hidden):
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.no_grad():
+        return _passes(hidden, weight, targets, fused or _losses_)[0].squeeze(1)
+
+
 class FusedLosses:
     """Losses of a chunk of logits in one compiled pass, and another one for their gradient.
 
@@ -79,36 +92,48 @@ def _losses_and_slopes_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+def _passes(
+    hidden: Tensor, weight: Tensor, targets: Tensor,
+    losses_: Callable[[Tensor, Tensor, Tensor, bool], None],
+    wants_hidden: bool = False, wants_weight: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Losses (N, 1), and the gradients of their sum in hidden and weight where wanted."""
+    count, vocabulary = hidden.shape[0], weight.shape[0]
+    size = LOGITS_ON_CUDA if prefers_few_kernels(hidden) else LOGITS_IN_CHUNK
+    fitting = size // (vocabulary * hidden.element_size())
+    chunk = min(count, max(SMALLEST_CHUNK, fitting))
+    grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+    grad_weight = None
+    losses = hidden.new_empty((count, 1), dtype=torch.float32)
+    buffer = hidden.new_empty((chunk, vocabulary))
+    for start in range(0, count, chunk):
+        h, y = hidden[start : start + chunk], targets[start : start + chunk, None]
+        logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
+        losses_(logits, y, losses[start : start + chunk], wants_hidden or wants_weight)
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
+        if wants_weight:
+            product = logits.T @ h
+            if chunk == count:
+                grad_weight = product
+            elif grad_weight is None:
+                grad_weight = product.float()
+            else:
+                grad_weight += product
+    return losses, grad_hidden, grad_weight
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool,
         losses_: Callable[[Tensor, Tensor, Tensor, bool], None],
     ) -> Tensor:  # fmt: skip
-        count, vocabulary = hidden.shape[0], weight.shape[0]
-        size = LOGITS_ON_CUDA if prefers_few_kernels(hidden) else LOGITS_IN_CHUNK
-        fitting = size // (vocabulary * hidden.element_size())
-        chunk = min(count, max(SMALLEST_CHUNK, fitting))
         wants_hidden, wants_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = None
-        losses = hidden.new_empty((count, 1), dtype=torch.float32)
-        buffer = hidden.new_empty((chunk, vocabulary))
-        for start in range(0, count, chunk):
-            h, y = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
-            losses_(logits, y, losses[start : start + chunk], wants_hidden or wants_weight)
-            if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
-            if wants_weight:
-                product = logits.T @ h
-                if chunk == count:
-                    grad_weight = product
-                elif grad_weight is None:
-                    grad_weight = product.float()
-                else:
-                    grad_weight += product
-        ctx.count = count
+        losses, grad_hidden, grad_weight = _passes(
+            hidden, weight, targets, losses_, wants_hidden, wants_weight
+        )
+        ctx.count = len(hidden)
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )

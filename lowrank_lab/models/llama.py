@@ -20,7 +20,7 @@ from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.layers.padded import AlignedLinear, padded_width
 from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.compiled import Compiled
-from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy
+from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy, token_losses
 from lowrank_lab.models.narrow import narrow_block
 from lowrank_lab.models.rms_norm import RMSNorm, rms_norm
 
@@ -225,6 +225,13 @@ class Llama(nn.Module):
         hidden = self.hidden_states(tokens)[: len(targets)].flatten(0, 1)
         with record_function("loss"):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), self._fused)
+
+    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of each target (B, T), float32, without gradients; as `loss`."""
+        with torch.no_grad():
+            hidden = self.hidden_states(tokens)[: len(targets)].flatten(0, 1)
+            losses = token_losses(hidden, self.lm_head.weight, targets.flatten(), self._fused)
+        return losses.view(targets.shape)
 
     def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         tables = self._tables

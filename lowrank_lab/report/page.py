@@ -12,11 +12,13 @@ import pandas as pd
 
 from lowrank_lab import figures
 from lowrank_lab.analysis.tables import (
-    claims,
+    MARGIN,
+    by_documents,
     differences,
     formatted,
     structure,
     summary,
+    verdicts,
 )
 from lowrank_lab.report.drawings import SPEED, Picture, drawn, origins
 from lowrank_lab.runs.files import replacing
@@ -60,9 +62,13 @@ def write_report(
     parts = [_heading(title or folder.name, description, finals), *_origins_section(runs)]
     parts.append(_html_table(formatted(table)))
     if pairs:
-        asked = claims(finals, pairs)
-        parts += ["<h2>Is A below B?</h2>", _html_table(formatted(asked))]
+        asked = verdicts(finals, pairs)
+        parts += ["<h2>Is A below B?</h2>", _VERDICTS, _html_table(formatted(asked))]
         _write_csv(asked, out / "claims.csv")
+        documents = by_documents(runs, pairs)
+        if len(documents):
+            _write_csv(documents, out / "documents.csv")
+            parts += ["<h2>Over seeds and documents</h2>", _html_table(formatted(documents))]
     every = differences(finals, table["label"])
     if len(every):
         parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(every))]
@@ -155,6 +161,10 @@ def _changed(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that are not None, {}, False or 0."""
     return {k: v for k, v in config.items() if v not in (None, {}, False)}
 
+
+_VERDICTS = f"""<p>Paired by seed. <i>below</i>: p of the one-sided t-test, corrected for the number
+of rows (Holm), is under 0.05; <i>equal</i>: two one-sided tests put the difference within ±{MARGIN}
+with p under 0.05; <i>above</i>: the 95 % interval lies above 0; <i>open</i>: none of these.</p>"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

@@ -95,6 +95,34 @@ class Run:
         return dict(result)
 
     @property
+    def documents(self) -> pd.DataFrame:
+        """One row per evaluated document of the test split: document, tokens, loss (nats a token).
+
+        Empty for a corpus without documents, and for runs before version 0.2.
+        """
+        import pandas as pd
+
+        names = {"document": "test_documents", "tokens": "test_document_tokens",
+                 "loss": "test_document_losses"}  # fmt: skip
+        columns = {column: self.result.get(name, []) for column, name in names.items()}
+        return pd.DataFrame(columns).astype({"document": int, "tokens": int, "loss": float})
+
+    @property
+    def by_position(self) -> pd.DataFrame:
+        """Validation loss by position in the window: step, position, loss; one row per group.
+
+        `position` is the first of a group, from 1: 1, 2–3, 4–7, 8–15 …
+        """
+        import pandas as pd
+
+        rows = [
+            (row["step"], 2**k, loss)
+            for row in self.records.metrics
+            for k, loss in enumerate(row.get("validation_loss_by_position") or ())
+        ]
+        return pd.DataFrame(rows, columns=["step", "position", "loss"])
+
+    @property
     def metrics(self) -> pd.DataFrame:
         """One row per step."""
         import pandas as pd
@@ -358,7 +386,8 @@ def _facts_of(run: Run, folder: Path | str) -> dict[str, Any]:
         return facts
     result = run.result
     result["bytes_without_embeddings"] = _bytes_without_embeddings(config, result)
-    return facts | {f"final_{name}": value for name, value in result.items()}
+    single = {name: value for name, value in result.items() if not isinstance(value, list)}
+    return facts | {f"final_{name}": value for name, value in single.items()}
 
 
 def _bytes_without_embeddings(config: ResolvedConfig, result: dict[str, Any]) -> float:

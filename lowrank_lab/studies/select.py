@@ -9,7 +9,10 @@ fields, and gets the values of the `best` fields with the lowest validation loss
 seeds). An option that follows from other fields, as alpha does from the rank, stays the variant's.
 
 around: {lr: [0.5, 1, 2]}   a grid of multiples of the chosen value
-edges: allow                accept a best value that is the first or last of three or more tried
+fit: lr                     instead of the best value tried, the lowest point of a parabola through
+                            the losses over its logarithm, at most two doublings from the best
+edges: allow                accept best values that are the first or last of those tried; or a
+                            list of the fields whose best values may be
 select: {init: kaiming}     in a variant: these values of `by` fields replace the variant's own
 """
 
@@ -17,10 +20,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.methods.registry import METHODS
@@ -28,7 +33,8 @@ from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.paths import data_folder, kept_study
 from lowrank_lab.runs.run import find_runs
 
-KEYS = ("from", "by", "best", "around", "edges")
+KEYS = ("from", "by", "best", "fit", "around", "edges")
+FITTED = 4.0  # a fit takes the values within this factor of the best
 # Model, text and length of a run.
 SETTING = ("size", "corpus", "sequence_length", "batch", "total_steps")
 Values = tuple[Any, ...]
@@ -42,8 +48,9 @@ class Selection:
     source: str
     by: tuple[str, ...]
     best: tuple[str, ...]
+    fit: tuple[str, ...] = ()
     around: dict[str, list[float]] = field(default_factory=dict)
-    edges: bool = False  # whether the best value may be the first or last of those tried
+    edges: tuple[str, ...] = ()  # fields whose best value may be the first or last of those tried
     tried: Sequence[tuple[ResolvedConfig, float]] = ()  # with the validation losses
 
     def choose(
@@ -69,9 +76,9 @@ class Selection:
         own = tuple(like[name] if name in like else value_of(config, name) for name in self.by)
         means, first = self._losses(own, place)
         best = min(means, key=means.__getitem__)
-        if not self.edges:
-            self._check_inside(place, best, list(means))
+        self._check_inside(place, best, means)
         found = {n: v for n, v in zip(self.best, best, strict=True) if v is not None}
+        found |= {name: self._fitted(place, name, best, means) for name in self.fit}
         return {
             name: [value * factor for factor in self.around[name]]
             if name in self.around
@@ -101,12 +108,38 @@ class Selection:
             raise InputError(place, words, nowhere)
         return {values: math.fsum(found) / len(found) for values, found in losses.items()}, first
 
-    def _check_inside(self, place: str, best: Values, tried: list[Values]) -> None:
-        """Refuse the smallest or largest of three or more numbers tried with all else equal."""
+    def _like(self, best: Values, tried: Iterable[Values], i: int) -> list[Values]:
+        """The values tried that differ from the best in number i alone, in its order."""
+        found = [v for v in tried if v[:i] + v[i + 1 :] == best[:i] + best[i + 1 :]]
+        return sorted((v for v in found if isinstance(v[i], int | float)), key=lambda v: v[i])
+
+    def _fitted(self, place: str, name: str, best: Values, means: dict[Values, float]) -> float:
+        """The lowest point of a parabola through the losses near the best, in log(value)."""
+        i = self.best.index(name)
+        near = [
+            v for v in self._like(best, means, i)
+            if v[i] > 0 and best[i] / FITTED <= v[i] <= best[i] * FITTED
+        ]  # fmt: skip
+        if len(near) < 3:
+            allowed = f"a fit needs three values near it in {self.source}, with all else equal"
+            raise InputError(f"{place}: fit: {name}", best[i], allowed)
+        logs = [math.log(v[i]) for v in near]
+        curvature, slope, _ = np.polyfit(logs, [means[v] for v in near], 2)
+        lowest = -slope / (2 * curvature) if curvature > 0 else math.inf
+        if not logs[0] <= lowest <= logs[-1]:
+            allowed = f"the losses in {self.source} have no lowest point between its neighbours"
+            raise InputError(f"{place}: fit: {name}", best[i], allowed)
+        return float(f"{math.exp(lowest):.3g}")
+
+    def _check_inside(self, place: str, best: Values, tried: Iterable[Values]) -> None:
+        """Refuse the smallest or largest of several numbers tried with all else equal."""
         for i, name in enumerate(self.best):
-            others = {v[i] for v in tried if v[:i] + v[i + 1 :] == best[:i] + best[i + 1 :]}
-            numbers = sorted(v for v in others if isinstance(v, int | float))
-            if len(numbers) >= 3 and best[i] in (numbers[0], numbers[-1]):
+            numbers = [v[i] for v in self._like(best, tried, i)]
+            if (
+                name not in self.edges
+                and len(numbers) >= 2
+                and best[i] in (numbers[0], numbers[-1])
+            ):
                 allowed = f"it lies at the edge of the values in {self.source}, {numbers[0]:g} to "
                 allowed += f"{numbers[-1]:g}: try values beyond, or set edges: allow"
                 raise InputError(f"{place}: {name}", best[i], allowed)
@@ -142,6 +175,10 @@ def read_selection(content: Any, place: str) -> Selection:
             raise InputError(f"{place}: {name}", content[name], nearest(str(name), KEYS))
     by = _fields(content.get("by", "method"), f"{place}: by")
     best = _fields(content.get("best", "lr"), f"{place}: best")
+    fit = _fields(content["fit"], f"{place}: fit") if "fit" in content else ()
+    for name in fit:
+        if name not in best:
+            raise InputError(f"{place}: fit", name, f"one of best: {', '.join(best)}")
     around = content.get("around", {})
     if not isinstance(around, dict) or not all(
         name in best and isinstance(factors, list) and factors and all(map(_is_factor, factors))
@@ -150,10 +187,15 @@ def read_selection(content: Any, place: str) -> Selection:
         allowed = "a mapping of fields of best to lists of factors above 0"
         raise InputError(f"{place}: around", around, allowed)
     edges = content.get("edges", "refuse")
-    if edges not in ("refuse", "allow"):
-        raise InputError(f"{place}: edges", edges, "refuse or allow")
+    if isinstance(edges, list) and all(name in best for name in edges):
+        free = tuple(edges)
+    elif edges in ("refuse", "allow"):
+        free = best if edges == "allow" else ()
+    else:
+        allowed = f"refuse, allow, or a list of fields of best: {', '.join(best)}"
+        raise InputError(f"{place}: edges", edges, allowed)
     tried = _results(content["from"], f"{place}: from", by)
-    return Selection(place, content["from"], by, best, around, edges == "allow", tried)
+    return Selection(place, content["from"], by, best, fit, around, free, tried)
 
 
 def _is_factor(value: Any) -> bool:

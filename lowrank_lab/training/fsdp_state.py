@@ -83,7 +83,8 @@ class ShardedState:
                 module, mesh=mesh,
                 shard_placement_fn=lambda p: Shard(1) if id(p) in by_columns else None,
             )  # fmt: skip
-        register_fsdp_forward_method(self.model, "loss")
+        for name in ("loss", "token_losses"):
+            register_fsdp_forward_method(self.model, name)
 
     def count(self, params: Sequence[Tensor] | None) -> int:
         """The number of the mirror's parameters (None: of all) that have moments on any rank."""

@@ -67,9 +67,13 @@ class PerLayerUpdates:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: ResolvedConfig, step: int) -> None:
-    """The learning rate of update `step` (from 0) for all groups."""
-    rate = learning_rate(step, config)
+    """The learning rate of update `step` (from 0) for all groups.
+
+    Groups with `lr_ratio` get so many times of it: those of `rest_lr`.
+    """
+    scheduled = learning_rate(step, config)
     for group in optimizer.param_groups:
+        rate = scheduled * group.get("lr_ratio", 1.0)
         if isinstance(group["lr"], Tensor):  # compiled steps keep it as one
             group["lr"].fill_(rate)
         else:

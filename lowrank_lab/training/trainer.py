@@ -26,7 +26,12 @@ from lowrank_lab.techniques.states import switching
 from lowrank_lab.training import checkpoint
 from lowrank_lab.training.batches import Batches
 from lowrank_lab.training.clock import StepClock
-from lowrank_lab.training.evaluate import evaluate, evaluation_weights
+from lowrank_lab.training.evaluate import (
+    Evaluation,
+    copying_loss,
+    evaluate,
+    evaluation_weights,
+)
 from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.monitor import LossWatch
 from lowrank_lab.training.outside import OutsideState
@@ -139,7 +144,10 @@ class Trainer:
                 self._spectra.note_momentum()
         row = self._step(kind)
         if self._due(config.eval_every):
-            loss = row["validation_loss"] = self.evaluate("validation", config.eval_tokens)
+            found = self.evaluate("validation", config.eval_tokens)
+            loss = row["validation_loss"] = found.loss
+            row["validation_loss_by_position"] = found.by_position
+            row["copying_loss"] = self._copying_loss()
             if loss < self._best.get("validation_loss", math.inf):
                 self._best = {"validation_loss": loss, "step": self.updates}
         self._records.metrics(row)
@@ -190,10 +198,10 @@ class Trainer:
     def finish(self) -> None:
         """Final evaluations, the trained model and result.json."""
         self._clock.settle()
-        losses = {
-            f"{split}_loss": self.evaluate(split, self.config.test_tokens)
-            for split in ("validation", "test")
-        }
+        splits: tuple[Split, ...] = ("validation", "test")
+        ends = {split: self.evaluate(split, self.config.test_tokens) for split in splits}
+        losses = {f"{split}_loss": end.loss for split, end in ends.items()}
+        copying = self._copying_loss()
         self._gather()
         if not self._records.writes:
             return
@@ -203,6 +211,9 @@ class Trainer:
         self._records.result({
             **losses,
             **perplexities(losses),
+            **{f"{split}_loss_by_position": end.by_position for split, end in ends.items()},
+            "copying_loss": copying,
+            **{f"test_{name}": values for name, values in ends["test"].by_document.items()},
             "best_validation_loss": self._best.get("validation_loss"),
             "best_step": self._best.get("step"),
             "entropy": self.corpus.entropy,
@@ -214,12 +225,16 @@ class Trainer:
             "optimizer_state_bytes": self.bytes.optimizer_states,
         })  # fmt: skip
 
-    def evaluate(self, split: Split, tokens: int) -> float:
+    def evaluate(self, split: Split, tokens: int) -> Evaluation:
         with evaluation_weights(self.model, self.optimizer):
-            loss = evaluate(self.model, self.corpus, split, tokens, self.config)
-        if not math.isfinite(loss):
-            self._stop(f"the {split} loss after step {self.updates} is {loss}")
-        return loss
+            found = evaluate(self.model, self.corpus, split, tokens, self.config)
+        if not math.isfinite(found.loss):
+            self._stop(f"the {split} loss after step {self.updates} is {found.loss}")
+        return found
+
+    def _copying_loss(self) -> float:
+        with evaluation_weights(self.model, self.optimizer):
+            return copying_loss(self.model, self.corpus.vocab_size, self.config)
 
     def save_checkpoint(self, loss: float | None = None) -> None:
         """Save the current state, unless its weights are no longer finite.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,10 +101,21 @@ def test_data_says_what_is_in_a_corpus(text_corpus):
     assert facts["tokens"]["train"] > facts["tokens"]["test"] > 0
 
 
-def test_methods_explains_each_method_with_its_source():
-    text = run("methods").stdout
-    for word in ("full-rank", "low-rank", "galore", "fira", "2505.22922", "update_proj_gap 200"):
+def test_methods_draws_the_family_tree_with_year_states_and_use():
+    lines = run("methods").stdout.splitlines()
+    fira = next(line for line in lines if "fira" in line)
+    assert re.fullmatch(r"│  ├─ fira +2024  2r·max\(m,n\) \+ r·min\(m,n\) \+ 1 +GaLore's .+", fira)
+    assert max(map(len, lines)) <= 120
+
+
+def test_methods_with_names_tells_all_of_these():
+    text = run("methods", "galore", "low-rank").stdout
+    for word in ("galore: dense", "arXiv 2505.22922", "2r(m+n)", "    update_proj_gap 200\n"):
         assert word in text
+    assert "fira" not in text.splitlines()[0]
+    done = run("methods", "galor")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1].endswith("did you mean 'galore'?")
 
 
 def test_work_that_fails_ends_with_status_1_and_one_line(tmp_path, text_corpus, monkeypatch):

@@ -129,6 +129,21 @@ def test_what_a_study_asked_has_a_row_a_question_in_its_order(folder):
     assert table["p (A < B)"].tolist()[1] == pytest.approx(0.6291, abs=1e-4)  # t = 0.378
 
 
+def test_verdicts_are_corrected_and_tell_equal_from_open(folder):
+    losses = {"third": (3.0, 3.3, 3.1), "same": (3.001, 3.1, 3.202), "far": (9.0, 9.2, 9.1)}
+    for label, method in zip(losses, ("fira", "spam", "muon"), strict=True):
+        for seed, loss in enumerate(losses[label]):
+            write_run(folder / f"{label}{seed}", label, seed, loss, method=method)
+    finals = final_table(load_runs(folder))
+    asked = [("better", "worse"), ("third", "worse"), ("same", "worse"), ("far", "worse")]
+    table = tables.verdicts(finals, asked)
+    base = finals.pivot(index="seed", columns="label", values="test_loss")
+    assert base["worse"].tolist() == pytest.approx([3.0, 3.1, 3.2])
+    assert table["verdict"].tolist() == ["below", "open", "equal", "above"]
+    raw = table["p (A < B)"].tolist()
+    assert table["p (Holm)"].tolist()[0] == pytest.approx(4 * raw[0])
+
+
 @pytest.mark.parametrize("label", ["not there", "twice", "alone"])
 def test_a_question_that_cannot_be_answered_yet_has_dashes(folder, label):
     write_run(folder / "twice-1", "twice", seed=0)

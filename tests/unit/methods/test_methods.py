@@ -56,6 +56,9 @@ def test_each_row_says_what_it_is_and_where_it_comes_from(name):
     assert method.summary
     assert "\n" not in method.summary
     assert re.fullmatch(r"\d{4}\.\d{4,5}|LORO \(ICLR 2025\)|Muon \(K. Jordan 2024\)", method.source)
+    assert 2014 < method.year < 2100  # Adam's
+    assert method.parent is None or METHODS[method.parent].year <= method.year
+    assert 20 < len(method.use) <= 60
     for rates in filter(None, (method.lr, method.spectral_lr)):
         assert list(rates) == sorted(rates)
         assert all(0 < rate < 1 for rate in rates.values())

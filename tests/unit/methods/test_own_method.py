@@ -117,9 +117,8 @@ def test_an_own_method_is_listed_with_its_options(mine):
     row = next(row for row in json.loads(done.stdout) if row["name"] == "mine")
     assert (row["summary"], row["layers"], row["lr"]) == ("signs", "dense", 3e-3)
     assert {name: row["options"][name] for name in DEFAULTS} == DEFAULTS
-    text = CliRunner().invoke(main, ["methods"]).stdout
-    assert "mine" in text
-    assert "strength 1.0" in text
+    assert "mine" in CliRunner().invoke(main, ["methods"]).stdout
+    assert "strength 1.0" in CliRunner().invoke(main, ["methods", "mine"]).stdout
 
 
 def test_an_own_method_is_trained_from_the_command_line(mine, text_corpus, tmp_path):

@@ -147,7 +147,7 @@ def plain_table(folder):
             ends = json.loads(result.read_text())
             held = [ends.get(f"{name}_bytes", math.nan) for name in ("weight", "optimizer_state")]
             ends["bytes_without_embeddings"] = float(sum(held) - embedding_bytes(config))
-            facts |= {f"final_{k}": v for k, v in ends.items()}
+            facts |= {f"final_{k}": v for k, v in ends.items() if not isinstance(v, list)}
         tables.append(pd.DataFrame(rows).rename(columns={"lr": "lr_now"}).assign(**facts))
     return pd.concat(tables, ignore_index=True)
 

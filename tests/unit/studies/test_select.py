@@ -1,5 +1,7 @@
 """What a study takes over from an earlier one."""
 
+import math
+
 import pytest
 
 from lowrank_lab.config import InputError, RunConfig
@@ -70,7 +72,8 @@ def test_several_seeds_decide_together(study_file, tried):
         (low_rank(1e-3, seed=0), 1.0), (low_rank(1e-3, seed=1), 4.0),
         (low_rank(2e-3, seed=0), 2.0), (low_rank(2e-3, seed=1), 2.0),
     )  # fmt: skip
-    path = study_file(select={"from": name}, variants={"a": {"method": "low-rank"}})
+    select = {"from": name, "edges": "allow"}
+    path = study_file(select=select, variants={"a": {"method": "low-rank"}})
     assert [c.lr for _, c in load_study(path).runs.values()] == [2e-3]
 
 
@@ -84,7 +87,7 @@ def test_options_of_a_method_are_chosen_with_its_rate_and_around_makes_a_grid(st
     )  # fmt: skip
     best = ["lr", "method_options.scale"]
     path = study_file(
-        select={"from": name, "best": best, "around": {"lr": [0.5, 1]}},
+        select={"from": name, "best": best, "around": {"lr": [0.5, 1]}, "edges": best},
         variants={
             "g": {"method": "galore", "method_options": {"update_proj_gap": 7}},
             "l": {"method": "low-rank"},
@@ -106,6 +109,7 @@ def test_an_option_whose_best_value_follows_from_the_rank_is_left_to_the_variant
         ({**kaiming, "lr": 3e-3}, 1.0),
     )
     select = {"from": name, "by": ["method", "init"], "best": ["lr", "method_options.alpha"]}
+    select["edges"] = ["lr"]
     variants = {"a": {**spectral, "rank": 8}, "b": {"method": "low-rank", "init": "kaiming"}}
     found = [c for _, c in load_study(study_file(select=select, variants=variants)).runs.values()]
     # that of spectral factors is the rank: with another rank it is another one
@@ -188,9 +192,47 @@ def test_a_best_value_at_the_edge_of_its_grid_is_refused_unless_allowed(study_fi
     assert len(load_study(study_file(select=select, variants=variants)).runs) == 1
 
 
+def test_the_best_of_two_values_is_at_an_edge_and_a_single_value_is_not(study_file, tried):
+    name = tried((low_rank(1e-3), 1.0), (low_rank(2e-3), 2.0), ({"method": "muon"}, 1.0))
+    with pytest.raises(InputError, match="at the edge of the values"):
+        load_study(study_file(select={"from": name}, variants={"a": {"method": "low-rank"}}))
+    variants = {"a": {"method": "muon"}}
+    assert len(load_study(study_file(select={"from": name}, variants=variants)).runs) == 1
+
+
+def test_a_fit_takes_the_lowest_point_of_a_parabola_in_the_logarithm(study_file, tried):
+    def loss(lr):
+        return 2 + 0.1 * math.log2(lr / 3e-3) ** 2
+
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    far = [(low_rank(0.5), 90.0), (low_rank(1e-5), 40.0)]  # diverged: they don't bend the curve
+    name = tried(*((low_rank(lr), loss(lr)) for lr in rates), *far)
+    select = {"from": name, "fit": "lr"}
+    path = study_file(select=select, variants={"a": {"method": "low-rank"}})
+    assert [c.lr for _, c in load_study(path).runs.values()] == [3e-3]
+    path = study_file(select={**select, "around": {"lr": [1, 2]}}, grid={"method": ["low-rank"]})
+    assert [c.lr for _, c in load_study(path).runs.values()] == [3e-3, 6e-3]
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({1e-3: 1.0, 2e-3: 2.0}, "a fit needs three values near it"),
+        ({1e-3: 3.0, 2e-3: 2.0, 0.1: 2.1}, "a fit needs three values near it"),
+        ({1e-3: 2.1, 2e-3: 2.0, 3e-3: 2.05, 4e-3: 2.04, 6e-3: 1.99}, "have no lowest point"),
+    ],
+)
+def test_a_fit_without_a_lowest_point_is_one_line(study_file, tried, losses, message):
+    name = tried(*((low_rank(lr), loss) for lr, loss in losses.items()))
+    select = {"from": name, "fit": "lr", "edges": "allow"}
+    with pytest.raises(InputError, match=f"a: fit: lr: 0.00. is not allowed; .*{message}"):
+        load_study(study_file(select=select, variants={"a": {"method": "low-rank"}}))
+
+
 @pytest.mark.parametrize(
     ("select", "message"),
     [
+        ({"from": "nothing", "fit": "rank"}, "fit: 'rank' is not allowed; one of best: lr"),
         ("tune", "select: 'tune' is not allowed; a mapping with from"),
         ({"by": "method"}, "a mapping with from"),
         ({"from": "../x"}, "select: from: '../x' is not allowed; the name of a study"),
@@ -201,7 +243,11 @@ def test_a_best_value_at_the_edge_of_its_grid_is_refused_unless_allowed(study_fi
         ({"from": "nothing", "bets": "lr"}, "select: bets: 'lr' is not allowed; .*'best'"),
         ({"from": "nothing", "around": {"lr": [0]}}, "around: .* is not allowed"),
         ({"from": "nothing", "around": {"rank": [1]}}, "around: .* is not allowed"),
-        ({"from": "nothing", "edges": True}, "edges: True is not allowed; refuse or allow"),
+        (
+            {"from": "nothing", "edges": True},
+            "edges: True is not allowed; refuse, allow, or a list",
+        ),
+        ({"from": "nothing", "edges": ["rank"]}, r"edges: \['rank'\] is not allowed"),
     ],
 )
 def test_a_selection_that_means_nothing_is_one_line(study_file, select, message):
