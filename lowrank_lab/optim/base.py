@@ -25,7 +25,7 @@ from lowrank_lab.optim.adam import (
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
-from lowrank_lab.optim.eight_bit import EIGHT_BIT, direction
+from lowrank_lab.optim.eight_bit import EIGHT_BIT, adamw_step_, direction, quantizes
 from lowrank_lab.optim.matrix_updates import MatrixUpdates
 from lowrank_lab.optim.saved_state import load_, prepared
 
@@ -195,9 +195,14 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
         """AdamW one by one: for moments of another dtype, or for stochastic rounding."""
         for p in params:
             state = self._advanced_state(p, group)
-            with self.plain_parts(p, ANY_DIM) as (part, G, parts):
-                g = to_state_precision(G, group)
-                N = direction(g, parts, group)
-                with self._update_target(p, part, state["step"], group) as W:
-                    W.add_(N, alpha=-bias_corrected_lr(state, group))
+            step_size = bias_corrected_lr(state, group)
+            with (
+                self.plain_parts(p, ANY_DIM) as (part, G, parts),
+                self._update_target(p, part, state["step"], group) as W,
+            ):
+                if quantizes(group, W.numel()) and W.is_contiguous():
+                    adamw_step_(W, G, parts, group, step_size)
+                else:
+                    N = direction(to_state_precision(G, group), parts, group)
+                    W.add_(N, alpha=-step_size)
             state["step"] += 1

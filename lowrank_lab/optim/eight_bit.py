@@ -25,7 +25,7 @@ from lowrank_lab.optim.adam import MOMENTS, adam_direction, adam_update_, is_qua
 
 EIGHT_BIT = "8bit"  # the state_precision
 BLOCK, FEWEST = 256, 4096  # entries of a block, and of the smallest moment that is quantized
-PIECE = 1 << 24  # entries that are decoded at a time
+PIECE = 1 << 23  # entries that are decoded at a time
 SMALLEST_SCALE = 1e-12
 
 
@@ -143,12 +143,38 @@ def update_moments_(
     first, second = Codes.of(firsts), Codes.of(seconds)
     pieces = torch.split(N, PIECE), torch.split(R, PIECE), first.pieces(), second.pieces()
     for n, r, m, v in zip(*pieces, strict=True):
-        M, V = m.decode(), v.decode()
-        adam_update_([n], [r], [M], [V], step_size=-1.0, betas=betas, eps=eps)
-        m.encode_(M)
-        v.encode_(V)
+        _update_(n, r, m, v, betas, eps)
     first.store_(firsts)
     second.store_(seconds)
+
+
+def _update_(
+    n: Tensor, r: Tensor, m: Codes, v: Codes, betas: tuple[float, float], eps: float
+) -> None:
+    """`update_moments_` of a piece."""
+    M, V = m.decode(), v.decode()
+    adam_update_([n], [r], [M], [V], step_size=-1.0, betas=betas, eps=eps)
+    m.encode_(M)
+    v.encode_(V)
+
+
+def adamw_step_(
+    W: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any], step_size: float
+) -> None:
+    """W ← W − step_size · m / (√v + ε), in place; a piece at a time is in float32.
+
+    Args:
+        W: contiguous.
+        G: its gradient.
+        state: of W; `quantizes` is true for its moments.
+    """
+    zero_moments_(state, W)
+    m, v = (Codes.of([state[name]]) for name in MOMENTS)
+    parts = torch.split(W.view(-1), PIECE), torch.split(G.reshape(-1), PIECE)
+    for w, g, coded_m, coded_v in zip(*parts, m.pieces(), v.pieces(), strict=True):
+        n = torch.zeros_like(g, dtype=torch.float32)
+        _update_(n, g.float(), coded_m, coded_v, group["betas"], group["eps"])
+        w.add_(n, alpha=-step_size)
 
 
 def direction(
