@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.optim import Combined, Loro
-from lowrank_lab.optim.eight_bit import EIGHT_BIT, torchao_optim
+from lowrank_lab.optim.block_codes import torchao_optim
+from lowrank_lab.optim.eight_bit import EIGHT_BIT
 from lowrank_lab.optim.muon import Muon
 from lowrank_lab.optim.state_bytes import Weight, adamw_states
 

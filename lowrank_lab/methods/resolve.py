@@ -22,7 +22,8 @@ from lowrank_lab.methods.options import at_width
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.trial import check_events, check_per_layer, check_sharded
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.optim.eight_bit import EIGHT_BIT, torchao_optim
+from lowrank_lab.optim.block_codes import torchao_optim
+from lowrank_lab.optim.eight_bit import EIGHT_BIT
 
 WORDS = {"no": False, "off": False, "on": True, "yes": True}  # of YAML 1.1, where a flag is meant
 

@@ -8,6 +8,7 @@ import torch
 
 from lowrank_lab.distributed.dtensors import is_dtensor
 from lowrank_lab.optim.adam import PRECISIONS
+from lowrank_lab.optim.block_codes import torchao_optim
 from lowrank_lab.optim.checks import (
     require,
     require_adam,
@@ -16,7 +17,7 @@ from lowrank_lab.optim.checks import (
     require_known_keys,
     require_real,
 )
-from lowrank_lab.optim.eight_bit import EIGHT_BIT, torchao_optim
+from lowrank_lab.optim.eight_bit import EIGHT_BIT
 
 # Entries of a state: shapes of tensors, None for Python numbers
 Shapes = dict[str, tuple[int, ...] | None]

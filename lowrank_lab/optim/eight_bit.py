@@ -1,32 +1,23 @@
-"""Adam's moments in 8 bits, block by block (2110.02861), for the updates of this package.
+"""Adam's moments in 8 bits (2110.02861, `block_codes`), for the updates of this package.
 
-A block of 256 entries has a float32 scale, its largest absolute value. Each entry, divided by it,
-is stored as the number of the nearest of 256 values (torchao's tables, one signed for the first
-moment, one without signs for the second). An update decodes the moments to float32, takes its step
-and encodes them again. They are torchao's tensors, so that checkpoints and resets know them.
-
-A moment with fewer than 4096 entries, or with a block that isn't full, is kept in float32.
+An update decodes the moments to float32, takes its step and encodes them again: the first moment by
+the signed table, the second by the one without signs. They are torchao's tensors, so that
+checkpoints and resets know them. A moment with fewer than 4096 entries, or with a block that isn't
+full, is kept in float32.
 """
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank_lab.optim.adam import MOMENTS, adam_direction, adam_update_, is_quantized
+from lowrank_lab.optim.block_codes import BLOCK, Codes, piece_of, torchao_optim
 
 EIGHT_BIT = "8bit"  # the state_precision
-BLOCK, FEWEST = 256, 4096  # entries of a block, and of the smallest moment that is quantized
-PIECE = 1 << 23  # entries that are decoded at a time
-SMALLEST_SCALE = 1e-12
+FEWEST = 4096  # entries of the smallest moment that is quantized
 
 
 def is_quantizable(entries: int) -> bool:
@@ -44,81 +35,6 @@ def eight_bit_bytes(entries: int, otherwise: int) -> int:
 def quantizes(group: dict[str, Any], entries: int) -> bool:
     """Whether moments of so many entries are stored in 8 bits in a group."""
     return group.get("state_precision") == EIGHT_BIT and is_quantizable(entries)
-
-
-def torchao_optim() -> Any:
-    """The module torchao.optim, with its tables made.
-
-    Raises:
-        ImportError: torchao isn't installed; the message says how to.
-    """
-    try:
-        with _quiet():  # it warns of each missing kernel on machines without CUDA
-            import torchao.optim.subclass_8bit
-    except ImportError:
-        raise ImportError("it needs torchao: pip install 'lowrank-lab[quant]'") from None
-    with _disable_current_modes():  # they are read from a tensor, and fake ones have no values
-        torchao.optim.subclass_8bit.get_qmap_signed()
-        torchao.optim.subclass_8bit.get_qmap_unsigned()
-    return torchao.optim
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-class Codes(NamedTuple):
-    """Encoded entries, one-dimensional: whole blocks with their scales, and the table."""
-
-    codes: Tensor  # uint8
-    scale: Tensor  # float32, one for each block
-    table: Tensor  # float32, 256 values, ascending
-
-    @classmethod
-    def of(cls, moments: list[Any]) -> Codes:
-        """Those of one moment, or copies of those of many of a kind, one after the other."""
-        if len(moments) == 1:
-            (m,) = moments
-            return cls(m.codes.view(-1), m.scale, m.qmap)
-        codes = torch.cat([m.codes.view(-1) for m in moments])
-        return cls(codes, torch.cat([m.scale for m in moments]), moments[0].qmap)
-
-    def store_(self, moments: list[Any]) -> None:
-        """Copy what `of` copied back."""
-        if len(moments) > 1:
-            lengths = [m.codes.numel() for m in moments]
-            old = [m.codes.view(-1) for m in moments] + [m.scale for m in moments]
-            blocks = [n // BLOCK for n in lengths]
-            torch._foreach_copy_(
-                old, [*torch.split(self.codes, lengths), *torch.split(self.scale, blocks)]
-            )
-
-    def pieces(self) -> Iterator[Codes]:
-        """Views of at most PIECE entries."""
-        parts = torch.split(self.codes, PIECE), torch.split(self.scale, PIECE // BLOCK)
-        for codes, scale in zip(*parts, strict=True):
-            yield Codes(codes, scale, self.table)
-
-    def decode(self) -> Tensor:
-        """The entries in float32."""
-        values = self.table.index_select(0, self.codes.int())
-        values.view(-1, BLOCK).mul_(self.scale[:, None])
-        return values
-
-    def encode_(self, values: Tensor) -> None:
-        """Set the codes and scales to those of float32 entries."""
-        blocks = values.view(-1, BLOCK)
-        scale = torch.linalg.vector_norm(blocks, torch.inf, dim=1).clamp_(min=SMALLEST_SCALE)
-        middles = (self.table[1:] + self.table[:-1]) / 2
-        codes = torch.bucketize(blocks / scale[:, None], middles, right=True, out_int32=True)
-        self.codes.copy_(codes.view(-1))
-        self.scale.copy_(scale)
 
 
 def zero_moments_(state: dict[str, Any], like: Tensor) -> None:
@@ -141,8 +57,8 @@ def update_moments_(
     """
     firsts, seconds = ([state[name] for state in states] for name in MOMENTS)
     first, second = Codes.of(firsts), Codes.of(seconds)
-    pieces = torch.split(N, PIECE), torch.split(R, PIECE), first.pieces(), second.pieces()
-    for n, r, m, v in zip(*pieces, strict=True):
+    parts = (torch.split(t, piece_of(t)) for t in (N, R))
+    for n, r, m, v in zip(*parts, first.pieces(), second.pieces(), strict=True):
         _update_(n, r, m, v, betas, eps)
     first.store_(firsts)
     second.store_(seconds)
@@ -170,7 +86,7 @@ def adamw_step_(
     """
     zero_moments_(state, W)
     m, v = (Codes.of([state[name]]) for name in MOMENTS)
-    parts = torch.split(W.view(-1), PIECE), torch.split(G.reshape(-1), PIECE)
+    parts = (torch.split(t.reshape(-1), piece_of(t)) for t in (W, G))
     for w, g, coded_m, coded_v in zip(*parts, m.pieces(), v.pieces(), strict=True):
         n = torch.zeros_like(g, dtype=torch.float32)
         _update_(n, g.float(), coded_m, coded_v, group["betas"], group["eps"])

@@ -13,10 +13,10 @@ from lowrank_lab.memory.breakdown import persistent, tensor_bytes
 from lowrank_lab.memory.formulas import by_formula
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro, ProjectedAdamW, Spam
-from lowrank_lab.optim import eight_bit as module
+from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Loro, ProjectedAdamW, Spam, block_codes
 from lowrank_lab.optim.adam import MOMENTS, is_quantized
-from lowrank_lab.optim.eight_bit import Codes, eight_bit_bytes, is_quantizable, read_moment
+from lowrank_lab.optim.block_codes import Codes
+from lowrank_lab.optim.eight_bit import eight_bit_bytes, is_quantizable, read_moment
 from lowrank_lab.planning.simulate import measure, simulate
 from lowrank_lab.techniques import prune_moments_, refactorize_, reset_momentum_
 from lowrank_lab.training.checkpoint import load, save
@@ -115,6 +115,27 @@ def test_each_entry_is_the_nearest_of_the_table_times_the_largest_of_its_block(s
     assert torch.equal(theirs.dequantize()[3], ours[3])
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_cpu_finds_the_codes_that_a_search_finds(signed):
+    moment = torchao_8bit.OptimState8bit.zeros((1 << 13, 256), signed)
+    table = moment.qmap
+    middles = (table[1:] + table[:-1]) / 2
+    ones, zero = torch.ones(255), torch.tensor([-0.0, 1.0])
+    near = [table, middles, middles.nextafter(-ones), middles.nextafter(ones), zero]
+    x = torch.cat([*near, 2 * torch.rand((1 << 21) - 1023) - 1])
+    x = x if signed else x.abs()
+    codes = Codes.of([moment])
+    with cuda_path():
+        expected = codes._nearest(x)
+    assert torch.equal(codes._nearest(x).int(), expected.int())
+    halves = torch.arange(1 << 16, dtype=torch.int32) << 16
+    ends = [bits.view(torch.float32) for bits in (halves, halves | 0xFFFF)]
+    inside = (ends[0].abs() <= 1) & (ends[1].abs() <= 1)  # one middle at most between the ends
+    assert (torch.bucketize(ends[0], middles) - torch.bucketize(ends[1], middles))[
+        inside
+    ].abs().max() <= 1
+
+
 def test_zeros_stay_zero_and_nan_is_not_hidden():
     moment = torchao_8bit.OptimState8bit.zeros((16, 256), True)
     codes = Codes.of([moment])
@@ -206,7 +227,7 @@ def test_large_moments_are_updated_in_pieces_of_whole_blocks(monkeypatch):
     whole, first = make()
     pieces, second = make()
     take(whole, first, 0, 3)
-    monkeypatch.setattr(module, "PIECE", 1024)
+    monkeypatch.setattr(block_codes, "PIECE_ON_CPU", 1024)
     take(pieces, second, 0, 3)
     assert all(torch.equal(p, q) for p, q in zip(whole, pieces, strict=True))
 
