@@ -1,4 +1,4 @@
-"""Training on a CPU in float32 and bf16 against transformers, eager and compiled, and of two runs.
+"""Training on a CPU in float32 and bf16 against transformers, eager and compiled, and a study.
 
 Both take the same steps as in `training`, with a fused AdamW; the peer is compiled whole by
 torch.compile, ours per block. Each trains in a process of its own. With one thread, a process's
@@ -26,9 +26,11 @@ from benchmarks.harness import (
     threads,
 )
 from benchmarks.training import BATCH, LENGTH, LR, pair, some_tokens, their_loss
+from benchmarks.two_runs import two_runs
 from lowrank_lab.config import SIZES, RunConfig, Size
+from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.loop import fast_process
-from lowrank_lab.training.step import gradients, update_
+from lowrank_lab.training.step import update_
 
 MICRO = SIZES["micro"]._replace(vocab_size=512)  # the studies' model
 MODELS = {"micro": (MICRO, 1), "1M": (SIZES["mini"], 2), "5M": (Size(256, 688, 4, 4, 4096), 2)}
@@ -38,7 +40,7 @@ Shape = tuple[int, int]  # sequences in a batch, tokens in a sequence
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Speed of each model, precision and way; then of two runs at a time, as in a study."""
+    """Speed of each model, precision and way; then of a study with two runs at a time."""
     models = {"tiny": (SIZES["tiny"], 1)} if quick else MODELS
     shape = (2, 32) if quick else (BATCH, LENGTH)
     precisions = ["fp32", *(["amp-bf16"] if bf16_is_native() and not quick else [])]
@@ -50,11 +52,12 @@ def rows(quick: bool = False) -> list[Row]:
                     continue
                 found.append(speed(name, size, count, precision, how, shape, rounds(name, quick)))
     name, (size, _) = next(iter(models.items()))
-    return [*found, two_runs(name, size, shape, rounds(name, quick))]
+    floor, steps = floor_seconds(size, shape, 1), 8 if quick else 150
+    return [*found, two_runs(name, size, shape, steps, floor, their_step)]
 
 
 def rounds(name: str, quick: bool) -> int:
-    return 2 if quick else 9 if name == "micro" else 5
+    return 2 if quick else 15 if name == "micro" else 9
 
 
 def speed(
@@ -143,36 +146,6 @@ def their_step(size: Size, precision: str, how: str) -> Callable[[Tensor, Tensor
         optimizer.zero_grad()
 
     return step
-
-
-def two_runs(name: str, size: Size, shape: Shape, times: int) -> Row:
-    """Tokens per second in all of two runs at a time, one thread each, as `study` has them."""
-    with ExitStack() as stack:
-        pairs = {
-            who: [
-                stack.enter_context(contestant_apart(stepper, who, size, 1, "fp32", "eager", shape))
-                for _ in range(2)
-            ]
-            for who in ("ours", "peer")
-        }
-        calls = {who: partial(at_once, both) for who, both in pairs.items()}
-        mine, others = turns(calls["ours"], calls["peer"], size, shape, times)
-    tokens = 2 * shape[0] * shape[1]
-    return Row(
-        f"study, two runs of {name} at a time, fp32, one thread each", tokens / median(mine),
-        tokens / median(others), tokens / floor_seconds(size, shape, 1), "tokens/s",
-        ratio(others, mine), TARGETS["eager"], "transformers, eager + AdamW(fused)",
-        "tokens per second of both together; CPU time; floor: products at their measured rates, "
-        "attention at that of large products",
-    )  # fmt: skip
-
-
-def at_once(both: list[Callable[..., float]], *inputs: Tensor) -> float:
-    """The longer of two steps that two processes take at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2) as pool:
-        return max(pool.map(lambda call: call(*inputs), both))
 
 
 def floor_seconds(size: Size, shape: Shape, count: int) -> float:

@@ -8,8 +8,9 @@ from benchmarks.harness import Row, gemm_rate, median, peak_bytes, take_turns
 from lowrank_lab.config import SIZES, RunConfig
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.loop import fast_process
-from lowrank_lab.training.step import gradients, update_
+from lowrank_lab.training.step import update_
 
 METHODS = ("full-rank", "galore", "fira", "low-rank")
 

@@ -3,7 +3,8 @@
 Operators are counted as torch dispatches them, on tensors without values and on the path of CUDA
 (`lowrank_lab.device.cuda_path`). Views and allocations launch nothing and don't count; a fused
 operator on many tensors counts once. `python -m benchmarks.kernels` prints the counts of the loss
-and of optimizer steps.
+and of all that is queued between the backward pass and the next step: the gradient norm with its
+clipping, the check for NaN and infinity, and the optimizer's update.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -23,7 +24,9 @@ from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
-from lowrank_lab.training.step import set_clock_
+from lowrank_lab.training.finite import FiniteCheck, off_where
+from lowrank_lab.training.gradients import clip_
+from lowrank_lab.training.kinds import set_clock_
 
 COUNTED = ("60m", "130m", "350m", "1b")
 # Methods and options; GoLore before its switch and after it.
@@ -83,21 +86,36 @@ def loss_kernels(size: Size, tokens: int, *, gradients: bool = True) -> KernelCo
     return count
 
 
-def optimizer_kernels(
-    method: str, size: str, options: dict[str, Any], *, stacked: bool = True, states: str = "same"
-) -> KernelCount:
-    """Kernels of an optimizer step in bf16 with nothing due.
+class StepKernels(NamedTuple):
+    """Kernels after the backward pass.
+
+    Attributes:
+        norm: the global gradient norm, and clipping to it.
+        check: the flag that turns an update off. Loss and norm are also copied to the host, by the
+            copy engine, 4 bytes each.
+        update: the optimizer's step, under the flag.
+    """
+
+    norm: KernelCount
+    check: KernelCount
+    update: KernelCount
+
+
+def step_kernels(
+    method: str, size: str, options: dict[str, Any], *, stacked: bool = True, **fields: Any
+) -> StepKernels:
+    """Kernels of a step in bf16 with nothing due.
 
     Args:
         method: a name of METHODS.
         size: of the model.
         options: of the method.
         stacked: on CUDA's path; False: as off it, one parameter after the other.
-        states: the `state_precision`.
+        fields: further ones of the run's configuration.
     """
     config = RunConfig(
         model=size, method=method, method_options=options, precision="bf16", corpus="markov",
-        state_precision=states,
+        **fields,
     )  # fmt: skip
     with FakeTensorMode(), cuda_path() if stacked else nullcontext():
         model, optimizer = build(resolve(config))
@@ -105,9 +123,17 @@ def optimizer_kernels(
             p.grad = torch.empty_like(p)
         optimizer.step()
         set_clock_(optimizer, QUIET_STEP)
-        with KernelCount() as count:
-            optimizer.step()
-    return count
+        finite = FiniteCheck(lambda *numbers: (1.0, 1.0))
+        for _ in range(2):  # the flag is made in the first step
+            counts = StepKernels(KernelCount(), KernelCount(), KernelCount())
+            with counts.norm:
+                norm = clip_(model.parameters(), clip=1.0)
+            with counts.check:
+                finite.start(torch.empty(()), norm)
+                flag = finite.found_inf()
+            with counts.update, off_where(optimizer, flag):
+                optimizer.step()
+    return counts
 
 
 if __name__ == "__main__":
@@ -116,9 +142,9 @@ if __name__ == "__main__":
         click.echo("{}: {} kernels with gradients, {} without".format(name, *counts))
     for label, (method, options) in OPTIMIZERS.items():
         for name in COUNTED:
-            now, single = (
-                optimizer_kernels(method, name, options, stacked=stacked).total
-                for stacked in (True, False)
+            norm, check, now = (c.total for c in step_kernels(method, name, options))
+            single = step_kernels(method, name, options, stacked=False).update.total
+            click.echo(
+                f"{label}, {name}: {norm} kernels for norm and clipping, {check} for the check, "
+                f"{now} for the update ({single} one by one)"
             )
-            text = f"{label}, {name}: {now} kernels an optimizer step, {single} one by one"
-            click.echo(text)

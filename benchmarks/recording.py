@@ -9,7 +9,8 @@ from lowrank_lab.analysis.spectra import SpectraRecorder
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.training.step import Batch, take_step_
+from lowrank_lab.training.gradients import Batch
+from lowrank_lab.training.step import take_step_
 
 METHODS = ("full-rank", "low-rank", "galore", "sltrain")
 STEPS = 2000  # of the run; spectra are recorded at every fifth of it

@@ -18,8 +18,10 @@ from benchmarks.harness import Row, median, take_turns, threads
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.training.gradients import Batch
+from lowrank_lab.training.kinds import kind_of, set_clock_
 from lowrank_lab.training.loop import fast_process
-from lowrank_lab.training.step import Batch, kind_of, set_clock_, take_step_
+from lowrank_lab.training.step import take_step_
 
 STUDY = Path(__file__).parent.parent / "notebooks" / "studies" / "main.yaml"
 TOGETHER = 5  # methods that take turns with full rank

@@ -34,8 +34,9 @@ from lowrank_lab.memory.formulas import flops_per_token
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.models.llama import ROPE_BASE, Llama
 from lowrank_lab.models.rms_norm import NORM_EPS
+from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.loop import fast_process
-from lowrank_lab.training.step import gradients, update_
+from lowrank_lab.training.step import update_
 
 MODELS = {"1M": SIZES["mini"], "5M": Size(256, 688, 4, 4, 4096), "60m": SIZES["60m"]}
 ROUNDS = {"1M": 20, "5M": 15, "60m": 5}

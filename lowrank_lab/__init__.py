@@ -16,8 +16,8 @@ from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.planning.simulate import simulate as simulate_memory
 from lowrank_lab.runs.run import Run, load, load_runs
 from lowrank_lab.techniques import refactorize_, reset_momentum_
+from lowrank_lab.training.errors import TrainingError
 from lowrank_lab.training.loop import train
-from lowrank_lab.training.trainer import TrainingError
 
 __version__ = "0.1.0"  # read by pyproject.toml; CITATION.cff repeats it
 

@@ -333,7 +333,11 @@ class RunConfig(BaseModel):
         if self.recovery_steps == 1:
             raise InputError("recovery_steps", 1, "must be 0 (no recovery) or at least 2")
         if self.reset_every and self.recovery_steps > self.reset_every:
-            allowed = f"must be at most reset_every {self.reset_every}"
+            longest = self.reset_every if self.reset_every > 1 else 0
+            allowed = (
+                f"at most reset_every {self.reset_every}: recovery_steps {longest}, or reset_every "
+                f"{self.recovery_steps}, is allowed"
+            )
             raise InputError("recovery_steps", self.recovery_steps, allowed)
         both = math.lcm(self.refactor_every, self.reset_every) if self.reset_every else 0
         restarts = self.reset_strength == 1 and self.reset_how == "scale"

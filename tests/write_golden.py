@@ -12,7 +12,8 @@ from short import QUICK, short_options, usual_rate
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.training.step import gradients, update_
+from lowrank_lab.training.gradients import gradients
+from lowrank_lab.training.step import update_
 
 STEPS = 20
 TECHNIQUES = {"refactor_every": 5, "reset_every": 5, "recovery_steps": 3}

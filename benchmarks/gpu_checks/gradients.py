@@ -21,7 +21,8 @@ from lowrank_lab.config import ResolvedConfig, RunConfig
 from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.build import build, build_model
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.training.step import PerLayerUpdates, autocast, take_step_
+from lowrank_lab.training.gradients import PerLayerUpdates, autocast
+from lowrank_lab.training.step import take_step_
 
 KINDS = {"dense": "full-rank", "low-rank": "low-rank", "lora": "lora", "sltrain": "sltrain"}
 PRECISIONS = ("fp32", "bf16", "amp-bf16")

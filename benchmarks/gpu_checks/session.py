@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu_checks.results import Results
 from lowrank_lab.data.corpus import Corpus
-from lowrank_lab.training.step import Batch
+from lowrank_lab.training.gradients import Batch
 
 # Spectra decompose every layer that this matches; one is enough where they aren't the subject.
 ONE_LAYER = r"layers\.0\.self_attn\.q_proj$"

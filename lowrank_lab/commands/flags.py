@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -38,6 +38,27 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             flag += f"/--no-{flag[2:]}"
         command = click.option(flag, old, default=None, hidden=True)(command)
     return command
+
+
+def check_switches(words: Sequence[str]) -> None:
+    """Refuse a switch with a value, as in `--compile false`.
+
+    Raises:
+        InputError: of its field, with both spellings.
+    """
+    switches = {
+        f"--{no}{name.replace('_', '-')}": name
+        for name, field in RunConfig.model_fields.items()
+        for no in ("", "no-")
+        if field.annotation is bool
+    }
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        value = value if equals or following.startswith("-") else following
+        if flag in switches and (equals or value):
+            flag = f"--{switches[flag].replace('_', '-')}"
+            allowed = f"a switch has no value: {flag} for true, --no-{flag[2:]} for false"
+            raise InputError(switches[word.partition("=")[0]], value, allowed)
 
 
 def given_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import click
 
 from lowrank_lab import distributed
 from lowrank_lab.commands import interrupts
+from lowrank_lab.commands.flags import check_switches
 from lowrank_lab.config import InputError, check_utf8
 
 # For the line after an interrupt: what the command does when it is started again.
@@ -49,6 +50,10 @@ class OneLine(click.Group):
             click.echo(error.format_message())
             sys.exit(0)
         except click.ClickException as error:
+            try:
+                check_switches(args)
+            except InputError as better:
+                fail(str(better), 2)
             fail(" ".join(error.format_message().split()), 2)
         except InputError as error:
             fail(str(error), 2)

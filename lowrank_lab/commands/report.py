@@ -53,7 +53,8 @@ def report(
         raise InputError("folder", [str(f) for f in folders], "one folder")
     (folder,) = folders
     what, pairs = "", list[tuple[str, str]]()
-    folder = located(folder)
+    if (found := located(folder)).exists():  # else its error names the path as it was typed
+        folder = found
     place = folder.resolve()
     for kept in map(Path.resolve, kept_folders()):
         if place.parent == kept:

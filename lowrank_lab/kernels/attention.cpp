@@ -1,126 +1,30 @@
 // Causal attention with rotary embeddings, float32, forward and backward, one head at a time.
 //
-// B = batch, H = heads, T = sequence, D = head size (a multiple of 2·W), P = T padded. A block of
-// query rows meets only keys up to its last one, so its scores stay in the first two caches. All
-// products are made of `tile`, whose result stays in registers.
-#include <cmath>
-#include <cstring>
-#include "tile.h"
-
-constexpr int R = 2 * M;  // query rows in a block of the backward pass
-constexpr n_t PAD = 48;   // a common multiple of R and N
-
-// C (M×columns) = A B with A (M×K).
-static void rows_times(n_t K, const float *A, n_t lda, const float *B, n_t ldb, float *C, n_t ldc,
-                       n_t columns) {
-    for (n_t c = 0; c < columns; c += N) tile<M, false>(K, A, lda, 1, B + c, ldb, C + c, ldc);
-}
-
-// C (rows×D) += Aᵀ B with A (R×rows) and B (R×D).
-static void add_transposed_times(const float *A, n_t lda, const float *B, n_t D, float *C, n_t rows) {
-    for (n_t r = 0; r < rows; r += M)
-        for (n_t d = 0; d < D; d += N) tile<M, true>(R, A + r, 1, lda, B + d, D, C + r * D + d, D);
-}
-
-// The rotation by cos and sin (T×D/2) of rows of D, scaled; `sign` −1 is its inverse.
-static void rotate(const float *x, n_t ldx, float *out, n_t ldo, n_t T, n_t D, const float *cos,
-                   const float *sin, float scale, float sign) {
-    n_t h = D / 2;
-    for (n_t t = 0; t < T; t++) {
-        const float *a = x + t * ldx, *b = a + h;
-        float *o = out + t * ldo;
-        for (n_t d = 0; d < h; d += W) {
-            vec c = at(cos + t * h + d) * scale, s = at(sin + t * h + d) * (scale * sign);
-            vec first = at(a + d), second = at(b + d);
-            at(o + d) = first * c - second * s;
-            at(o + h + d) = second * c + first * s;
-        }
-    }
-}
-
-static void copy(const float *x, n_t ldx, float *out, n_t ldo, n_t T, n_t D) {
-    for (n_t t = 0; t < T; t++) memcpy(out + t * ldo, x + t * ldx, 4 * D);
-}
-
-// x (P×D) with zeros in its rows from T on, and its transpose.
-static void pad(float *x, n_t T, n_t P, n_t D) { memset(x + T * D, 0, 4 * (P - T) * D); }
-
-static void transpose(const float *x, float *out, n_t P, n_t D) {
-    for (n_t t = 0; t < P; t += W)
-        for (n_t d = 0; d < D; d += W) {
-            vec rows[W];
-            for (int j = 0; j < W; j++) rows[j] = at(x + (t + j) * D + d);
-            transpose_tile(rows);
-            for (int j = 0; j < W; j++) at(out + (d + j) * P + t) = rows[j];
-        }
-}
+// B = batch, H = heads, T = sequence, D = head size (a multiple of 2·W).
+#include "attention.h"
 
 struct Head {  // where a head's rows are in a tensor (B, T, H, D) with the given strides
     n_t b, h;
     template <class F> F *in(F *x, const n_t *strides) const { return x + b * strides[0] + h * strides[2]; }
+    Rows rows(const float *x, const n_t *strides) const { return {in(x, strides), strides[1]}; }
 };
 
-// Softmax of a row's first n scores, without its division: returns 1 / sum, and the log of the sum.
-static float exponentials(float *s, n_t n, n_t end, float *log_sum) {
-    for (n_t c = n; c < end; c++) s[c] = -1e30f;
-    vec tops = at(s), sums = {};
-    for (n_t c = W; c < end; c += W) tops = at(s + c) > tops ? at(s + c) : tops;
-    float top = largest_of(tops);
-    for (n_t c = 0; c < end; c += W) sums += at(s + c) = exp_of(at(s + c) - top);
-    float sum = sum_of(sums);
-    *log_sum = top + std::log(sum);
-    return 1 / sum;
-}
+extern "C" n_t forward_scratch(n_t T, n_t D) { return forward_floats(T, D); }  // floats per thread
 
-// P = exp(S − log_sum) and dS = P ∘ (dP − sum(P ∘ dP)) for the first n keys, in place of S and dP.
-static void slopes(float *S, float *dP, n_t n, n_t end, float log_sum) {
-    for (n_t c = n; c < end; c++) S[c] = -1e30f;
-    vec sums = {};
-    for (n_t c = 0; c < end; c += W) {
-        vec p = at(S + c) = exp_of(at(S + c) - log_sum);
-        sums += p * at(dP + c);
-    }
-    float sum = sum_of(sums);
-    for (n_t c = 0; c < end; c += W) at(dP + c) = at(S + c) * (at(dP + c) - sum);
-}
-
-extern "C" n_t forward_scratch(n_t T, n_t D) {  // floats per thread
-    n_t P = up(T, PAD);
-    return 3 * P * D + M * P + M * D;
-}
-
-extern "C" n_t backward_scratch(n_t T, n_t D) {
-    n_t P = up(T, PAD);
-    return 9 * P * D + 2 * R * P;
-}
+extern "C" n_t backward_scratch(n_t T, n_t D) { return backward_floats(T, D); }
 
 // out (B, T, H, D) contiguous and lse (B, H, T) from q, k, v with strides[0:3], [3:6], [6:9].
 extern "C" void attention_forward(const float *q, const float *k, const float *v, const float *cos,
                                   const float *sin, float *out, float *lse, float *scratch, n_t B,
                                   n_t T, n_t H, n_t D, const n_t *strides, int threads) {
-    n_t P = up(T, PAD), row = H * D, own[] = {T * row, row, D};
-    float scale = 1 / std::sqrt((float)D);
+    n_t row = H * D, own[] = {T * row, row, D};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int part = 0; part < threads; part++) {
-        float *Q = scratch + part * forward_scratch(T, D), *K = Q + P * D, *KT = K + P * D;
-        float *S = KT + P * D, *O = S + M * P;
+        float *own_scratch = scratch + part * forward_floats(T, D);
         for (n_t i = B * H * part / threads; i < B * H * (part + 1) / threads; i++) {
             Head head{i / H, i % H};
-            rotate(head.in(q, strides), strides[1], Q, D, T, D, cos, sin, scale, 1);
-            rotate(head.in(k, strides + 3), strides[4], K, D, T, D, cos, sin, 1, 1);
-            pad(Q, T, P, D), pad(K, T, P, D), transpose(K, KT, P, D);
-            const float *V = head.in(v, strides + 6);
-            float *to = head.in(out, own);
-            for (n_t first = 0; first < T; first += M) {
-                n_t rows = T - first < M ? T - first : M, keys = first + rows;
-                rows_times(D, Q + first * D, D, KT, P, S, P, keys);
-                float norm[M];
-                for (n_t r = 0; r < rows; r++)
-                    norm[r] = exponentials(S + r * P, first + r + 1, up(keys, W), lse + i * T + first + r);
-                rows_times(keys, S, P, V, strides[7], O, D, D);
-                for (n_t r = 0; r < rows; r++)
-                    for (n_t d = 0; d < D; d += W) at(to + (first + r) * row + d) = at(O + r * D + d) * norm[r];
-            }
+            forward_head(head.rows(q, strides), head.rows(k, strides + 3), head.rows(v, strides + 6), cos, sin,
+                         head.in(out, own), row, lse + i * T, own_scratch, T, D);
         }
     }
 }
@@ -130,38 +34,15 @@ extern "C" void attention_backward(const float *q, const float *k, const float *
                                    const float *sin, const float *lse, const float *grad,
                                    float *dq, float *dk, float *dv, float *scratch,
                                    n_t B, n_t T, n_t H, n_t D, const n_t *strides, int threads) {
-    n_t P = up(T, PAD), X = P * D, row = H * D, own[] = {T * row, row, D};
-    float scale = 1 / std::sqrt((float)D);
+    n_t row = H * D, own[] = {T * row, row, D};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int part = 0; part < threads; part++) {
-        float *Q = scratch + part * backward_scratch(T, D), *K = Q + X, *KT = K + X, *V = KT + X;
-        float *VT = V + X, *dO = VT + X, *dQ = dO + X, *dK = dQ + X, *dV = dK + X;
-        float *S = dV + X, *dP = S + R * P;
+        float *own_scratch = scratch + part * backward_floats(T, D);
         for (n_t i = B * H * part / threads; i < B * H * (part + 1) / threads; i++) {
             Head head{i / H, i % H};
-            rotate(head.in(q, strides), strides[1], Q, D, T, D, cos, sin, scale, 1);
-            rotate(head.in(k, strides + 3), strides[4], K, D, T, D, cos, sin, 1, 1);
-            copy(head.in(v, strides + 6), strides[7], V, D, T, D);
-            copy(head.in(grad, strides + 9), strides[10], dO, D, T, D);
-            pad(Q, T, P, D), pad(K, T, P, D), pad(V, T, P, D), pad(dO, T, P, D);
-            transpose(K, KT, P, D), transpose(V, VT, P, D);
-            memset(dK, 0, 4 * 2 * X);
-            for (n_t first = 0; first < T; first += R) {
-                n_t keys = first + R;
-                for (n_t r = 0; r < R; r += M) {
-                    rows_times(D, Q + (first + r) * D, D, KT, P, S + r * P, P, keys);
-                    rows_times(D, dO + (first + r) * D, D, VT, P, dP + r * P, P, keys);
-                }
-                for (n_t r = 0, t = first; r < R; r++, t++)
-                    slopes(S + r * P, dP + r * P, t + 1, up(keys, W), t < T ? lse[i * T + t] : 0);
-                for (n_t r = 0; r < R; r += M)
-                    rows_times(keys, dP + r * P, P, K, D, dQ + (first + r) * D, D, D);
-                add_transposed_times(S, P, dO + first * D, D, dV, keys);
-                add_transposed_times(dP, P, Q + first * D, D, dK, keys);
-            }
-            rotate(dQ, D, head.in(dq, own), row, T, D, cos, sin, scale, -1);
-            rotate(dK, D, head.in(dk, own), row, T, D, cos, sin, 1, -1);
-            copy(dV, D, head.in(dv, own), row, T, D);
+            backward_head(head.rows(q, strides), head.rows(k, strides + 3), head.rows(v, strides + 6), cos, sin,
+                          lse + i * T, head.rows(grad, strides + 9), head.in(dq, own), head.in(dk, own),
+                          head.in(dv, own), row, own_scratch, T, D);
         }
     }
 }

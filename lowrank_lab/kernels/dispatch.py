@@ -38,27 +38,27 @@ def _strides(*tensors: Tensor) -> Any:
     return (ctypes.c_int64 * len(found))(*found)
 
 
-def _attention_made(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
+def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
     """The results, and the scratch memory of all threads."""
     B, T, H, D = q.shape
-    scratch = q.new_empty(torch.get_num_threads() * _scratch(T, D, backward=False))
+    scratch = q.new_empty(torch.get_num_threads() * attention_scratch(T, D, backward=False))
     return q.new_empty(q.shape), q.new_empty((B, H, T)), scratch
 
 
-def _gradients_made(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def _allocate_attention_gradients(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     T, D = q.shape[1], q.shape[3]
-    scratch = q.new_empty(torch.get_num_threads() * _scratch(T, D, backward=True))
+    scratch = q.new_empty(torch.get_num_threads() * attention_scratch(T, D, backward=True))
     return (*(q.new_empty(q.shape) for _ in range(3)), scratch)
 
 
-def _scratch(length: int, size: int, backward: bool) -> int:
-    """Floats that a thread needs, with sequences padded to 48: see attention.cpp."""
+def attention_scratch(length: int, size: int, backward: bool) -> int:
+    """Floats that a thread needs, with sequences padded to 48: see attention.h."""
     padded = (length + 47) // 48 * 48
     return 9 * padded * size + 24 * padded if backward else 3 * padded * size + 6 * (padded + size)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    out, log_sums, scratch = _attention_made(q, k, v)
+    out, log_sums, scratch = _allocate_attention(q, k, v)
     q, k, v = _rows(q, k, v)
     cos, sin = cos.contiguous(), sin.contiguous()
     call(
@@ -70,7 +70,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tup
 def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, log_sums: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv, scratch = _gradients_made(q)
+    dq, dk, dv, scratch = _allocate_attention_gradients(q)
     q, k, v, grad = _rows(q, k, v, grad)
     cos, sin = cos.contiguous(), sin.contiguous()
     call(
@@ -80,12 +80,12 @@ def _attention_backward(
     return dq, dk, dv
 
 
-def _norm_made(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _allocate_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1])
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, s = _norm_made(x, weight, eps)
+    y, s = _allocate_norm(x, weight, eps)
     d = x.shape[-1]
     call(
         "norm_forward", x.contiguous(), weight.contiguous(), y, s, x.numel() // d, d, eps,
@@ -93,51 +93,60 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, s
 
 
-def _norm_gradients_made(x: Tensor, s: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def x_attention_gradients(x: Tensor, s: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     sums = x.new_empty((PARTIAL_SUMS, x.shape[-1]))
     return x.new_empty(x.shape), weight.new_empty(weight.shape), sums
 
 
 def _norm_backward(x: Tensor, s: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dweight, sums = _norm_gradients_made(x, s, weight, grad)
+    dx, dweight, sums = x_attention_gradients(x, s, weight, grad)
     d = x.shape[-1]
     x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
     call("norm_backward", x, weight, s, grad, dx, sums, x.numel() // d, d, PARTIAL_SUMS)
     return dx, torch.sum(sums, 0, out=dweight)
 
 
-def _swiglu_made(gate: Tensor, *others: Tensor) -> Tensor:
+def _allocate_swiglu(gate: Tensor, *others: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out = _swiglu_made(gate)
+    out = _allocate_swiglu(gate)
     call("swiglu_forward", gate.contiguous(), up.contiguous(), out, out.numel())
     return out
 
 
-def _swiglu_gradients_made(gate: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+def _allocate_swiglu_gradients(gate: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
 def _swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = _swiglu_gradients_made(gate)
+    dgate, dup = _allocate_swiglu_gradients(gate)
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     call("swiglu_backward", gate, up, grad, dgate, dup, gate.numel())
     return dgate, dup
 
 
 def _losses(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
-    if targets.dtype.is_floating_point or targets.numel() != len(logits):
+    targets = whole_numbers(targets, len(logits))
+    refuse(call("losses", logits, targets, losses, *logits.shape, slopes), logits.shape[1])
+
+
+def whole_numbers(targets: Tensor, count: int) -> Tensor:
+    """So many targets, contiguous int64; ValueError for others."""
+    if targets.dtype.is_floating_point or targets.numel() != count:
         given = f"{targets.dtype} {tuple(targets.shape)}"
-        raise ValueError(f"targets: {given} is not allowed; {len(logits)} whole numbers")
-    targets = targets.long().contiguous()
-    wrong = call("losses", logits, targets, losses, *logits.shape, slopes)
+        raise ValueError(f"targets: {given} is not allowed; {count} whole numbers")
+    return targets.long().contiguous()
+
+
+def refuse(wrong: int, vocabulary: int) -> None:
+    """IndexError if so many targets are no token."""
     if wrong:
-        raise IndexError(f"targets: {wrong} are not allowed; 0 to {logits.shape[1] - 1}")
+        raise IndexError(f"targets: {wrong} are not allowed; 0 to {vocabulary - 1}")
 
 
-def _nothing_made(*args: Any) -> None:
+def _allocate_nothing(*args: Any) -> None:
     return None
 
 
@@ -145,36 +154,50 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], int]] =
     # schema, kernel, what it allocates, the number of these that are results (0: not a tuple)
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-        _attention, _attention_made, 2,
+        _attention, _allocate_attention, 2,
     ),
     "attention_backward": (
         "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor log_sums, "
         "Tensor grad) -> (Tensor, Tensor, Tensor)",
-        _attention_backward, _gradients_made, 3,
+        _attention_backward, _allocate_attention_gradients, 3,
     ),
-    "rms_norm": ("(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm, _norm_made, 2),
+    "rms_norm": (
+        "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+        _norm, _allocate_norm, 2,
+    ),
     "rms_norm_backward": (
         "(Tensor x, Tensor s, Tensor weight, Tensor grad) -> (Tensor, Tensor)",
-        _norm_backward, _norm_gradients_made, 2,
+        _norm_backward, x_attention_gradients, 2,
     ),
-    "swiglu": ("(Tensor gate, Tensor up) -> Tensor", _swiglu, _swiglu_made, 0),
+    "swiglu": ("(Tensor gate, Tensor up) -> Tensor", _swiglu, _allocate_swiglu, 0),
     "swiglu_backward": (
         "(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
-        _swiglu_backward, _swiglu_gradients_made, 2,
+        _swiglu_backward, _allocate_swiglu_gradients, 2,
     ),
     "losses_": (
         "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, bool slopes) -> ()",
-        _losses, _nothing_made, 0,
+        _losses, _allocate_nothing, 0,
     ),
 }  # fmt: skip
 
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
-BODIES: dict[str, Callable[..., Any]] = {}
+PYTHON_BODIES: dict[str, Callable[..., Any]] = {}
 
 
-def _register(name: str, schema: str, kernel: Any, made: Callable[..., Any], results: int) -> None:
+def register(
+    name: str, schema: str, kernel: Any, allocate: Callable[..., Any], results: int
+) -> None:
+    """Register an operator of `NAMESPACE`.
+
+    Args:
+        schema: its arguments and results.
+        kernel: computes it on a CPU.
+        allocate: its results, unfilled, and then its scratch memory.
+        results: the number of the former; 0 where `allocate` returns a single one.
+    """
+
     def fake(*args: Any) -> Any:
-        return made(*args)[:results] if results else made(*args)
+        return allocate(*args)[:results] if results else allocate(*args)
 
     def body(*args: Any) -> Any:  # a tracker sees what is allocated within
         return (fake if isinstance(args[0], FakeTensor) else kernel)(*args)
@@ -182,8 +205,8 @@ def _register(name: str, schema: str, kernel: Any, made: Callable[..., Any], res
     _library.define(name + schema)  # type: ignore[no-untyped-call]
     _library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    BODIES[f"{NAMESPACE}::{name}"] = body
+    PYTHON_BODIES[f"{NAMESPACE}::{name}"] = body
 
 
 for _name, _described in _OPERATORS.items():
-    _register(_name, *_described)
+    register(_name, *_described)

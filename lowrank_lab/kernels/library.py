@@ -11,13 +11,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.cpp", "pointwise.cpp", "products.cpp")
+SOURCES = (
+    "attention.cpp", "head.cpp", "mlp.cpp", "pointwise.cpp", "products.cpp", "self_attention.cpp",
+)  # fmt: skip
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {  # of each function; the number of threads is the last
     "attention_forward": [*8 * [_pointer], *4 * [_long], _pointer, _int],
@@ -26,6 +29,11 @@ ARGUMENTS = {  # of each function; the number of threads is the last
     "norm_backward": [*6 * [_pointer], *3 * [_long], _int],
     "swiglu_forward": [*3 * [_pointer], _long, _int],
     "swiglu_backward": [*5 * [_pointer], _long, _int],
+    "mlp_forward": [*10 * [_pointer], *3 * [_long], _float, _int],
+    "mlp_backward": [*15 * [_pointer], *3 * [_long], _int],
+    "self_attention_forward": [*16 * [_pointer], *4 * [_long], _float, _int],
+    "self_attention_backward": [*22 * [_pointer], *4 * [_long], _int],
+    "head_losses": [*7 * [_pointer], *3 * [_long], _int, _int],
     "losses": [*3 * [_pointer], *2 * [_long], _int, _int],
     "product": [
         _pointer, _long, _long, _pointer, _long, _long, _pointer, _pointer, *3 * [_long], _int,
@@ -41,6 +49,9 @@ INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "DEFAULT": "-march=x86-64"}
 # For a torch that can't list the CPU's abilities, by which the cache tells CPUs apart.
 OLD_INSTRUCTIONS = {"AVX512": "-march=x86-64-v4"}
 SECONDS = 120  # for the compiler
+ABANDONED = 10 * SECONDS  # age of a folder that no compilation uses any more
+KEPT = 12  # libraries in the cache: several versions, for several CPUs that share a home folder
+BUILDING = "building-"  # of temporary folders in the cache
 
 
 @cache
@@ -93,7 +104,9 @@ def _loaded(compiler: str, flags: list[str]) -> ctypes.CDLL:
     folder, stem = _cache_folder(), f"kernels-{_digest(*origin)}"
     if folder is not None and (found := _cached(folder, stem)) is not None:
         return found
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    if folder is not None:
+        _clean(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING) as scratch:
         made = Path(scratch) / f"{stem}.so"
         command = [compiler, *flags, *(str(HERE / source) for source in SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
@@ -111,8 +124,32 @@ def _cached(folder: Path, stem: str) -> ctypes.CDLL | None:
     for file in sorted(folder.glob(f"{stem}-*.so")):
         with contextlib.suppress(OSError, AttributeError):
             if file.stem == f"{stem}-{_digest(file.read_bytes())}":
-                return _typed(file)
+                found = _typed(file)
+                with contextlib.suppress(OSError):
+                    os.utime(file)  # its last use
+                return found
     return None
+
+
+def _clean(folder: Path) -> None:
+    """Remove what killed compilations have left, and all but the `KEPT` libraries used last.
+
+    Others may compile or load at the same time: a compilation takes less than `ABANDONED` seconds,
+    a library stays loaded without its file, and one that is missed is compiled again.
+    """
+    for left in (*folder.glob(f"{BUILDING}*"), *folder.glob("tmp*")):
+        if left.is_dir() and time.time() - _last_use(left) > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+    for file in sorted(folder.glob("kernels-*.so"), key=_last_use, reverse=True)[KEPT - 1 :]:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _last_use(path: Path) -> float:
+    """Its time of modification; 0 if another process has just removed it."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _digest(*parts: bytes) -> str:

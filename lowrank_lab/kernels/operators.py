@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.device import prefers_few_kernels
-from lowrank_lab.kernels.dispatch import BODIES, call
+from lowrank_lab.kernels.dispatch import PYTHON_BODIES, call
 from lowrank_lab.kernels.library import library
 
 HEAD_SIZE = 16  # head sizes are its multiples
@@ -66,9 +66,9 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def unfolded(operation: Any) -> Callable[..., Any] | None:
-    """The Python body of one of these operators, None for others; fake tensors are only made."""
-    return BODIES.get(operation.name())
+def python_body(operation: Any) -> Callable[..., Any] | None:
+    """The Python body of one of these operators, None for others; fake ones only allocate."""
+    return PYTHON_BODIES.get(operation.name())
 
 
 def _apply(function: Any, *args: Any) -> Tensor:

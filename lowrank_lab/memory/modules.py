@@ -45,7 +45,7 @@ class ModuleStack:
         def hook(module: nn.Module, inputs: Any) -> None:
             self._forward.append((name, []))
 
-        return hook
+        return _observing(hook)
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -55,10 +55,16 @@ class ModuleStack:
             if isinstance(output, Tensor) and output.requires_grad and name.count(".") == 2:
                 output.register_hook(self._enter_backward(name))  # type: ignore[no-untyped-call]
 
-        return hook
+        return _observing(hook)
 
     def _enter_backward(self, name: str) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
             self._backward = name
 
         return hook
+
+
+def _observing(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook, marked as one that a fused half of a block may leave out (`models.fused`)."""
+    hook.only_observes = True  # type: ignore[attr-defined]
+    return hook

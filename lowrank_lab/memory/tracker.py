@@ -37,7 +37,7 @@ from lowrank_lab.memory.hidden import CUDA_KERNELS, Hidden
 from lowrank_lab.memory.ledger import Ledger
 from lowrank_lab.memory.modules import ModuleStack
 from lowrank_lab.memory.trace import Block, Trace
-from lowrank_lab.models.attention import unfolded
+from lowrank_lab.models.attention import python_body
 
 COLLECTIVES = ("c10d", "_c10d_functional")  # namespaces of torch's collective operations
 
@@ -97,7 +97,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "profiler":
             self._mark(func, args)
             return func(*args, **kwargs)
-        if (body := unfolded(func)) is not None:
+        if (body := python_body(func)) is not None:
             with self:  # an operation of ours: record what it allocates within
                 out = body(*args, **kwargs)
         elif func.overloadpacket.__name__ == "wait_tensor" and isinstance(args[0], FakeTensor):

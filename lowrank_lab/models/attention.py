@@ -35,9 +35,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def unfolded(operation: Any) -> Callable[..., Any] | None:
+def python_body(operation: Any) -> Callable[..., Any] | None:
     """The Python body of one of our operations, None for others; a tracker runs it instead."""
-    return _BODIES.get(operation.name()) or kernels.unfolded(operation)
+    return _PYTHON_BODIES.get(operation.name()) or kernels.python_body(operation)
 
 
 def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ _attention = torch.library.custom_op("lowrank_lab::causal_attention", _mixed, mu
 _gradients = torch.library.custom_op(
     "lowrank_lab::causal_attention_backward", _mixed_backward, mutates_args=()
 )
-_BODIES: dict[str, Callable[..., Any]] = {
+_PYTHON_BODIES: dict[str, Callable[..., Any]] = {
     "lowrank_lab::causal_attention": _mixed,
     "lowrank_lab::causal_attention_backward": _mixed_backward,
 }

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype, prefers_few_kernels
 from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.kernels.head import head_losses, takes_head
 from lowrank_lab.models.compiled import Compiled
 
 LOGITS_IN_CHUNK = 1 << 26  # bytes; smaller chunks have more partial gradients to add up
@@ -98,6 +99,9 @@ def _passes(
     wants_hidden: bool = False, wants_weight: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Losses (N, 1), and the gradients of their sum in hidden and weight where wanted."""
+    if takes_head(hidden, weight):
+        losses, dh, dW = head_losses(hidden, weight, targets, wants_hidden or wants_weight)
+        return losses, dh if wants_hidden else None, dW if wants_weight else None
     count, vocabulary = hidden.shape[0], weight.shape[0]
     size = LOGITS_ON_CUDA if prefers_few_kernels(hidden) else LOGITS_IN_CHUNK
     fitting = size // (vocabulary * hidden.element_size())

@@ -16,13 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import Size
 from lowrank_lab.device import autocast_dtype
+from lowrank_lab.kernels import halves
 from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.layers.padded import AlignedLinear, padded_width
 from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.compiled import Compiled
 from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy, token_losses
+from lowrank_lab.models.fused import fused_weights
 from lowrank_lab.models.narrow import narrow_block
-from lowrank_lab.models.rms_norm import RMSNorm, rms_norm
+from lowrank_lab.models.rms_norm import NORM_EPS, RMSNorm, rms_norm
 
 ROPE_BASE = 10_000.0
 
@@ -70,13 +72,22 @@ class Attention(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
         d = size.hidden_size
-        self.num_heads = size.num_heads
+        self.num_heads, self.head_size = size.num_heads, d // size.num_heads
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, d, bias=False)
         self.v_proj = nn.Linear(d, d, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def layers(self) -> tuple[nn.Module, ...]:
+        """q, k, v and o."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, fused: list[Tensor] | None = None
+    ) -> Tensor:
+        """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
+        if fused is not None:
+            return halves.self_attention(x, fused, cos, sin, self.num_heads, NORM_EPS)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         out: Tensor = self.o_proj(self.mix(q, k, v, cos, sin))
         return out
@@ -106,7 +117,14 @@ class MLP(nn.Module):
         self.up_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
         self.down_proj = AlignedLinear(size.intermediate_size, size.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layers(self) -> tuple[nn.Module, ...]:
+        """gate, up and down."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def forward(self, x: Tensor, fused: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
+        if fused is not None:
+            return halves.mlp(x, fused, NORM_EPS)
         rows = self.padding(x)
         out: Tensor = self.down_proj(self.gated(self.gate_proj(x, *rows), self.up_proj(x, *rows)))
         return out
@@ -145,8 +163,16 @@ class Block(nn.Module):
 def _block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if block.narrow:
         return narrow_block(block, x, cos, sin)
-    x = x + block.self_attn(block.input_layernorm(x), cos, sin)
-    out: Tensor = x + block.mlp(block.post_attention_layernorm(x))
+    attention, mlp = block.self_attn, block.mlp
+    norm = block.input_layernorm
+    fused = fused_weights(x, norm, attention.layers()) if type(attention) is Attention else None
+    if fused is not None and attention.head_size % kernels.HEAD_SIZE == 0:
+        x = attention(x, cos, sin, fused)
+    else:
+        x = x + attention(norm(x), cos, sin)
+    norm = block.post_attention_layernorm
+    fused = fused_weights(x, norm, mlp.layers()) if type(mlp) is MLP else None
+    out: Tensor = mlp(x, fused) if fused is not None else x + mlp(norm(x))
     return out
 
 

@@ -9,8 +9,6 @@ scales them together with the moments, so that bias correction stays exact
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -20,49 +18,13 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from lowrank_lab.distributed.dtensors import is_dtensor
+from lowrank_lab.optim.found_inf import found_inf, zero_
 
 # of the moments: that of the weights, float32, or blocks of 8 bits (`optim.eight_bit`)
 PRECISIONS = ("same", "fp32", "8bit")
 # A step count at which 1 − βᵗ is 1 for every β: torch's fused kernel then corrects no bias.
 _LONG_AGO = 1e12
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-_found_inf: Tensor | None = None
-
-
-@contextmanager
-def off_where(found_inf: Tensor | None) -> Iterator[None]:
-    """Updates in this block change nothing if the flag, 0-dimensional float32, is 1; None: on."""
-    global _found_inf
-    before, _found_inf = _found_inf, found_inf
-    try:
-        yield
-    finally:
-        _found_inf = before
-
-
-def zero_if_off_(t: Tensor) -> Tensor:
-    """Set a tensor to zero, in place, where updates are off: NaN stays NaN, even times zero."""
-    return t if _found_inf is None else t.masked_fill_(_found_inf.bool(), 0)
-
-
-def old_if_off(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """New numbers, all 0-dimensional, or the old ones where updates are off."""
-    if _found_inf is None or not new:
-        return new
-    kept = torch.where(_found_inf.bool(), torch.stack(old), torch.stack(new))
-    return list(kept.unbind())
-
-
-@contextmanager
-def kept_if_off(state: dict[str, Any]) -> Iterator[None]:
-    """Give a state its single numbers back after the block, where updates are off."""
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim == 0}
-    names = [k for k in tensors if k not in MOMENTS] if _found_inf is not None else []
-    old = [tensors[k].clone() for k in names]
-    yield
-    state.update(zip(names, old_if_off([state[k] for k in names], old), strict=True))
 
 
 def adam_update_(
@@ -80,8 +42,8 @@ def adam_update_(
     `step_size` includes the bias correction. All tensors of one call share a dtype and a device:
     the kernel is called without torch's grouping by both, which takes about 50 µs per call on a
     CPU. It walks through memory, so that tensors of other strides than their parameter's
-    (channels-last weights, expanded gradients) are copied first. Within `off_where` the kernel does
-    nothing if the flag is 1.
+    (channels-last weights, expanded gradients) are copied first. The kernel knows the flag of
+    `found_inf.off_where`.
     """
     given = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
     used = [_alike(tensors) for tensors in given]
@@ -90,7 +52,7 @@ def adam_update_(
     torch._fused_adamw_(
         ps, gs, ms, vs, [], [long_ago] * len(params),
         lr=step_size, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps,
-        amsgrad=False, maximize=False, found_inf=_found_inf,
+        amsgrad=False, maximize=False, found_inf=found_inf(),
     )  # fmt: skip
     for tensors, copies in zip(given, used, strict=True):
         if copies is not tensors:
@@ -157,8 +119,8 @@ def advance_weights_(state: dict[str, Any], betas: tuple[float, float]) -> None:
 
 def restart_adam_(state: dict[str, Any]) -> None:
     """Set both moments and their weights to zero, in place."""
-    for name in ("exp_avg", "exp_avg_sq"):
-        state[name].zero_()
+    zero_([state[name] for name in MOMENTS])
+    for name in MOMENTS:
         state[f"{name}_weight"] = 0.0
 
 

@@ -19,13 +19,13 @@ from lowrank_lab.optim.adam import (
     adam_moments,
     adam_update_,
     bias_corrected_lr,
-    off_where,
     rounds_stochastically,
     to_state_precision,
 )
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
-from lowrank_lab.optim.eight_bit import EIGHT_BIT, adamw_step_, direction, quantizes
+from lowrank_lab.optim.eight_bit import adamw_step_, direction, quantizes
+from lowrank_lab.optim.found_inf import decay_, off_where
 from lowrank_lab.optim.matrix_updates import MatrixUpdates
 from lowrank_lab.optim.saved_state import load_, prepared
 
@@ -118,23 +118,6 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
         self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
         return loss
 
-    def can_skip(self) -> bool:
-        """Whether `found_inf` = 1 turns the next step off, which then changes Python numbers only.
-
-        False for steps that begin or refresh something, decay weights, round stochastically or
-        encode moments.
-        """
-        for group in self.param_groups:
-            if group.get("state_precision") == EIGHT_BIT:
-                return False
-            if any(group.get(k) for k in ("weight_decay", "stochastic_rounding", "spread_refresh")):
-                return False
-            period = group.get("update_proj_gap") or group.get("update_k")
-            for step in {self.state.get(p, {}).get("step") for p in group["params"]}:
-                if step is None or (period and step % period in (0, period - 1)):
-                    return False
-        return True
-
     def _step_groups_(self) -> None:
         for params, group in self.work():
             if any(p.grad is not None and p.grad.is_sparse for p in params):
@@ -164,8 +147,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
         # `_update_target` has already applied weight decay with stochastic rounding.
         decayed = [p for p in params if not rounds_stochastically(p, group)]
         if group["weight_decay"] > 0 and decayed:
-            parts = list(map(local_part, decayed))
-            torch._foreach_mul_(parts, 1.0 - group["lr"] * group["weight_decay"])
+            decay_(list(map(local_part, decayed)), group["lr"] * group["weight_decay"])
 
     def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Fused AdamW on all parameters that share a dtype, a device and a step size."""

@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank_lab.device import prefers_few_kernels
+from lowrank_lab.optim.found_inf import old_if_off
 
 BLOCK = 256  # entries of a block
 # entries that are decoded at a time: few kernels on a GPU, the caches of a CPU
@@ -75,11 +76,12 @@ class Codes(NamedTuple):
         return values
 
     def encode_(self, values: Tensor) -> None:
-        """Set the codes and scales to those of float32 entries."""
+        """Set the codes and scales to those of float32 entries, unless updates are off."""
         blocks = values.view(-1, BLOCK)
         scale = blocks.abs().amax(1).clamp_(min=SMALLEST_SCALE)
-        self.codes.copy_(self._nearest((blocks / scale[:, None]).view(-1)))
-        self.scale.copy_(scale)
+        codes = self._nearest((blocks / scale[:, None]).view(-1))
+        self.codes.copy_(old_if_off(codes, self.codes))
+        self.scale.copy_(old_if_off(scale, self.scale))
 
     def _nearest(self, x: Tensor) -> Tensor:
         """The numbers of the table's values that are nearest to x, of two the larger one."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
-from lowrank_lab.optim.stacks import Matrices, Run, Stacks, Weights
+from lowrank_lab.optim.stacks import Matrices, Stacks, StackShape, Weights
 
 
 def channel_norms(X: Tensor, axis: int | None) -> Tensor:
@@ -69,40 +69,42 @@ class StackedChannels:
     """The channels of stacks of many tensors: as `Channels` of each, in one vector.
 
     Args:
-        runs: of the gradients.
-        axes: the axis of each run.
+        shapes: of the stacks of gradients.
+        axes: the axis of each stack.
     """
 
-    def __init__(self, runs: list[Run], axes: list[int | None]) -> None:
+    def __init__(self, shapes: list[StackShape], axes: list[int | None]) -> None:
         self.axes = axes
         # number of tensors, and of the channels of each
         self.parts = [
             (count, 1 if axis is None else shape[1 - axis])
-            for (count, shape), axis in zip(runs, axes, strict=True)
+            for (count, shape), axis in zip(shapes, axes, strict=True)
         ]
         self.count = sum(count * channels for count, channels in self.parts)
 
-    def views(self, flat: Tensor, runs: list[Run]) -> Iterator[tuple[Tensor, int, slice]]:
+    def views(self, flat: Tensor, shapes: list[StackShape]) -> Iterator[tuple[Tensor, int, slice]]:
         """Views of a buffer (…, entries), the dimension along which norms run, and the channels.
 
-        Consecutive runs of different shapes share a view if their channels are rows of one length.
+        Consecutive stacks share a view if their channels are rows of one length.
         """
         lead, at, channel = flat.shape[:-1], 0, 0
 
-        def form(item: tuple[Run, int | None]) -> tuple[int, ...]:
+        def form(item: tuple[StackShape, int | None]) -> tuple[int, ...]:
             (_, shape), axis = item
             return shape if axis == 0 else (shape[-1] if axis == 1 else math.prod(shape),)
 
-        for shape, same in groupby(zip(runs, self.axes, strict=True), form):
+        for shape, same in groupby(zip(shapes, self.axes, strict=True), form):
             entries = sum(count * math.prod(each) for (count, each), _ in same)
             view = flat[..., at : at + entries].view(*lead, -1, *shape)
             channels = entries // (shape[0])
             yield view, -len(shape), slice(channel, channel + channels)
             at, channel = at + entries, channel + channels
 
-    def reduce(self, flat: Tensor, runs: list[Run], out: Tensor, order: float = 2) -> Tensor:
+    def reduce(
+        self, flat: Tensor, shapes: list[StackShape], out: Tensor, order: float = 2
+    ) -> Tensor:
         """Norms of the channels of a buffer (…, entries), into a tensor (…, channels)."""
-        for view, dim, channels in self.views(flat, runs):
+        for view, dim, channels in self.views(flat, shapes):
             part = out[..., channels]
             shape = [n for i, n in enumerate(view.shape) if i != view.ndim + dim]
             torch.linalg.vector_norm(view, order, dim, dtype=out.dtype, out=part.view(shape))
@@ -112,8 +114,8 @@ class StackedChannels:
         """Norms per channel of R, its twin N and G, in float32 or wider."""
         wide = torch.promote_types(R.flat.dtype, torch.float32)
         found = torch.empty((3, self.count), dtype=wide, device=R.flat.device)
-        self.reduce(R.with_twin, R.runs, out=found[:2])
-        self.reduce(G.flat, G.runs, out=found[2])
+        self.reduce(R.with_twin, R.shapes, out=found[:2])
+        self.reduce(G.flat, G.shapes, out=found[2])
         return list(found.unbind())
 
     def tensors(self) -> Iterator[tuple[slice, slice, int]]:
@@ -146,7 +148,7 @@ class StackedChannels:
     def subtract_scaled_(self, N: Stacks, R: Stacks, scale: Tensor) -> None:
         """N ← N − scale∘R, in place."""
         scale = scale.to(N.flat.dtype)
-        both = zip(self.views(N.flat, N.runs), self.views(R.flat, R.runs), strict=True)
+        both = zip(self.views(N.flat, N.shapes), self.views(R.flat, R.shapes), strict=True)
         for (n, dim, channels), (r, _, _) in both:
             n.addcmul_(r, broadcast(scale[channels], n, dim), value=-1)
 
@@ -157,7 +159,7 @@ class StackedChannels:
 
     def scale_(self, X: Stacks, scale: Tensor) -> None:
         """X ← scale∘X, in place, each entry rounded once."""
-        for view, dim, channels in self.views(X.flat, X.runs):
+        for view, dim, channels in self.views(X.flat, X.shapes):
             torch.mul(view, broadcast(scale[channels], view, dim), out=view)
 
 
@@ -174,14 +176,14 @@ def rank_channels(
 
     Args:
         G: the gradient, or stacks of them.
-        right: the right projection, or that of each run; None for left ones.
+        right: the right projection, or that of each stack; None for left ones.
         placement: of G.
         whole: one channel for each matrix.
     """
     if isinstance(G, Tensor):
         return Channels(None if whole else 0 if right is None else 1, placement)
     assert isinstance(right, list)
-    return StackedChannels(G.runs, [None if whole else 0 if R is None else 1 for R in right])
+    return StackedChannels(G.shapes, [None if whole else 0 if R is None else 1 for R in right])
 
 
 class OneTensor:
@@ -215,11 +217,11 @@ class ManyTensors:
 
     def __init__(self, G: Stacks, wide: torch.dtype) -> None:
         self.g, self.wide = G, wide
-        self.channels = StackedChannels(G.runs, [None] * len(G.runs))
+        self.channels = StackedChannels(G.shapes, [None] * len(G.shapes))
 
     def _reduce(self, order: float) -> Tensor:
         out = torch.empty(self.channels.count, dtype=self.wide, device=self.g.flat.device)
-        return self.channels.reduce(self.g.flat, self.g.runs, out, order)
+        return self.channels.reduce(self.g.flat, self.g.shapes, out, order)
 
     def largest(self) -> Tensor:
         return self._reduce(math.inf)
@@ -228,10 +230,10 @@ class ManyTensors:
         return self._reduce(2)
 
     def scale_larger_(self, bound: Tensor, scale: Tensor) -> None:
-        flat, runs = self.g.flat, self.g.runs
+        flat, shapes = self.g.flat, self.g.shapes
         size = flat.abs()
         larger, scaled = torch.empty_like(flat, dtype=torch.bool), torch.empty_like(flat)
-        views = (self.channels.views(t, runs) for t in (flat, size, larger, scaled))
+        views = (self.channels.views(t, shapes) for t in (flat, size, larger, scaled))
         for (g, dim, at), (absolute, *_), (mask, *_), (out, *_) in zip(*views, strict=True):
             torch.gt(absolute, broadcast(bound[at], g, dim), out=mask)
             torch.mul(g, broadcast(scale[at], g, dim), out=out)
@@ -239,7 +241,7 @@ class ManyTensors:
 
     def scale_(self, scale: Tensor) -> Stacks:
         self.channels.scale_(self.g, scale)
-        return Stacks(self.g.runs, self.g.flat)
+        return Stacks(self.g.shapes, self.g.flat)
 
 
 def tensors_in(G: Matrices, wide: torch.dtype) -> OneTensor | ManyTensors:

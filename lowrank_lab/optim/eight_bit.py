@@ -113,23 +113,25 @@ def read_moment(moment: Tensor) -> Tensor:
     return Codes.of([moment]).decode().view(moment.shape)
 
 
-def write_moment_(moment: Tensor, values: Tensor) -> None:
-    """Set a moment, in place, to values of its shape."""
-    if is_quantized(moment):
-        Codes.of([moment]).encode_(values.float().contiguous().view(-1))
-    else:
-        moment.copy_(values)
+def moment_like(values: Tensor, moment: Any) -> Tensor:
+    """A new moment with these values, stored as another one is."""
+    if not is_quantized(moment):
+        return values.to(moment).contiguous()
+    return _encoded(values, type(moment), moment.signed)
+
+
+def _encoded(values: Tensor, kind: Any, signed: bool) -> Tensor:
+    new: Tensor = kind.zeros(values.shape, signed, BLOCK, values.device)
+    Codes.of([new]).encode_(values.float().contiguous().view(-1))
+    return new
 
 
 def in_precision(moment: Tensor, name: str, group: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """A copy of a moment as a group stores it: in 8 bits, or as an ordinary tensor of a dtype."""
     if not quantizes(group, moment.numel()):
         return read_moment(moment).to(dtype, copy=True)
-    state: dict[str, Any] = {}
-    zero_moments_(state, moment)
-    copied: Tensor = state[name]
-    if is_quantized(moment):
-        copied.copy_(moment)  # the same bits
-    else:
-        write_moment_(copied, moment)
-    return copied
+    kind, signed = torchao_optim().subclass_8bit.OptimState8bit, name == "exp_avg"
+    if not is_quantized(moment):
+        return _encoded(moment, kind, signed)
+    copied: Tensor = kind.zeros(moment.shape, signed, BLOCK, moment.device)
+    return copied.copy_(moment)  # the same bits

@@ -13,7 +13,7 @@ from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
-from lowrank_lab.optim.eight_bit import read_moment, write_moment_
+from lowrank_lab.optim.eight_bit import moment_like, read_moment
 from lowrank_lab.optim.matrix_updates import each
 from lowrank_lab.optim.projection import (
     check_projection,
@@ -93,8 +93,9 @@ class GoLore(ProjectedAdamW):
         used = self._projections(G, state, group)
         new = load_projections(state)
         if "exp_avg" in state and any(a is not b for a, b in zip(old, new, strict=True)):
-            m = read_moment(state["exp_avg"])
-            write_moment_(state["exp_avg"], carry_moment(m, old, new, self.placement))
+            moment = state["exp_avg"]
+            carried = carry_moment(read_moment(moment), old, new, self.placement)
+            state["exp_avg"] = moment_like(carried, moment)
         return used
 
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:

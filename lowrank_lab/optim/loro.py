@@ -47,6 +47,7 @@ from lowrank_lab.optim.adam import (
 )
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checks import require, require_int
+from lowrank_lab.optim.found_inf import decay_, old_if_off, zero_if_off_
 from lowrank_lab.optim.matrix_updates import undone_on_error
 
 Factor = tuple[Tensor, Tensor, dict[str, Any]]  # W, G and state of B or A
@@ -127,7 +128,7 @@ class Loro(ProjectedAdamW):
         self._step_together_([pair for pair, e in zip(pairs, exact, strict=True) if not e], group)
         if group["weight_decay"] > 0 and pairs:
             factors = [local_part(p) for pair in pairs for p in pair]
-            torch._foreach_mul_(factors, 1.0 - group["lr"] * group["weight_decay"])
+            decay_(factors, group["lr"] * group["weight_decay"])
 
     def _is_exact(self, B: Tensor, group: dict[str, Any]) -> bool:
         """Whether the next step of a pair is exact, as every update_k-th is."""
@@ -199,14 +200,14 @@ def _exact_(factors: tuple[Factor, Factor], group: dict[str, Any], scale: float)
     """
     lr, directions = group["lr"], []
     for _, G, state in factors:
-        N = adam_direction(G, state, group["betas"], _eps(state, group))
+        N = adam_direction(zero_if_off_(G), state, group["betas"], _eps(state, group))
         # m̂ / (√v̂ + ε) = √w₂/w₁ · N
         directions.append(N.double() * bias_corrected_lr(state, {**group, "lr": 1.0}))
         restart_adam_(state)
     (B, _, _), (A, _, _) = factors
     new_B, new_A, full_rank = retraction(B, A, directions[0], directions[1], lr)
     for X, D, new in zip((B, A), directions, (new_B, new_A), strict=True):
-        X.copy_(torch.where(full_rank, new, X - lr * scale * D))
+        X.copy_(old_if_off(torch.where(full_rank, new, X - lr * scale * D), X))
 
 
 def retraction(

@@ -21,14 +21,13 @@ from lowrank_lab.optim.adam import (
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
-    kept_if_off,
     random_bits,
     rounds_stochastically,
     stochastic_round,
-    zero_if_off_,
 )
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
 from lowrank_lab.optim.eight_bit import direction, quantizes, update_moments_, zero_moments_
+from lowrank_lab.optim.found_inf import decay_, zero_if_off_
 from lowrank_lab.optim.stacks import (
     Matrices,
     Projections,
@@ -78,7 +77,6 @@ class MatrixUpdates(DTensorOptimizer):
             with (
                 self.plain_parts(p, dim) as (part, G, parts),
                 self._update_target(p, part, state["step"], group) as W,
-                kept_if_off(parts),
             ):
                 self.update_(W, zero_if_off_(G), parts, group, bias_corrected_lr(state, group))
         state["step"] += 1
@@ -120,7 +118,7 @@ class MatrixUpdates(DTensorOptimizer):
             return
         W = part.float()
         yield W
-        W.mul_(1.0 - group["lr"] * group["weight_decay"])
+        decay_([W], group["lr"] * group["weight_decay"])
         # The bits are those of the full matrix: the same ones for any number of processes.
         seed = (param_index(self, p) * SEED_STRIDE + step) % 2**63
         bits = random_bits(p.shape, seed, part.device)
@@ -130,7 +128,7 @@ class MatrixUpdates(DTensorOptimizer):
 
     def adam_direction(self, R: Any, state: Any, group: dict[str, Any]) -> Any:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
-        if isinstance(R, Stacks) and quantizes(group, math.prod(R.runs[0][1])):
+        if isinstance(R, Stacks) and quantizes(group, math.prod(R.shapes[0][1])):
             for own, like in zip(state.states, R.items, strict=True):
                 zero_moments_(own, like)
             update_moments_(R.twin.flat, R.flat, state.states, group["betas"], group["eps"])
@@ -173,7 +171,7 @@ def each(
         found.append(projections(p.grad, own, group))
     both: tuple[list[Stacks | None], list[Stacks | None]] = ([], [])
     at = 0
-    for count, _ in G.runs:
+    for count, _ in G.shapes:
         for stacks, side in zip(both, zip(*found[at : at + count], strict=True), strict=True):
             stacks.append(None if side[0] is None else Stacks.of(side))
         at += count

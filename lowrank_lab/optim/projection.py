@@ -27,6 +27,7 @@ from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
+from lowrank_lab.optim.found_inf import found_inf, zero_if_off_
 from lowrank_lab.optim.matrix_updates import each
 from lowrank_lab.optim.stacks import Stacks, Weights, project_stacks
 from lowrank_lab.optim.subspaces import (
@@ -79,7 +80,7 @@ def refresh_together_(optimizer: ProjectedAdamW, group: dict[str, Any]) -> None:
             None if Ps[0] is None else torch.stack(Ps)
             for Ps in zip(*map(load_projections, states), strict=True)
         ]
-        G = torch.stack([p.grad for p in same if p.grad is not None])
+        G = zero_if_off_(torch.stack([p.grad for p in same if p.grad is not None]))
         new = new_projections(G, (old[0], old[1]), states[0]["step"], group)
         for i, p in enumerate(same):  # copies: a view would keep, and save, the whole stack
             left, right = (None if P is None else P[i].clone() for P in new)
@@ -144,7 +145,12 @@ def refresh_on(G: Tensor, group: dict[str, Any]) -> str:
 
 
 def require_finite(projections: Projections) -> None:
-    """Raise LinAlgError if projections aren't finite: a GPU's solvers may not have failed."""
+    """Raise LinAlgError if projections aren't finite: a GPU's solvers may not have failed.
+
+    Where a flag guards the update, gradients are finite or unused: the host doesn't wait.
+    """
+    if found_inf() is not None:
+        return
     for P in projections:
         if P is not None and not value_of(P.isfinite().all(), usually=True):
             shape = tuple(P.shape)

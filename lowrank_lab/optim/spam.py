@@ -19,6 +19,7 @@ from lowrank_lab.optim.adam import adam_update_
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
+from lowrank_lab.optim.found_inf import decay_, zero_
 from lowrank_lab.optim.matrix_updates import SEED_STRIDE
 from lowrank_lab.optim.stacks import Stacks, moments_of, tensors_of
 from lowrank_lab.optim.state_bytes import Weight
@@ -115,7 +116,7 @@ class Spam(UniformAdam):
         w, g = (W, G) if entries is None else (W[entries], G[entries])
         ms, vs = moments_of(state, w)
         if resets and entries is None:
-            torch._foreach_zero_([*ms, *vs])
+            zero_([*ms, *vs])
         if group["threshold"] > 0 and since_reset >= group["grad_accu_steps"]:
             g = _clipped(g, vs, group["threshold"])
         if t >= group["update_proj_gap"]:
@@ -123,7 +124,7 @@ class Spam(UniformAdam):
         ws, gs = tensors_of(w), tensors_of(g)
         adam_update_(ws, gs, ms, vs, step_size=step_size, betas=group["betas"], eps=group["eps"])
         if group["weight_decay"] > 0:
-            torch._foreach_mul_(ws, 1.0 - group["lr"] * group["weight_decay"])
+            decay_(ws, group["lr"] * group["weight_decay"])
         if entries is not None:
             W.index_put_(entries, w)
 
@@ -139,7 +140,7 @@ class Spam(UniformAdam):
             state["mask"] = random_mask(W, density, seed=SEED_STRIDE * index + state["step"])
             if old is not None:
                 for name in ("exp_avg", "exp_avg_sq"):
-                    _move_(state[name], old, state["mask"])
+                    state[name] = _moved(state[name], old, state["mask"])
         return _where(state["mask"], density)
 
 
@@ -147,7 +148,7 @@ def _clipped(g: Tensor | Stacks, vs: list[Tensor], threshold: float) -> Tensor |
     """`clip_spikes` of a gradient, or of all of a stack at once."""
     if isinstance(g, Tensor):
         return clip_spikes(g, vs[0], threshold)
-    return Stacks(g.runs, clip_spikes(g.flat, Stacks.of(vs).flat, threshold))
+    return Stacks(g.shapes, clip_spikes(g.flat, Stacks.of(vs).flat, threshold))
 
 
 def clip_spikes(g: Tensor, exp_avg_sq: Tensor, threshold: float) -> Tensor:
@@ -185,12 +186,12 @@ def _where(mask: Tensor, density: float) -> Entries:
     return at.unbind(1)
 
 
-def _move_(moment: Tensor, old: Tensor, new: Tensor) -> None:
-    """Move a moment (k) from the old mask's entries to the new mask's; 0 for new entries."""
+def _moved(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """A moment (k) of the old mask's entries, for those of the new mask; 0 for new entries."""
     size = moment.numel()
     dense = torch.zeros(old.shape, dtype=moment.dtype, device=moment.device)
     dense[torch.nonzero_static(old, size=size).unbind(1)] = moment
-    moment.copy_(dense[torch.nonzero_static(new, size=size).unbind(1)])
+    return dense[torch.nonzero_static(new, size=size).unbind(1)]
 
 
 def spam_states(w: Weight, config: ResolvedConfig) -> int:

@@ -16,7 +16,8 @@ from lowrank_lab.optim.adam import adam_update_, restart_adam_
 from lowrank_lab.optim.channels import tensors_in
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
-from lowrank_lab.optim.stacks import Matrices, moments_of, tensors_of
+from lowrank_lab.optim.found_inf import decay_
+from lowrank_lab.optim.stacks import Matrices, StackedStates, State, moments_of, tensors_of
 from lowrank_lab.optim.state_bytes import SCALAR, Weight
 from lowrank_lab.optim.uniform import UniformAdam
 
@@ -91,56 +92,56 @@ class StableSpam(UniformAdam):
         return super()._advanced_state(p, group)
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
-        scalars = self._scalars(state, G)
-        g = clip_and_normalize(G, scalars, state["step"] + 1, group, self.placement)
+        g = clip_and_normalize(G, state, state["step"] + 1, group, self.placement)
         ws, gs, (ms, vs) = tensors_of(W), tensors_of(g), moments_of(state, W)
         if group["weight_decay"] > 0:
-            torch._foreach_mul_(ws, 1.0 - group["lr"] * group["weight_decay"])
+            decay_(ws, group["lr"] * group["weight_decay"])
         # W ← W − lr · m̂ / (√v̂ + ε) = W − lr · √w₂/w₁ · m / (√v + ε·√w₂)
         eps = group["eps"] * math.sqrt(state["exp_avg_sq_weight"])
         adam_update_(ws, gs, ms, vs, step_size=step_size, betas=group["betas"], eps=eps)
 
-    @staticmethod
-    def _scalars(state: dict[str, Any], G: Matrices) -> tuple[Tensor, Tensor, Tensor]:
-        """The averages of max|g|, ‖g‖ and ‖g‖²; zeros are created at first use."""
-        if AVERAGES[0] not in state:
-            wide = torch.promote_types(G.dtype, torch.float32)
-            shape = () if isinstance(G, Tensor) else (len(G.tensors),)
-            for name in AVERAGES:
-                state[name] = torch.zeros(shape, dtype=wide, device=tensors_of(G)[0].device)
-        peak, norm, norm_sq = (state[name] for name in AVERAGES)
-        return peak, norm, norm_sq
-
 
 def clip_and_normalize(
     G: Matrices,
-    scalars: tuple[Tensor, Tensor, Tensor],
+    state: State | StackedStates,
     T: int,
     group: dict[str, Any],
     placement: Placement = REPLICATED,
 ) -> Matrices:
-    """AdaClip and AdaGN of a gradient, shaped like G; their moving averages are updated in place.
+    """AdaClip and AdaGN of a gradient, shaped like G; its moving averages are replaced.
 
     Args:
         G: the gradient, of any shape, not changed; or stacks of them, whose buffer is changed.
-        scalars: the moving averages m, n, s of max|g|, ‖g‖ and ‖g‖²; of stacks, vectors.
+        state: has the moving averages m, n, s of max|g|, ‖g‖ and ‖g‖², zeros at first.
         T: the number of this step, from 1, for their bias corrections.
         group: has gamma1, gamma2, theta and eps.
         placement: of the gradient, if G is a local shard.
     """
-    m, n, s = scalars
+    m, n, s = _averages(state, G)
     gamma1, gamma2, theta = group["gamma1"], group["gamma2"], group["theta"]
     tiny = torch.finfo(m.dtype).tiny
     # AdaClip: m ← θm + (1−θ) max|g|;  m̂ = m / (1 − θᵀ);  g ← g · m̂ / max|g| where |g| > m̂
     each = tensors_in(G, m.dtype)
     peak = placement.all_reduce_max_(each.largest())
-    m_hat = m.lerp_(peak, 1 - theta) / (1 - theta**T)
-    each.scale_larger_(m_hat, m_hat / peak.clamp(min=tiny))
+    m = m.lerp(peak, 1 - theta)
+    m_hat = m / (1 - theta**T)
+    each.scale_larger_(m_hat, m_hat / peak)  # of a zero gradient, nothing is larger
     # AdaGN: n ← γ₁n + (1−γ₁)‖g‖;  s ← γ₂s + (1−γ₂)‖g‖²;  g ← g/‖g‖ · n̂ / (√ŝ + ε)
     norm = placement.global_norm(each.norm())
-    n_hat = n.lerp_(norm, 1 - gamma1) / (1 - gamma1**T)
-    s_hat = s.lerp_(norm.square(), 1 - gamma2) / (1 - gamma2**T)
+    n, s = n.lerp(norm, 1 - gamma1), s.lerp(norm.square(), 1 - gamma2)
+    n_hat, s_hat = n / (1 - gamma1**T), s / (1 - gamma2**T)
+    for name, average in zip(AVERAGES, (m, n, s), strict=True):
+        state[name] = average
     return each.scale_(n_hat / (s_hat.sqrt_() + group["eps"]) / norm.clamp(min=tiny))
+
+
+def _averages(state: State | StackedStates, G: Matrices) -> list[Tensor]:
+    """The averages of max|g|, ‖g‖ and ‖g‖²; zeros at first."""
+    if AVERAGES[0] in state:
+        return [state[name] for name in AVERAGES]
+    wide = torch.promote_types(G.dtype, torch.float32)
+    shape = () if isinstance(G, Tensor) else (len(G.tensors),)
+    return [torch.zeros(shape, dtype=wide, device=tensors_of(G)[0].device)] * len(AVERAGES)
 
 
 def stable_spam_states(w: Weight, config: ResolvedConfig) -> int:

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.optim.adam import MOMENTS, adam_moments, old_if_off, zero_if_off_
+from lowrank_lab.optim.adam import MOMENTS, adam_moments
+from lowrank_lab.optim.found_inf import add_
 
 STACK_BYTES = 512 * 2**20  # of gradients that are copied at a time
-Run = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
+StackShape = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
 State = dict[str, Any]
 
 
 class Stacks:
-    """Tensors of one dtype in one buffer, in runs of equal shape.
+    """Tensors of one dtype in one buffer, a stack (k×m×n) of those of each shape.
 
     Attributes:
-        runs: number and shape of the tensors of each run.
+        shapes: number and shape of the tensors of each stack.
         tensors: the tensors that were stacked, or views of a buffer that was given.
         twin: a second buffer of the same layout, for Adam's direction; set by `with_zero_twin`.
     """
@@ -35,21 +36,21 @@ class Stacks:
     _pair: Tensor
 
     def __init__(
-        self, runs: list[Run], flat: Tensor | None = None, tensors: Sequence[Tensor] = ()
+        self, shapes: list[StackShape], flat: Tensor | None = None, tensors: Sequence[Tensor] = ()
     ) -> None:
-        self.runs, self._flat, self._tensors = runs, flat, list(tensors)
+        self.shapes, self._flat, self._tensors = shapes, flat, list(tensors)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Stacks:
         """Stacks of these tensors, copied when their buffer is first used."""
-        return cls(runs_of(tensors), None, tensors)
+        return cls(stack_shapes(tensors), None, tensors)
 
     @classmethod
-    def with_zero_twin(cls, runs: list[Run], like: Tensor, dtype: torch.dtype) -> Stacks:
+    def with_zero_twin(cls, shapes: list[StackShape], like: Tensor, dtype: torch.dtype) -> Stacks:
         """Stacks of zeros with a twin of zeros."""
-        pair = torch.zeros((2, sum(sizes_of(runs))), dtype=dtype, device=like.device)
-        stacks = cls(runs, pair[0])
-        stacks.twin, stacks._pair = cls(runs, pair[1]), pair
+        pair = torch.zeros((2, sum(sizes_of(shapes))), dtype=dtype, device=like.device)
+        stacks = cls(shapes, pair[0])
+        stacks.twin, stacks._pair = cls(shapes, pair[1]), pair
         return stacks
 
     @property
@@ -70,8 +71,8 @@ class Stacks:
 
     @property
     def blocks(self) -> list[Tensor]:
-        """The stack of each run, views of the buffer."""
-        return blocks_of(self.flat, self.runs)
+        """The stacks, views of the buffer."""
+        return blocks_of(self.flat, self.shapes)
 
     @property
     def items(self) -> list[Tensor]:
@@ -113,8 +114,7 @@ class Weights:
                     block.baddbmm_(X, Y, alpha=alpha / self.factor)
             self.factor = alpha if self.factor is None else self.factor
         if self.factor is not None:
-            zero_if_off_(self.G.flat)
-            torch._foreach_add_(self.tensors, self.G.items, alpha=self.factor)
+            add_(self.tensors, self.G.items, self.factor)
 
 
 class StackedStates:
@@ -123,6 +123,7 @@ class StackedStates:
     def __init__(self, states: list[State]) -> None:
         self.states = states
         self._vectors: dict[str, Tensor] = {}
+        self._new: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.states[0] or name in self._vectors
@@ -139,41 +140,34 @@ class StackedStates:
         return self._vectors[name]
 
     def __setitem__(self, name: str, vector: Tensor) -> None:
-        self._vectors[name] = vector
+        self._vectors[name] = self._new[name] = vector
 
     def store_(self) -> None:
-        """Write the vectors, changed or not, into the states."""
-        there: list[tuple[Tensor, Tensor]] = []
-        for name, vector in self._vectors.items():
+        """Put the new vectors into the states, each an entry of it, without a copy."""
+        for name, vector in self._new.items():
             for state, value in zip(self.states, vector.unbind(), strict=True):
-                if name in state:
-                    there.append((state[name], value))
-                else:
-                    state[name] = value.clone()
-        if there:
-            old, new = (list(both) for both in zip(*there, strict=True))
-            torch._foreach_copy_(old, old_if_off(new, old))
+                state[name] = value
 
 
-Sides = list[Tensor | None]  # the projections of one side, a stack (k×m×r) for each run
+Sides = list[Tensor | None]  # the projections of one side, a stack (k×m×r) for each
 Projections = tuple[Tensor | None, Tensor | None]
 Matrices = Tensor | Stacks
 
 
-def runs_of(tensors: Iterable[Tensor]) -> list[Run]:
+def stack_shapes(tensors: Iterable[Tensor]) -> list[StackShape]:
     """Number and shape of consecutive tensors with equal shapes."""
     return [(len(list(same)), shape) for shape, same in groupby(tuple(t.shape) for t in tensors)]
 
 
-def sizes_of(runs: list[Run]) -> list[int]:
-    """Entries of each run."""
-    return [count * math.prod(shape) for count, shape in runs]
+def sizes_of(shapes: list[StackShape]) -> list[int]:
+    """Entries of each stack."""
+    return [count * math.prod(shape) for count, shape in shapes]
 
 
-def blocks_of(flat: Tensor, runs: list[Run]) -> list[Tensor]:
-    """Views of a buffer, a stack for each run."""
-    parts = torch.split(flat, sizes_of(runs))
-    return [part.view(n, *shape) for part, (n, shape) in zip(parts, runs, strict=True)]
+def blocks_of(flat: Tensor, shapes: list[StackShape]) -> list[Tensor]:
+    """Views of a buffer, one for each stack."""
+    parts = torch.split(flat, sizes_of(shapes))
+    return [part.view(n, *shape) for part, (n, shape) in zip(parts, shapes, strict=True)]
 
 
 def gather_(*stacks: Stacks) -> None:
@@ -182,7 +176,7 @@ def gather_(*stacks: Stacks) -> None:
     for dtype in {s.tensors[0].dtype: None for s in waiting}:
         same = [s for s in waiting if s.tensors[0].dtype == dtype]
         flat = torch.cat([t.flatten() for s in same for t in s.tensors])
-        sizes = [sum(sizes_of(s.runs)) for s in same]
+        sizes = [sum(sizes_of(s.shapes)) for s in same]
         for s, part in zip(same, torch.split(flat, sizes), strict=True):
             s._flat = part
 
@@ -200,16 +194,16 @@ def moments_of(state: State | StackedStates, like: Matrices) -> tuple[list[Tenso
 
 
 def project_stacks(G: Stacks, left: Sides, right: Sides, dtype: torch.dtype) -> Stacks:
-    """Lᵀ G, G R or Lᵀ G R of each run, in that dtype, with a twin for Adam's direction."""
+    """Lᵀ G, G R or Lᵀ G R of each stack, in that dtype, with a twin for Adam's direction."""
     sides = list(zip(left, right, strict=True))
-    runs: list[Run] = [
+    shapes: list[StackShape] = [
         (count, (m if L is None else L.shape[-1], n if R is None else R.shape[-1]))
-        for (count, (m, n)), (L, R) in zip(G.runs, sides, strict=True)
+        for (count, (m, n)), (L, R) in zip(G.shapes, sides, strict=True)
     ]
-    projected = Stacks.with_zero_twin(runs, G.flat, dtype)
+    projected = Stacks.with_zero_twin(shapes, G.flat, dtype)
     same = dtype == G.flat.dtype
     rounded = torch.empty_like(projected.flat, dtype=G.flat.dtype)
-    outputs = projected if same else Stacks(runs, rounded)
+    outputs = projected if same else Stacks(shapes, rounded)
     for block, (L, R), out in zip(G.blocks, sides, outputs.blocks, strict=True):
         if L is not None:
             block = torch.bmm(L.mT, block, out=out if R is None else None)

@@ -25,7 +25,7 @@ from lowrank_lab.memory.breakdown import persistent
 from lowrank_lab.memory.hidden import CUDA_KERNELS, LAPACK, cublas_bytes
 from lowrank_lab.memory.tracker import Tracker
 from lowrank_lab.planning.memory_report import MemoryReport
-from lowrank_lab.training.step import CLOCKS, set_clock_
+from lowrank_lab.training.kinds import CLOCKS, set_clock_
 
 CUDA_BLOCK = 512  # bytes: CUDA's caching allocator rounds up to a multiple of it
 

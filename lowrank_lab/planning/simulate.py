@@ -41,15 +41,10 @@ from lowrank_lab.planning.fsdp import (
 from lowrank_lab.planning.memory_report import MemoryReport
 from lowrank_lab.planning.own_model import AnyOptimizer, Loss, on_cuda, simulate_model
 from lowrank_lab.training.fsdp import ShardedModel
+from lowrank_lab.training.gradients import Batch, PerLayerUpdates
+from lowrank_lab.training.kinds import kind_of, periods, set_clock_
 from lowrank_lab.training.schedule import warm_start
-from lowrank_lab.training.step import (
-    Batch,
-    PerLayerUpdates,
-    kind_of,
-    periods,
-    set_clock_,
-    take_step_,
-)
+from lowrank_lab.training.step import take_step_
 
 
 def simulate(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import embedding_bytes
-from lowrank_lab.paths import located
+from lowrank_lab.paths import data_folder, located
 from lowrank_lab.runs.kept import RUNS, KeptRecords, kept_run, open_study
 from lowrank_lab.runs.records import FolderRecords
 
@@ -267,11 +267,12 @@ def find_runs(folder: Path | str) -> list[Run]:
 
     Both run folders and kept studies are searched; hidden folders are skipped.
     """
-    folder = runs_folder(folder)
+    given, folder = folder, runs_folder(folder)
     if not folder.is_dir():
         if kept_run(folder) is not None:
             return [Run(folder)]
-        raise InputError("folder", str(folder), "there is no such folder")
+        places = "" if Path(given).is_absolute() else f", here or in {data_folder()}"
+        raise InputError("folder", str(given), f"there is no such folder{places}")
     found = {path.parent for path in folder.rglob("config.json")}
     found |= {
         path.parent / run for path in folder.rglob(RUNS) for run in open_study(path.parent).runs

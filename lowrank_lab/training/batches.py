@@ -8,7 +8,7 @@ from torch import Tensor
 from lowrank_lab import distributed
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
-from lowrank_lab.training.step import Batch
+from lowrank_lab.training.gradients import Batch
 
 
 class Batches:

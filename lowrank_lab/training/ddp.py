@@ -6,8 +6,8 @@ events and optimizers do not depend on the wrapper.
 
 Gradients are views of DDP's buckets, which stay allocated between steps. After the first backward
 pass, torch arranges the buckets anew, in the order in which gradients were computed. That pass is
-run in advance (`step.replicate`), so that a resumed run adds the same numbers in the same order as
-one that was not interrupted.
+run in advance (`gradients.replicate`), so that a resumed run adds the same numbers in the same
+order as one that was not interrupted.
 
 Two cases average their gradients after the backward pass instead (`distributed.all_reduce_mean_`):
 updates per layer, which free each gradient at once, and warm starts, which change what is trained.

@@ -17,7 +17,7 @@ from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.data.splits import Split
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.techniques.states import switching
-from lowrank_lab.training.step import autocast
+from lowrank_lab.training.gradients import autocast
 
 COPIES = 8  # sequences of the copying probe
 

@@ -7,15 +7,18 @@ it off: `found_inf`, the attribute that torch's GradScaler sets on fused optimiz
 then change nothing, step counts included. The host reads the numbers while the device updates, and
 before the step's events: a run's records are the same either way.
 
-Only an optimizer that knows the flag can be turned off on the device: fused ones of torch, and this
-package's (`ProjectedAdamW.can_skip`) between two refreshes. All others wait for the numbers as on a
-CPU (Muon, 8-bit moments, an optimizer by import path that isn't fused, DTensors): copies of weights
-and states to undo an update with would double their memory.
+The optimizers of this package and torch's fused ones know the flag, in every kind of step. What
+they don't change in place the host takes back: entries of states that were replaced or added,
+Python numbers among them. All other steps wait for the numbers before the update, as on a CPU:
+8-bit moments of torchao, optimizers by import path that aren't fused, updates per layer, shards
+(`parallel` fsdp2), and steps whose gradients are recorded as spectra. Within an update, the host
+waits only for torch's decompositions: eigenvalues at a refresh, singular values at LORO's exact
+steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,29 +27,60 @@ from torch import Tensor
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.optim import ProjectedAdamW
+from lowrank_lab.optim.muon import Muon
 from lowrank_lab.techniques.states import unwrapped
+from lowrank_lab.training.clock import HostMark
+
+Values = tuple[float, float]  # loss and gradient norm
 
 
-class StepNumbers:
-    """Loss and gradient norm of a step, on their way to the host.
+class NotFiniteStepError(ArithmeticError):
+    """A step whose loss or gradient norm isn't finite, after which the run can't go on."""
+
+
+class FiniteCheck:
+    """Loss and gradient norm of each step, on their way to the host, and their flag on the device.
 
     Args:
-        loss, norm: 0-dimensional, on one device.
-
-    Attributes:
-        on_host: loss and norm in float32, to be read after the work queued here is done.
+        read: gets both (0-dimensional, float32) on the host, to be read when the mark of `ready` is
+            reached. Returns their values, or None if one isn't finite and the step is skipped.
+        ready: marks the point at which both are computed and copied.
     """
 
-    def __init__(self, loss: Tensor, norm: Tensor) -> None:
-        self._numbers = torch.stack([loss.float(), norm.float()])
-        host = self._numbers
-        if host.is_cuda:
-            host = torch.empty(2, pin_memory=True).copy_(host, non_blocking=True)
-        self.on_host = (host[0], host[1])
+    def __init__(
+        self, read: Callable[[Tensor, Tensor], Values | None], ready: Callable[[], Any] = HostMark
+    ) -> None:
+        self._read, self._ready = read, ready
+        self._flag: tuple[Tensor, Tensor] | None = None  # 0 as long as all steps were finite; 1
+
+    def start(self, loss: Tensor, norm: Tensor) -> None:
+        """Queue the copies to the host."""
+        self._numbers = [loss.float(), norm.float()]
+        self._on_host = [
+            torch.empty((), pin_memory=True).copy_(t, non_blocking=True) if t.is_cuda else t
+            for t in self._numbers
+        ]
+        self._ready()
 
     def found_inf(self) -> Tensor:
-        """1 if one of them isn't finite, else 0 (0-dimensional float32, on the device)."""
-        return self._numbers.isfinite().all().logical_not().float()
+        """1 if a number of this step isn't finite, else 0 (0-dimensional float32)."""
+        if self._flag is None:
+            zero, one = torch.arange(2.0, device=self._numbers[0].device)
+            self._flag = zero, one
+        found, one = self._flag
+        # One kernel, in which numbers are multiplied by 1.
+        torch._amp_foreach_non_finite_check_and_unscale_(self._numbers, found, one)
+        return found
+
+    def values(self) -> Values | None:
+        """What `read` returns of this step; its errors are passed on."""
+        values: Values | None = None
+        try:
+            values = self._read(self._on_host[0], self._on_host[1])
+        finally:
+            if values is None:
+                self._flag = None  # it may be 1
+        return values
 
 
 def checks_on_device(optimizer: torch.optim.Optimizer, loss: Tensor) -> bool:
@@ -55,17 +89,28 @@ def checks_on_device(optimizer: torch.optim.Optimizer, loss: Tensor) -> bool:
 
 
 def _knows_flag(optimizer: torch.optim.Optimizer) -> bool:
-    if isinstance(optimizer, ProjectedAdamW):
-        return optimizer.can_skip()
-    if isinstance(optimizer, torch.optim.SGD) and not optimizer.state:
-        return False  # a first step that is off leaves memory that nothing has written as momenta
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+    ours = isinstance(optimizer, ProjectedAdamW | Muon)
+    return ours or getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-def numbers_of(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """States and the Python numbers in them, which the device can't leave as they are."""
-    states = [s for s in optimizer.state.values() if isinstance(s, dict)]
-    return [(s, {k: v for k, v in s.items() if not isinstance(v, Tensor)}) for s in states]
+class StatesBefore:
+    """The states of an optimizer before a step that may have to be taken back, without copies."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._states = {
+            p: (state, dict(state))
+            for p, state in optimizer.state.items()
+            if isinstance(state, dict)
+        }
+
+    def restore_(self) -> None:
+        """Take back what a step that was off has replaced or added."""
+        for p in [p for p in self._optimizer.state if p not in self._states]:
+            del self._optimizer.state[p]
+        for state, before in self._states.values():
+            state.clear()
+            state.update(before)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from lowrank_lab.cpu.onednn_matmul import fast_products
 from lowrank_lab.paths import data_folder
 from lowrank_lab.runs.files import locked
 from lowrank_lab.runs.run import Run
+from lowrank_lab.training.errors import Terminated, TrainingError
 from lowrank_lab.training.extend import as_extension, begin_extension
 from lowrank_lab.training.monitor import asked_to_stop
 from lowrank_lab.training.preflight import check, device_of, is_finished
@@ -23,7 +24,7 @@ from lowrank_lab.training.trackers import (
     TrackerBuilder,
     tracker_builders,
 )
-from lowrank_lab.training.trainer import Terminated, Trainer, TrainingError
+from lowrank_lab.training.trainer import Trainer
 
 OnStep = Callable[[dict[str, Any]], None]  # gets each row of metrics.jsonl
 

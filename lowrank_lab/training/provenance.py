@@ -20,8 +20,9 @@ TRAINING_SOURCES = (
     "config.py", "device.py", "distributed", "cpu/onednn_matmul.py", "kernels", "data", "models",
     "layers", "optim", "techniques", "methods", "training/batches.py", "training/ddp.py",
     "training/evaluate.py", "training/events.py", "training/extend.py", "training/finite.py",
-    "training/fsdp.py", "training/fsdp_layout.py", "training/fsdp_state.py", "training/loop.py",
-    "training/preflight.py", "training/schedule.py", "training/step.py", "training/trainer.py",
+    "training/fsdp.py", "training/fsdp_layout.py", "training/fsdp_state.py",
+    "training/gradients.py", "training/kinds.py", "training/loop.py", "training/preflight.py",
+    "training/run_state.py", "training/schedule.py", "training/step.py", "training/trainer.py",
 )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from lowrank_lab.data.corpus import Corpus
 from lowrank_lab.memory.breakdown import Breakdown
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.runs.files import append_jsonl, cut_jsonl, write_json
+from lowrank_lab.training.finite import Values
 from lowrank_lab.training.schedule import learning_rate
-from lowrank_lab.training.step import Values
 
 PROGRESS_SECONDS = 0.5  # between two versions of progress.json
 LARGEST_LOG = 700.0  # exp of more is no float

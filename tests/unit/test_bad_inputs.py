@@ -191,6 +191,17 @@ BAD = {
     "sample of nothing": ("sample {tmp}/folder", ["run", "folder", "config.json"]),
     "report on nothing": ("report {tmp}/folder", ["folder", "no runs"]),
     "report on no folder": ("report {tmp}/none", ["folder", "none", "no such folder"]),
+    "report on no folder here": (
+        "report no/such", ["folder: 'no/such' is", "no such folder, here or in"],
+    ),
+    "a value after a switch": (
+        "train --model tiny --compile false", ["compile: 'false' is", "--no-compile for false"],
+    ),
+    "a switch with a value": ("train --no-per-layer=yes", ["per_layer: 'yes' is", "--per-layer"]),
+    "a recovery beyond the next reset": (
+        "train --model tiny --corpus markov --steps 20 --reset-every 5",
+        ["recovery_steps: 10 is", "recovery_steps 5, or reset_every 10, is allowed"],
+    ),
     "study with a key twice": (
         "study {tmp}/studies/twice.yaml", ["twice.yaml, line 2 and line 4", "lr", "once"],
     ),

@@ -20,7 +20,8 @@ HEAVY = (
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
     "cpu/malloc.py", "memory", "paths.py", "analysis/spectra.py", "analysis/spectra_recorder.py",
-    "runs", "training/checkpoint.py", "training/clock.py", "training/monitor.py",
+    "runs", "training/checkpoint.py", "training/clock.py", "training/errors.py",
+    "training/monitor.py",
     "training/optimizer_state.py", "training/optimizer_trial.py", "training/outside.py",
     "training/peaks.py", "training/provenance.py", "training/random_state.py",
     "training/records.py", "training/trackers.py",

@@ -12,7 +12,8 @@ from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.techniques import reset_momentum_
 from lowrank_lab.training.checkpoint import load, save
-from lowrank_lab.training.step import gradients, update_
+from lowrank_lab.training.gradients import gradients
+from lowrank_lab.training.step import update_
 
 pytest.importorskip("torchao")
 COMPILERS = ("g++", "c++", "clang++")

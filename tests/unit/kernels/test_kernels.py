@@ -186,7 +186,7 @@ def test_the_scratch_memory_that_is_planned_is_what_the_kernels_need():
     for length, size in [(1, 16), (48, 32), (49, 64), (300, 128)]:
         for name, backward in (("forward", False), ("backward", True)):
             needed = getattr(library.library(), f"{name}_scratch")(length, size)
-            assert dispatch._scratch(length, size, backward) == needed
+            assert dispatch.attention_scratch(length, size, backward) == needed
 
 
 @pytest.mark.parametrize(
@@ -216,4 +216,4 @@ def test_a_tracker_sees_what_the_kernels_allocate():
     with Tracker(model, optimizer) as tracker:
         model.loss(tokens, tokens).backward()
     assert tracker.alive_bytes > 0
-    assert kernels.unfolded(torch.ops.lowrank_lab_cpu.attention.default) is not None
+    assert kernels.python_body(torch.ops.lowrank_lab_cpu.attention.default) is not None

@@ -1,5 +1,7 @@
 """The cache of compiled kernels: nothing in it can end a process or take the kernels away."""
 
+import os
+import time
 import tomllib
 
 import pytest
@@ -104,3 +106,40 @@ def test_a_run_records_which_kernels_it_has(there, name, monkeypatch):
     monkeypatch.setattr(provenance, "available", lambda: there)
     corpus = type("Corpus", (), {"facts": {"sha256": "0"}})
     assert provenance.ran_on(torch.device("cpu"), corpus)["kernels"] == name
+
+
+def aged(path, seconds):
+    """The path, last changed so many seconds ago."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+    return path
+
+
+def test_a_build_removes_what_killed_ones_left_and_the_libraries_used_least_recently(tmp_path):
+    libraries = [tmp_path / f"kernels-{i}-{i}.so" for i in range(made.KEPT + 3)]
+    for age, file in enumerate(libraries):
+        file.touch()
+        aged(file, age)
+    for name in ("building-a", "building-b", "tmp_old", "tmp_new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.o").touch()
+    others = [tmp_path / "notes", tmp_path / "tmp-file"]
+    others[0].mkdir()
+    others[1].touch()
+    for path in (tmp_path / "building-a", tmp_path / "tmp_old", *others):
+        aged(path, 2 * made.ABANDONED)
+    made._clean(tmp_path)
+    kept = {"building-b", "tmp_new", "notes", "tmp-file"}
+    kept |= {file.name for file in libraries[: made.KEPT - 1]}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_library_that_is_loaded_counts_as_used(cached):
+    aged(cached, 1000)
+    assert made._cached(cached.parent, stem_of(cached)) is not None
+    assert time.time() - cached.stat().st_mtime < 500
+
+
+def test_a_file_that_another_process_removes_meanwhile_is_no_fault(tmp_path):
+    assert made._last_use(tmp_path / "gone") == 0
+    made._clean(tmp_path / "gone")

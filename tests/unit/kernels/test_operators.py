@@ -85,3 +85,12 @@ def test_results_and_gradients_are_the_same_bits_on_any_number_of_threads(on_thr
         results.append([*outs, *torch.autograd.grad([out.square().sum() for out in outs], leaves)])
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+
+
+def test_swiglu_of_infinite_and_of_very_negative_numbers_is_that_of_torch():
+    values = [-math.inf, math.inf, -1e4, -104.0, -95.0, -88.1, -87.9, 90.0]
+    gate, up = torch.tensor(values).requires_grad_(), torch.full((8,), 2.0).requires_grad_()
+    ours, theirs = kernels.swiglu(gate, up), F.silu(gate) * up
+    mine, others = (torch.autograd.grad(y.sum(), (gate, up)) for y in (ours, theirs))
+    for a, b in zip((ours, *mine), (theirs, *others), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-36, equal_nan=True)

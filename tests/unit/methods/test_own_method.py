@@ -16,7 +16,8 @@ from lowrank_lab.methods.own import register_method
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import final_table
-from lowrank_lab.training.step import gradients, set_learning_rate, update_
+from lowrank_lab.training.gradients import gradients
+from lowrank_lab.training.step import set_learning_rate, update_
 
 STEPS = 16
 

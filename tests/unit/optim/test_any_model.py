@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from lowrank_lab import factorize, refactorize_, reset_momentum_
 from lowrank_lab.layers import FactorizedLinear, LowRankLinear
 from lowrank_lab.techniques import prune_moments_
-from lowrank_lab.training.step import PerLayerUpdates
+from lowrank_lab.training.gradients import PerLayerUpdates
 
 KINDS = ("low-rank", "lora", "sltrain")
 

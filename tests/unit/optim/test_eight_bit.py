@@ -426,3 +426,33 @@ def test_events_of_factors_follow_in_8_bits(on_refactor):
     assert is_quantized(optimizer.state[B]["exp_avg"])
     assert torch.equal(after, before) is (on_refactor == "keep")
     assert after.any().item() is (on_refactor != "reset")
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("method", PROJECTED)
+def test_a_step_that_the_device_turns_off_changes_no_code_and_no_weight(method, together):
+    params = [nn.Parameter(normal(160, 64, seed=i)) for i in range(3)]
+    keys = {"proj": "random"} if method is Apollo else {"refresh": "svd"}
+    groups = [{"params": params[:2], "rank": RANK, "update_proj_gap": 100, **keys}]
+    groups.append({"params": params[2:]})
+    optimizer = method(groups, lr=LR, state_precision="8bit")
+    take(params, optimizer, 0, 2)
+
+    def contents():
+        moments = [optimizer.state[p][name] for p in params for name in MOMENTS]
+        return [p.detach().clone() for p in params] + [
+            part.clone() for m in moments for part in (m.codes, m.scale)
+        ]
+
+    before = contents()
+    give(params, 2)
+    params[1].grad[3, 4] = params[2].grad[0, 0] = torch.nan
+    optimizer.found_inf = torch.ones(())
+    with cuda_path() if together else nullcontext():
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(), strict=True))
+    optimizer.found_inf = torch.zeros(())
+    give(params, 3)
+    with cuda_path() if together else nullcontext():
+        optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before[:3], contents(), strict=False))

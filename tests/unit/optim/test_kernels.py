@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.kernels import OPTIMIZERS, optimizer_kernels
+from benchmarks.kernels import OPTIMIZERS, step_kernels
 
 LIMITS = {"60m": 40, "350m": 80}
 
@@ -10,17 +10,30 @@ LIMITS = {"60m": 40, "350m": 80}
 @pytest.mark.parametrize("size", LIMITS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_with_nothing_due_launches_few_kernels_and_reads_no_value(name, size):
+    """The update and the check that can turn it off; of norm and clipping there are always few."""
     method, options = OPTIMIZERS[name]
-    count = optimizer_kernels(method, size, options)
-    assert 0 < count.total <= LIMITS[size], count.kernels
-    assert count.waits == 0
+    counts = step_kernels(method, size, options)
+    assert 0 < counts.check.total + counts.update.total <= LIMITS[size], counts.update.kernels
+    assert counts.norm.total < 10
+    assert not any(count.waits for count in counts)
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "stable-spam", "muon", "loro"])
+def test_weight_decay_adds_a_kernel_for_each_group(name):
+    method, options = OPTIMIZERS[name]
+    plain, decayed = (
+        step_kernels(method, "60m", options, weight_decay=decay).update.total for decay in (0, 0.1)
+    )
+    assert decayed <= plain + 2
 
 
 @pytest.mark.parametrize("method", ["galore", "fira", "apollo"])
 def test_moments_in_8_bits_of_all_matrices_are_coded_together(method):
     pytest.importorskip("torchao")
-    count = optimizer_kernels(method, "60m", {}, states="8bit")
-    one_by_one = optimizer_kernels(method, "60m", {}, states="8bit", stacked=False)
-    assert count.total < one_by_one.total / 8
-    assert count.kernels["bucketize"] <= 12
-    assert count.waits == 0
+    together, one_by_one = (
+        step_kernels(method, "60m", {}, stacked=stacked, state_precision="8bit").update
+        for stacked in (True, False)
+    )
+    assert together.total < one_by_one.total / 6
+    assert together.kernels["bucketize"] <= 12
+    assert together.waits == 0

@@ -154,12 +154,12 @@ def test_a_spike_of_a_million_hardly_changes_the_second_moments(method):
 
 def test_adagn_makes_the_norm_of_the_gradient_its_running_mean():
     chance = torch.Generator().manual_seed(3)
-    scalars, group = [torch.zeros(()) for _ in range(3)], StableSpam([torch.zeros(1)]).defaults
+    state, group = {}, StableSpam([torch.zeros(1)]).defaults
     for T in range(1, 50):
         G = torch.randn(50, generator=chance) * (1 + T % 5)
-        g = clip_and_normalize(G, scalars, T, group)
-        n = scalars[1] / (1 - 0.7**T)
-        s = scalars[2] / (1 - 0.9**T)
+        g = clip_and_normalize(G, state, T, group)
+        n = state["norm_average"] / (1 - 0.7**T)
+        s = state["norm_sq_average"] / (1 - 0.9**T)
         assert g.norm().item() == pytest.approx((n / s.sqrt()).item(), rel=1e-5)
         assert (g * G >= 0).all()
 

@@ -11,7 +11,7 @@ from lowrank_lab.methods.build import build
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.simulate import measure, simulate
-from lowrank_lab.training.step import kind_of
+from lowrank_lab.training.kinds import kind_of
 
 AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "projections")
 

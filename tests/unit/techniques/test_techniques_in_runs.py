@@ -11,8 +11,9 @@ from lowrank_lab.layers import FactorizedLinear, lora_layers
 from lowrank_lab.methods.build import build, partition
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.events import apply_
+from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.schedule import learning_rate
-from lowrank_lab.training.step import gradients, set_learning_rate, update_
+from lowrank_lab.training.step import set_learning_rate, update_
 
 LAYERS = [f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"]
 LAYERS += [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")]

@@ -13,7 +13,8 @@ from lowrank_lab.methods.build import build
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.checkpoint import all_checkpoints, load, save
-from lowrank_lab.training.step import gradients, update_
+from lowrank_lab.training.gradients import gradients
+from lowrank_lab.training.step import update_
 
 STEPS = 12
 

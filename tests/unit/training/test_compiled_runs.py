@@ -13,7 +13,7 @@ from lowrank_lab import METHODS, InputError, RunConfig
 from lowrank_lab.kernels import operators
 from lowrank_lab.models import compiled
 from lowrank_lab.runs.files import read_jsonl
-from lowrank_lab.training import trainer
+from lowrank_lab.training import run_state
 from lowrank_lab.training.loop import train
 
 # each layer kind, with all that its methods do to it, and a projected optimizer
@@ -118,11 +118,11 @@ class Untraceable(torch.nn.Linear):
 
 def test_a_layer_that_breaks_the_graph_is_refused_in_one_line(monkeypatch, text_corpus, tmp_path):
     def build(*args, **kwargs):
-        model, optimizer = trainer_build(*args, **kwargs)
+        model, optimizer = state_build(*args, **kwargs)
         model.model.layers[1].mlp.up_proj.__class__ = Untraceable
         return model, optimizer
 
-    trainer_build = trainer.build
-    monkeypatch.setattr(trainer, "build", build)
+    state_build = run_state.build
+    monkeypatch.setattr(run_state, "build", build)
     with pytest.raises(InputError, match=r"compile: True is not allowed; .*; False"):
         train(eventful(text_corpus, "full-rank", compile=True), tmp_path / "run")

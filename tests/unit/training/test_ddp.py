@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lowrank_lab import RunConfig
 from lowrank_lab.methods.build import build_model
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.training import ddp, step
+from lowrank_lab.training import ddp, gradients, step
 from lowrank_lab.training.peaks import PeakMemory
 
 SMALL = {"model": "tiny", "corpus": "markov", "batch": 4, "sequence_length": 8, "device": "cpu"}
@@ -17,7 +17,7 @@ SMALL = {"model": "tiny", "corpus": "markov", "batch": 4, "sequence_length": 8, 
 def one_process(tmp_path, monkeypatch):
     """A process group of one, in which DDP is used all the same."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    monkeypatch.setattr(step, "averages_in_backward", lambda config: True)
+    monkeypatch.setattr(gradients, "averages_in_backward", lambda config: True)
     yield
     dist.destroy_process_group()
 
@@ -37,14 +37,14 @@ def all_gradients(model):
 @pytest.mark.parametrize("method", ["full-rank", "low-rank", "lora", "sltrain"])
 def test_gradients_are_those_without_ddp(method, pieces):
     model, batches, config = parts(method, pieces)
-    expected = step.gradients(model, batches, config), all_gradients(model)
+    expected = gradients.gradients(model, batches, config), all_gradients(model)
     model.zero_grad(set_to_none=True)
     names = list(model.state_dict())
-    replicas = step.replicate(model, lambda: batches, config)
+    replicas = gradients.replicate(model, lambda: batches, config)
     assert list(model.state_dict()) == names
     assert all(p.grad is None for p in model.parameters())  # of the rehearsal
     for _ in range(2):
-        found = step.gradients(model, batches, config, replicas=replicas), all_gradients(model)
+        found = gradients.gradients(model, batches, config, replicas=replicas), all_gradients(model)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
         model.zero_grad(set_to_none=True)
 
@@ -52,12 +52,12 @@ def test_gradients_are_those_without_ddp(method, pieces):
 def test_buckets_are_allocated_once_and_count_as_gradients():
     model, batches, config = parts()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    replicas = step.replicate(model, lambda: batches, config)
+    replicas = gradients.replicate(model, lambda: batches, config)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     storages = {b.untyped_storage().data_ptr() for b in replicas.buckets}
     assert sum(b.untyped_storage().nbytes() for b in replicas.buckets) == trained
     for _ in range(2):
-        step.gradients(model, batches, config, replicas=replicas)
+        gradients.gradients(model, batches, config, replicas=replicas)
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         assert {g.untyped_storage().data_ptr() for g in grads} == storages
         model.zero_grad(set_to_none=True)
@@ -70,9 +70,9 @@ def test_buckets_are_allocated_once_and_count_as_gradients():
 def test_parameters_without_a_gradient_are_allowed():
     model, batches, config = parts()
     model.unused = torch.nn.Parameter(torch.ones(3))
-    replicas = step.replicate(model, lambda: batches, config)
+    replicas = gradients.replicate(model, lambda: batches, config)
     for _ in range(3):
-        step.gradients(model, batches, config, replicas=replicas)
+        gradients.gradients(model, batches, config, replicas=replicas)
         assert model.unused.grad is None
         assert model.lm_head.weight.grad is not None
         model.zero_grad(set_to_none=True)

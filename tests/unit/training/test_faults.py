@@ -24,6 +24,7 @@ from lowrank_lab import InputError, TrainingError, train
 from lowrank_lab.runs.files import locked, read_jsonl
 from lowrank_lab.runs.run import Run
 from lowrank_lab.training import checkpoint, trainer
+from lowrank_lab.training.errors import Terminated
 from lowrank_lab.training.monitor import ENOUGH, LossWatch, asked_to_stop
 
 
@@ -63,7 +64,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_as_if_undisturbed(tmp_path, undist
         if row["step"] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(trainer.Terminated, match="stopped after step 7;"):
+    with pytest.raises(Terminated, match="stopped after step 7;"):
         train(config, tmp_path, on_step=stop)
     assert_same(train(config, tmp_path), undisturbed(config))
 

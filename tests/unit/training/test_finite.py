@@ -1,6 +1,5 @@
 """A step that isn't finite changes nothing, and on CUDA's path the host reads that late."""
 
-import copy
 import math
 from contextlib import contextmanager
 
@@ -10,15 +9,34 @@ from interruptions import STEPS, assert_same, config_of, rows_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_lab import TrainingError, optim, train
+from lowrank_lab import TrainingError, train
 from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training import step as stepping
-from lowrank_lab.training.finite import StepNumbers, checks_on_device, numbers_of, off_where
+from lowrank_lab.training.finite import FiniteCheck, StatesBefore, checks_on_device, off_where
+from lowrank_lab.training.gradients import clip_
+from lowrank_lab.training.kinds import kind_of
+from lowrank_lab.training.schedule import events
 
 FUSED = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
-OURS = ["galore", "golore", "fira", "apollo", "apollo-mini", "spam", "stable-spam", "loro"]
+OURS = [
+    "galore", "golore", "fira", "apollo", "apollo-mini", "spam", "stable-spam", "loro", "muon",
+]  # fmt: skip
+VARIANTS = {
+    "decay": {"weight_decay": 0.1},
+    "random rounding": {"precision": "bf16", "stochastic_rounding": True, "weight_decay": 0.1},
+    "float32 averages": {"precision": "bf16", "state_precision": "fp32"},
+}
+PRECISE = ["galore", "golore", "fira", "apollo", "apollo-mini"]  # they have the last two
+
+
+def variants():
+    """Methods with further fields of a run."""
+    yield from (pytest.param(name, {}, id=name) for name in (*FUSED, *OURS))
+    for label, values in VARIANTS.items():
+        for name in OURS if label == "decay" else PRECISE:
+            yield pytest.param(name, values, id=f"{name}, {label}")
 
 
 def spoiled(monkeypatch, steps, where):
@@ -66,8 +84,8 @@ def late_and_not(monkeypatch, folder, config, bad, where):
     [*((n, "gradient") for n in (*FUSED, *OURS)), ("low-rank", "loss"), ("lora", "overflow")],
 )
 def test_the_device_skips_what_the_host_would_skip(method, where, tmp_path, monkeypatch):
-    # Two in a row, one before events, one before a checkpoint, and the last one.
-    bad = {2, 3, 6, 7, 8, 12, STEPS}
+    # The first, two in a row, one before events, refreshes, one before a checkpoint, and the last.
+    bad = {1, 3, 4, 5, 8, 9, 12, STEPS}
     options = {"method_options": {"merge_every": 6}} if method == "relora" else {}
     config = config_of(method, on_nonfinite="skip", checkpoint_every=8, **options)
     runs = late_and_not(monkeypatch, tmp_path, config, bad, where)
@@ -121,12 +139,14 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", [*FUSED, *OURS])
-def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method):
-    config = resolve(config_of(method, clip=1.0))
+@pytest.mark.parametrize(("method", "values"), [*variants()])
+def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method, values):
+    """Of any kind of step: the first, refreshes, exact steps and resets of SPAM among them."""
+    config = resolve(config_of(method, clip=1.0, **values))
     model, optimizer = build(config)
     tokens = torch.zeros(2, config.sequence_length, dtype=torch.long)
     found, real_step = [], optimizer.step
+    kinds = set()
 
     def step():
         real_step()
@@ -137,17 +157,16 @@ def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method):
         return loss.item(), norm.item()
 
     optimizer.step = step
-    for at in range(3):  # of the third, nothing is due
-        found.clear()
-        with cuda_path(), HostReads(found):
-            stepping.take_step_(
-                model, optimizer, [(tokens, tokens)], config, at, check=check,
-                ready=lambda: found.append("ready"),
-            )  # fmt: skip
     reads = ["_local_scalar_dense"] * 2  # of two numbers that are on the host already
-    events = found[5:]  # a refactorization follows the third step of some
-    assert found[:5] == ["ready", "update", "check", *reads]
-    assert not events or config.refactor_every
+    finite = FiniteCheck(check, lambda: found.append("ready"))
+    for at in range(9):
+        found.clear()
+        kinds.add(kind_of(config, at))
+        with cuda_path(), HostReads(found):
+            stepping.take_step_(model, optimizer, [(tokens, tokens)], config, at, check=finite)
+        assert found[:5] == ["ready", "update", "check", *reads]
+        assert not found[5:] or events(at + 1, config)  # a refactorization reads
+    assert {"first", "next"} <= kinds
 
 
 @pytest.mark.parametrize("method", FUSED)
@@ -158,8 +177,9 @@ def test_a_step_without_values_is_queued_whole(method):
     model.to("meta")
     for p in model.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
-    numbers = StepNumbers(*torch.empty(2, device="meta"))
-    with off_where(optimizer, numbers.found_inf()):
+    finite = FiniteCheck(lambda *_: None)
+    finite.start(*torch.empty(2, device="meta"))
+    with off_where(optimizer, finite.found_inf()):
         optimizer.step()
 
 
@@ -178,23 +198,28 @@ def test_optimizers_that_do_not_know_the_flag_wait(optimizer, known):
         assert checks_on_device(made, torch.zeros(())) == known
 
 
-def test_momenta_that_torch_does_not_fill_in_a_skipped_step_are_not_made_in_one():
+def test_momenta_that_torch_does_not_fill_in_a_skipped_step_are_dropped():
     p = nn.Parameter(torch.ones(4))
-    p.grad = torch.ones(4)
+    p.grad = torch.full((4,), math.nan)
     optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True)
-    with cuda_path():
-        assert not checks_on_device(optimizer, torch.zeros(()))
+    before = StatesBefore(optimizer)
+    with off_where(optimizer, torch.ones(())):
         optimizer.step()
-        assert checks_on_device(optimizer, torch.zeros(()))
+    before.restore_()
+    assert not optimizer.state
+    assert torch.equal(p, torch.ones(4))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_flag_is_one_for_any_number_that_is_not_finite(value, which):
-    numbers = torch.ones(2, dtype=torch.bfloat16)
-    assert StepNumbers(*numbers).found_inf() == 0
-    numbers[which] = value
-    assert StepNumbers(*numbers).found_inf() == 1
+    finite = FiniteCheck(lambda *numbers: numbers if all(map(torch.isfinite, numbers)) else None)
+    for bad in (False, True, False):
+        numbers = torch.ones(2, dtype=torch.bfloat16)
+        numbers[which] = value if bad else 1.0
+        finite.start(*numbers)
+        assert finite.found_inf() == bad
+        assert finite.values() == (None if bad else (1, 1))
 
 
 def test_the_flag_is_gone_after_the_step():
@@ -209,55 +234,19 @@ def test_a_norm_without_clipping_leaves_the_gradients_as_they_are():
     p = nn.Parameter(torch.tensor([3.0, 4.0]))
     p.grad = torch.tensor([3.0, 4.0])
     given = p.grad
-    assert stepping.clip_([p, nn.Parameter(torch.ones(1))], 0.0) == 5
+    assert clip_([p, nn.Parameter(torch.ones(1))], 0.0) == 5
     assert given._version == 0
     assert torch.equal(given, torch.tensor([3.0, 4.0]))
-    assert stepping.clip_([p], 1.0) == 5
+    assert clip_([p], 1.0) == 5
     assert given.norm() == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "step", "known"),
-    [
-        ({}, 5, True),
-        ({}, 0, False),  # nothing is known of a first step
-        ({}, 8, False),  # a refresh
-        ({}, 7, False),  # the last step before one
-        ({"weight_decay": 0.1}, 5, False),
-        ({"stochastic_rounding": True}, 5, False),
-        ({"spread_refresh": True}, 5, False),
-    ],
-)
-def test_steps_that_do_more_than_update_wait(changes, step, known):
-    p = nn.Parameter(torch.ones(4, 4))
-    optimizer = optim.GaLore([{"params": [p], "rank": 2, "update_proj_gap": 4}])
-    optimizer.param_groups[0].update(changes)
-    for _ in range(step):
-        p.grad = torch.rand(4, 4)
-        optimizer.step()
+def test_a_run_that_stops_saves_the_states_of_its_last_good_step(tmp_path, monkeypatch):
+    """Python numbers among them, which the update that was off has advanced."""
     with cuda_path():
-        assert checks_on_device(optimizer, torch.zeros(())) == known
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("state_precision", ["same", "fp32"])
-@pytest.mark.parametrize("method", [optim.GaLore, optim.Fira, optim.Apollo])
-def test_a_step_that_is_off_keeps_every_bit(method, state_precision, count):
-    """Of one matrix, and of several in one stack; also of plain AdamW beside it."""
-    torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(6, 4).bfloat16()) for _ in range(count)]
-    plain = [nn.Parameter(torch.randn(5).bfloat16())]
-    groups = [{"params": params, "rank": 2, "update_proj_gap": 9}, {"params": plain}]
-    optimizer = method(groups, lr=0.1, state_precision=state_precision)
-    with cuda_path():
-        for at in range(3):
-            for p in (*params, *plain):
-                p.grad = torch.full_like(p, math.nan) if at == 2 else torch.randn_like(p)
-            before = copy.deepcopy((params, plain, list(optimizer.state.values())))
-            numbers = numbers_of(optimizer)
-            with off_where(optimizer, torch.tensor(float(at == 2))):
-                optimizer.step()
-    for state, old in numbers:
-        state.update(old)
-    after = (params, plain, list(optimizer.state.values()))
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
+        with monkeypatch.context() as patch:
+            spoiled(patch, {10}, "loss")
+            with pytest.raises(TrainingError):
+                train(config_of("galore", checkpoint_every=100), tmp_path / "stopped")
+        resumed = train(config_of("galore", checkpoint_every=100), tmp_path / "stopped")
+        assert_same(resumed, train(config_of("galore", checkpoint_every=100), tmp_path / "whole"))

@@ -11,7 +11,8 @@ from lowrank_lab import METHODS, InputError, RunConfig, load_runs, train
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.optim import Apollo, Fira, GaLore, Spam, StableSpam
-from lowrank_lab.training.step import PerLayerUpdates, gradients, set_learning_rate, update_
+from lowrank_lab.training.gradients import PerLayerUpdates, gradients
+from lowrank_lab.training.step import set_learning_rate, update_
 
 STEPS = 7
 RANKED = {"rank": 3, "update_proj_gap": 3}

@@ -1,0 +1,237 @@
+"""Halves of a block, and the head with its loss, in one kernel each: the formula in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank_lab.config import SIZES, Size
+from lowrank_lab.kernels import halves, head, library
+from lowrank_lab.kernels import operators as kernels
+from lowrank_lab.layers.replace import factorize
+from lowrank_lab.memory.modules import ModuleStack
+from lowrank_lab.models import fused
+from lowrank_lab.models.cross_entropy import linear_cross_entropy
+from lowrank_lab.models.llama import Block, Llama, rotary_tables
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+SMALL = Size(32, 48, 2, 1, 64)
+OPERATORS = ("self_attention", "mlp")
+
+
+def block_of(size, seed=0):
+    torch.manual_seed(seed)
+    block = Block(size)
+    for p in block.parameters():
+        nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)
+    return block
+
+
+def run(block, x):
+    """The block's result, and the gradients of all parameters and of x."""
+    size = block.self_attn.head_size
+    cos, sin = (t.to(x.dtype) for t in rotary_tables(x.shape[1], size))
+    out = block(x, cos, sin)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(x.dtype)
+    wanted = [x, *(p for p in block.parameters() if p.requires_grad)]
+    return [out.detach(), *torch.autograd.grad(out, wanted, upstream)]
+
+
+def calls_of(function):
+    """The kernels of halves that a function calls, in order."""
+    with torch.profiler.profile() as record:
+        function()
+    names = [event.name.partition("::")[2] for event in record.events()]
+    return tuple(name for name in names if name in OPERATORS)
+
+
+def error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (8, 6), (9, 7), (16, 50), (11, 97)])
+@pytest.mark.parametrize("size", [SMALL, Size(96, 16, 2, 1, 64), Size(64, 176, 4, 1, 64)])
+def test_a_block_is_the_formula_with_its_gradients(size, shape):
+    block, x = block_of(size), torch.randn(*shape, size.hidden_size).requires_grad_()
+    wide = copy.deepcopy(block).double()
+    expected = run(wide, x.detach().double().requires_grad_())
+    assert calls_of(lambda: run(block, x)) == OPERATORS
+    for found, exact in zip(run(block, x), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert error(found, exact) < 5e-6
+
+
+def test_an_input_with_any_strides_and_a_gradient_that_is_expanded():
+    block = block_of(SMALL)
+    x = torch.randn(5, 9, 32).transpose(0, 1).requires_grad_()
+    expected = run(copy.deepcopy(block).double(), x.detach().double().requires_grad_())
+    assert all(error(a, b) < 5e-6 for a, b in zip(run(block, x), expected, strict=True))
+    block(x, *rotary_tables(5, 16)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    block, x = block_of(SMALL), torch.randn(9, 21, 32).requires_grad_()
+    hidden, weight = torch.randn(333, 32).requires_grad_(), torch.randn(48, 32).requires_grad_()
+    targets = torch.arange(333) % 48
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2, 5, 11):
+        torch.set_num_threads(count)
+        loss = linear_cross_entropy(hidden, weight, targets)
+        results.append([*run(block, x), loss, *torch.autograd.grad(loss, [hidden, weight])])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_frozen_weights_get_no_gradient_and_change_no_other():
+    block, x = block_of(SMALL), torch.randn(8, 5, 32).requires_grad_()
+    expected = run(block, x)
+    frozen = [block.self_attn.q_proj.weight, block.mlp.down_proj.weight]
+    names = [i for i, p in enumerate(block.parameters()) if not any(p is f for f in frozen)]
+    for p in frozen:
+        p.requires_grad_(False)
+    kept = [expected[0], expected[1], *(expected[2 + i] for i in names)]
+    assert all(torch.equal(a, b) for a, b in zip(run(block, x), kept, strict=True))
+
+
+def test_one_NaN_stays_in_its_sequence():
+    block, x = block_of(SMALL), torch.randn(8, 5, 32)
+    x[3, 2, 7] = torch.nan
+    out = block(x, *rotary_tables(5, 16))
+    assert out[3, 2:].isnan().all()
+    assert out[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+
+
+def with_bias(block):
+    block.mlp.up_proj = nn.Linear(32, 48)
+    block.self_attn.o_proj = nn.Linear(32, 32)
+
+
+def with_other_layers(block):
+    factorize(block, kind="low-rank", rank=4, target=".*(up|q)_proj")
+
+
+def with_hooks(block):
+    for layer in (block.mlp.gate_proj, block.self_attn.v_proj):
+        layer.register_forward_hook(lambda *_: None)
+
+
+def with_hooks_on_norms(block):
+    for layer in (block.input_layernorm, block.post_attention_layernorm):
+        layer.register_full_backward_hook(lambda *_: None)
+
+
+def with_own_modules(block):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block.mlp.down_proj, block.self_attn.k_proj = Own(48, 32, bias=False), Own(32, 32, bias=False)
+
+
+@pytest.mark.parametrize(
+    "change", [with_bias, with_other_layers, with_hooks, with_hooks_on_norms, with_own_modules]
+)
+def test_layers_that_are_not_plain_are_called_themselves(change):
+    block = block_of(SMALL)
+    change(block)
+    x = torch.randn(8, 5, 32).requires_grad_()
+    assert calls_of(lambda: run(block, x)) == ()
+    expected = run(copy.deepcopy(block).double(), x.detach().double().requires_grad_())
+    assert all(error(a, b) < 5e-6 for a, b in zip(run(block, x), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "expected"),
+    [
+        (SMALL, (7, 5), ()),  # too few sequences for threads
+        (SIZES["tiny"], (8, 5), ("self_attention",)),  # 88 columns: no multiple of 16
+        (Size(32, 48, 4, 1, 64), (8, 5), ("mlp",)),  # heads of 8
+        (Size(256, 688, 4, 1, 64), (8, 5), ()),  # too large for a cache
+    ],
+)
+def test_other_shapes_are_computed_layer_by_layer(size, shape, expected):
+    block, x = block_of(size), torch.randn(*shape, size.hidden_size).requires_grad_()
+    assert calls_of(lambda: run(block, x)) == expected
+
+
+def test_autocast_is_not_bypassed():
+    block, x = block_of(SMALL), torch.randn(8, 5, 32)
+    layers = block.mlp.layers()
+    assert fused.fused_weights(x, block.post_attention_layernorm, layers) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.fused_weights(x, block.post_attention_layernorm, layers) is None
+
+
+def test_a_tracker_of_memory_sees_the_kernels_that_training_uses():
+    model = Llama(SMALL)
+    tokens = torch.zeros(8, 5, dtype=torch.long)
+    stack = ModuleStack(model, lambda blocks: None)
+    assert calls_of(lambda: model.loss(tokens, tokens).backward()) == OPERATORS
+    for handle in stack.handles:
+        handle.remove()
+
+
+def test_a_compiled_model_uses_them_as_well():
+    torch.manual_seed(0)
+    model, tokens = Llama(SMALL, initializer_range=0.1), torch.randint(64, (8, 5))
+    expected = model.loss(tokens, tokens)
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    model.compile_blocks()
+    found = model.loss(tokens, tokens)
+    assert torch.allclose(found, expected)
+    mine = torch.autograd.grad(found, list(model.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, grads, strict=True))
+    assert calls_of(lambda: model.loss(tokens, tokens)) == OPERATORS
+
+
+@pytest.mark.parametrize("batch", [8, 4])
+def test_torch_counts_the_flops_of_the_kernels(batch):
+    model, tokens = Llama(SMALL), torch.zeros(batch, 6, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens, tokens).backward()
+    products = 6 * (4 * 32 * 32 + 3 * 32 * 48 + 64 * 32) + 6 * 6 * 32
+    assert counter.get_total_flops() == products * tokens.numel()
+
+
+def test_the_scratch_memory_that_is_planned_is_what_the_kernels_need():
+    found, threads = library.library(), torch.get_num_threads()
+    for backward in (False, True):
+        assert halves.mlp_scratch(32, 48, backward) == found.mlp_scratch(32, 48, backward, threads)
+        needed = found.self_attention_scratch(50, 2, 16, backward, threads)
+        assert halves.self_attention_scratch(50, 2, 16, backward) == needed
+        assert head.head_scratch(32, 64, backward) == found.head_scratch(32, 64, backward, threads)
+
+
+@pytest.mark.parametrize(("count", "d", "V"), [(1, 16, 16), (47, 32, 48), (500, 64, 112)])
+def test_losses_of_a_head_are_the_formula_with_their_gradients(count, d, V):
+    torch.manual_seed(0)
+    hidden = torch.randn(count, d).requires_grad_()
+    weight = torch.randn(V, d).requires_grad_()
+    targets = torch.randint(V, (count,))
+    assert head.takes_head(hidden, weight)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    exact = F.cross_entropy(wide[0] @ wide[1].T, targets)
+    expected = [exact.detach(), *torch.autograd.grad(exact, wide)]
+    loss = linear_cross_entropy(hidden, weight, targets)
+    found = [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
+    assert all(error(a, b) < 5e-6 for a, b in zip(found, expected, strict=True))
+    for only in (hidden, weight):
+        alone = [t if t is only else t.detach() for t in (hidden, weight)]
+        (grad,) = torch.autograd.grad(linear_cross_entropy(*alone, targets), only)
+        assert torch.equal(grad, found[1 if only is hidden else 2])
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets), loss)
+
+
+@pytest.mark.parametrize(
+    ("targets", "kind"),
+    [([0, 16, 1], IndexError), ([0, -100, 1], IndexError), ([0, 1], ValueError)],
+)
+def test_a_head_refuses_targets_that_are_no_tokens(targets, kind):
+    with pytest.raises(kind, match=r"is not allowed; 3 whole|targets: 1 are not allowed; 0 to 15"):
+        linear_cross_entropy(torch.randn(3, 16), torch.randn(16, 16), torch.tensor(targets))
