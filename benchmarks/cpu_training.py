@@ -70,9 +70,10 @@ def speed(
     ):
         mine, others = turns(ours, peer, size, shape, times)
     tokens = shape[0] * shape[1]
+    floor = floor_seconds(size, shape, count, precision)
     return Row(
         f"training, {name}, {precision}, {how}, {count} thread{'s' * (count > 1)}",
-        tokens / median(mine), tokens / median(others), tokens / floor_seconds(size, shape, count),
+        tokens / median(mine), tokens / median(others), tokens / floor,
         "tokens/s", ratio(others, mine), TARGETS[how], f"transformers, {how} + AdamW(fused)",
         f"{tokens} tokens per step; {'CPU' if count == 1 else 'wall'} time",
     )  # fmt: skip
@@ -148,26 +149,27 @@ def their_step(size: Size, precision: str, how: str) -> Callable[[Tensor, Tensor
     return step
 
 
-def floor_seconds(size: Size, shape: Shape, count: int) -> float:
+def floor_seconds(size: Size, shape: Shape, count: int, precision: str = "fp32") -> float:
     """Seconds per step of the products, each at its measured rate, and of causal attention."""
     tokens, length, blocks = shape[0] * shape[1], shape[1], size.num_layers
     d, hidden = size.hidden_size, size.intermediate_size
     weights = [*4 * blocks * [(d, d)], *2 * blocks * [(d, hidden)], *blocks * [(hidden, d)]]
     weights.append((d, size.vocab_size))
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     with threads(count), fast_process():
         seconds = {
-            kind: sum(_fastest(*p, count) for p in products_of(tokens, *kind))
+            kind: sum(_fastest(*p, count) for p in products_of(tokens, *kind, dtype))
             for kind in {*weights}
         }
-        large = torch.randn(1024, 1024)
+        large = torch.randn(1024, 1024).to(dtype)
         rate = 2 * 1024**3 / _fastest(large, large, count)
     # 2 products forward and 5 backward, half of each
     return sum(seconds[kind] for kind in weights) + blocks * 7 * tokens * length * d / rate
 
 
-def products_of(tokens: int, k: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+def products_of(tokens: int, k: int, n: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """The three products of a layer: x Wᵀ, dY W and dYᵀ x."""
-    x, dY, W = torch.randn(tokens, k), torch.randn(tokens, n), torch.randn(n, k)
+    x, dY, W = (torch.randn(shape).to(dtype) for shape in ((tokens, k), (tokens, n), (n, k)))
     yield from ((x, W.T), (dY, W), (dY.T, x))
 
 

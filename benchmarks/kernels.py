@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
     for name in (
         "full-rank", "low-rank", "galore", "fira", "apollo", "apollo-mini", "spam", "stable-spam",
-        "muon", "loro",
+        "muon", "loro", "frugal", "ldadam",
     )
 } | {"golore, SVD": ("golore", {"switch": 10**6}), "golore, random": ("golore", {})}  # fmt: skip
 QUIET_STEP = 60  # nothing is due; SPAM clips since step 20

@@ -85,6 +85,15 @@ NOT_IN_RUN_ID = frozenset(
 
 # Values of method options that a run id counts as another one: earlier versions had only that.
 COUNTED_AS = {"refresh": {"auto": "svd"}}
+# Options that earlier versions lacked, with the values that do what these versions did: a run id
+# leaves them out.
+NOT_COUNTED = {"on_refresh": ("keep", "published")}
+
+
+def counted_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a method, without those that do what runs of earlier versions did."""
+    return {n: v for n, v in options.items() if v not in NOT_COUNTED.get(n, ())}
+
 
 # Fields by the names that they had in earlier versions.
 RENAMED = {"checkpoints_kept": "keep_latest", "keep_checkpoints": "keep_after_finish"}
@@ -205,7 +214,9 @@ class RunConfig(BaseModel):
     stochastic_rounding: bool = help_field(
         False, "round bf16 weights stochastically (projected optimizers)"
     )
-    compile: bool = help_field(False, "torch.compile blocks and loss (needs a C++ compiler)")
+    compile: bool = help_field(
+        False, "torch.compile blocks, loss, CUDA optimizers (needs a C++ compiler)"
+    )
     activation_checkpointing: bool = help_field(False, "recompute blocks in the backward pass")
     seed: int = help_field(0, "of initial weights and batch order", ge=0, lt=1 << 32)
     device: Literal["auto", "cpu", "cuda"] = help_field("auto", "auto: CUDA where there is one")
@@ -392,12 +403,15 @@ class RunConfig(BaseModel):
         # Fields at their default are left out, so that a field that is added changes no id.
         defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
         used = {k: v for k, v in self.model_dump().items() if v != defaults[k]}
-        used = {k: v for k, v in used.items() if k not in NOT_IN_RUN_ID}
+        used = {k: v for k, v in used.items() if k not in {*NOT_IN_RUN_ID, "method_options"}}
         used |= {"steps": self.total_steps, "tokens": None}
+        options = counted_options(self.method_options)
         for name, counted in COUNTED_AS.items():
-            given = self.method_options.get(name)
+            given = options.get(name)
             if isinstance(given, str) and given in counted:
-                used["method_options"] = {**self.method_options, name: counted[given]}
+                options[name] = counted[given]
+        if options:
+            used["method_options"] = options
         digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:10]
         parts = [self.model, self.method]
         parts += [f"r{self.rank}"] if self.rank else []

@@ -42,14 +42,43 @@ def exact_sides(G, rank, proj_type):
     return L, Rt
 
 
-def galore(W, grads, seen, *, rank, proj_type="std", scale=1.0, weight_decay=0.0, **_):
-    """2403.03507, with a projection of its own."""
-    adam = Adam()
+def mean_over(squares, v):
+    """Averages of v's rows, weighted by each row of squares; equally where all are zero."""
+    squares = squares + 1e-12 / squares.shape[1]
+    return (squares @ v) / squares.sum(1, keepdim=True)
+
+
+def follow(adam, old, new, how):
+    """Adam after a refresh, from the projections (L, Rᵀ) before it and after it."""
+    X, Y = new[0].T @ old[0], old[1] @ new[1].T
+    if how == "reset":
+        return Adam()
+    if how in ("transport", "published"):
+        adam.m = X @ adam.m @ Y
+    if how == "transport":
+        adam.v = mean_over(Y.T**2, mean_over(X**2, adam.v).T).T
+    return adam
+
+
+def refreshes(grads, rank, proj_type, on_refresh):
+    """For each gradient: itself, L, Rᵀ, Adam and its number of steps."""
+    adam, k, sides = Adam(), 0, None
     for t, G in enumerate(grads, 1):
         if t % GAP == 1:
-            L, Rt = exact_sides(G, rank, proj_type)
-        N = adam(L.T @ G.double() @ Rt.T)
-        W = decayed(W - step_size(t) * scale * L @ N @ Rt, weight_decay)
+            old, sides = sides, exact_sides(G, rank, proj_type)
+            if old is not None:
+                adam, k = follow(adam, old, sides, on_refresh), 0 if on_refresh == "reset" else k
+        k += 1
+        yield G.double(), *sides, adam, k
+
+
+def galore(
+    W, grads, seen, *, rank, proj_type="std", scale=1.0, weight_decay=0.0, on_refresh="keep", **_
+):
+    """2403.03507, with a projection of its own."""
+    for G, L, Rt, adam, k in refreshes(grads, rank, proj_type, on_refresh):
+        N = adam(L.T @ G @ Rt.T)
+        W = decayed(W - step_size(k) * scale * L @ N @ Rt, weight_decay)
     return W
 
 
@@ -58,19 +87,19 @@ def limited(S, previous):
     return S if previous is None else S / (max(S.norm() / (previous + 1e-8), 1.01) / 1.01)
 
 
-def fira(W, grads, seen, *, rank, proj_type="std", alpha=1.0, weight_decay=0.0, **_):
+def fira(
+    W, grads, seen, *, rank, proj_type="std", alpha=1.0, weight_decay=0.0, on_refresh="keep", **_
+):
     """2410.01623, with a projection of its own."""
-    adam, previous, axis = Adam(), None, 0 if is_left(proj_type, W.shape) else 1
-    for t, G in enumerate(grads, 1):
-        if t % GAP == 1:
-            L, Rt = exact_sides(G, rank, proj_type)
-        G = G.double()
+    previous, axis = None, 0 if is_left(proj_type, W.shape) else 1
+    for G, L, Rt, adam, k in refreshes(grads, rank, proj_type, on_refresh):
+        previous = None if k == 1 else previous
         R = L.T @ G @ Rt.T
         N = adam(R)
         S = (G - alpha * L @ R @ Rt) * N.norm(dim=axis, keepdim=True)
         S = limited(S / (R.norm(dim=axis, keepdim=True) + 1e-8), previous)
         previous = S.norm()
-        W = decayed(W - step_size(t) * (alpha * L @ N @ Rt + S), weight_decay)
+        W = decayed(W - step_size(k) * (alpha * L @ N @ Rt + S), weight_decay)
     return W
 
 
@@ -83,15 +112,67 @@ def sides_of(state, shape):
     ]
 
 
-def golore(W, grads, seen, *, scale=1.0, weight_decay=0.0, gap=GAP, **_):
+def golore(W, grads, seen, *, scale=1.0, weight_decay=0.0, gap=GAP, on_refresh="published", **_):
     """2410.11289, with the optimizer's projections."""
-    adam, old = Adam(), None
+    adam, old, k = Adam(), None, 0
     for t, (G, state) in enumerate(zip(grads, seen, strict=True), 1):
         L, R = sides_of(state, W.shape)
         if old is not None and t % gap == 1:
-            adam.m = L.T @ old[0] @ adam.m @ old[1].T @ R
-        N, old = adam(L.T @ G.double() @ R), (L, R)
-        W = decayed(W - step_size(t) * scale * L @ N @ R.T, weight_decay)
+            adam, k = follow(adam, old, (L, R.T), on_refresh), 0 if on_refresh == "reset" else k
+        k, old = k + 1, (L, R.T)
+        N = adam(L.T @ G.double() @ R)
+        W = decayed(W - step_size(k) * scale * L @ N @ R.T, weight_decay)
+    return W
+
+
+def frugal(W, grads, seen, *, inactive_lr_scale=1.0, weight_decay=0.0, on_refresh="reset", **_):
+    """2411.07837 with the optimizer's projections."""
+    adam, old, k = Adam(), None, 0
+    for t, (G, state) in enumerate(zip(grads, seen, strict=True), 1):
+        G, (L, R) = G.double(), sides_of(state, W.shape)
+        if old is not None and t % GAP == 1:
+            adam, k = follow(adam, old, (L, R.T), on_refresh), 0 if on_refresh == "reset" else k
+        k, old, r = k + 1, (L, R.T), L.T @ G @ R
+        adam(r)
+        N = adam.m / (1 - 0.9**k) / ((adam.v / (1 - 0.999**k)).sqrt() + 1e-8)
+        rest = G - L @ r @ R.T
+        rest = torch.where(rest.abs() > 1e-9 * G.abs().max(), rest, 0.0).sign()
+        W = decayed(W, weight_decay) - LR * (L @ N @ R.T + inactive_lr_scale * rest)
+    return W
+
+
+def ldadam(
+    W, grads, seen, *, rank, proj_type="std", rho=0.908, error_feedback=True, weight_decay=0.0, **_
+):
+    """2410.16103, algorithm 1; transposed where the right side is projected.
+
+    With the optimizer's projections, because rounding errors of one power iteration grow in the
+    next ones; with projections of its own if `seen` is empty.
+    """
+    left, (b1, b2), e = is_left(proj_type, W.shape), (0.908, 0.99), 0.0
+    for k, G in enumerate(grads):  # k completed steps
+        L, Rt = exact_sides(G, rank, proj_type)
+        if seen:
+            L, Rt = (X.T if i else X for i, X in enumerate(sides_of(seen[k], W.shape)))
+        G = (G.double() + e) if left else (G.double() + e).T
+        if k == 0:
+            P = L if left else Rt.T
+            m, v, old, before = 0.0, 0.0, P, torch.zeros(rank, G.shape[1]).double()
+        else:
+            old, before = P, m
+            b = rho * P @ m / (1 - b1**k) + (1 - rho) * G
+            P = torch.linalg.qr(b @ (b.T @ P))[0] if not seen else L if left else Rt.T
+            C, m_hat, v_hat = P.T @ old, m / (1 - b1**k), v / (1 - b2**k)
+            m = C @ m
+            v = (1 - b2**k) * (C**2 @ (v_hat - m_hat**2) + (C @ m_hat) ** 2).abs()
+        R = P.T @ G
+        if error_feedback:
+            e = G - P @ R + b1 / (1 - b1) * (old @ before - P @ (torch.zeros_like(R) + m))
+            e = e if left else e.T
+        m, v = b1 * m + (1 - b1) * R, b2 * v + (1 - b2) * R**2
+        N = m / (1 - b1 ** (k + 1)) / ((v / (1 - b2 ** (k + 1))).sqrt() + 1e-8)
+        W = decayed(W, weight_decay)
+        W = W - LR * (P @ N if left else (P @ N).T)
     return W
 
 

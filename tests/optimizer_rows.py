@@ -61,6 +61,12 @@ def spam_in_package(**keys):
     return {"warmup_epoch" if k == "warmup" else k: v for k, v in keys.items()}
 
 
+def published(is_right, shape, rank, keys):
+    """Packages keep Adam's moments at a refresh."""
+    return "on_refresh" not in keys and is_right(shape, rank, keys)
+
+
+FOLLOWING = ({"on_refresh": "reset"}, {"on_refresh": "transport"})
 TWO_SIDED = ({"proj_type": "full"},)
 SIDES = tuple({"proj_type": proj_type} for proj_type in ONE_SIDED)
 GAPS = {"update_proj_gap": GAP}
@@ -74,24 +80,31 @@ BAD_PROJECTIONS = (
 )  # fmt: skip
 ADAM = {"steps": 400, "lr": 0.3, "share": 1e-6, "rank": 3, "update_proj_gap": 20}
 
+# At full rank the rest is rounding noise, whose sign is taken
+FRUGAL_SIZES = tuple((shape, r) for shape in (SQUARE, TALL, WIDE) for r in (1, 4))
 GALORE = Row(
     "galore", optim.GaLore, {**GAPS, "scale": 1.0, "proj_type": "std"}, OFTEN,
     equations=equations.galore, package=partial(GaLoreAdamW, no_deprecation_warning=True),
-    cases=(*SIDES, *TWO_SIDED, DECAY, {"scale": 0.25}, {"scale": 2.0}),
-    package_is_right=galore_is_right, converges=ADAM, unknown=("alpha", "update_proj_gpa"),
-    refused=(*BAD_PROJECTIONS, ({"refresh": "qr"}, "refresh: 'qr'")),
+    cases=(*SIDES, *TWO_SIDED, DECAY, {"scale": 0.25}, {"scale": 2.0}, *FOLLOWING),
+    package_is_right=partial(published, galore_is_right), converges=ADAM,
+    unknown=("alpha", "update_proj_gpa"),
+    refused=(*BAD_PROJECTIONS, ({"refresh": "qr"}, "refresh: 'qr'"),
+             ({"on_refresh": "published"}, "on_refresh: 'published'")),
 )  # fmt: skip
 FIRA = Row(
     "fira", optim.Fira, {**GAPS, "alpha": 1.0, "proj_type": "std"}, OFTEN,
     equations=equations.fira, package=partial(FiraAdamW, no_deprecation_warning=True),
     cases=tuple(
-        PUBLISHED | keys for keys in (*SIDES, DECAY, *({"alpha": a} for a in (0.5, 2.0, 3.0)))
+        PUBLISHED | keys
+        for keys in (*SIDES, DECAY, *({"alpha": a} for a in (0.5, 2.0, 3.0)), *FOLLOWING)
     ),
     half=(PUBLISHED,),
     # It adds its two parts to W one after the other: two roundings where the package has one.
-    package_is_right=fira_is_right, bf16=2.0, converges=ADAM, unknown=("scale",),
+    package_is_right=partial(published, fira_is_right), bf16=2.0, converges=ADAM,
+    unknown=("scale",),
     refused=(*BAD_PROJECTIONS, ({"proj_type": "full"}, "proj_type: 'full'"),
-             ({"forgive_zero": 1}, "forgive_zero: 1")),
+             ({"forgive_zero": 1}, "forgive_zero: 1"),
+             ({"on_refresh": True}, "on_refresh: True")),
 )  # fmt: skip
 GOLORE = Row(
     "golore", optim.GoLore, {**GAPS, "scale": 1.0, "switch": 15}, {**OFTEN, "switch": 3},
@@ -99,6 +112,8 @@ GOLORE = Row(
     cases=(
         *(side | {"switch": s} for side, s in product(SIDES, (0, 15, NEVER))),
         {"proj_type": "full", "switch": 0}, DECAY, {"scale": 0.25}, {"scale": 2.0},
+        *({"on_refresh": how, "proj_type": side, "switch": 0}
+          for how in ("keep", "reset", "transport") for side in ("std", "full")),
     ),
     converges=ADAM | {"rank": 5, "steps": 800, "switch": 200}, unknown=("alpha",),
     stops=(9, 10, 14, 19, 20, 21),  # the switch is at 15, the first random projection at 20
@@ -106,6 +121,40 @@ GOLORE = Row(
         *BAD_PROJECTIONS, ({"refresh": "qr"}, "refresh: 'qr'"), ({"switch": -1}, "switch: -1"),
         ({"switch": 0.8}, "switch: 0.8"), ({"switch": True}, "switch: True"),
         ({"seed": -1}, "seed: -1"), ({"seed": None}, "seed: None"),
+        ({"on_refresh": "carry"}, "on_refresh: 'carry'"),
+    ),
+)  # fmt: skip
+FRUGAL = Row(
+    "frugal", optim.Frugal, {**GAPS, "proj": "svd", "proj_type": "std"}, OFTEN,
+    equations=equations.frugal, sizes=FRUGAL_SIZES,
+    cases=(
+        *(side | {"proj": proj} for side in SIDES for proj in ("svd", "columns", "random")),
+        DECAY, {"inactive_lr_scale": 0.1}, {"inactive_lr_scale": 0.0}, {"on_refresh": "keep"},
+        *({"on_refresh": "transport", "proj": proj} for proj in ("svd", "columns", "random")),
+    ),
+    converges={"steps": 500, "lr": 0.03, "share": 1e-5, "rank": 3, "update_proj_gap": 100},
+    unknown=("scale", "switch"),
+    refused=(
+        *BAD_PROJECTIONS[:3], *BAD_PROJECTIONS[4:], ({"rank": None}, "rank: None"),
+        ({"proj_type": "full"}, "proj_type: 'full'"), ({"refresh": "qr"}, "refresh: 'qr'"),
+        ({"proj": "rows"}, "proj: 'rows'"), ({"density": 0.5}, "rank: "),
+        ({"inactive_lr_scale": -1.0}, "inactive_lr_scale: -1.0"), ({"seed": -1}, "seed: -1"),
+        ({"on_refresh": "published"}, "on_refresh: 'published'"),
+        ({"rank": None, "density": 0.0}, "density: 0.0"),
+        ({"rank": None, "density": 1.1}, "density: 1.1"),
+    ),
+)  # fmt: skip
+LDADAM = Row(
+    "ldadam", optim.LDAdam, {"rho": 0.908}, {}, equations=equations.ldadam,
+    cases=(*SIDES, DECAY, {"error_feedback": False}, {"error_feedback": False, **DECAY},
+           {"rho": 0.5}, {"rho": 0.0}),
+    converges={"steps": 500, "lr": 0.03, "share": 3e-4, "rank": 3},
+    unknown=("update_proj_gap", "scale"), stops=(1, 7),
+    refused=(
+        *(bad for bad in BAD_PROJECTIONS if "update_proj_gap" not in bad[0]),
+        ({"proj_type": "full"}, "proj_type: 'full'"), ({"refresh": "qr"}, "refresh: 'qr'"),
+        ({"rho": 1.0}, "rho: 1.0"), ({"rho": -0.1}, "rho: -0.1"), ({"rho": None}, "rho: None"),
+        ({"error_feedback": 1}, "error_feedback: 1"),
     ),
 )  # fmt: skip
 APOLLO = Row(
@@ -194,10 +243,19 @@ ROWS = (
     APOLLO.with_("svd", {"proj": "svd"}), APOLLO.with_("subspace", {"proj": "subspace"}),
     APOLLO.with_("mini", {"scale_type": "tensor", "scale": 128.0, "store_projection": False},
                  converges=APOLLO.converges | {"lr": 0.03}),
+    FRUGAL, FRUGAL.with_("columns", {"proj": "columns"}, converges={}),
+    FRUGAL.with_("random", {"proj": "random", "on_refresh": "transport"}, converges={}),
+    LDADAM,
+    LDADAM.with_("alone", {"error_feedback": False},
+                 converges={"steps": 500, "lr": 0.1, "share": 1e-6, "rank": 3}),
+    LDADAM.with_("reverse", {"proj_type": "reverse_std"}, converges={}),
     SPAM, STABLE_SPAM,
     SPAM.with_("half", {"density": 0.5}, converges={}, equations=equations.spam,
                sizes=tuple((shape, None) for shape in (SQUARE, TALL, WIDE, (1, 7), (7, 1))),
                cases=tuple({"density": d} | decay for d in (0.05, 0.5, 0.99)
                            for decay in ({}, DECAY))),
     LORO,
+    *(row.with_(f"{how} {side}", {"on_refresh": how, "proj_type": side}, converges={})
+      for row, sides in ((GALORE, ("std", "full")), (FIRA, ("std", )), (GOLORE, ("std", )))
+      for how in ("reset", "transport") for side in sides),
 )  # fmt: skip

@@ -39,6 +39,30 @@ def ranked(method, **keys):
     return build
 
 
+def by_density(**keys):
+    """FRUGAL with a rank of its own for each shape."""
+
+    def build(params, **options):
+        matrices = [p for p in params if p.ndim == 2]
+        rest = [p for p in params if p.ndim != 2]
+        group = {"params": matrices, "density": 0.4, "update_proj_gap": 4, **keys}
+        return optim.Frugal([group, {"params": rest}], lr=0.02, weight_decay=0.1, **options)
+
+    return build
+
+
+def every_step(**keys):
+    """LDAdam, which has no period."""
+
+    def build(params, **options):
+        matrices = [p for p in params if p.ndim == 2]
+        rest = [p for p in params if p.ndim != 2]
+        groups = [{"params": matrices, "rank": 3, **keys}, {"params": rest}]
+        return optim.LDAdam(groups, lr=0.02, weight_decay=0.1, **options)
+
+    return build
+
+
 def uniform(method, **keys):
     return partial(method, lr=0.02, weight_decay=0.1, **keys)
 
@@ -59,6 +83,14 @@ METHODS = {
     **{f"galore full {refresh}": ranked(optim.GaLore, proj_type="full", refresh=refresh)
        for refresh in ("gram", "randomized")},
     "galore spread": ranked(optim.GaLore, spread_refresh=True),
+    **{f"{name} {side} {how}": ranked(method, proj_type=side, on_refresh=how)
+       for name, method, side in (("galore", optim.GaLore, "std"), ("galore", optim.GaLore, "full"),
+                                  ("fira", optim.Fira, "std"), ("golore", optim.GoLore, "std"))
+       for how in ("reset", "transport")},
+    **{f"frugal {proj}": ranked(optim.Frugal, proj=proj) for proj in ("svd", "columns", "random")},
+    "frugal gram density": by_density(refresh="gram"),
+    "ldadam": every_step(error_feedback=True),
+    "ldadam alone": every_step(error_feedback=False),
     "golore": ranked(optim.GoLore, switch=4),
     "golore random": ranked(optim.GoLore),
     "golore full": ranked(optim.GoLore, proj_type="full", switch=4),

@@ -22,3 +22,8 @@ def short_options(method, period):
     options = METHODS[method].options
     found = {name: period for name in PERIODS if name in options}
     return found | ({"warmup": 2, "grad_accu_steps": 5} if method == "spam" else {})
+
+
+def per_layer_options(method):
+    """Options without which a method refuses updates per layer."""
+    return {"error_feedback": False} if "error_feedback" in METHODS[method].options else {}

@@ -23,7 +23,8 @@ from lowrank_lab.optim.projection import REFRESHES
 STEPS, GAP, RANK = 8, 5, 4
 EXACT, DECOMPOSED, HALF = 1e-9, 1e-4, 3e-2
 # Decompositions of gradients are float32, and Muon's Newton-Schulz iteration is bfloat16.
-LIMITS = {"galore": DECOMPOSED, "fira": DECOMPOSED, "golore": DECOMPOSED, "muon": HALF}
+DECOMPOSING = ("galore", "fira", "golore", "frugal", "ldadam")
+LIMITS = dict.fromkeys(DECOMPOSING, DECOMPOSED) | {"muon": HALF}
 NOT_IN_FLOAT64 = ("adamw-8bit",)
 
 

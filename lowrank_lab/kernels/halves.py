@@ -20,6 +20,7 @@ Tensors = tuple[Tensor, ...]
 PARTS = 8  # as in halves.h: partial sums of gradients, on any number of threads
 MULTIPLE = 16  # of all widths: N in tile.h
 PIECE = 48  # as in mlp.cpp: rows at a time
+FEWEST_ROWS = PARTS * PIECE  # with fewer, partial sums cost more than they save
 
 
 def mlp(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.kernels.dispatch import NAMESPACE, call, refuse, register, whole_numbers
-from lowrank_lab.kernels.halves import MULTIPLE, PARTS
-from lowrank_lab.kernels.operators import takes
+from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE, PARTS
+from lowrank_lab.kernels.operators import are_plain, takes
 
 HEAD_ROWS = 48  # as in head.cpp: rows at a time
 MOST_WEIGHTS = 2**17  # entries; with more, they leave a core's cache
@@ -21,7 +21,9 @@ MOST_WEIGHTS = 2**17  # entries; with more, they leave a core's cache
 def takes_head(hidden: Tensor, weight: Tensor) -> bool:
     """Whether one kernel can compute the losses of hidden (N, d) with weight (V, d)."""
     suits = all(n % MULTIPLE == 0 for n in weight.shape) and weight.numel() <= MOST_WEIGHTS
-    return suits and takes(hidden, weight)
+    if not suits or len(hidden) < FEWEST_ROWS or not are_plain(hidden, weight):
+        return False
+    return takes(hidden, weight)
 
 
 def head_losses(

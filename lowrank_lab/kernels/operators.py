@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.kernels.dispatch import PYTHON_BODIES, call
 from lowrank_lab.kernels.library import library
 
 HEAD_SIZE = 16  # head sizes are its multiples
+SMALL_HEAD = 32  # up to it, attention in bfloat16 is computed in float32
 PANEL_DEPTH = 128  # DEPTH in products.cpp
 
 
@@ -32,10 +34,30 @@ def takes(*tensors: Tensor) -> bool:
     return suits and not prefers_few_kernels(tensors[0]) and available()
 
 
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether none is of another class (a DTensor, for example), which has products of its own."""
+    return all(type(t) in (Tensor, torch.nn.Parameter, FakeTensor) for t in tensors)
+
+
+def takes_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `rotary_attention` can compute with q, k and v (B, T, H, D), and is the faster way.
+
+    In bfloat16 it is for small heads: products with them are far below that type's rate.
+    """
+    size = q.shape[-1]
+    if size % HEAD_SIZE:
+        return False
+    if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} and size <= SMALL_HEAD:
+        on_cpu = all(t.device.type == "cpu" and t.numel() for t in (q, k, v))
+        return on_cpu and not prefers_few_kernels(q) and available()
+    return takes(q, k, v)
+
+
 def rotary_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal attention of rotated q and k; q, k, v (B, T, H, D) → (B, T, H, D).
 
-    cos and sin are (T, D/2). The backward pass computes the probabilities again.
+    cos and sin are (T, D/2). The backward pass computes the probabilities again. bfloat16 is
+    widened for the kernel, and saved as it is.
     """
     return _apply(_RotaryAttention, q, k, v, cos, sin)
 
@@ -79,15 +101,17 @@ def _apply(function: Any, *args: Any) -> Tensor:
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out, log_sums = torch.ops.lowrank_lab_cpu.attention(q, k, v, cos, sin)
+        wide = (t.float() for t in (q, k, v, cos, sin))
+        out, log_sums = torch.ops.lowrank_lab_cpu.attention(*wide)
         ctx.save_for_backward(q, k, v, cos, sin, log_sums)
-        return out  # type: ignore[no-any-return]
+        return out.to(q.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = torch.ops.lowrank_lab_cpu.attention_backward(*ctx.saved_tensors, grad)
-        return (*found, None, None)
+        wide = (t.float() for t in (*ctx.saved_tensors, grad))
+        found = torch.ops.lowrank_lab_cpu.attention_backward(*wide)
+        return (*(t.to(grad.dtype) for t in found), None, None)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -118,12 +118,19 @@ def adam_options(eps: float) -> dict[str, Option]:
 
 
 def projection_options(
-    proj_types: tuple[str, ...], refreshes: tuple[str, ...] = (), *, spread: bool = False
+    proj_types: tuple[str, ...],
+    refreshes: tuple[str, ...] = (),
+    *,
+    spread: bool = False,
+    on_refresh: tuple[str, ...] = (),
 ) -> dict[str, Option]:
-    """Side, period and method of the projection."""
+    """Side, period and method of the projection; what a refresh does to moments, default first."""
     options = {
         "update_proj_gap": Option.integer(200, 1),
         "proj_type": Option.choice("std", proj_types),
     }
     options |= {"refresh": Option.choice("auto", refreshes)} if refreshes else {}
-    return options | ({"spread_refresh": Option.flag(False)} if spread else {})
+    options |= {"spread_refresh": Option.flag(False)} if spread else {}
+    return options | (
+        {"on_refresh": Option.choice(on_refresh[0], on_refresh)} if on_refresh else {}
+    )

@@ -7,7 +7,9 @@ name the script or guess behind each; other methods scale their learning rate wi
 rank does. Over ranks (data/study/ranks and ranks_rates) the best rate is the same up to a quarter
 of the width, and half of it at half the width.
 
-Not tuned yet: CoLA below width 512, from which on its rates are those of its authors' scripts.
+Rates of ldadam and frugal are not tuned yet: from width 512 on they are those of the authors'
+scripts, at width 64 that of full rank. CoLA's are its authors' from width 512
+on, and those at 512 below it.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
 those that Tol calls muted.
@@ -32,8 +34,10 @@ from lowrank_lab.methods.options import (
     adam_options,
     projection_options,
 )
-from lowrank_lab.optim import Apollo, Fira, GaLore, GoLore, Spam, StableSpam
+from lowrank_lab.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam, Spam, StableSpam, frugal
 from lowrank_lab.optim.apollo import PROJECTIONS
+from lowrank_lab.optim.carried import ON_REFRESH
+from lowrank_lab.optim.ldadam import ldadam_states
 from lowrank_lab.optim.projection import PROJ_TYPES, REFRESHES
 from lowrank_lab.optim.spam import spam_states
 from lowrank_lab.optim.stable_spam import stable_spam_states
@@ -58,9 +62,12 @@ _APOLLO = {
     "store_projection": Option.flag(True),
 }
 _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
+_SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
 _LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
 _GALORE_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 1e-2})
 _GALORE_SCALE = ByWidth({64: 1.0, 96: 1.0, 512: 0.25})
+_FRUGAL_LR = ByWidth({64: 5e-3, 512: 1e-3})  # not tuned yet
+_LDADAM_LR = ByWidth({64: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})  # not tuned yet
 _DENSE_LR = ByWidth({64: 5e-3, 96: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})
 _SPECTRAL_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
@@ -228,15 +235,13 @@ ROWS = (
         year=2024,
         parent="full-rank",
         use="dense weights with small states, for an SVD now and then",
-        optimizer=projected(
-            GaLore, "update_proj_gap", "scale", "proj_type", "refresh", "spread_refresh"
-        ),
+        optimizer=projected(GaLore, *_SUBSPACE_KEYS, "scale", "spread_refresh"),
         lr=_GALORE_LR,
         halve_lr_at_high_rank=True,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(PROJ_TYPES, REFRESHES, spread=True),
+            **projection_options(PROJ_TYPES, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
         },
         needs_full="none",
@@ -253,14 +258,12 @@ ROWS = (
         year=2024,
         parent="galore",
         use="GaLore's states, with an update of full rank",
-        optimizer=projected(
-            Fira, "update_proj_gap", "alpha", "proj_type", "refresh", "spread_refresh"
-        ),
+        optimizer=projected(Fira, *_SUBSPACE_KEYS, "alpha", "spread_refresh"),
         lr=ByWidth({64: 1e-2}),
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(ONE_SIDED, REFRESHES, spread=True),
+            **projection_options(ONE_SIDED, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "alpha": Option.number(
                 ByWidth({64: 0.5, 96: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
             ),
@@ -320,14 +323,12 @@ ROWS = (
         year=2024,
         parent="galore",
         use="GaLore when gradients are mostly noise, as late in training",
-        optimizer=projected(
-            GoLore, "update_proj_gap", "scale", "proj_type", "refresh", "switch", seeded=True
-        ),
+        optimizer=projected(GoLore, *_SUBSPACE_KEYS, "scale", "switch", seeded=True),
         lr=_GALORE_LR,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
-            **projection_options(PROJ_TYPES, REFRESHES),
+            **projection_options(PROJ_TYPES, REFRESHES, on_refresh=GoLore.on_refresh),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
             "switch": Option.integer(0, 0),
         },
@@ -337,6 +338,53 @@ ROWS = (
         state_bytes=projected_states,
         projection_bytes=stored_projections,
         colour="#CC6677",
+    ),
+    Method(
+        name="frugal",
+        summary="Adam in a subspace of the gradient, restarted with it, and the sign of the rest",
+        source="2411.07837",
+        year=2024,
+        parent="galore",
+        use="GaLore's states, updates of full rank, no scale to tune",
+        optimizer=projected(Frugal, *_SUBSPACE_KEYS, "proj", "inactive_lr_scale", seeded=True),
+        lr=_FRUGAL_LR,
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-8),
+            **projection_options(ONE_SIDED, REFRESHES, on_refresh=("reset", "keep", "transport")),
+            "proj": Option.choice("svd", frugal.PROJECTIONS),
+            "inactive_lr_scale": Option.number(1.0, 0, 1e6),
+        },
+        needs_full="none",
+        states="2r·max(m,n) + r·min(m,n)",
+        state_bytes=projected_states,
+        projection_bytes=stored_projections,
+        colour="#DDAA33",
+    ),
+    Method(
+        name="ldadam",
+        summary="Adam in a subspace that follows the gradient in every step, with error feedback",
+        source="2410.16103",
+        year=2024,
+        parent="galore",
+        use="no period to tune; without error feedback, GaLore's states",
+        optimizer=projected(LDAdam, "rho", "proj_type", "error_feedback", "refresh"),
+        lr=_LDADAM_LR,
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-8),
+            "beta1": Option.number(0.908, 0, 0.999999),
+            "beta2": Option.number(0.99, 1e-6, 0.999999),
+            "rho": Option.number(0.908, 0, 0.999999),
+            "proj_type": Option.choice("std", ONE_SIDED),
+            "error_feedback": Option.flag(True),
+            "refresh": Option.choice("auto", REFRESHES),
+        },
+        needs_full="none",
+        states="2r·max(m,n) + r·min(m,n) + mn; without error_feedback mn less",
+        state_bytes=ldadam_states,
+        projection_bytes=stored_projections,
+        colour="#6699CC",
     ),
     Method(
         name="spam",

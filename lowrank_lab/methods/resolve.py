@@ -54,6 +54,9 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     if config.rest_lr == changes["lr"]:
         changes["rest_lr"] = None
     changes["method_options"] = options = _checked_options(config, method, changes)
+    if config.per_layer and options.get("error_feedback"):
+        allowed = "the error buffer is as large as the gradients; False, or error_feedback=false"
+        raise InputError("per_layer", True, allowed)
     if not config.reset_every or not config.reset_strength:
         changes |= {"reset_every": 0, "reset_strength": 1.0, "reset_how": "scale"}
         changes |= {"reset_moments": "both", "reset_params": "targets"}

@@ -22,15 +22,18 @@ class Compiled:
 
     Args:
         function: a function of a module, not a closure; it must compile without a graph break.
+        dynamic: one graph for all sizes; None: as torch decides.
 
     Raises:
         InputError: at a call, if torch can't compile `function` into one graph.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
+        self._function, self._dynamic = function, dynamic
         self._training, self._inference = (
-            torch.compile(_with_own_code(function), fullgraph=True, backend=BACKEND)
+            torch.compile(
+                _with_own_code(function), fullgraph=True, backend=BACKEND, dynamic=dynamic
+            )
             for _ in range(2)
         )
 
@@ -45,7 +48,7 @@ class Compiled:
 
     def __reduce__(self) -> Any:
         """Copies and pickles compile again."""
-        return Compiled, (self._function,)
+        return Compiled, (self._function, self._dynamic)
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.kernels import flops as flops  # so that FlopCounterMode knows the kernels
 from lowrank_lab.kernels import operators as kernels
-from lowrank_lab.kernels.halves import MULTIPLE
+from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE
 from lowrank_lab.layers.padded import AlignedLinear
 from lowrank_lab.models.rms_norm import RMSNorm
 
@@ -22,25 +21,28 @@ MOST_WEIGHTS = 2**18  # entries in a half; with more, its weights leave a core's
 FEWEST_SEQUENCES = 8  # threads share the work by sequences
 
 
-def fused_weights(x: Tensor, norm: nn.Module, layers: Sequence[nn.Module]) -> list[Tensor] | None:
-    """The weights of a half's norm and layers, if one kernel can compute it for x (B, T, d).
+def fused_weights(
+    x: Tensor, norm: nn.Module, half: nn.Module, layers: Sequence[nn.Module]
+) -> list[Tensor] | None:
+    """The weights of a norm and a half's layers, if one kernel computes the half for x (B, T, d).
 
     That is the case for float32 on a CPU, small dense layers without bias, and as long as nobody
-    follows single layers by hooks. None otherwise.
+    follows the half or its layers by hooks. None otherwise.
     """
-    if x.dim() != 3 or len(x) < FEWEST_SEQUENCES or autocast_dtype(x) is not None:
+    if x.dim() != 3 or len(x) < FEWEST_SEQUENCES or x.shape[0] * x.shape[1] < FEWEST_ROWS:
         return None
-    if type(norm) is not RMSNorm or not all(map(_is_plain, layers)) or _is_followed(norm):
+    if autocast_dtype(x) is not None:
+        return None
+    if type(norm) is not RMSNorm or _is_followed(norm) or _is_followed(half):
+        return None
+    if not all(map(_is_plain, layers)):
         return None
     weights: list[Any] = [layer.weight for layer in (norm, *layers)]
     suits = all(n % MULTIPLE == 0 for weight in weights for n in weight.shape)
     few = sum(weight.numel() for weight in weights) <= MOST_WEIGHTS
-    if not suits or not few or not all(type(w) in TENSORS for w in weights):
+    if not suits or not few or not kernels.are_plain(*weights):
         return None
     return weights if kernels.takes(x, *weights) else None
-
-
-TENSORS = (Tensor, nn.Parameter, FakeTensor)  # others may compute products in their own way
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -49,11 +51,11 @@ def _is_plain(layer: nn.Module) -> bool:
     return plain and not _is_followed(layer)
 
 
-def _is_followed(layer: nn.Module) -> bool:
-    """Whether the layer has hooks that need its own call; those of `memory.modules` don't."""
+def _is_followed(module: nn.Module) -> bool:
+    """Whether the module has hooks that need its own call; those of `memory.modules` don't."""
     hooks = (
-        layer._forward_hooks, layer._forward_pre_hooks,
-        layer._backward_hooks, layer._backward_pre_hooks,
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
     return any(
         not getattr(hook, "only_observes", False) for found in hooks for hook in found.values()

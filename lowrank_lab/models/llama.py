@@ -97,7 +97,7 @@ class Attention(nn.Module):
         shape = q.shape
         heads = (*shape[:2], self.num_heads, shape[2] // self.num_heads)
         q, k, v = (t.view(heads) for t in (q, k, v))
-        if heads[-1] % kernels.HEAD_SIZE == 0 and kernels.takes(q, k, v, cos, sin):
+        if kernels.takes_heads(q, k, v):
             mixed = kernels.rotary_attention(q, k, v, cos, sin)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -163,16 +163,17 @@ class Block(nn.Module):
 def _block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if block.narrow:
         return narrow_block(block, x, cos, sin)
-    attention, mlp = block.self_attn, block.mlp
-    norm = block.input_layernorm
-    fused = fused_weights(x, norm, attention.layers()) if type(attention) is Attention else None
-    if fused is not None and attention.head_size % kernels.HEAD_SIZE == 0:
+    fused, attention, mlp = None, block.self_attn, block.mlp
+    if type(attention) is Attention and attention.head_size % kernels.HEAD_SIZE == 0:
+        fused = fused_weights(x, block.input_layernorm, attention, attention.layers())
+    if fused is not None:
         x = attention(x, cos, sin, fused)
     else:
-        x = x + attention(norm(x), cos, sin)
-    norm = block.post_attention_layernorm
-    fused = fused_weights(x, norm, mlp.layers()) if type(mlp) is MLP else None
-    out: Tensor = mlp(x, fused) if fused is not None else x + mlp(norm(x))
+        x = x + attention(block.input_layernorm(x), cos, sin)
+    fused = None
+    if type(mlp) is MLP:
+        fused = fused_weights(x, block.post_attention_layernorm, mlp, mlp.layers())
+    out: Tensor = x + mlp(block.post_attention_layernorm(x)) if fused is None else mlp(x, fused)
     return out
 
 

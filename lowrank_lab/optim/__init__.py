@@ -7,8 +7,10 @@ from lowrank_lab.optim.apollo import Apollo
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.combined import Combined
 from lowrank_lab.optim.fira import Fira
+from lowrank_lab.optim.frugal import Frugal
 from lowrank_lab.optim.galore import GaLore
 from lowrank_lab.optim.golore import GoLore
+from lowrank_lab.optim.ldadam import LDAdam
 from lowrank_lab.optim.loro import Loro
 from lowrank_lab.optim.param_groups import param_groups
 from lowrank_lab.optim.spam import Spam
@@ -18,8 +20,10 @@ __all__ = [
     "Apollo",
     "Combined",
     "Fira",
+    "Frugal",
     "GaLore",
     "GoLore",
+    "LDAdam",
     "Loro",
     "ProjectedAdamW",
     "Spam",

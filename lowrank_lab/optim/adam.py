@@ -132,6 +132,12 @@ def bias_corrected_lr(state: dict[str, Any], group: dict[str, Any]) -> float:
     return lr * math.sqrt(state["exp_avg_sq_weight"]) / float(state["exp_avg_weight"])
 
 
+def eps_after_correction(state: Any, group: dict[str, Any]) -> float:
+    """ε·√w₂, added to √v: equal to adding ε to √v̂ after the bias correction."""
+    eps = float(group["eps"])
+    return eps * math.sqrt(state["exp_avg_sq_weight"]) if group["correct_bias"] else eps
+
+
 def to_state_precision(g: Tensor, group: dict[str, Any]) -> Tensor:
     """A gradient in the dtype of the group's moments."""
     return g.to(state_dtype(g.dtype, group))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
@@ -129,10 +130,11 @@ class Apollo(ProjectedAdamW):
         whole = group["scale_type"] == "tensor"
         channels = rank_channels(G, right, self.placement, whole=whole)
         R_norm, N_norm, G_norm = channels.norms(R, N, G)
-        phi, root = N_norm / (R_norm + EPS), math.sqrt(group["scale"])
+        phi, S_norms = _channel_scales(R_norm, N_norm, G_norm)
+        root = math.sqrt(group["scale"])
         # S = φ∘G, so that ‖S‖² = Σ φ²‖G‖² over the channels
         if not group["disable_nl"]:
-            S_norm = channels.total(phi * G_norm)
+            S_norm = channels.total(S_norms)
             limiter = growth_limiter(state, root * S_norm if group["scale_front"] else S_norm)
             phi = channels.divided(phi, limiter, phi.dtype)
         # W ← W − lr · √scale · φ∘G
@@ -160,6 +162,13 @@ class Apollo(ProjectedAdamW):
                 state[name] = self.placement.local_shard(P)
             P = self.placement.all_gather(state[name], length=side)
         return (P, None) if left else (None, P)
+
+
+@Chain
+def _channel_scales(R_norm: Tensor, N_norm: Tensor, G_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """φ and φ‖G‖ of each channel."""
+    phi = N_norm / (R_norm + EPS)
+    return phi, phi * G_norm
 
 
 def random_projection(like: Tensor, side: int, rank: int, left: bool, seed: int) -> Tensor:

@@ -18,10 +18,10 @@ from lowrank_lab.distributed.dtensors import ANY_DIM, is_dtensor, local_gradient
 from lowrank_lab.optim.adam import (
     adam_moments,
     adam_update_,
-    bias_corrected_lr,
     rounds_stochastically,
     to_state_precision,
 )
+from lowrank_lab.optim.chains import compiled_where
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
 from lowrank_lab.optim.eight_bit import adamw_step_, direction, quantizes
@@ -52,6 +52,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch", "adamw")
     found_inf: Tensor | None = None  # a flag on the device, as GradScaler sets it
+    compile_chains = False  # see chains.py
     batch: list[Tensor]  # the parameters that are being updated together
 
     def __init__(
@@ -113,7 +114,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.refreshed = {}
-        with off_where(self.found_inf):
+        with off_where(self.found_inf), compiled_where(self.compile_chains):
             self._step_groups_()
         self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
         return loss
@@ -159,9 +160,9 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             state = self._advanced_state(p, group)
             adam_moments(state, p)
             state["step"] += 1
-            key = (p.dtype, p.device, bias_corrected_lr(state, group))
-            batches.setdefault(key, []).append(p)
-        for (_, _, step_size), batch in batches.items():
+            rates = (self.step_size_of(state, group), self.eps_of(state, group))
+            batches.setdefault((p.dtype, p.device, *rates), []).append(p)
+        for (_, _, step_size, eps), batch in batches.items():
             states = [self.state[p] for p in batch]
             adam_update_(
                 list(map(local_part, batch)),
@@ -170,14 +171,14 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
                 [local_part(s["exp_avg_sq"]) for s in states],
                 step_size=step_size,
                 betas=group["betas"],
-                eps=group["eps"],
+                eps=eps,
             )
 
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW one by one: for moments of another dtype, or for stochastic rounding."""
         for p in params:
             state = self._advanced_state(p, group)
-            step_size = bias_corrected_lr(state, group)
+            step_size = self.step_size_of(state, group)
             with (
                 self.plain_parts(p, ANY_DIM) as (part, G, parts),
                 self._update_target(p, part, state["step"], group) as W,
@@ -185,6 +186,8 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
                 if quantizes(group, W.numel()) and W.is_contiguous():
                     adamw_step_(W, G, parts, group, step_size)
                 else:
-                    N = direction(to_state_precision(G, group), parts, group)
+                    N = direction(
+                        to_state_precision(G, group), parts, group, eps=self.eps_of(state, group)
+                    )
                     W.add_(N, alpha=-step_size)
             state["step"] += 1

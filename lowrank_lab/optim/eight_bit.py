@@ -94,15 +94,20 @@ def adamw_step_(
 
 
 def direction(
-    g: Tensor, state: dict[str, Any], group: dict[str, Any], out: Tensor | None = None
+    g: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    *,
+    out: Tensor | None = None,
+    eps: float,
 ) -> Tensor:
     """`adam.adam_direction` of a gradient in `to_state_precision`, with the group's moments."""
     if not quantizes(group, g.numel()):
-        return adam_direction(g, state, group["betas"], group["eps"], out)
+        return adam_direction(g, state, group["betas"], eps, out)
     N = torch.zeros_like(g, memory_format=torch.contiguous_format) if out is None else out.zero_()
     zero_moments_(state, g)
     R = g.contiguous()
-    update_moments_(N.view(-1), R.view(-1), [state], group["betas"], group["eps"])
+    update_moments_(N.view(-1), R.view(-1), [state], group["betas"], eps)
     return N
 
 

@@ -9,26 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
-    check_projection,
     get_projections,
     project_back_add_,
     projected_gradient,
-    projected_shapes,
-    unprojected_dim,
 )
-from lowrank_lab.optim.sharded_refresh import refresh_sharded_
+from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 
 NORM_GROWTH_LIMIT = 1.01  # γ
 EPS = 1e-8
 
 
-class Fira(ProjectedAdamW):
+class Fira(SubspaceAdamW):
     """Fira's AdamW, a drop-in for `fira.FiraAdamW`.
 
     Keys of a ranked group (default):
@@ -41,6 +38,8 @@ class Fira(ProjectedAdamW):
       randomized | gram, exact with other rounding | auto: subspace on a GPU, svd elsewhere.
     * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
       gap.
+    * `on_refresh` (keep, as in the package): keep | reset | transport, what a refresh does to
+      Adam's moments (`SubspaceAdamW`). A reset restarts the growth limiter, too.
     * `forgive_zero` (True): after a residual of zero, growth isn't limited for one step. False is
       the published rule: after one gradient that is zero, or inside the subspace, the residual is
       limited to 1e-8, and needs about 1800 steps to grow back.
@@ -53,28 +52,20 @@ class Fira(ProjectedAdamW):
     in_8_bits: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "auto",
-        "spread_refresh": False, "forgive_zero": True,
+        "spread_refresh": False, "forgive_zero": True, "on_refresh": "keep",
     }  # fmt: skip
 
-    loads_from: ClassVar[tuple[str, ...]] = (*ProjectedAdamW.loads_from, "fira")
+    loads_from: ClassVar[tuple[str, ...]] = (*SubspaceAdamW.loads_from, "fira")
+
+    proj_types: ClassVar[tuple[str, ...]] = ONE_SIDED
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        check_projection(group, ONE_SIDED)
         require_bool("forgive_zero", group["forgive_zero"])
 
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         norm: Shapes = {"residual_norm": ()} if "rank" in group else {}
-        return super().state_shapes(group, shape) | projected_shapes(group, shape) | norm
-
-    def can_stack(self, group: dict[str, Any]) -> bool:
-        return True
-
-    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected_dim(group, shape)
-
-    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        refresh_sharded_(self, params, group)
+        return super().state_shapes(group, shape) | norm
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         left, right = get_projections(self, state, G, group)
@@ -83,20 +74,29 @@ class Fira(ProjectedAdamW):
         alpha, channels = group["alpha"], rank_channels(G, right, self.placement)
         # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
         R_norm, N_norm, G_norm = channels.norms(R, N, G)
-        phi = N_norm / (R_norm + EPS)
-        # P has orthonormal columns: ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖² per channel. A difference at
-        # rounding level means that the gradient lies inside the subspace: the residual is zero.
-        G_norm_sq = G_norm.square()
-        residual_sq = torch.addcmul(G_norm_sq, R_norm, R_norm, value=alpha**2 - 2 * alpha)
         rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
-        residual_sq *= residual_sq > rounding * G_norm_sq
-        S_norm = channels.total(residual_sq.sqrt_().mul_(phi))
+        phi, S_norms = _channel_scales(R_norm, N_norm, G_norm, alpha, rounding)
+        S_norm = channels.total(S_norms)
         limiter = growth_limiter(state, S_norm, group["forgive_zero"])
         phi = channels.divided(phi, limiter, N.dtype)
         # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
         channels.subtract_scaled_(N, R, phi)
         project_back_add_(W, N, left, right, alpha=-step_size * alpha)
         channels.add_scaled_(W, G, phi, alpha=-step_size)
+
+
+@Chain
+def _channel_scales(
+    R_norm: Tensor, N_norm: Tensor, G_norm: Tensor, alpha: float, rounding: float
+) -> tuple[Tensor, Tensor]:
+    """φ and φ‖G − αP R‖ of each channel."""
+    phi = N_norm / (R_norm + EPS)
+    # P has orthonormal columns: ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖² per channel. A difference at
+    # rounding level means that the gradient lies inside the subspace: the residual is zero.
+    G_norm_sq = G_norm.square()
+    residual_sq = torch.addcmul(G_norm_sq, R_norm, R_norm, value=alpha**2 - 2 * alpha)
+    residual_sq *= residual_sq > rounding * G_norm_sq
+    return phi, residual_sq.sqrt_().mul_(phi)
 
 
 def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = True) -> Tensor:
@@ -112,9 +112,15 @@ def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = Tru
     if "residual_norm" not in state:
         state["residual_norm"] = norm
         return torch.ones_like(norm)
-    previous = state["residual_norm"]
+    limiter: Tensor
+    limiter, state["residual_norm"] = _limited(norm, state["residual_norm"], forgive_zero)
+    return limiter
+
+
+@Chain
+def _limited(norm: Tensor, previous: Tensor, forgive_zero: bool) -> tuple[Tensor, Tensor]:
+    """The limiter, and the limited norm."""
     if forgive_zero:
         previous = F.threshold(previous, EPS, math.inf)
-    limiter: Tensor = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
-    state["residual_norm"] = norm / limiter
-    return limiter
+    limiter = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
+    return limiter, norm / limiter

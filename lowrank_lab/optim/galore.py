@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from lowrank_lab.optim.base import ProjectedAdamW
-from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.projection import (
-    check_projection,
     get_projections,
     project_back_add_,
     projected_gradient,
-    projected_shapes,
-    unprojected_dim,
 )
-from lowrank_lab.optim.sharded_refresh import refresh_sharded_
+from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 
 
-class GaLore(ProjectedAdamW):
+class GaLore(SubspaceAdamW):
     """GaLore's AdamW, a drop-in for `galore_torch.GaLoreAdamW`.
 
     Keys of a ranked group (default):
@@ -33,6 +25,8 @@ class GaLore(ProjectedAdamW):
       randomized | gram, exact with other rounding | auto: subspace on a GPU, svd elsewhere.
     * `spread_refresh` (False, as in the package): each matrix is refreshed at another step of the
       gap.
+    * `on_refresh` (keep, as in the package): keep | reset | transport, what a refresh does to
+      Adam's moments (`SubspaceAdamW`).
 
     Source: 2403.03507, algorithm 2.
     """
@@ -40,28 +34,12 @@ class GaLore(ProjectedAdamW):
     in_8_bits: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "auto",
-        "spread_refresh": False,
+        "spread_refresh": False, "on_refresh": "keep",
     }  # fmt: skip
 
     loads_from: ClassVar[tuple[str, ...]] = (
-        *ProjectedAdamW.loads_from, "galore_torch", "pytorch_optimizer.GaLore",
+        *SubspaceAdamW.loads_from, "galore_torch", "pytorch_optimizer.GaLore",
     )  # fmt: skip
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        check_projection(group)
-
-    def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
-        return super().state_shapes(group, shape) | projected_shapes(group, shape)
-
-    def can_stack(self, group: dict[str, Any]) -> bool:
-        return True
-
-    def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
-        return unprojected_dim(group, shape)
-
-    def prepare_sharded_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        refresh_sharded_(self, params, group)
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         # P = leading singular vectors of G;  R = Pᵀ G;  N = Adam(R);  W ← W − lr · scale · P N

@@ -27,7 +27,6 @@ right block of L; the published code uses R_b instead, with an error larger than
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, ClassVar
@@ -43,6 +42,7 @@ from lowrank_lab.optim.adam import (
     adam_moments,
     adam_update_,
     bias_corrected_lr,
+    eps_after_correction,
     restart_adam_,
 )
 from lowrank_lab.optim.base import ProjectedAdamW
@@ -85,6 +85,7 @@ class Loro(ProjectedAdamW):
     """
 
     loads_from: ClassVar[tuple[str, ...]] = ("torch",)
+    eps_after: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {"update_k": 500, "scale": None}
 
     def __init__(
@@ -120,7 +121,9 @@ class Loro(ProjectedAdamW):
         if "rank" not in group:
             super().step_group_(params, group)
             return
-        pairs = [pair for pair in _pairs(group["params"]) if _have_gradients(*pair)]
+        pairs = [
+            (B, A) for B, A in _pairs(group["params"]) if B.grad is not None and A.grad is not None
+        ]
         exact = [self._is_exact(B, group) for B, _ in pairs]
         for pair, is_exact in zip(pairs, exact, strict=True):
             if is_exact:
@@ -153,7 +156,7 @@ class Loro(ProjectedAdamW):
                     state = self._advanced_state(p, group)
                     X, G, own = parts.enter_context(self.plain_parts(p, ANY_DIM))
                     step_size = _scale(B, group) * bias_corrected_lr(state, group)
-                    key = (X.dtype, X.device, step_size, _eps(state, group))
+                    key = (X.dtype, X.device, step_size, eps_after_correction(state, group))
                     together.setdefault(key, []).append((X, G, *adam_moments(own, X)))
             for (_, _, step_size, eps), fours in together.items():
                 lists = map(list, zip(*fours, strict=True))
@@ -161,30 +164,9 @@ class Loro(ProjectedAdamW):
         for state in states:  # only now: parts of DTensors carry their numbers back
             state["step"] += 1
 
-    def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """AdamW with ε after the bias correction: √v̂ + ε = (√v + ε·√w₂) / √w₂."""
-        batches: dict[float, list[Tensor]] = {}
-        for p in params:
-            past = self.state[p].get("exp_avg_sq_weight", 0.0)
-            beta2 = group["betas"][1]
-            batches.setdefault(beta2 * past + 1 - beta2, []).append(p)
-        for weight, batch in batches.items():
-            eps = _eps({"exp_avg_sq_weight": weight}, group)
-            super()._plain_adamw_(batch, {**group, "eps": eps})
-
 
 def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(params[::2], params[1::2], strict=True))
-
-
-def _have_gradients(B: Tensor, A: Tensor) -> bool:
-    return B.grad is not None and A.grad is not None
-
-
-def _eps(state: dict[str, Any], group: dict[str, Any]) -> float:
-    """ε·√w₂, added to √v: equal to adding ε to √v̂ after the bias correction."""
-    eps = float(group["eps"])
-    return eps * math.sqrt(state["exp_avg_sq_weight"]) if group["correct_bias"] else eps
 
 
 def _scale(B: Tensor, group: dict[str, Any]) -> float:
@@ -200,7 +182,9 @@ def _exact_(factors: tuple[Factor, Factor], group: dict[str, Any], scale: float)
     """
     lr, directions = group["lr"], []
     for _, G, state in factors:
-        N = adam_direction(zero_if_off_(G), state, group["betas"], _eps(state, group))
+        N = adam_direction(
+            zero_if_off_(G), state, group["betas"], eps_after_correction(state, group)
+        )
         # m̂ / (√v̂ + ε) = √w₂/w₁ · N
         directions.append(N.double() * bias_corrected_lr(state, {**group, "lr": 1.0}))
         restart_adam_(state)

@@ -21,6 +21,7 @@ from lowrank_lab.optim.adam import (
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
+    eps_after_correction,
     random_bits,
     rounds_stochastically,
     stochastic_round,
@@ -48,6 +49,8 @@ class MatrixUpdates(DTensorOptimizer):
     """An optimizer that calls `update_` for its parameters."""
 
     in_8_bits: ClassVar[bool] = False  # whether moments may be in 8 bits
+    eps_after: ClassVar[bool] = False  # ε is added after the bias correction, as in torch's AdamW
+    decays_first: ClassVar[bool] = False  # weight decay precedes the update, as in torch's AdamW
     batch: list[Tensor]  # the parameters that are being updated together
 
     def can_stack(self, group: dict[str, Any]) -> bool:
@@ -62,6 +65,23 @@ class MatrixUpdates(DTensorOptimizer):
         stacks.py).
         """
         raise NotImplementedError
+
+    def eps_of(self, state: Any, group: dict[str, Any]) -> float:
+        """What is added to √v."""
+        return eps_after_correction(state, group) if self.eps_after else float(group["eps"])
+
+    def step_size_of(self, state: Any, group: dict[str, Any]) -> float:
+        """The learning rate with both bias corrections.
+
+        A decay that follows the update by (1 − lr·λ) precedes it if the update is divided by that.
+        """
+        first = self.decays_first
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"] if first else 1.0
+        return bias_corrected_lr(state, group) / decay
+
+    def restarts(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether Adam restarts on p in this step; `update_` then sets its moments to zero."""
+        return False
 
     def _update_each_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for batch, together in batches(self, params, group):
@@ -78,7 +98,7 @@ class MatrixUpdates(DTensorOptimizer):
                 self.plain_parts(p, dim) as (part, G, parts),
                 self._update_target(p, part, state["step"], group) as W,
             ):
-                self.update_(W, zero_if_off_(G), parts, group, bias_corrected_lr(state, group))
+                self.update_(W, zero_if_off_(G), parts, group, self.step_size_of(state, group))
         state["step"] += 1
 
     def _update_many_(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -96,7 +116,7 @@ class MatrixUpdates(DTensorOptimizer):
                 ],
                 G,
             )
-            self.update_(W, G, together, group, bias_corrected_lr(states[0], group))
+            self.update_(W, G, together, group, self.step_size_of(states[0], group))
             W.add_update_()
             together.store_()
         for state in states:
@@ -105,6 +125,8 @@ class MatrixUpdates(DTensorOptimizer):
     def _advanced_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of p, with the weights of its moments advanced by one step."""
         state: dict[str, Any] = self.state[p]
+        if self.restarts(p, group):
+            state.update(exp_avg_weight=0.0, exp_avg_sq_weight=0.0)
         advance_weights_(state, group["betas"])
         return state
 
@@ -128,20 +150,20 @@ class MatrixUpdates(DTensorOptimizer):
 
     def adam_direction(self, R: Any, state: Any, group: dict[str, Any]) -> Any:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
+        eps = self.eps_of(state, group)
         if isinstance(R, Stacks) and quantizes(group, math.prod(R.shapes[0][1])):
             for own, like in zip(state.states, R.items, strict=True):
                 zero_moments_(own, like)
-            update_moments_(R.twin.flat, R.flat, state.states, group["betas"], group["eps"])
+            update_moments_(R.twin.flat, R.flat, state.states, group["betas"], eps)
             return R.twin
         if isinstance(R, Stacks):
             ms, vs = moments_of(state, R)
             adam_update_(
-                R.twin.items, R.items, ms, vs,
-                step_size=-1.0, betas=group["betas"], eps=group["eps"],
-            )  # fmt: skip
+                R.twin.items, R.items, ms, vs, step_size=-1.0, betas=group["betas"], eps=eps
+            )
             return R.twin
         N = self.buffer("direction", R.shape, R)
-        return direction(R, state, group, out=N)
+        return direction(R, state, group, out=N, eps=eps)
 
     def buffer(self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
         """An uninitialised tensor of that shape, shared by all parameters within a step."""
@@ -207,7 +229,8 @@ def batches(
             if isinstance(value, Tensor) and not name.startswith("projection")
         )
         coded = optimizer.in_8_bits and quantizes(group, _entries(optimizer, p, group))
-        key = (p.device, p.dtype, p.grad.dtype, *numbers, kinds, coded)
+        restarts = optimizer.restarts(p, group)
+        key = (p.device, p.dtype, p.grad.dtype, *numbers, restarts, kinds, coded)
         alike.setdefault(key, []).append(p)
 
     def order(p: Tensor) -> Any:

@@ -24,6 +24,7 @@ from lowrank_lab.distributed.placements import Placement
 from lowrank_lab.layers.balance import value_of
 from lowrank_lab.optim.adam import state_dtype, to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.carried import ON_REFRESH, follow_refresh_
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
@@ -98,7 +99,7 @@ def _projections(
             left, right = new_projections(G, load_projections(state), state["step"], group)
             agreed = optimizer.placement.broadcast
             new = left if left is None else agreed(left), right if right is None else agreed(right)
-        store_projections_(state, new, G.dtype)
+        replace_projections_(optimizer, state, new, G.dtype, group)
     return gather_projections(load_projections(state), shape, optimizer.placement)
 
 
@@ -174,11 +175,23 @@ def load_projections(state: dict[str, Any]) -> Projections:
     return state.get("projection_left"), state.get("projection_right")
 
 
-def store_projections_(state: dict[str, Any], new: Projections, dtype: torch.dtype) -> None:
-    """Replace the projections in a state (local shards where `load_projections` returns them)."""
+def replace_projections_(
+    optimizer: ProjectedAdamW,
+    state: dict[str, Any],
+    new: Projections,
+    dtype: torch.dtype,
+    group: dict[str, Any],
+) -> None:
+    """Replace the projections in a state, and do to its moments what the group's `on_refresh` says.
+
+    The projections are local shards where `load_projections` returns them.
+    """
+    old = load_projections(state)
     for name, projection in zip(PROJECTIONS, new, strict=True):
         if projection is not None:
             state[name] = projection.to(dtype)
+    how = group.get("on_refresh", "keep")
+    follow_refresh_(state, old, load_projections(state), how, optimizer.placement)
 
 
 def gather_projections(
@@ -222,7 +235,10 @@ def projected_gradient(G: Any, left: Any, right: Any, group: dict[str, Any]) -> 
 
 
 def project_back_add_(W: Any, N: Any, left: Any, right: Any, alpha: float) -> Any:
-    """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place; the product in the projection's dtype."""
+    """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place; the product in the projection's dtype.
+
+    W may be a stack, in the projections' dtype.
+    """
     if isinstance(W, Weights):  # when the update ends, in few kernels
         W.product = (N, left, right, alpha)
         return W
@@ -230,14 +246,22 @@ def project_back_add_(W: Any, N: Any, left: Any, right: Any, alpha: float) -> An
     assert P is not None
     N = N.to(P.dtype)
     X = N if left is None else left
-    Y = N if right is None else right.T if left is None else N @ right.T
+    Y = N if right is None else right.mT if left is None else N @ right.mT
+    if W.ndim > 2:  # a stack
+        return W.baddbmm_(X, Y, alpha=alpha)
     return W.addmm_(X, Y, alpha=alpha) if W.dtype == P.dtype else W.add_(X @ Y, alpha=alpha)
 
 
-def check_projection(group: dict[str, Any], proj_types: tuple[str, ...] = PROJ_TYPES) -> None:
+def check_projection(
+    group: dict[str, Any],
+    proj_types: tuple[str, ...] = PROJ_TYPES,
+    on_refresh: tuple[str, ...] = ON_REFRESH,
+) -> None:
     """Refuse a ranked group with values of its projection keys that are not allowed."""
     require_choice("proj_type", group["proj_type"], proj_types)
+    if "on_refresh" in group:
+        require_choice("on_refresh", group["on_refresh"], on_refresh)
     if "refresh" in group:
         require_choice("refresh", group["refresh"], REFRESHES)
     require_bool("spread_refresh", group.get("spread_refresh", False))
-    require_int("update_proj_gap", group["update_proj_gap"], 1)
+    require_int("update_proj_gap", group.get("update_proj_gap", 1), 1)

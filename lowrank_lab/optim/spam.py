@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.optim.adam import adam_update_
+from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
@@ -146,11 +147,14 @@ class Spam(UniformAdam):
 
 def _clipped(g: Tensor | Stacks, vs: list[Tensor], threshold: float) -> Tensor | Stacks:
     """`clip_spikes` of a gradient, or of all of a stack at once."""
+    clipped: Tensor
     if isinstance(g, Tensor):
-        return clip_spikes(g, vs[0], threshold)
+        clipped = clip_spikes(g, vs[0], threshold)
+        return clipped
     return Stacks(g.shapes, clip_spikes(g.flat, Stacks.of(vs).flat, threshold))
 
 
+@Chain
 def clip_spikes(g: Tensor, exp_avg_sq: Tensor, threshold: float) -> Tensor:
     """g where |g|² ≤ θ·v, otherwise sign(g)·√(θ·v); a new tensor, shaped like g."""
     # |g|² > θ·v  ⇔  |g| > √(θ·v):  g ← sign(g) · min(|g|, √(θ·v))

@@ -13,6 +13,7 @@ from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.distributed.dtensors import ANY_DIM
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.adam import adam_update_, restart_adam_
+from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import tensors_in
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
@@ -119,20 +120,45 @@ def clip_and_normalize(
     """
     m, n, s = _averages(state, G)
     gamma1, gamma2, theta = group["gamma1"], group["gamma2"], group["theta"]
-    tiny = torch.finfo(m.dtype).tiny
     # AdaClip: m ← θm + (1−θ) max|g|;  m̂ = m / (1 − θᵀ);  g ← g · m̂ / max|g| where |g| > m̂
     each = tensors_in(G, m.dtype)
     peak = placement.all_reduce_max_(each.largest())
-    m = m.lerp(peak, 1 - theta)
-    m_hat = m / (1 - theta**T)
-    each.scale_larger_(m_hat, m_hat / peak)  # of a zero gradient, nothing is larger
+    corrections = [_number(1 - decay**T, G) for decay in (theta, gamma1, gamma2)]
+    m, m_hat, scale = _clipping(m, peak, 1 - theta, corrections[0])
+    each.scale_larger_(m_hat, scale)
     # AdaGN: n ← γ₁n + (1−γ₁)‖g‖;  s ← γ₂s + (1−γ₂)‖g‖²;  g ← g/‖g‖ · n̂ / (√ŝ + ε)
     norm = placement.global_norm(each.norm())
-    n, s = n.lerp(norm, 1 - gamma1), s.lerp(norm.square(), 1 - gamma2)
-    n_hat, s_hat = n / (1 - gamma1**T), s / (1 - gamma2**T)
+    shares = 1 - gamma1, 1 - gamma2
+    n, s, scale = _normalizing(n, s, norm, *shares, *corrections[1:], group["eps"])
     for name, average in zip(AVERAGES, (m, n, s), strict=True):
         state[name] = average
-    return each.scale_(n_hat / (s_hat.sqrt_() + group["eps"]) / norm.clamp(min=tiny))
+    return each.scale_(scale)
+
+
+def _number(value: float, G: Matrices) -> float | Tensor:
+    """A number that changes in each step: of stacks a tensor, on the CPU, for compiled chains."""
+    return value if isinstance(G, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+@Chain
+def _clipping(
+    m: Tensor, peak: Tensor, share: float, correction: float | Tensor
+) -> tuple[Tensor, ...]:
+    """The new m, m̂, and m̂ / max|g|: of a zero gradient 0/0, but there nothing is larger than m̂."""
+    m = m.lerp(peak, share)
+    m_hat = m / correction
+    return m, m_hat, m_hat / peak
+
+
+@Chain
+def _normalizing(
+    n: Tensor, s: Tensor, norm: Tensor, share1: float, share2: float,
+    correction1: float | Tensor, correction2: float | Tensor, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The new n and s, and n̂ / (√ŝ + ε) / ‖g‖."""
+    n, s = n.lerp(norm, share1), s.lerp(norm.square(), share2)
+    n_hat, s_hat = n / correction1, s / correction2
+    return n, s, n_hat / (s_hat.sqrt() + eps) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def _averages(state: State | StackedStates, G: Matrices) -> list[Tensor]:
@@ -141,7 +167,8 @@ def _averages(state: State | StackedStates, G: Matrices) -> list[Tensor]:
         return [state[name] for name in AVERAGES]
     wide = torch.promote_types(G.dtype, torch.float32)
     shape = () if isinstance(G, Tensor) else (len(G.tensors),)
-    return [torch.zeros(shape, dtype=wide, device=tensors_of(G)[0].device)] * len(AVERAGES)
+    device = tensors_of(G)[0].device
+    return [torch.zeros(shape, dtype=wide, device=device) for _ in AVERAGES]
 
 
 def stable_spam_states(w: Weight, config: ResolvedConfig) -> int:

@@ -62,7 +62,7 @@ OWN = Layout(
     ("exp_avg_sq",),
     kept=(
         "step", "exp_avg_weight", "exp_avg_sq_weight", "projection_left", "projection_right",
-        "refresh_offset", "seed", "residual_norm",
+        "refresh_offset", "seed", "residual_norm", "error",
     ),
     partial="weights",
 )  # fmt: skip

@@ -117,6 +117,8 @@ def _reset_state_(entry: Entry, keep: float, moments: Sequence[str]) -> None:
             # A full reset restarts the growth limiter too. The entry stays: states with the same
             # entries load into each other.
             state["residual_norm"].fill_(math.inf)
+        if len(set(moments)) == 2 and "error" in state:  # what past gradients have left (LDAdam)
+            _scale_(state["error"], keep)
     elif not keep:
         _restart_(entry)
     elif partial == "buffer":  # no bias correction

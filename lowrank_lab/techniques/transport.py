@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_lab.distributed.dtensors import joint_parts
 from lowrank_lab.layers import Balance
+from lowrank_lab.optim.carried import carried
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.techniques.layouts import ADAM, Layout
 from lowrank_lab.techniques.states import Entry, Held, entries, held_by
@@ -38,9 +39,8 @@ def transport_moments_(
     for state, on_right, matrix in (
         (state_B, True, found.T_inverse.T), (state_A, False, found.T.T),
     ):  # fmt: skip
-        carriers = dict.fromkeys(layout.first, matrix)
-        carriers |= dict.fromkeys(layout.second, matrix.square())
-        for name, factor in carriers.items():
+        left, right = (None, matrix) if on_right else (matrix, None)
+        for name in layout.first + layout.second:
             moment = state.get(name)
             if moment is None:
                 continue
@@ -49,7 +49,7 @@ def transport_moments_(
             with joint_parts((moment, 0 if on_right else 1)) as ((part,), _):
                 wide = torch.empty(part.shape, dtype=part.dtype, device=part.device)
                 wide = wide.copy_(part).double()  # quantized ones support little more than copy_
-                part.copy_(wide @ factor if on_right else factor @ wide)
+                part.copy_(carried(wide, left, right, second=name in layout.second))
 
 
 def require_transportable(optimizer: torch.optim.Optimizer, factors: Iterable[Tensor]) -> None:

@@ -11,7 +11,13 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from lowrank_lab.config import NOT_IN_RUN_ID, InputError, ResolvedConfig, RunConfig
+from lowrank_lab.config import (
+    NOT_IN_RUN_ID,
+    InputError,
+    ResolvedConfig,
+    RunConfig,
+    counted_options,
+)
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.files import write_json
 from lowrank_lab.runs.run import Run
@@ -44,8 +50,10 @@ def as_extension(config: RunConfig, folder: Path) -> RunConfig:
 
 def extends(config: ResolvedConfig, old: ResolvedConfig) -> bool:
     """Whether a configuration is another one with more steps."""
-    same = config.model_dump(exclude=FREE) == old.model_dump(exclude=FREE)
-    return same and config.total_steps > old.total_steps
+    ours, theirs = (c.model_dump(exclude=FREE) for c in (config, old))
+    for fields in (ours, theirs):
+        fields["method_options"] = counted_options(fields["method_options"])
+    return ours == theirs and config.total_steps > old.total_steps
 
 
 def check_extension(config: ResolvedConfig, run: Run) -> None:

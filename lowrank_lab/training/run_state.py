@@ -13,11 +13,13 @@ from lowrank_lab import distributed
 from lowrank_lab.analysis.spectra_recorder import SpectraRecorder
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.data.corpus import Corpus
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.layers import train_dense_
 from lowrank_lab.memory.breakdown import Breakdown, persistent
 from lowrank_lab.methods.build import build
 from lowrank_lab.models.llama import Llama
-from lowrank_lab.techniques.states import switching
+from lowrank_lab.optim import ProjectedAdamW
+from lowrank_lab.techniques.states import switching, unwrapped
 from lowrank_lab.training import checkpoint
 from lowrank_lab.training.batches import Batches
 from lowrank_lab.training.clock import StepClock
@@ -52,6 +54,10 @@ class RunState:
             switch.train()
         if config.compile:
             self.model.compile_blocks()
+            few = prefers_few_kernels(next(self.model.parameters()))
+            for inner in unwrapped(self.optimizer):
+                if isinstance(inner, ProjectedAdamW):
+                    inner.compile_chains = few  # on a CPU, updates are not stacked
         self.updates = 0
         self._clock = StepClock(self.device)
         self.bytes = Breakdown()

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from short import QUICK
+from short import QUICK, per_layer_options
 
 from lowrank_lab.config import RunConfig
 from lowrank_lab.memory.formulas import by_formula
@@ -37,7 +37,8 @@ def at_rest(breakdown):
 def test_the_simulated_step_is_the_measured_one(method, how):
     if how == "per layer" and not METHODS[method].per_layer:
         pytest.skip("updates its factors in pairs")
-    config = configured(method, **FRUGAL[how])
+    options = {"method_options": per_layer_options(method)} if how == "per layer" else {}
+    config = configured(method, **FRUGAL[how], **options)
     simulated, measured = simulate(config), measure(config)
     assert (
         at_rest(simulated.persistent)

@@ -77,6 +77,40 @@ def test_attention_takes_any_strides_and_number_of_threads():
     assert torch.allclose(results[0][0], attention(q, k, v), atol=1e-5)
 
 
+@pytest.mark.parametrize("head_size", [16, 32])
+def test_attention_of_small_heads_in_bfloat16_is_the_formula_of_the_same_numbers(head_size):
+    inputs = [random(2, 50, 3, head_size, seed=s).detach().bfloat16() for s in range(3)]
+    inputs = [t.requires_grad_() for t in inputs]
+    assert kernels.takes_heads(*inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = ours(*inputs)
+    assert [t.dtype for t in saved[:3]] == 3 * [torch.bfloat16]
+    exact = attention(*wide)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16()
+    mine = [out, *torch.autograd.grad(out, inputs, upstream)]
+    others = [exact, *torch.autograd.grad(exact, wide, upstream.double())]
+    for found, expected in zip(mine, others, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).norm() <= 4e-3 * expected.norm()
+
+
+def test_which_heads_are_taken():
+    def heads(size, dtype=torch.float32):
+        return kernels.takes_heads(*3 * [torch.ones(1, 2, 1, size, dtype=dtype)])
+
+    assert heads(16)
+    assert heads(128)
+    assert heads(32, torch.bfloat16)
+    assert not heads(8)
+    assert not heads(64, torch.bfloat16)
+    assert not heads(32, torch.float16)
+    q = torch.ones(1, 2, 1, 16)
+    assert not kernels.takes_heads(q, q.bfloat16(), q)
+    assert not kernels.takes_heads(*3 * [q.bfloat16().to("meta")])
+
+
 def test_huge_scores_give_finite_gradients_and_NaN_stays_NaN():
     q, k, v = (random(1, 40, 2, 16, seed=s, size=1e3) for s in range(3))
     for t in torch.autograd.grad(ours(q, k, v).sum(), (q, k, v)):

@@ -456,3 +456,14 @@ def test_a_step_that_the_device_turns_off_changes_no_code_and_no_weight(method, 
     with cuda_path() if together else nullcontext():
         optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before[:3], contents(), strict=False))
+
+
+@pytest.mark.parametrize("how", ["keep", "reset", "transport"])
+@pytest.mark.parametrize("method", [GaLore, Fira])
+def test_what_a_refresh_does_to_moments_it_does_in_8_bits(method, how):
+    ours, optimizer = make(method, on_refresh=how)
+    theirs, exact = make(method, on_refresh=how, precision="same")
+    take(ours, optimizer, 0, 12), take(theirs, exact, 0, 12)
+    assert is_quantized(optimizer.state[ours[0]]["exp_avg"])
+    moved = theirs[0] - start((160, 64))
+    assert (ours[0] - theirs[0]).norm() <= 0.1 * moved.norm()

@@ -5,6 +5,9 @@ import pytest
 from benchmarks.kernels import OPTIMIZERS, step_kernels
 
 LIMITS = {"60m": 40, "350m": 80}
+# Its subspace changes in every step: a power iteration, an orthonormal basis, and the moments in
+# it, for each of three shapes of matrices (twice at 350m, whose stacks are halved).
+OF_LDADAM = {"60m": 150, "350m": 210}
 
 
 @pytest.mark.parametrize("size", LIMITS)
@@ -13,7 +16,8 @@ def test_a_step_with_nothing_due_launches_few_kernels_and_reads_no_value(name, s
     """The update and the check that can turn it off; of norm and clipping there are always few."""
     method, options = OPTIMIZERS[name]
     counts = step_kernels(method, size, options)
-    assert 0 < counts.check.total + counts.update.total <= LIMITS[size], counts.update.kernels
+    limits = OF_LDADAM if method == "ldadam" else LIMITS
+    assert 0 < counts.check.total + counts.update.total <= limits[size], counts.update.kernels
     assert counts.norm.total < 10
     assert not any(count.waits for count in counts)
 

@@ -83,6 +83,10 @@ def assert_alike(ours, theirs, tolerance):
                 if isinstance(value, torch.Tensor):
                     assert a[name].dtype == value.dtype, name
                     assert a[name].stride() == value.stride(), name
+                    if name == "error":  # rounding noise at full rank; gradients are of size 1
+                        difference = (a[name] - value).double().norm()
+                        assert difference <= tolerance * (1 + value.double().norm())
+                        continue
                     assert_near(a[name], value, tolerance)
                 else:
                     assert a[name] == value, name

@@ -10,8 +10,10 @@ from short import short_options, usual_rate
 from torch._dynamo.utils import counters
 
 from lowrank_lab import METHODS, InputError, RunConfig
+from lowrank_lab.device import cuda_path
 from lowrank_lab.kernels import operators
 from lowrank_lab.models import compiled
+from lowrank_lab.optim import fira
 from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training import run_state
 from lowrank_lab.training.loop import train
@@ -75,6 +77,22 @@ def test_options_of_a_run_add_no_graph(values, text_corpus, tmp_path):
     train(eventful(text_corpus, **values), tmp_path / "run")
     assert counters["stats"]["unique_graphs"] == 2 * PARTS
     assert not counters["graph_break"]
+
+
+def test_on_cudas_path_the_chains_of_the_optimizer_are_graphs_too(text_corpus, tmp_path):
+    for chain in (fira._channel_scales, fira._limited):
+        chain._graph = None  # of earlier tests
+    with cuda_path():
+        config = eventful(text_corpus, "fira", compile=True, weight_decay=0.1)
+        run = train(config, tmp_path / "compiled")
+        with_chains = counters["stats"]["unique_graphs"]
+        assert not counters["graph_break"]
+        plain = train(config.model_copy(update={"compile": False}), tmp_path / "plain")
+    assert losses_of(run) == pytest.approx(losses_of(plain), rel=1e-4)
+    counters.clear()
+    with cuda_path():
+        train(eventful(text_corpus, "galore", compile=True), tmp_path / "galore")
+    assert with_chains == counters["stats"]["unique_graphs"] + 2
 
 
 def test_kernels_of_a_cpu_break_no_graph_and_replace_that_of_the_loss(

@@ -286,12 +286,14 @@ def spoiled(monkeypatch, steps):
     take, calls = trainer.take_step_, []
 
     def spoiling(model, optimizer, batches, config, step, **rest):
-        def check(loss, norm):
-            bad = step + 1 in steps
-            return rest["check"](loss * math.nan if bad else loss, norm)
-
+        start = rest["check"].start
         calls.append(step)
-        return take(model, optimizer, batches, config, step, **rest | {"check": check})
+        with monkeypatch.context() as patch:
+            if step + 1 in steps:
+                patch.setattr(
+                    rest["check"], "start", lambda loss, *norm: start(loss * math.nan, *norm)
+                )
+            return take(model, optimizer, batches, config, step, **rest)
 
     monkeypatch.setattr(trainer, "take_step_", spoiling)
 

@@ -22,6 +22,7 @@ from lowrank_lab.training.schedule import events
 FUSED = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
 OURS = [
     "galore", "golore", "fira", "apollo", "apollo-mini", "spam", "stable-spam", "loro", "muon",
+    "frugal", "ldadam",
 ]  # fmt: skip
 VARIANTS = {
     "decay": {"weight_decay": 0.1},

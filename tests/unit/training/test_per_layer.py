@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from short import QUICK, short_options
+from short import QUICK, per_layer_options, short_options
 from torch import nn
 
 from lowrank_lab import METHODS, InputError, RunConfig, load_runs, train
@@ -84,7 +84,7 @@ def alive_watched(model, seen):
 
 
 def config_of(text_corpus, method, **values):
-    options = short_options(method, 3)
+    options = short_options(method, 3) | per_layer_options(method)
     return RunConfig(
         **{
             **{"model": "tiny", "corpus": text_corpus, "vocab_size": "byte", "num_layers": 1},
