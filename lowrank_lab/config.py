@@ -208,8 +208,8 @@ class RunConfig(BaseModel):
     )
     # execution
     precision: Literal["fp32", "bf16", "amp-bf16"] = help_field("fp32", "weights and compute dtype")
-    state_precision: Literal["same", "fp32"] = help_field(
-        "same", "moments of projected optimizers: in the weights' dtype, or fp32"
+    state_precision: Literal["same", "fp32", "8bit"] = help_field(
+        "same", "moments: in the weights' dtype, fp32 (projected optimizers), or blocks of 8 bits"
     )
     stochastic_rounding: bool = help_field(
         False, "round bf16 weights stochastically (projected optimizers)"

@@ -23,7 +23,7 @@ def config_of(method="full-rank", **values):
         "spectra_every": 8, "checkpoint_every": 1, "reset_every": 5, "recovery_steps": 3,
         "method": method, "method_options": short_options(method, 4),
     }  # fmt: skip
-    given |= {"refactor_every": 3} if METHODS[method].layers else {}
+    given |= {"refactor_every": 3} if METHODS[method].has_products else {}
     given |= reset_of(method)
     return RunConfig(**given | values)
 

@@ -1,9 +1,13 @@
 """Options that make a method's rare events happen within a few steps."""
 
+from lowrank_lab.layers import KINDS
 from lowrank_lab.methods.registry import METHODS
 
 # adamw-8bit compiles its step for a quarter of a minute: it has a test file of its own.
 QUICK = [name for name in METHODS if name != "adamw-8bit"]
+# A kind's initialisation from nothing, and the kinds with a dense weight.
+INIT = dict.fromkeys(KINDS, "kaiming") | {"cola": "normal"}
+WITH_WEIGHT = [name for name, kind in KINDS.items() if kind.has_dense_weight]
 PERIODS = ("update_proj_gap", "merge_every", "update_k", "switch")
 
 

@@ -111,6 +111,25 @@ class MethodsTable(MarkdownDirective):
         return markdown_table(head, rows)
 
 
+class StatesTable(MarkdownDirective):
+    """Weights and optimizer states of every method at two sizes, with moments in 8 bits as well."""
+
+    def lines(self) -> list[str]:
+        from lowrank_lab import RunConfig
+        from lowrank_lab.planning.states import in_gigabytes, states
+
+        names = [m.name for m in built_in()]
+        columns = ("weights", "optimizer_states", "states_8bit")
+        cells: dict[str, list[str]] = {name: [] for name in names}
+        for model, rank in (("1b", 512), ("7b", 1024)):
+            config = RunConfig(model=model, rank=rank, precision="bf16")
+            for row in states(config, names):
+                cells[row["method"]] += [in_gigabytes(row.get(column)) for column in columns]
+        head = ("method", *(f"{title}, {model}" for model in ("1b", "7b")
+                            for title in ("weights", "states", "in 8 bits")))  # fmt: skip
+        return markdown_table(head, [(f"`{name}`", *row) for name, row in cells.items()])
+
+
 class FamilyTree(MarkdownDirective):
     """METHODS as nested lists: what grew out of what, when, what it stores, when to use it."""
 
@@ -234,6 +253,7 @@ def frame(table: pd.DataFrame) -> list[str]:
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("run-config-fields", RunConfigFields)
     app.add_directive("methods-table", MethodsTable)
+    app.add_directive("states-table", StatesTable)
     app.add_directive("family-tree", FamilyTree)
     app.add_directive("more-methods", MoreMethods)
     app.add_directive("method-options", MethodOptions)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowrank_lab.analysis.spectra import (
+    Factor,
     effective_rank,
     factor_health,
     gradient_singular_values,
+    matrices,
     singular_values,
     stable_rank,
     update_singular_values,
@@ -41,7 +43,8 @@ def spectra(
     """Singular values of the weights of a model, one row per layer.
 
     Covers factorised layers and every other module with a matrix as `weight`, except embeddings:
-    nn.Linear and its subclasses, and GPT-2's Conv1D. The model is not changed.
+    nn.Linear and its subclasses, and GPT-2's Conv1D. A layer without a dense weight (CoLA) has two
+    rows, `name[B]` and `name[A]`, of its factors. The model is not changed.
 
     Args:
         model: any module, on any device. Weights sharded by FSDP2 are gathered one at a time, so
@@ -68,7 +71,7 @@ def spectra(
     """
     import pandas as pd
 
-    rows = [_row(name, layer, start) for name, layer in _layers(model, target)]
+    rows = [row for name, layer in _layers(model, target) for row in _rows(name, layer, start)]
     if not rows:
         raise ValueError(f"target: {target!r} is not allowed; no linear layer has such a name")
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -89,17 +92,32 @@ def _is_dense(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _row(name: str, module: nn.Module, start: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def _rows(
+    name: str, module: nn.Module, start: Mapping[str, Tensor] | None
+) -> Iterator[dict[str, Any]]:
     if any(p.is_meta for p in module.parameters()):
         raise ValueError(f"model: {name} is not allowed; its weight is on the meta device")
     with _evaluated(module):
-        return _row_of(name, module, start)
+        layer: Any = _gathered(module)
+        computed = is_parametrized(module)  # what its parameters are to the weight is not known
+        before = None if start is None or computed else _start_of(name, layer, start)
+        for part_name, part in matrices(name, layer):
+            own = before
+            if before is not None and isinstance(part, Factor):
+                own = {"weight": before[part.part]}
+            row = {"layer": part_name, "kind": type(module).__name__}
+            yield row | _facts(part, own, moves=not computed)
 
 
-def _row_of(name: str, module: nn.Module, start: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    layer: Any = _gathered(module)
+def _facts(layer: Any, start: dict[str, Tensor] | None, moves: bool) -> dict[str, Any]:
+    """The columns of a row but `layer` and `kind`.
+
+    Args:
+        start: the layer's earlier state.
+        moves: whether a step moves the weight by its gradient.
+    """
+    row: dict[str, Any] = {}
     factorized = isinstance(layer, FactorizedLinear)
-    row: dict[str, Any] = {"layer": name, "kind": type(module).__name__}
     row["shape"] = tuple((layer.dense_weight() if factorized else layer.weight).shape)
     row["rank"] = layer.rank if factorized else None
     finite = all(bool(p.isfinite().all()) for p in layer.parameters())
@@ -111,11 +129,9 @@ def _row_of(name: str, module: nn.Module, start: Mapping[str, Tensor] | None) ->
         return row
     if factorized:
         row |= factor_health(layer)._asdict()
-    if is_parametrized(module):
-        return row  # what its parameters are to the weight is not known
     if start is not None:
-        row["update"] = update_singular_values(layer, _start_of(name, layer, start)).cpu().numpy()
-    gradient = gradient_singular_values(layer)
+        row["update"] = update_singular_values(layer, start).cpu().numpy()
+    gradient = gradient_singular_values(layer) if moves else None
     row["gradient"] = None if gradient is None else gradient.cpu().numpy()
     return row
 

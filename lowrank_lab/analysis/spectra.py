@@ -7,7 +7,7 @@ from an r×r core; those of a difference of two products come from a 2r×2r core
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,16 +19,57 @@ from lowrank_lab.layers import (
     dense_singular_values,
     imbalance,
     product_singular_values,
+    require_dense_weights,
     truncated_svd,
 )
 
-Layer = nn.Linear | FactorizedLinear
+
+class Factor:
+    """A factor of a layer without a dense weight (CoLA), as a matrix whose spectra are its own."""
+
+    def __init__(self, layer: FactorizedLinear, part: str) -> None:
+        self.layer, self.part = layer, part
+
+    @property
+    def weight(self) -> Tensor:
+        found: Tensor = getattr(self.layer, self.part)
+        return found
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"weight": self.weight.detach()}
+
+
+Layer = nn.Linear | FactorizedLinear | Factor
+
+
+def matrices(name: str, layer: Layer) -> Iterator[tuple[str, Layer]]:
+    """The matrices of a layer to take spectra of, by name: its weight, or `name[B]` and `name[A]`.
+
+    The latter of a layer without a dense weight.
+    """
+    if isinstance(layer, FactorizedLinear) and not layer.has_dense_weight:
+        yield from ((f"{name}[{part}]", Factor(layer, part)) for part in "BA")
+    else:
+        yield name, layer
+
+
+def is_factor(name: str) -> bool:
+    """Whether recorded spectra of this name are those of a factor, not of a weight."""
+    return name.endswith(("[B]", "[A]"))
 
 
 @torch.no_grad()
 def singular_values(layer: Layer) -> Tensor:
-    """Singular values of a layer's weight, descending, float32: min(m, n) values, r for factors."""
+    """Singular values of a layer's weight, descending, float32: min(m, n) values, r for factors.
+
+    Raises:
+        ValueError: the layer has no dense weight.
+    """
     if isinstance(layer, FactorizedLinear):
+        require_dense_weights(layer, "layer")
         if layer.has_other_weights:
             return dense_singular_values(layer.dense_weight())
         B, A = layer.factors()
@@ -41,8 +82,10 @@ def update_singular_values(layer: Layer, start: dict[str, Tensor]) -> Tensor:
     """Singular values of W − W₀, descending, float32; `start` is the layer's earlier state_dict.
 
     For factors, B A − B₀ A₀ = [B, B₀] [A; −A₀] has at most 2r nonzero singular values; only these
-    are returned.
+    are returned. Errors are those of `singular_values`.
     """
+    if isinstance(layer, FactorizedLinear):
+        require_dense_weights(layer, "layer")
     if isinstance(layer, FactorizedLinear) and not layer.has_other_weights:
         B, A = (t.double() for t in layer.factors())
         B0, A0 = (start[name].to(B.device).double() for name in ("B", "A"))
@@ -58,12 +101,13 @@ def gradient_singular_values(layer: Layer) -> Tensor | None:
 
     For a dense weight, they are the singular values of its gradient G. For factors, W moves by
     scale · (G_B A + B G_A) = scale · [G_B, B] [A; G_A], which has at most 2r nonzero singular
-    values. SLTrain's sparse part is excluded.
+    values. SLTrain's sparse part is excluded. Errors are those of `singular_values`.
     """
     if not isinstance(layer, FactorizedLinear):
         if layer.weight.grad is None:
             return None
         return dense_singular_values(layer.weight.grad)
+    require_dense_weights(layer, "layer")
     B, A = layer.factors()
     if B.grad is None or A.grad is None:
         return None

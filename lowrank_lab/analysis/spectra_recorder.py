@@ -14,6 +14,7 @@ from lowrank_lab.analysis.spectra import (
     factor_health,
     gradient_singular_values,
     low_rank_shares,
+    matrices,
     middle_layers,
     singular_values,
     subspace_overlap,
@@ -57,11 +58,13 @@ class SpectraRecorder:
     Args:
         model: the initialised model; the initial weights of recorded layers are copied to the CPU.
         optimizer: the optimizer of the model.
-        layers: regular expression; matching layers are recorded.
+        layers: regular expression; matching layers are recorded, those without a dense weight
+            (CoLA) as two matrices, `name[B]` and `name[A]`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: str) -> None:
-        self._layers = dict(target_layers(model, layers))
+        found = target_layers(model, layers)
+        self._layers = {n: part for name, layer in found for n, part in matrices(name, layer)}
         self._optimizer = optimizer
         self._start = {
             name: {k: v.detach().to("cpu", copy=True) for k, v in layer.state_dict().items()}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lowrank_lab.analysis.spectra import effective_rank
+from lowrank_lab.analysis.spectra import effective_rank, is_factor
 from lowrank_lab.analysis.stats import (
     corrected,
     mean_interval,
@@ -161,10 +161,12 @@ def structure(runs: Iterable[Run]) -> pd.DataFrame:
     Columns: effective ranks of W and W − W₀; condition numbers and imbalance of the factors; the
     gradient energy captured by the projection, and its overlap with the top singular vectors.
     Columns that no run has recorded are dropped. Only layers recorded in every run with spectra
-    are averaged.
+    are averaged; factors without a weight (CoLA) are left out.
     """
     ends = []
-    recorded = [(run, {layer["layer"]: layer for layer in run.last_layers}) for run in runs]
+    recorded = [
+        (run, {r["layer"]: r for r in run.last_layers if not is_factor(r["layer"])}) for run in runs
+    ]
     names = [set(layers) for _, layers in recorded if layers]
     common = set.intersection(*names) if names else set()
     for run, by_name in recorded:

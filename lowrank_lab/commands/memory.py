@@ -20,6 +20,11 @@ from lowrank_lab.config import InputError, warn_renamed
 )
 @click.option("--all", "every", is_flag=True, help="compare all methods")
 @click.option(
+    "--formula",
+    is_flag=True,
+    help="weights and optimizer states by formula alone, in 8 bits as well; nothing is simulated",
+)
+@click.option(
     "--world-size", type=int, help="memory per process, with this many processes under FSDP2"
 )
 @click.option("--ranks", type=int, hidden=True)
@@ -28,6 +33,7 @@ from lowrank_lab.config import InputError, warn_renamed
 def memory(
     fits: str | None,
     every: bool,
+    formula: bool,
     world_size: int | None,
     ranks: int | None,
     measure: bool,
@@ -38,7 +44,7 @@ def memory(
 
     The defaults are bfloat16, as in the paper, and a CUDA card; see --precision and --device.
     """
-    from lowrank_lab.planning import describe, fit
+    from lowrank_lab.planning import describe, fit, states
 
     if ranks is not None:
         warn_renamed("--ranks", "--world-size")
@@ -51,6 +57,14 @@ def memory(
     device = "cpu" if config.device == "cpu" else "cuda"
     if measure and world_size is not None:
         raise InputError("measure", measure, "it takes steps of one process; without world_size")
+    if formula:
+        for name, value in (("fits", fits), ("measure", measure), ("world_size", world_size)):
+            if value:
+                raise InputError(name, value, "a formula has no peak and one process; without it")
+        found_by_formula = states.states(config, None if every else [config.method])
+        as_text = states.text(found_by_formula)
+        click.echo(json.dumps({"methods": found_by_formula}, indent=1) if as_json else as_text)
+        return
     if every:
         rows = []
         for row in describe.comparison(config, capacity, device, measure, world_size):

@@ -1,11 +1,12 @@
-"""Linear layers with a factorised weight, W = scale · B A (+ W₀ or S), for any model.
+"""Linear layers with a factorised weight, W = scale · B A (+ W₀ or S), for any model; and CoLA's.
 
 `factorize` replaces the linear layers of a model, and `to_dense_` brings them back; each kind of
 layer is one file.
 """
 
 from lowrank_lab.layers.balance import Balance, balance, imbalance, product_singular_values
-from lowrank_lab.layers.base import FactorizedLinear
+from lowrank_lab.layers.base import FactorizedLinear, require_dense_weights
+from lowrank_lab.layers.cola import ColaLinear
 from lowrank_lab.layers.lora import (
     LoRALinear,
     current_name,
@@ -25,6 +26,7 @@ from lowrank_lab.layers.targets import target_layers
 __all__ = [
     "KINDS",
     "Balance",
+    "ColaLinear",
     "FactorizedLinear",
     "LoRALinear",
     "LowRankLinear",
@@ -39,6 +41,7 @@ __all__ = [
     "lora_layers",
     "merge_",
     "product_singular_values",
+    "require_dense_weights",
     "skipped_layers",
     "target_layers",
     "to_dense_",

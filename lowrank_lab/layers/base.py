@@ -30,6 +30,7 @@ class FactorizedLinear(nn.Module):
 
     other_name: ClassVar[str] = ""  # the parameter beside scale · B A, if any
     has_other_weights: ClassVar[bool] = False  # whether W has a part beside scale · B A
+    has_dense_weight: ClassVar[bool] = True  # whether there is a W that computes the same
 
     B: nn.Parameter
     A: nn.Parameter
@@ -94,9 +95,9 @@ class FactorizedLinear(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module does; refused for `weight`, which is computed."""
         if name == "weight":
-            raise ValueError(
-                f"weight: setting it is not allowed; in {type(self).__name__} it is computed"
-            )
+            computed = f"in {type(self).__name__} it is computed"
+            why = computed if self.has_dense_weight else refusal_of(self)
+            raise ValueError(f"weight: setting it is not allowed; {why}")
         super().register_parameter(name, param)
 
     def oriented(self, W: Tensor) -> Tensor:
@@ -140,6 +141,23 @@ class FactorizedLinear(nn.Module):
 def kaiming_(factor: Tensor, generator: torch.Generator | None = None) -> None:
     """Draw a factor Kaiming-uniform(a=√5), i.e. within ±1/√columns, in place."""
     nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+
+
+def refusal_of(layer: FactorizedLinear) -> str:
+    """Why a layer without a dense weight can't do what needs one."""
+    return f"{type(layer).__name__} has an activation between its factors, and no dense weight"
+
+
+def require_dense_weights(model: nn.Module, field: str = "model") -> None:
+    """Refuse layers without a dense weight: no matrix computes the same, nor do other factors.
+
+    Raises:
+        ValueError: the name of the first one.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLinear) and not layer.has_dense_weight:
+            shown = repr(name) if name else "the layer"
+            raise ValueError(f"{field}: {shown} is not allowed; {refusal_of(layer)}")
 
 
 def require_own_parameters(model: nn.Module) -> None:

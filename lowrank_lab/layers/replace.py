@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lowrank_lab.config import TARGETS, nearest
-from lowrank_lab.layers.base import FactorizedLinear
+from lowrank_lab.layers.base import FactorizedLinear, require_dense_weights
 from lowrank_lab.layers.dense import dense_kinds, is_dense, why_not
 from lowrank_lab.layers.low_rank import LowRankLinear
 from lowrank_lab.layers.skipped import described_matches, listed, skipped_layers
@@ -41,15 +41,16 @@ def factorize(
     Replaced are nn.Linear, its subclasses that compute as it does, and Conv1D of transformers
     (GPT-2). The new layers keep `requires_grad` (LoRA's factors always train), forward and backward
     hooks, the training mode and attributes. Build the optimizer after this call. Every factorised
-    layer has a `weight` for code that reads it: W, formed when an operation uses it.
+    layer has a `weight` for code that reads it: W, formed when an operation uses it (refused by
+    CoLA's, which have no W).
 
     The factorisation is written into the config of a transformers model, so that `load_pretrained`
     loads what `save_pretrained` or the Trainer saves. Pass the whole model, not a submodule.
 
     Args:
         model: any module; layers that are not linear stay as they are.
-        kind: low-rank | lora | sltrain; or the result of `factorization`, without the arguments
-            that follow: makes the same layers, whose weights are to be loaded afterwards.
+        kind: low-rank | lora | sltrain | cola; or the result of `factorization`, without the
+            arguments that follow: makes the same layers, whose weights are to be loaded afterwards.
         rank: r, at most min(m, n) of every layer that matches.
         target: regular expression, searched in the full name of each layer; or `all-linear`, every
             layer but the head and those that share their weight (`targets.heads`).
@@ -103,10 +104,12 @@ def to_dense_(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: the model is itself a factorised layer.
+        ValueError: the model is itself a factorised layer, or has one without a dense weight
+            (CoLA). Nothing has changed then.
     """
     if isinstance(model, FactorizedLinear):
         raise ValueError("model: a bare factorised layer can't be replaced in place")
+    require_dense_weights(model)
     _put(model, [
         (name, _dense(layer)) for name, layer in model.named_modules()
         if isinstance(layer, FactorizedLinear)
@@ -216,8 +219,9 @@ def _warn_trained(kind: str, layers: list[nn.Module], options: Mapping[str, Any]
     keep = 'init="spectral" keeps their best approximation' if kind == "low-rank" else (
         'kind="lora" keeps them'
     )  # fmt: skip
+    new = inspect.signature(KINDS[kind]).parameters["init"].default
     warnings.warn(
         f"kind: {kind!r} starts from new factors, but the weights look trained and are thrown "
-        f'away; {keep} (init="kaiming" if that is meant)',
+        f'away; {keep} (init="{new}" if that is meant)',
         stacklevel=3,
     )

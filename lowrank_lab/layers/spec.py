@@ -10,6 +10,7 @@ from torch import nn
 
 from lowrank_lab.config import nearest
 from lowrank_lab.layers.base import FactorizedLinear
+from lowrank_lab.layers.cola import ColaLinear
 from lowrank_lab.layers.lora import LoRALinear
 from lowrank_lab.layers.low_rank import LowRankLinear
 from lowrank_lab.layers.sltrain import SLTrainLinear
@@ -18,6 +19,7 @@ KINDS: dict[str, type[Any]] = {
     "low-rank": LowRankLinear,
     "lora": LoRALinear,
     "sltrain": SLTrainLinear,
+    "cola": ColaLinear,
 }
 
 VERSION = 1

@@ -91,9 +91,17 @@ def sparse_entries(config: ResolvedConfig, m: int, n: int) -> int:
 
 
 def activation_bytes(config: ResolvedConfig) -> int | None:
-    """Bytes kept for the backward pass at the end of a forward pass; None for factorised layers."""
-    dense = METHODS[config.method].layers is None
-    return dense_activation_bytes(config) if dense else None
+    """Bytes kept for the backward pass at the end of a forward pass; None for factorised layers.
+
+    CoLA has a rule: with r the rank, a block keeps A x and silu(A x) of its seven layers (14 r
+    entries per token) beside what a dense one keeps; without the silu of its MLP at most 3 i for
+    that. With `recompute` (CoLA-M) it keeps two inputs of its norms and silu(A x) alone, 2 d + 7 r.
+    """
+    kind = METHODS[config.method].layers
+    if kind is None:
+        return dense_activation_bytes(config)
+    whole = kind == "cola" and all(target for *_, target in list(matrices(config))[:-1])
+    return _cola_activation_bytes(config) if whole else None
 
 
 def dense_activation_bytes(config: ResolvedConfig) -> int:
@@ -105,19 +113,46 @@ def dense_activation_bytes(config: ResolvedConfig) -> int:
     norms keeps a scalar, flash attention h float32 sums. With checkpointing a block keeps its input
     alone. Mixed precision also keeps copies of the blocks' weights.
     """
+    d, i = config.size.hidden_size, config.size.intermediate_size
+    entries = 8 * d + _of_mlp(config) * i + 2
+    return _kept_bytes(config, entries, copied=4 * d * d + 3 * d * i)
+
+
+def _cola_activation_bytes(config: ResolvedConfig) -> int:
+    d, i, r = config.size.hidden_size, config.size.intermediate_size, config.rank or 0
+    options = config.method_options
+    if options.get("recompute"):
+        return _kept_bytes(config, 2 * d + 7 * r, copied=2 * r * d, sums=False)
+    of_mlp = 3 if options.get("only_lr_act") else _of_mlp(config)
+    return _kept_bytes(config, 8 * d + of_mlp * i + 2 + 14 * r, copied=r * (11 * d + 3 * i))
+
+
+def _of_mlp(config: ResolvedConfig) -> int:
+    """How many tensors as wide as the MLP it keeps."""
+    on_cpu = config.precision == "fp32" and config.device != "cuda"
+    return 3 if on_cpu and kernels.available() else 4
+
+
+def _kept_bytes(config: ResolvedConfig, entries: int, copied: int, sums: bool = True) -> int:
+    """Bytes kept by all blocks and the rest of the model, for the tokens of a piece.
+
+    Args:
+        entries: per token and block; with activation checkpointing they are the hidden size.
+        copied: entries of a block's weights that mixed precision copies.
+        sums: whether float32 attention keeps its sums.
+    """
     size, length = config.size, config.sequence_length
-    d, i, heads, layers = (
-        size.hidden_size, size.intermediate_size, size.num_heads, size.num_layers,
-    )  # fmt: skip
-    full = config.precision == "fp32"
+    d, heads, layers = size.hidden_size, size.num_heads, size.num_layers
+    full, whole = config.precision == "fp32", not config.activation_checkpointing
     c = 4 if full else 2
-    of_mlp = 3 if full and config.device != "cuda" and kernels.available() else 4
-    of_a_block = c * d if config.activation_checkpointing else c * (8 * d + of_mlp * i + 2)
-    if full and not config.activation_checkpointing:
+    of_a_block = c * (entries if whole else d)
+    size_of_head = d // heads  # small ones have a kernel on a CPU in half precision, too
+    small = size_of_head <= kernels.SMALL_HEAD and size_of_head % kernels.HEAD_SIZE == 0
+    on_cpu = config.device != "cuda" and kernels.available()
+    if (full or (small and on_cpu)) and whole and sums:
         of_a_block += 4 * heads
     tokens = config.batch // config.gradient_accumulation * length
-    copies = config.precision == "amp-bf16" and not config.activation_checkpointing
-    of_weights = c * layers * (4 * d * d + 3 * d * i) * copies
+    of_weights = c * layers * copied * (config.precision == "amp-bf16" and whole)
     # the output of the last block and its norm; the batch itself; angles in bfloat16; the loss
     rest = c * (d + 1) * tokens + 16 * config.batch * length
     rest += (0 if full else c * length * (d // heads)) + 4
@@ -146,7 +181,7 @@ def _layer_flops(config: ResolvedConfig, kind: str | None, tokens: int, m: int, 
     costs = association_flops(tokens, m, n, config.rank or 0, base=kind == "lora")
     if kind == "sltrain":  # S is a part of the weight, and its gradient one of the weight's
         return costs["gradient"]
-    if kind == "lora" and config.precision != "fp32":  # it forms W in float32 only
+    if kind == "cola" or (kind == "lora" and config.precision != "fp32"):  # these form no W
         return costs["factors"]
     return min(costs.values())
 
@@ -193,4 +228,6 @@ def _rule(config: ResolvedConfig) -> StateRule:
         raise InputError("optimizer", config.optimizer, "there is no formula for its states")
     if row is None or row.state_bytes is None:
         raise InputError("method", config.method, "there is no formula for its states")
-    return row.state_bytes
+    rule = row.in_precision(config.state_precision).state_bytes
+    assert rule is not None
+    return rule

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lowrank_lab.config import InputError, ResolvedConfig
-from lowrank_lab.layers import LowRankLinear, factorize, target_layers, train_dense_
+from lowrank_lab.layers import (
+    ColaLinear,
+    LowRankLinear,
+    factorize,
+    target_layers,
+    train_dense_,
+)
 from lowrank_lab.methods.registry import METHODS
-from lowrank_lab.models.llama import Llama
+from lowrank_lab.models.llama import Block, Llama
 
 
 def build(
@@ -42,16 +51,27 @@ def build_model(config: ResolvedConfig, device: torch.device | None = None) -> L
         model = Llama(config.size, config.initializer_range, config.activation_checkpointing)
         if method.layers is not None:
             layer_options = {name: options[name] for name in method.layer_options}
+            layer_options |= {} if config.init is None else {"init": config.init}
             layer_options |= {"decompose_on": device} if config.init == "spectral" else {}
             factorize(
                 model, method.layers, rank=config.method_rank, target=config.target,
-                init=config.init, **layer_options,
+                **layer_options,
             )  # fmt: skip
+            _set_activations(model, options)
     if config.precision == "bf16":
         for t in [*model.parameters(), *model.buffers()]:
             if t.is_floating_point():
                 t.data = t.data.to(torch.bfloat16)  # `model.to` refuses tensors without values
     return model
+
+
+def _set_activations(model: Llama, options: Mapping[str, Any]) -> None:
+    """CoLA's options of blocks: where an activation stands, and which are kept."""
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        gate: nn.Module = block.mlp.gate_proj
+        block.mlp.activates = not (isinstance(gate, ColaLinear) and options.get("only_lr_act"))
+        block.narrow = bool(options.get("recompute"))
 
 
 def build_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
@@ -60,7 +80,8 @@ def build_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Opt
     if config.method_options.get("warm_start"):  # W₀ trains first, and B and A after it
         train_dense_(model, on=True)
         targets += partition(model, config.target)[0]
-    optimizer = METHODS[config.method].optimizer(targets, rest, config)
+    method = METHODS[config.method].in_precision(config.state_precision)
+    optimizer = method.optimizer(targets, rest, config)
     if config.rest_lr is not None:
         _set_rest_rate(optimizer, rest, config)
     return optimizer

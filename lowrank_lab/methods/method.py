@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lowrank_lab.methods.optimizers import OptimizerBuilder
+from lowrank_lab.layers import KINDS
+from lowrank_lab.methods.optimizers import OptimizerBuilder, adamw, adamw_8bit
 from lowrank_lab.methods.options import ByWidth, Option
-from lowrank_lab.optim.state_bytes import StateRule
+from lowrank_lab.optim.eight_bit import EIGHT_BIT
+from lowrank_lab.optim.state_bytes import StateRule, adamw_8bit_states
 
 FullWeights = Literal["none", "targets", "all"]
 
@@ -28,7 +30,7 @@ class Method:
             `spectral_lr` only).
         layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
         rank: default rank; None is a quarter of the hidden size.
-        init: default initialisation of the factors.
+        init: default initialisation of the factors; None: they have one alone, or there are none.
         layer_options: names of the options that the layers take, and not the optimizer.
         per_layer: whether each weight can be updated by itself within the backward pass.
         needs_full: which weights the optimizer can't update as DTensors: with fsdp2 they are
@@ -36,6 +38,7 @@ class Method:
         target_moments: whether the optimizer keeps averages of the gradients of target weights;
             without them a momentum reset of the targets is refused.
         states: elements of optimizer state of an m×n target weight, in words.
+        eight_bit: whether `state_precision` 8bit is allowed.
         state_bytes: bytes of a weight's optimizer states; None: not known.
         projection_bytes: the share of them that is stored projections; None: there are none.
         fake_steps: whether the optimizer's step runs on fake tensors; otherwise a simulation takes
@@ -63,10 +66,25 @@ class Method:
     needs_full: FullWeights = "all"
     target_moments: bool = True
     states: str = ""
+    eight_bit: bool = False
     state_bytes: StateRule | None = None
     projection_bytes: StateRule | None = None
     fake_steps: bool = True
     colour: str | None = None
+
+    @property
+    def has_products(self) -> bool:
+        """Whether its layers have a product B A, which refactorization balances."""
+        return self.layers is not None and bool(KINDS[self.layers].has_dense_weight)
+
+    def in_precision(self, precision: str) -> Method:
+        """The row with moments of this `state_precision`: AdamW in 8 bits is torchao's."""
+        if precision != EIGHT_BIT or self.optimizer is not adamw:
+            return self
+        return replace(
+            self, optimizer=adamw_8bit, state_bytes=adamw_8bit_states, needs_full="all",
+            fake_steps=False,
+        )  # fmt: skip
 
     def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
         """The default peak learning rate for a model of this hidden size."""

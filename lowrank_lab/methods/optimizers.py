@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +13,10 @@ from torch import Tensor
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.optim import Combined, Loro, NorMuon, Scale, Spectron
+from lowrank_lab.optim.block_codes import torchao_optim
+from lowrank_lab.optim.eight_bit import EIGHT_BIT
 from lowrank_lab.optim.muon import Muon
-from lowrank_lab.optim.state_bytes import SCALAR, Weight, adamw_states
+from lowrank_lab.optim.state_bytes import Weight, adamw_states
 
 NORMUON_EPS = 1e-10  # of the row averages, as published
 ADAMS = ("torch.optim.Adam", "torch.optim.AdamW")
@@ -152,34 +150,13 @@ def adamw_8bit(
 ) -> torch.optim.Optimizer:
     """torchao's AdamW with 8-bit moments; its first step compiles it."""
     try:
-        with _quiet():  # it warns of each missing kernel on machines without CUDA
-            from torchao.optim import AdamW8bit
-    except ImportError:
-        allowed = "it needs torchao: pip install 'lowrank-lab[quant]'"
-        raise InputError("method", config.method, allowed) from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(_groups(targets, rest), **_adam(config))
+        cls = torchao_optim().AdamW8bit
+    except ImportError as error:
+        eight_bit = config.state_precision == EIGHT_BIT
+        field = ("state_precision", EIGHT_BIT) if eight_bit else ("method", config.method)
+        raise InputError(*field, str(error)) from None
+    optimizer: torch.optim.Optimizer = cls(_groups(targets, rest), **_adam(config))
     return optimizer
-
-
-def adamw_8bit_states(w: Weight, config: ResolvedConfig) -> int:
-    """A byte per entry, and a float32 scale per block of 256 and a table of 256, twice.
-
-    Weights that blocks of 256 don't fit have m and v in their own dtype.
-    """
-    n = w.numel()
-    if n < 4096 or n % 256:
-        return 2 * w.nbytes + SCALAR
-    return 2 * (n + 4 * (n // 256) + 4 * 256) + SCALAR
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def imported(field: str, path: str) -> Any:

@@ -37,6 +37,19 @@ class ByWidth(dict[int, float]):
     __repr__ = __str__
 
 
+class FlagByWidth(ByWidth):
+    """A flag that changes at some widths (hidden size → flag, ascending)."""
+
+    def at(self, width: int) -> bool:
+        """The flag of the largest width up to this one, or of the smallest."""
+        return bool(self[max((w for w in self if w <= width), default=min(self))])
+
+    def __str__(self) -> str:
+        return ", ".join(f"{bool(value)} from width {width}" for width, value in self.items())
+
+    __repr__ = __str__
+
+
 def at_width(value: Any, width: int) -> Any:
     """The value for a hidden size, if it depends on it."""
     return value.at(width) if isinstance(value, ByWidth) else value
@@ -74,7 +87,7 @@ class Option:
         return cls(default, f"one of {', '.join(names)}", lambda value: value in names)
 
     @classmethod
-    def flag(cls, default: bool) -> Option:
+    def flag(cls, default: bool | FlagByWidth) -> Option:
         return cls(default, "true or false", lambda value: isinstance(value, bool))
 
     @classmethod

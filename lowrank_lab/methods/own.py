@@ -54,9 +54,10 @@ def register_method(
         raise ValueError(f"name: {name!r} is not allowed; letters, digits, - and _")
     if colour is not None and not re.fullmatch("#[0-9A-Fa-f]{6}", colour):
         raise ValueError(f"colour: {colour!r} is not allowed; #RRGGBB")
+    scaled = layers is not None and KINDS[layers].has_dense_weight
     options = {
         **adam_options(eps=1e-8),
-        **({"alpha": Option.number(None, 1e-6, 1e6)} if layers else {}),
+        **({"alpha": Option.number(None, 1e-6, 1e6)} if scaled else {}),
         **{key: Option.like(value) for key, value in (defaults or {}).items()},
     }
     METHODS[name] = Method(
@@ -67,9 +68,9 @@ def register_method(
         lr=ByWidth({1: lr}),
         layers=layers,
         uses_rank=True,
-        init="kaiming" if layers else None,
+        init="kaiming" if scaled else None,
         options=options,
-        layer_options=("alpha",) if layers else (),
+        layer_options=("alpha",) if scaled else (),
         state_bytes=state_bytes if optimizer else state_bytes or adamw_states,
         colour=colour,
     )

@@ -10,7 +10,8 @@ from width 512 on), NorMuon (Muon's, which suit steps of the same size) and Spec
 rate of its pretraining is published).
 
 Rates of ldadam and frugal are not tuned yet: from width 512 on they are those of the authors'
-scripts, at width 64 that of full rank.
+scripts, at width 64 that of full rank. CoLA's are its authors' from width 512
+on, and those at 512 below it.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
 those that Tol calls muted.
@@ -22,7 +23,6 @@ from lowrank_lab.methods.method import Method
 from lowrank_lab.methods.optimizers import (
     adamw,
     adamw_8bit,
-    adamw_8bit_states,
     loro,
     muon,
     muon_states,
@@ -32,7 +32,13 @@ from lowrank_lab.methods.optimizers import (
     spectron,
     uniform,
 )
-from lowrank_lab.methods.options import ByWidth, Option, adam_options, projection_options
+from lowrank_lab.methods.options import (
+    ByWidth,
+    FlagByWidth,
+    Option,
+    adam_options,
+    projection_options,
+)
 from lowrank_lab.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam, Spam, StableSpam, frugal
 from lowrank_lab.optim.apollo import PROJECTIONS
 from lowrank_lab.optim.carried import ON_REFRESH
@@ -45,6 +51,7 @@ from lowrank_lab.optim.spam import spam_states
 from lowrank_lab.optim.spectron import spectron_states
 from lowrank_lab.optim.stable_spam import stable_spam_states
 from lowrank_lab.optim.state_bytes import (
+    adamw_8bit_states,
     adamw_states,
     limited_states,
     projected_states,
@@ -106,6 +113,7 @@ ROWS = (
         layer_options=("alpha",),
         needs_full="none",
         states="2r(m+n)",
+        eight_bit=True,
         state_bytes=adamw_states,
         colour="#0072B2",
     ),
@@ -125,6 +133,7 @@ ROWS = (
         layer_options=("alpha",),
         needs_full="none",
         states="2r(m+n)",
+        eight_bit=True,
         state_bytes=adamw_states,
         colour="#CC79A7",
     ),
@@ -151,6 +160,7 @@ ROWS = (
         layer_options=("alpha",),
         needs_full="none",
         states="2r(m+n)",
+        eight_bit=True,
         state_bytes=adamw_states,
         colour="#56B4E9",
     ),
@@ -177,8 +187,31 @@ ROWS = (
         layer_options=("alpha", "sparsity", "keep_weight"),
         needs_full="none",
         states="2(r(m+n) + ⌊δmn⌋)",
+        eight_bit=True,
         state_bytes=adamw_states,
         colour="#7F7F7F",
+    ),
+    Method(
+        name="cola",
+        summary="y = B·silu(A·x): factors with an activation between them, AdamW on both",
+        source="2502.10940",
+        year=2025,
+        parent="low-rank",
+        use="small weights and activations; no export as a LLaMA",
+        optimizer=adamw,
+        lr=ByWidth({512: 6e-3, 768: 3e-3, 1024: 3e-3, 2048: 2e-3, 4096: 1e-3}),
+        layers="cola",
+        uses_rank=True,
+        options={
+            **adam_options(eps=1e-8),
+            "only_lr_act": Option.flag(FlagByWidth({1: False, 1024: True})),
+            "recompute": Option.flag(False),
+        },
+        needs_full="none",
+        states="2r(m+n)",
+        eight_bit=True,
+        state_bytes=adamw_states,
+        colour="#661100",
     ),
     Method(
         name="loro",
@@ -222,6 +255,7 @@ ROWS = (
         },
         needs_full="none",
         states="2r·max(m,n) + r·min(m,n)",
+        eight_bit=True,
         state_bytes=projected_states,
         projection_bytes=stored_projections,
         colour="#D55E00",
@@ -245,6 +279,7 @@ ROWS = (
         },
         needs_full="none",
         states="2r·max(m,n) + r·min(m,n) + 1",
+        eight_bit=True,
         state_bytes=limited_states,
         projection_bytes=stored_projections,
         colour="#009E73",
@@ -262,6 +297,7 @@ ROWS = (
         options=_APOLLO,
         needs_full="none",
         states="2r·max(m,n) + r·min(m,n) + 1; without store_projection r·min(m,n) less",
+        eight_bit=True,
         state_bytes=limited_states,
         projection_bytes=stored_projections,
         colour="#882255",
@@ -284,6 +320,7 @@ ROWS = (
         },
         needs_full="none",
         states="2·max(m,n) + min(m,n) + 1; without store_projection min(m,n) less",
+        eight_bit=True,
         state_bytes=limited_states,
         projection_bytes=stored_projections,
         colour="#AA4499",
@@ -306,6 +343,7 @@ ROWS = (
         },
         needs_full="none",
         states="2r·max(m,n) + r·min(m,n)",
+        eight_bit=True,
         state_bytes=projected_states,
         projection_bytes=stored_projections,
         colour="#CC6677",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, Size, nearest
+from lowrank_lab.config import TARGETS, InputError, ResolvedConfig, RunConfig, Size, nearest
 from lowrank_lab.data.prepare import vocabulary
 from lowrank_lab.layers import target_layers
 from lowrank_lab.methods.method import Method
@@ -22,6 +22,8 @@ from lowrank_lab.methods.options import at_width
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.trial import check_events, check_per_layer, check_sharded
 from lowrank_lab.models.llama import Llama
+from lowrank_lab.optim.block_codes import torchao_optim
+from lowrank_lab.optim.eight_bit import EIGHT_BIT
 
 WORDS = {"no": False, "off": False, "on": True, "yes": True}  # of YAML 1.1, where a flag is meant
 
@@ -66,11 +68,12 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 def _check_techniques(config: RunConfig, method: Method) -> None:
     """Refuse techniques that the method can't use, or that exclude each other."""
     dense = method.layers is None
-    if dense and config.refactor_every:
-        allowed = f"{method.name} has no factors to refactorize; 0"
-        raise InputError("refactor_every", config.refactor_every, allowed)
-    if dense and config.init is not None:
-        raise InputError("init", config.init, f"{method.name} has no factors to initialise")
+    if config.refactor_every and not method.has_products:
+        why = "no factors to refactorize" if dense else "an activation between its factors"
+        raise InputError("refactor_every", config.refactor_every, f"{method.name} has {why}; 0")
+    if method.init is None and config.init is not None:
+        why = "no factors to initialise" if dense else "one initialisation of its factors"
+        raise InputError("init", config.init, f"{method.name} has {why}")
     if config.init == "spectral" and method.layers not in (None, "low-rank"):
         allowed = f"the factors of {method.name} are added to other weights; kaiming"
         raise InputError("init", config.init, allowed)
@@ -129,10 +132,44 @@ def _merge_of(config: RunConfig, method: Method) -> tuple[str, float] | None:
 def _check_precision(config: RunConfig, method: Method) -> None:
     """Refuse float32 states and stochastic rounding without bfloat16 weights or a projection."""
     for name, value in precision_choices(config).items():
+        if value == EIGHT_BIT:
+            _check_8bit(config, method)
+            continue
         if "proj_type" not in method.options:
             raise InputError(name, value, f"the optimizer of {method.name} has no such choice")
         if config.precision != "bf16":
             raise InputError(name, value, f"needs precision bf16, not {config.precision}")
+
+
+def _check_8bit(config: RunConfig, method: Method) -> None:
+    """Refuse moments in 8 bits where the optimizer can't store them."""
+    allowed = None
+    if not method.eight_bit:
+        has_own = method.optimizer is adamw and method.layers is None
+        allowed = f"the optimizer of {method.name} has no such choice"
+        allowed += "; use the method adamw-8bit" if has_own else ""
+    elif config.optimizer is not None:
+        allowed = f"the states of {config.optimizer} are its own; same"
+    elif method.optimizer is not adamw and config.parallel == "fsdp2":
+        allowed = "with fsdp2 shards of moments would cut its blocks; same or fp32"
+    else:
+        try:
+            torchao_optim()
+        except ImportError as error:
+            allowed = str(error)
+    if allowed is not None:
+        raise InputError("state_precision", EIGHT_BIT, allowed)
+
+
+def _check_recompute(config: RunConfig) -> None:
+    """Refuse CoLA-M where it can't keep narrow activations alone, or where nothing is kept."""
+    field = "method_options.recompute"
+    if config.activation_checkpointing:
+        raise InputError(field, True, "activation_checkpointing recomputes whole blocks; False")
+    targets, every = (len(_target_shapes(config.size, t)) for t in (config.target, TARGETS))
+    if targets < every:
+        allowed = f"target leaves {every - targets} of {every} layers of the blocks dense; False"
+        raise InputError(field, True, allowed)
 
 
 def _check_per_layer(config: RunConfig, method: Method) -> None:
@@ -192,7 +229,9 @@ def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any])
     for name, value in options.items():
         if method.options[name].real and value is not None:
             options[name] = float(value)  # 32 and 32.0 are the same run: one id
-    if method.layers is not None and options["alpha"] is None:
+    if options.get("recompute"):
+        _check_recompute(config)
+    if "alpha" in options and options["alpha"] is None:
         options["alpha"] = 32.0 if changes["init"] == "kaiming" else float(changes["rank"])
     if "merge_every" in options and "merge_every" not in given:  # short runs merge as well
         options["merge_every"] = min(options["merge_every"], max(1, config.total_steps // 5))

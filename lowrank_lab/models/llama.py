@@ -23,6 +23,7 @@ from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.compiled import Compiled
 from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy, token_losses
 from lowrank_lab.models.fused import fused_weights
+from lowrank_lab.models.narrow import narrow_block
 from lowrank_lab.models.rms_norm import NORM_EPS, RMSNorm, rms_norm
 
 ROPE_BASE = 10_000.0
@@ -87,19 +88,29 @@ class Attention(nn.Module):
         """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
         if fused is not None:
             return halves.self_attention(x, fused, cos, sin, self.num_heads, NORM_EPS)
-        heads = (*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads)
-        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        out: Tensor = self.o_proj(self.mix(q, k, v, cos, sin))
+        return out
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary attention of q, k and v (B, T, d) → (B, T, d)."""
+        shape = q.shape
+        heads = (*shape[:2], self.num_heads, shape[2] // self.num_heads)
+        q, k, v = (t.view(heads) for t in (q, k, v))
         if kernels.takes_heads(q, k, v):
             mixed = kernels.rotary_attention(q, k, v, cos, sin)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             mixed = causal_attention(q, k, v).transpose(1, 2)
-        out: Tensor = self.o_proj(mixed.reshape(x.shape))
-        return out
+        return mixed.reshape(shape)
 
 
 class MLP(nn.Module):
+    """SwiGLU; `activates` is false where the gate's layer has the activation (CoLA)."""
+
+    activates = True
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.gate_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
@@ -114,15 +125,27 @@ class MLP(nn.Module):
         """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
         if fused is not None:
             return halves.mlp(x, fused, NORM_EPS)
-        width = padded_width(x, self.gate_proj, self.up_proj, self.down_proj)
-        rows = () if width is None else (width,)  # layers of one's own take x alone
-        gate, up = self.gate_proj(x, *rows), self.up_proj(x, *rows)
-        hidden = kernels.swiglu(gate, up) if kernels.takes(gate, up) else F.silu(gate) * up
-        out: Tensor = self.down_proj(hidden)
+        rows = self.padding(x)
+        out: Tensor = self.down_proj(self.gated(self.gate_proj(x, *rows), self.up_proj(x, *rows)))
         return out
+
+    def padding(self, x: Tensor) -> tuple[int, ...]:
+        """The further argument of gate and up for an input like x: their padded width, if any."""
+        width = padded_width(x, self.gate_proj, self.up_proj, self.down_proj)
+        return () if width is None else (width,)  # layers of one's own take x alone
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The input of the down projection."""
+        if not self.activates:
+            return gate * up
+        return kernels.swiglu(gate, up) if kernels.takes(gate, up) else F.silu(gate) * up
 
 
 class Block(nn.Module):
+    """A decoder block; `narrow`: of CoLA layers, it keeps r-wide activations (`narrow_block`)."""
+
+    narrow = False
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(size.hidden_size)
@@ -138,6 +161,8 @@ class Block(nn.Module):
 
 
 def _block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if block.narrow:
+        return narrow_block(block, x, cos, sin)
     fused, attention, mlp = None, block.self_attn, block.mlp
     if type(attention) is Attention and attention.head_size % kernels.HEAD_SIZE == 0:
         fused = fused_weights(x, block.input_layernorm, attention, attention.layers())

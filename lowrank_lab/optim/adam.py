@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from lowrank_lab.distributed.dtensors import is_dtensor
 from lowrank_lab.optim.found_inf import found_inf, zero_
 
-PRECISIONS = ("same", "fp32")  # of the moments: that of the weights, or float32
+# of the moments: that of the weights, float32, or blocks of 8 bits (`optim.eight_bit`)
+PRECISIONS = ("same", "fp32", "8bit")
 # A step count at which 1 − βᵗ is 1 for every β: torch's fused kernel then corrects no bias.
 _LONG_AGO = 1e12
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -143,9 +144,11 @@ def to_state_precision(g: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def state_dtype(dtype: torch.dtype, group: dict[str, Any]) -> torch.dtype:
-    """The dtype of the group's moments, for gradients of that dtype."""
-    wide = group.get("state_precision") == "fp32"
-    return torch.promote_types(dtype, torch.float32) if wide else dtype
+    """The dtype in which the group's moments are updated, for gradients of that dtype."""
+    precision = group.get("state_precision", "same")
+    if precision == "8bit":
+        return torch.float32
+    return dtype if precision == "same" else torch.promote_types(dtype, torch.float32)
 
 
 def rounds_stochastically(p: Tensor, group: dict[str, Any]) -> bool:

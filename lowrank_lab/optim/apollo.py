@@ -64,6 +64,7 @@ class Apollo(ProjectedAdamW):
         precision: `state_precision` and `stochastic_rounding`, see ProjectedAdamW.
     """
 
+    in_8_bits: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 1.0, "proj": "random", "proj_type": "std",
         "scale_type": "channel", "scale_front": False, "disable_nl": False,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lowrank_lab.distributed.dtensors import ANY_DIM, is_dtensor, local_gradient, local_part
 from lowrank_lab.optim.adam import (
-    adam_direction,
     adam_moments,
     adam_update_,
     rounds_stochastically,
@@ -26,6 +25,7 @@ from lowrank_lab.optim.adam import (
 from lowrank_lab.optim.chains import compiled_where
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import first_non_finite, require, require_adam, require_int
+from lowrank_lab.optim.eight_bit import adamw_step_, direction, quantizes
 from lowrank_lab.optim.found_inf import decay_, off_where
 from lowrank_lab.optim.matrix_updates import MatrixUpdates
 from lowrank_lab.optim.saved_state import load_, prepared
@@ -41,7 +41,8 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
         eps: added to √v before bias correction.
         weight_decay: decoupled, applied after the update with lr · weight_decay.
         correct_bias: False omits Adam's bias correction.
-        state_precision: `same` keeps the moments in the dtype of the weights, `fp32` in float32.
+        state_precision: `same` keeps the moments in the dtype of the weights, `fp32` in float32,
+            `8bit` in blocks of 8 bits (`eight_bit`): GaLore, Fira, Apollo and GoLore, with torchao.
         stochastic_rounding: round bfloat16 weights up or down at random, so that updates below
             their precision act in expectation. Deterministic: the seed depends on the step.
 
@@ -158,7 +159,7 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
 
     def _plain_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Fused AdamW on all parameters that share a dtype, a device and a step size."""
-        if group.get("stochastic_rounding") or group.get("state_precision") == "fp32":
+        if group.get("stochastic_rounding") or group.get("state_precision", "same") != "same":
             self._precise_adamw_(params, group)
             return
         batches: dict[Any, list[Tensor]] = {}
@@ -181,12 +182,19 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             )
 
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """AdamW one by one, for float32 moments or stochastic rounding of bfloat16 weights."""
+        """AdamW one by one: for moments of another dtype, or for stochastic rounding."""
         for p in params:
             state = self._advanced_state(p, group)
-            with self.plain_parts(p, ANY_DIM) as (part, G, parts):
-                g = to_state_precision(G, group)
-                N = adam_direction(g, parts, group["betas"], self.eps_of(state, group))
-                with self._update_target(p, part, state["step"], group) as W:
-                    W.add_(N, alpha=-self.step_size_of(state, group))
+            step_size = self.step_size_of(state, group)
+            with (
+                self.plain_parts(p, ANY_DIM) as (part, G, parts),
+                self._update_target(p, part, state["step"], group) as W,
+            ):
+                if quantizes(group, W.numel()) and W.is_contiguous():
+                    adamw_step_(W, G, parts, group, step_size)
+                else:
+                    N = direction(
+                        to_state_precision(G, group), parts, group, eps=self.eps_of(state, group)
+                    )
+                    W.add_(N, alpha=-step_size)
             state["step"] += 1

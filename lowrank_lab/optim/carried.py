@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
+from lowrank_lab.optim.eight_bit import moment_like, read_moment
 from lowrank_lab.optim.subspaces import Projections
 
 ON_REFRESH = ("keep", "reset", "transport")
@@ -83,15 +84,17 @@ def follow_refresh_(
         return
     m, v = state["exp_avg"], state["exp_avg_sq"]
     if how == "reset":
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(m), torch.zeros_like(v)
+        state["exp_avg"], state["exp_avg_sq"] = (
+            moment_like(torch.zeros(t.shape, device=t.device), t) for t in (m, v)
+        )
         if (norm := state.get("residual_norm")) is not None:  # as a full `reset_momentum_` does
             state["residual_norm"] = torch.full_like(norm, math.inf)
         return
     X, Y = overlaps(old, new, placement)
-    state["exp_avg"] = carried(m, X, Y).to(m).contiguous()
+    state["exp_avg"] = moment_like(carried(read_moment(m), X, Y), m)
     if how == "transport":
         X, Y = None if X is None else _averaging(X), None if Y is None else _averaging(Y.T).T
-        state["exp_avg_sq"] = carried(v, X, Y, second=True).to(v).contiguous()
+        state["exp_avg_sq"] = moment_like(carried(read_moment(v), X, Y, second=True), v)
 
 
 def _averaging(X: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from lowrank_lab.distributed.dtensors import is_dtensor
 from lowrank_lab.optim.adam import PRECISIONS
+from lowrank_lab.optim.block_codes import torchao_optim
 from lowrank_lab.optim.checks import (
+    require,
     require_adam,
     require_bool,
     require_choice,
@@ -13,6 +16,7 @@ from lowrank_lab.optim.checks import (
     require_real,
 )
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer
+from lowrank_lab.optim.eight_bit import EIGHT_BIT
 
 # Entries of a state: shapes of tensors, None for Python numbers
 Shapes = dict[str, tuple[int, ...] | None]
@@ -24,6 +28,7 @@ class CheckedOptimizer(DTensorOptimizer):
     group_defaults: ClassVar[dict[str, Any]] = {}  # keys of a marked group and their defaults
     has_ranked_groups: ClassVar[bool] = True
     loads_from: ClassVar[tuple[str, ...]] = ()  # sources of `foreign_state.converted`
+    in_8_bits: ClassVar[bool] = False  # whether moments may be stored in 8 bits
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         require_known_keys(param_group, self.defaults, self.marked_keys(), self.marker)
@@ -46,10 +51,23 @@ class CheckedOptimizer(DTensorOptimizer):
         require_adam(group)
         require_real(self, group)
         if "state_precision" in group:
-            require_choice("state_precision", group["state_precision"], PRECISIONS)
+            self._check_precision(group)
             require_bool("stochastic_rounding", group["stochastic_rounding"])
         if self.marker in group:
             self.check_group(group)
+
+    def _check_precision(self, group: dict[str, Any]) -> None:
+        precision = group["state_precision"]
+        known = PRECISIONS if self.in_8_bits else tuple(p for p in PRECISIONS if p != EIGHT_BIT)
+        require_choice("state_precision", precision, known)
+        if precision == EIGHT_BIT:
+            sharded = any(map(is_dtensor, group["params"]))
+            allowed = "same or fp32: shards of DTensors would cut its blocks"
+            require("state_precision", precision, not sharded, allowed)
+            try:
+                torchao_optim()
+            except ImportError as error:
+                require("state_precision", precision, False, str(error))
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a group with keys or parameters that the method doesn't support."""

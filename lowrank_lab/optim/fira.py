@@ -49,6 +49,7 @@ class Fira(SubspaceAdamW):
     to take its norm.
     """
 
+    in_8_bits: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", "refresh": "auto",
         "spread_refresh": False, "forgive_zero": True, "on_refresh": "keep",

@@ -53,6 +53,7 @@ class Frugal(GoLore):
     Source: 2411.07837, algorithm 1, and its published code.
     """
 
+    in_8_bits: ClassVar[bool] = False
     eps_after: ClassVar[bool] = True
     decays_first: ClassVar[bool] = True
     proj_types: ClassVar[tuple[str, ...]] = ONE_SIDED

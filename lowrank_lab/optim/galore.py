@@ -31,6 +31,7 @@ class GaLore(SubspaceAdamW):
     Source: 2403.03507, algorithm 2.
     """
 
+    in_8_bits: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "auto",
         "spread_refresh": False, "on_refresh": "keep",

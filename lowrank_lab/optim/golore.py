@@ -48,6 +48,7 @@ class GoLore(SubspaceAdamW):
     computes right projections with the inverse root of a singular matrix.
     """
 
+    in_8_bits: ClassVar[bool] = True
     group_defaults: ClassVar[dict[str, Any]] = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "auto",
         "switch": 0, "seed": 0, "on_refresh": "published",

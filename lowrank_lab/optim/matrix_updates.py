@@ -6,6 +6,7 @@ kernels, if the optimizer `can_stack` them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, cast
@@ -17,7 +18,6 @@ from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.dtensors import is_dtensor, part_of
 from lowrank_lab.distributed.placements import REPLICATED
 from lowrank_lab.optim.adam import (
-    adam_direction,
     adam_update_,
     advance_weights_,
     bias_corrected_lr,
@@ -27,6 +27,7 @@ from lowrank_lab.optim.adam import (
     stochastic_round,
 )
 from lowrank_lab.optim.dtensor_optimizer import DTensorOptimizer, param_index
+from lowrank_lab.optim.eight_bit import direction, quantizes, update_moments_, zero_moments_
 from lowrank_lab.optim.found_inf import decay_, zero_if_off_
 from lowrank_lab.optim.stacks import (
     Matrices,
@@ -47,6 +48,7 @@ FEWEST = 2  # tensors in a stack; a single one is updated without a copy
 class MatrixUpdates(DTensorOptimizer):
     """An optimizer that calls `update_` for its parameters."""
 
+    in_8_bits: ClassVar[bool] = False  # whether moments may be in 8 bits
     eps_after: ClassVar[bool] = False  # ε is added after the bias correction, as in torch's AdamW
     decays_first: ClassVar[bool] = False  # weight decay precedes the update, as in torch's AdamW
     batch: list[Tensor]  # the parameters that are being updated together
@@ -147,6 +149,11 @@ class MatrixUpdates(DTensorOptimizer):
     def adam_direction(self, R: Any, state: Any, group: dict[str, Any]) -> Any:
         """`adam.adam_direction` of a projected gradient, in a buffer that is reused."""
         eps = self.eps_of(state, group)
+        if isinstance(R, Stacks) and quantizes(group, math.prod(R.shapes[0][1])):
+            for own, like in zip(state.states, R.items, strict=True):
+                zero_moments_(own, like)
+            update_moments_(R.twin.flat, R.flat, state.states, group["betas"], eps)
+            return R.twin
         if isinstance(R, Stacks):
             ms, vs = moments_of(state, R)
             adam_update_(
@@ -154,7 +161,7 @@ class MatrixUpdates(DTensorOptimizer):
             )
             return R.twin
         N = self.buffer("direction", R.shape, R)
-        return adam_direction(R, state, group["betas"], eps, out=N)
+        return direction(R, state, group, out=N, eps=eps)
 
     def buffer(self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
         """An uninitialised tensor of that shape, shared by all parameters within a step."""
@@ -219,8 +226,9 @@ def batches(
             for name, value in state.items()
             if isinstance(value, Tensor) and not name.startswith("projection")
         )
+        coded = optimizer.in_8_bits and quantizes(group, _entries(optimizer, p, group))
         restarts = optimizer.restarts(p, group)
-        key = (p.device, p.dtype, p.grad.dtype, *numbers, restarts, kinds)
+        key = (p.device, p.dtype, p.grad.dtype, *numbers, restarts, kinds, coded)
         alike.setdefault(key, []).append(p)
 
     def order(p: Tensor) -> Any:
@@ -229,6 +237,11 @@ def batches(
     for same in alike.values():
         for batch in limited(sorted(same, key=order)):
             yield batch, len(batch) >= FEWEST
+
+
+def _entries(optimizer: Any, p: Tensor, group: dict[str, Any]) -> int:
+    """Entries of a moment of p."""
+    return math.prod(optimizer.state_shapes(group, tuple(p.shape))["exp_avg"])
 
 
 @contextmanager

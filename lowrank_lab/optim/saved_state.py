@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.optim.adam import is_quantized, state_dtype
 from lowrank_lab.optim.checked import CheckedOptimizer
 from lowrank_lab.optim.checks import parameter_name, require, require_known_keys
+from lowrank_lab.optim.eight_bit import in_precision, quantizes
 from lowrank_lab.optim.foreign_state import converted
 
 # Group keys that decide the shapes of states
@@ -130,14 +132,16 @@ def _require_entries(
 def restore_dtypes_(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Restore the dtypes of loaded states, which torch casts to the dtype of the parameter.
 
-    Moments and projections have the parameter's dtype; moments are at least float32 with
-    `state_precision` fp32. Norms and masks keep the dtype in which they were saved.
+    Moments and projections have the parameter's dtype; moments those of `state_precision`. Norms
+    and masks keep the dtype in which they were saved.
     """
     for p, group, entries in saved_entries(optimizer, state_dict):
-        wide = group.get("state_precision") == "fp32"
-        moments = torch.promote_types(p.dtype, torch.float32) if wide else p.dtype
+        moments = state_dtype(p.dtype, group)
         for key, value in entries.items():
             if not isinstance(value, Tensor) or key.startswith("projection_"):
+                continue
+            if key in MOMENTS and (is_quantized(value) or quantizes(group, value.numel())):
+                optimizer.state[p][key] = in_precision(value.to(p.device), key, group, moments)
                 continue
             dtype = moments if key in MOMENTS else value.dtype
             if optimizer.state[p][key].dtype != dtype:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.optim.eight_bit import EIGHT_BIT, eight_bit_bytes
 from lowrank_lab.optim.subspaces import sides
 
 SCALAR = 4  # bytes of a step count or a norm, float32
@@ -51,6 +52,11 @@ def adamw_states(w: Weight, config: ResolvedConfig) -> int:
     return 2 * w.nbytes + SCALAR
 
 
+def adamw_8bit_states(w: Weight, config: ResolvedConfig) -> int:
+    """torchao's AdamW: m and v in 8 bits, or in the weight's dtype, and a step count."""
+    return 2 * eight_bit_bytes(w.numel(), otherwise=w.itemsize) + SCALAR
+
+
 def two_moments(w: Weight, config: ResolvedConfig) -> int:
     """m and v; the step count is a Python number."""
     return 2 * w.nbytes
@@ -58,13 +64,19 @@ def two_moments(w: Weight, config: ResolvedConfig) -> int:
 
 def projected_states(w: Weight, config: ResolvedConfig) -> int:
     """m and v of the projected gradient, and the projections; m and v of the other weights."""
-    itemsize = 4 if config.state_precision == "fp32" else w.itemsize
     if not w.target:
-        return 2 * w.numel() * itemsize
+        return 2 * moment_bytes(w.numel(), w, config)
     m, n = w.shape
     left, right = sides(config.method_options["proj_type"], (m, n))
     rows, columns = (config.method_rank if left else m), (config.method_rank if right else n)
-    return 2 * rows * columns * itemsize + stored_projections(w, config)
+    return 2 * moment_bytes(rows * columns, w, config) + stored_projections(w, config)
+
+
+def moment_bytes(entries: int, w: Weight, config: ResolvedConfig) -> int:
+    """A moment with so many entries of a projected optimizer, in its `state_precision`."""
+    if config.state_precision == EIGHT_BIT:
+        return eight_bit_bytes(entries, otherwise=4)
+    return entries * (4 if config.state_precision == "fp32" else w.itemsize)
 
 
 def limited_states(w: Weight, config: ResolvedConfig) -> int:

@@ -139,7 +139,7 @@ def _placed(config: ResolvedConfig, world_size: int) -> Iterator[tuple[Weight, P
 
 def _update_dims(config: ResolvedConfig) -> dict[tuple[tuple[int, ...], bool], int | None] | None:
     """`ProjectedAdamW.dim_of` by shape and target; None: another optimizer."""
-    method, found = METHODS[config.method], {}
+    method, found = METHODS[config.method].in_precision(config.state_precision), {}
     if config.optimizer is not None or not method.fake_steps:
         return None
     metas = [(w, torch.empty(w.shape, device="meta", requires_grad=True)) for w in weights(config)]
@@ -226,5 +226,5 @@ def _add_part_(
 
 def _needed_whole(w: Weight, config: ResolvedConfig) -> bool:
     """Whether an update needs the weight in full, and not entry by entry."""
-    which = METHODS[config.method].needs_full
+    which = METHODS[config.method].in_precision(config.state_precision).needs_full
     return which == "all" or (which == "targets" and w.target)

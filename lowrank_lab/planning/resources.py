@@ -14,6 +14,7 @@ from lowrank_lab.config import InputError, ResolvedConfig
 from lowrank_lab.memory.formulas import (
     GB,
     MIB,
+    activation_bytes,
     by_formula,
     dense_activation_bytes,
     element_bytes,
@@ -116,7 +117,9 @@ def _quick_bytes(config: ResolvedConfig) -> tuple[int, int]:
     logits = 4 * tokens * config.size.vocab_size
     largest = max(w.numel() for w in found)
     whole = max((m * n for m, n in layers), default=0)
-    activations = dense_activation_bytes(config) + b * tokens * factors
+    activations = activation_bytes(config)
+    if activations is None:
+        activations = dense_activation_bytes(config) + b * tokens * factors
     return held, held + gradients + activations + 3 * logits + 4 * (6 * max(largest, whole))
 
 

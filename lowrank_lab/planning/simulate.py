@@ -144,7 +144,7 @@ def _simulate(device: str, report: MemoryReport) -> MemoryReport:
             report.excluded.append("buffers of NCCL or gloo, and the first process's copy in RAM")
         stack.enter_context(FakeTensorMode())
         stepping = _Stepping(config, torch.device("cpu"), device, report.world_size > 0)
-        if not METHODS[config.method].fake_steps:
+        if not METHODS[config.method].in_precision(config.state_precision).fake_steps:
             report.excluded.append("temporaries of the optimizer (its states are by formula)")
             stepping.assume_states(
                 per_rank(config, report.world_size)[report.rank].optimizer_states

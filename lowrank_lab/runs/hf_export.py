@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_lab.config import InputError
 from lowrank_lab.data.tokenizer import end_of_text
-from lowrank_lab.layers import FactorizedLinear
+from lowrank_lab.layers import FactorizedLinear, require_dense_weights
 from lowrank_lab.models.llama import ROPE_BASE
 from lowrank_lab.models.rms_norm import NORM_EPS
 from lowrank_lab.runs.files import write_json
@@ -32,7 +32,8 @@ def export(run: Run | Path | str, out: Path | str, dtype: ExportDtype | None = N
             Rounding merged factors to bfloat16 would lose small updates such as LoRA's.
 
     Raises:
-        InputError: `run` is not a run folder or has not finished, or `out` is not empty.
+        InputError: `run` is not a run folder or has not finished, has layers that LLaMA hasn't
+            (CoLA), or `out` is not empty.
     """
     run, out = run if isinstance(run, Run) else Run(run), Path(out)
     config = run.config
@@ -41,7 +42,11 @@ def export(run: Run | Path | str, out: Path | str, dtype: ExportDtype | None = N
     _check_place(out)
     if dtype is not None and dtype not in DTYPES:
         raise InputError("dtype", dtype, f"one of {', '.join(DTYPES)}")
-    weights = dense_weights(run.model, DTYPES[dtype] if dtype else None)
+    try:
+        weights = dense_weights(run.model, DTYPES[dtype] if dtype else None)
+    except ValueError as error:
+        why = str(error).partition("; ")[2]
+        raise InputError("run", str(run.folder), f"LLaMA has no such layers: {why}") from None
     tokenizer = None if config.corpus == "markov" else run.tokenizer
     end = "" if tokenizer is None else end_of_text(tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +90,11 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
 
     Args:
         dtype: dtype of the result; by default float32 if a layer is factorised, else the model's.
+
+    Raises:
+        ValueError: a layer has no dense weight.
     """
+    require_dense_weights(model)
     weights = dict(model.state_dict())
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLinear):

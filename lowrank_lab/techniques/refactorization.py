@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from lowrank_lab.distributed.dtensors import joint_parts, non_finite, reshard_
 from lowrank_lab.distributed.placements import REPLICATED, Placement
-from lowrank_lab.layers import Balance, FactorizedLinear, balance, imbalance
+from lowrank_lab.layers import (
+    Balance,
+    FactorizedLinear,
+    balance,
+    imbalance,
+    require_dense_weights,
+)
 from lowrank_lab.layers.balance import RANK_TOLERANCE, value_of
 from lowrank_lab.layers.base import require_own_parameters
 from lowrank_lab.techniques.layouts import WEIGHT_COPIES
@@ -62,9 +68,9 @@ def refactorize_(
         The names of the changed and of the skipped layers; none of a model without factors.
 
     Raises:
-        ValueError: `on_refactor` or `basis` is not allowed, layers share a factor, or the optimizer
-            is missing, lacks the factors or has states that can't follow them. Nothing has changed
-            then.
+        ValueError: `on_refactor` or `basis` is not allowed, layers share a factor or have an
+            activation between their factors (CoLA), or the optimizer is missing, lacks the factors
+            or has states that can't follow them. Nothing has changed then.
         NotFiniteError: a factor is not finite. Nothing has changed then.
 
     Source: 2505.22922, weight refactorization, by r×r matrices instead of the m×n product.
@@ -72,6 +78,7 @@ def refactorize_(
     require_known(on_refactor, basis)
     if on_refactor != "keep" and optimizer is None:
         raise ValueError(f"optimizer: None is not allowed; {on_refactor} changes its moments")
+    require_dense_weights(module, "module")
     require_own_parameters(module)
     reshard_(module)
     _require_finite(module)

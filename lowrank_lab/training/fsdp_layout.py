@@ -41,7 +41,8 @@ def names_needing_owners(
     if isinstance(optimizer, ProjectedAdamW):
         return set()
     foreign = config.optimizer not in (None, *ADAMS)
-    which = "all" if foreign else METHODS[config.method].needs_full
+    method = METHODS[config.method].in_precision(config.state_precision)
+    which = "all" if foreign else method.needs_full
     targets, rest = partition(model, config.target)
     chosen = {id(p) for p in {"none": [], "targets": targets, "all": targets + rest}[which]}
     return {name for name, p in model.named_parameters() if id(p) in chosen}

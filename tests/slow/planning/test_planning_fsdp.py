@@ -17,7 +17,7 @@ def fields_of(method):
     found["parallel"] = "fsdp2"
     if METHODS[method].uses_rank and METHODS[method].rank is None:
         found["rank"] = 5
-    if METHODS[method].layers:
+    if METHODS[method].has_products:
         found |= {"refactor_every": 200, "reset_every": 200}
     return found
 

@@ -29,7 +29,7 @@ def fields_of(method, steps=50):
     found = SMALL | {"method": method, "steps": steps, "method_options": short_options(method, 12)}
     if METHODS[method].uses_rank:
         found["rank"] = METHODS[method].rank or 4
-    if METHODS[method].layers:
+    if METHODS[method].has_products:
         found |= {"refactor_every": 15}
     if METHODS[method].layers == "low-rank":
         found["init"] = "spectral"  # two Kaiming-uniform factors amplify rounding a thousandfold
@@ -67,6 +67,7 @@ IN_SHARDS = {
     "reset": changed("low-rank", on_refactor="reset", reset_every=0),
     "transport": changed("low-rank", on_refactor="transport", reset_every=0),
     "sltrain transport": changed("sltrain", on_refactor="transport", reset_every=0),
+    "cola recompute": changed("cola", {"recompute": True}),
     "relora": changed("relora"),
     "relora part": changed("relora", {"merge_share": 0.9, "merge_every": 20}),
     "relora pruned": changed("relora", {"merge_share": 0.9, "merge_moments": "magnitude"}),

@@ -68,6 +68,7 @@ CASES = [
     ("lora", {"rank": 32}),
     ("sltrain", {}),
     ("sltrain", {"keep_weight": True}),
+    ("cola", {}),
 ]
 IDS = [" ".join(map(str, (kind or "dense", *options.values()))) for kind, options in CASES]
 
@@ -102,7 +103,7 @@ def test_padding_is_right_to_the_rounding_of_bfloat16(kind, options):
         assert (found[name] - value).norm() <= 2**-5 * value.norm(), name
 
 
-@pytest.mark.parametrize("kind", ["", "low-rank", "lora", "sltrain"])
+@pytest.mark.parametrize("kind", ["", "low-rank", "lora", "sltrain", "cola"])
 def test_the_backward_pass_keeps_no_padded_matrix(kind):
     model, kept = model_of(kind), []
 

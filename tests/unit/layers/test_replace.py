@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from short import INIT, WITH_WEIGHT
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +19,7 @@ from lowrank_lab.methods.build import build_model
 from lowrank_lab.methods.resolve import resolve
 
 kinds = pytest.mark.parametrize("kind", KINDS)
+with_weight = pytest.mark.parametrize("kind", WITH_WEIGHT)
 
 
 def stack(*layers):
@@ -26,7 +28,7 @@ def stack(*layers):
 
 
 def excited(model, kind, target=".", rank=2, **options):
-    lab.factorize(model, kind, rank=rank, target=target, init="kaiming", **options)
+    lab.factorize(model, kind, rank=rank, target=target, init=INIT[kind], **options)
     for layer in model.modules():
         if isinstance(layer, FactorizedLinear):
             nn.init.normal_(layer.B, std=0.3)
@@ -43,7 +45,7 @@ def no_other_warning():
 # What is carried over
 
 
-@kinds
+@with_weight
 def test_hooks_training_mode_and_attributes_are_carried_over_and_back(kind):
     model, calls = stack().eval(), []
     first = model[0]
@@ -130,7 +132,7 @@ def test_layers_that_are_left_as_they_are_are_named_with_the_reason(kind, reason
     module = SKIPPED[reason]()
     model = stack(module)
     with pytest.warns(UserWarning, match=r"^target: left as they are: 3 \(") as warned:
-        lab.factorize(model, kind, rank=2, target=r"^[023](\.down_proj)?$", init="kaiming")
+        lab.factorize(model, kind, rank=2, target=r"^[023](\.down_proj)?$", init=INIT[kind])
     (line,) = [str(w.message) for w in warned if w.category is UserWarning]
     assert reason in line
     assert model[3] is module
@@ -195,7 +197,7 @@ def test_a_bad_request_is_refused_with_the_field_or_the_layer(arguments, message
 
 
 @pytest.mark.parametrize("dense", [Plain, lambda n, m: Conv1D(m, n)])
-@kinds
+@with_weight
 def test_layers_that_compute_as_linear_ones_are_replaced_and_come_back_in_their_class(kind, dense):
     model = nn.Sequential(dense(8, 6))
     original = model[0]
@@ -226,7 +228,7 @@ def test_lora_of_a_conv1d_starts_at_its_function_and_spectral_keeps_its_weight()
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rank", [1, 6])
-@kinds
+@with_weight
 def test_back_to_dense_is_the_exact_product_rounded_once(kind, rank, dtype):
     model = excited(stack().to(dtype), kind, rank=rank)
     exact = copy.deepcopy(model).double()
@@ -338,7 +340,9 @@ def trained(how):
 
 
 @pytest.mark.parametrize("how", ["gradient", "steps", "spectrum"])
-@pytest.mark.parametrize(("kind", "offer"), [("low-rank", "spectral"), ("sltrain", "lora")])
+@pytest.mark.parametrize(
+    ("kind", "offer"), [("low-rank", "spectral"), ("sltrain", "lora"), ("cola", "lora")]
+)
 def test_throwing_trained_weights_away_is_warned_of_with_the_other_way(kind, offer, how):
     with pytest.warns(UserWarning, match=rf"^kind: '{kind}' .*trained.*\"{offer}\"") as warned:
         lab.factorize(trained(how), kind, rank=2, target=".")
@@ -348,8 +352,9 @@ def test_throwing_trained_weights_away_is_warned_of_with_the_other_way(kind, off
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("low-rank", {"init": "spectral"}), ("low-rank", {"init": "kaiming"}), ("lora", {})],
-)
+    [("low-rank", {"init": "spectral"}), ("low-rank", {"init": "kaiming"}), ("lora", {}),
+     ("cola", {"init": "normal"})],
+)  # fmt: skip
 def test_keeping_trained_weights_or_asking_for_new_ones_is_silent(kind, options):
     lab.factorize(trained("gradient"), kind, rank=2, target=".", **options)
 

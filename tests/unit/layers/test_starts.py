@@ -128,13 +128,16 @@ def test_compiled_layers_take_the_positions():
 
 
 def assert_fresh(layer, kind):
-    """The distributions of a new layer: uniform within ±1/√columns, or zero."""
+    """The distributions of a new layer: uniform within ±1/√columns, or zero; CoLA's normal."""
     n, rank = layer.in_features, layer.rank
     widths = {"A": n, "bias": n, "values": n, "base_weight": n, "B": rank}
     for name, p in layer.named_parameters():
         p = p.full_tensor() if hasattr(p, "full_tensor") else p
-        if name == "B" and kind != "low-rank":
+        if name == "B" and kind in ("lora", "sltrain"):
             assert not p.any()
+            continue
+        if kind == "cola" and name != "bias":
+            assert p.std().item() == pytest.approx((rank * 320) ** -0.25, rel=0.15)
             continue
         scaled = p.detach() * math.sqrt(widths[name])
         assert 0.9 < scaled.abs().max() <= 1 + 1e-6

@@ -35,7 +35,7 @@ def test_a_layer_that_stands_in_a_model_twice_is_left_out():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["low-rank", "lora", "sltrain"])
+@pytest.mark.parametrize("kind", ["low-rank", "lora", "sltrain", "cola"])
 def test_factorize_replaces_all_linear_layers_but_the_head(kind, tied):
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,

@@ -7,13 +7,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from short import INIT, WITH_WEIGHT
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lowrank_lab.config import SIZES
 from lowrank_lab.layers import (
-    KINDS,
     FactorizedLinear,
     LoRALinear,
     factorize,
@@ -23,12 +23,12 @@ from lowrank_lab.layers import (
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.techniques import refactorize_
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", WITH_WEIGHT)
 
 
 def excited(model, kind, target=".", rank=2, **options):
     """The model with factorised layers whose B is not zero, as after some training."""
-    factorize(model, kind, rank=rank, target=target, init="kaiming", **options)
+    factorize(model, kind, rank=rank, target=target, init=INIT[kind], **options)
     for layer in model.modules():
         if isinstance(layer, FactorizedLinear):
             nn.init.normal_(layer.B, std=0.3)

@@ -152,7 +152,7 @@ def test_states_of_an_unknown_optimizer_have_no_formula():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("pieces", [1, 4])
-@pytest.mark.parametrize("method", ["full-rank", "low-rank", "lora", "sltrain", "galore"])
+@pytest.mark.parametrize("method", ["full-rank", "low-rank", "lora", "sltrain", "cola", "galore"])
 def test_flops_by_formula_are_those_that_are_counted(method, pieces, precision, text_corpus):
     rank = {"rank": 12} if METHODS[method].uses_rank else {}
     config = RunConfig(

@@ -31,3 +31,15 @@ def test_weight_decay_adds_a_kernel_for_each_group(name):
         step_kernels(method, "60m", options, weight_decay=decay).update.total for decay in (0, 0.1)
     )
     assert decayed <= plain + 2
+
+
+@pytest.mark.parametrize("method", ["galore", "fira", "apollo"])
+def test_moments_in_8_bits_of_all_matrices_are_coded_together(method):
+    pytest.importorskip("torchao")
+    together, one_by_one = (
+        step_kernels(method, "60m", {}, stacked=stacked, state_precision="8bit").update
+        for stacked in (True, False)
+    )
+    assert together.total < one_by_one.total / 6
+    assert together.kernels["bucketize"] <= 12
+    assert together.waits == 0

@@ -17,7 +17,7 @@ AT_REST = ("weights", "frozen", "indices", "gradients", "optimizer_states", "pro
 
 
 def configured(method, model="tiny", **fields):
-    techniques = {"refactor_every": 200, "reset_every": 200} if METHODS[method].layers else {}
+    techniques = {"refactor_every": 200, "reset_every": 200} if METHODS[method].has_products else {}
     return RunConfig(**{
         "model": model, "method": method, "batch": 2, "sequence_length": 32, "steps": 10_000,
         **techniques, **fields,

@@ -24,7 +24,7 @@ def config_of(method, **values):
     row = METHODS[method]
     options = short_options(method, 4)
     techniques = {"reset_every": 5, "recovery_steps": 2, "reset_strength": 0.7}
-    techniques |= {"refactor_every": 4} if row.layers else {}
+    techniques |= {"refactor_every": 4} if row.has_products else {}
     techniques |= reset_of(method)
     given = {"model": "tiny", "steps": STEPS, "method": method, "method_options": options}
     return resolve(RunConfig(**{**given, **techniques, **values}))

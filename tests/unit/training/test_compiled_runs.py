@@ -19,7 +19,7 @@ from lowrank_lab.training import run_state
 from lowrank_lab.training.loop import train
 
 # each layer kind, with all that its methods do to it, and a projected optimizer
-METHODS_HERE = ("full-rank", "low-rank", "lora", "relora", "sltrain", "loro", "galore")
+METHODS_HERE = ("full-rank", "low-rank", "lora", "relora", "sltrain", "cola", "loro", "galore")
 PARTS = 3  # the block, the last norm and the loss, each with gradients and without
 
 
@@ -36,7 +36,7 @@ def eventful(text_corpus, method, **values):
         sequence_length=16, eval_tokens=9 * 16, test_tokens=11 * 16, eval_every=4,
         spectra_every=6, checkpoint_every=4, method=method, lr=usual_rate(method),
         method_options=short_options(method, 4), reset_every=5, recovery_steps=3,
-        **({"refactor_every": 3} if METHODS[method].layers else {}), **values,
+        **({"refactor_every": 3} if METHODS[method].has_products else {}), **values,
     )  # fmt: skip
 
 
@@ -47,11 +47,13 @@ def losses_of(run):
     return [*found, run.result["test_loss"]]
 
 
-@pytest.mark.parametrize("method", METHODS_HERE)
+@pytest.mark.parametrize("method", [*METHODS_HERE, "cola-m"])
 def test_a_run_compiles_each_part_once_with_gradients_and_once_without(
     method, text_corpus, tmp_path
 ):
-    plain = eventful(text_corpus, method)
+    plain = eventful(text_corpus, method.removesuffix("-m"))
+    if method == "cola-m":
+        plain = plain.replace(method_options={"recompute": True})
     run = train(plain.model_copy(update={"compile": True}), tmp_path / "compiled")
     assert counters["stats"]["unique_graphs"] == 2 * PARTS
     assert not counters["graph_break"]

@@ -179,7 +179,7 @@ def test_frozen_weights_stay_and_have_no_gradient():
 @pytest.mark.parametrize("method", PER_LAYER)
 def test_every_method_trains_as_it_does_otherwise(text_corpus, method):
     layered, reference = {}, {}
-    techniques = {"refactor_every": 2} if METHODS[method].layers else {}
+    techniques = {"refactor_every": 2} if METHODS[method].has_products else {}
     for per_layer, found in ((False, reference), (True, layered)):
         config = resolve(config_of(text_corpus, method, per_layer=per_layer, **techniques))
         model, optimizer = build(config)

@@ -45,7 +45,7 @@ def config(text_corpus):
                 **{"sequence_length": 16, "batch": 4, "eval_tokens": 160, "test_tokens": 320},
                 **{"eval_every": 6, "spectra_every": 6, "checkpoint_every": 4, "num_layers": 1},
                 **{"method": method, "method_options": options, **TECHNIQUES},
-                **({"refactor_every": 3} if row.layers else {}),
+                **({"refactor_every": 3} if row.has_products else {}),
                 **reset_of(method),
                 **values,
             }
