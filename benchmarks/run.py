@@ -20,7 +20,7 @@ TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 KINDS = "<!-- machines -->", "<!-- /machines -->"
 SUITES = (
     "imports", "study_growth", "corpora", "recording", "layers", "subspaces", "optimizers",
-    "training", "cpu_training", "steps", "growth", "many_matrices",
+    "training", "cpu_training", "steps", "steps_60m", "growth", "many_matrices",
 )  # fmt: skip
 
 
