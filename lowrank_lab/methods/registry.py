@@ -376,7 +376,7 @@ ROWS = (
         source="2410.16103",
         year=2024,
         parent="galore",
-        use="no period to tune; without error feedback, GaLore's states",
+        use="no period to tune; GaLore's states without error feedback",
         optimizer=projected(LDAdam, "rho", "proj_type", "error_feedback", "refresh"),
         lr=_LDADAM_LR,
         uses_rank=True,
@@ -492,7 +492,7 @@ ROWS = (
         needs_full="none",
         states="0; mn of the head",
         state_bytes=scale_states,
-        colour="#661100",
+        colour="#AA6600",
     ),
     Method(
         name="normuon",
@@ -513,7 +513,7 @@ ROWS = (
         needs_full="none",
         states="mn + m; AdamW's 2 for embedding and head",
         state_bytes=normuon_states,
-        colour="#DDCC77",
+        colour="#BB5566",
     ),
     Method(
         name="spectron",
@@ -521,7 +521,7 @@ ROWS = (
         source="2602.12429",
         year=2026,
         parent="low-rank",
-        use="factors with half of low-rank's states, and Muon's updates",
+        use="half of low-rank's states, and updates as Muon's",
         optimizer=spectron,
         lr=ByWidth({64: 1e-1, 512: 2e-2, 2048: 1e-2}),
         layers="low-rank",
@@ -539,7 +539,7 @@ ROWS = (
         needs_full="none",
         states="r(m+n) + m + n",
         state_bytes=spectron_states,
-        colour="#88CCEE",
+        colour="#004488",
     ),
 )
 

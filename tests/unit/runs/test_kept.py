@@ -219,7 +219,8 @@ def test_a_study_chooses_from_a_kept_one(study_file, data, tmp_path):
         write_json(place / "result.json", {"validation_loss": loss})
         append_jsonl(place / "metrics.jsonl", [{"step": 1, "loss": loss, "events": []}])
     report.keep(tmp_path / "made", data / "study" / "kept_tuning")
-    path = study_file(select={"from": "kept_tuning"}, variants={"a": {"method": "low-rank"}})
+    select = {"from": "kept_tuning", "edges": "allow"}
+    path = study_file(select=select, variants={"a": {"method": "low-rank"}})
     assert [config.lr for _, config in load_study(path).runs.values()] == [2e-3]
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from interruptions import STEPS, assert_same, config_of, fork, rows_of
@@ -25,6 +26,7 @@ from lowrank_lab.runs.files import locked, read_jsonl
 from lowrank_lab.runs.run import Run
 from lowrank_lab.training import checkpoint, trainer
 from lowrank_lab.training.errors import Terminated
+from lowrank_lab.training.evaluate import Evaluation
 from lowrank_lab.training.monitor import ENOUGH, LossWatch, asked_to_stop
 
 
@@ -268,7 +270,8 @@ def test_the_best_checkpoint_is_marked_and_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainer, "evaluate",
         lambda model, corpus, split, tokens, config: (
-            next(losses) if split == "validation" and tokens == config.eval_tokens
+            Evaluation(np.array([[next(losses)]]))
+            if split == "validation" and tokens == config.eval_tokens
             else real(model, corpus, split, tokens, config)
         ),
     )  # fmt: skip
