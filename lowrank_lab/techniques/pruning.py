@@ -27,7 +27,8 @@ def prune_moments_(
 ) -> int:
     """Set most entries of an optimizer's moments to zero, in place, as ReLoRA (2307.05695) does.
 
-    round(keep · entries) entries of each parameter survive, the same ones in all its moments. Bias
+    round(keep · entries) entries of each parameter survive, the same ones in all its moments. A
+    second moment that a row of entries shares (NorMuon's) survives if one of them does. Bias
     corrections don't change.
 
     Args:
@@ -68,7 +69,8 @@ def prune_moments_(
         largest = plain(entry.state[_first(entry)])
         dropped = _dropped(largest, keep, how, generator_of(seed, index))
         for name in names:
-            overwrite_(entry.state[name], plain(entry.state[name]).masked_fill_(dropped, 0))
+            moment = plain(entry.state[name])
+            overwrite_(entry.state[name], moment.masked_fill_(_shared(dropped, moment), 0))
         count += 1
     return count
 
@@ -92,6 +94,14 @@ def _prunable(entry: Entry | None, moments: Sequence[str]) -> list[str]:
         allowed = f"{entry.name} has a first moment only"
         raise ValueError(f"moments: {tuple(moments)!r} is not allowed; {allowed}")
     return names
+
+
+def _shared(dropped: Tensor, moment: Tensor) -> Tensor:
+    """The mask of a moment with fewer entries, each shared along a dimension."""
+    for dim in range(dropped.ndim):
+        if moment.shape[dim] != dropped.shape[dim]:
+            dropped = dropped.all(dim, keepdim=True)
+    return dropped
 
 
 def _dropped(moment: Tensor, keep: float, how: str, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,11 @@ def trained(row, compiled):
     B, A, b = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(4, 12)), nn.Parameter(
         torch.zeros(12)
     )  # fmt: skip
-    group = {"params": [B, A], **row.keys, **({} if row.kind == "whole" else {"rank": 4})}
+    group = {
+        "params": [B, A],
+        **row.keys,
+        **({"rank": 4} if row.kind in ("ranked", "factors") else {}),
+    }
     optimizer = row.cls([{"params": [b]}, group], lr=0.01)
 
     def step(x):

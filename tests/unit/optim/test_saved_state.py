@@ -35,7 +35,7 @@ def test_a_state_of_another_class_is_refused(saved, into):
     refuse(stepped(into), stepped(saved).optimizer.state_dict(), "^state_dict: ")
 
 
-RANKED = [r for r in ROWS if r.kind != "whole" and getattr(r.cls, "marker", "rank") == "rank"]
+RANKED = [row for row in ROWS if row.kind in ("ranked", "factors")]
 
 
 @pytest.mark.parametrize("row", RANKED, ids=str)

@@ -521,3 +521,16 @@ def test_a_partial_reset_without_second_average_follows_the_first():
     t = optimizer.state[p]["step"].item()
     assert 1 - 0.9**t == pytest.approx(0.5 * 0.1)
     torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((3,), 0.05))
+
+
+def test_a_second_moment_of_a_row_is_pruned_where_all_its_entries_are():
+    W = nn.Parameter(torch.zeros(3, 4))
+    optimizer = optim.NorMuon([{"params": [W], "use_muon": True}], lr=0.1)
+    W.grad = torch.tensor([[9.0, 8, 7, 6], [1, 2, 5, 1], [0.1, 0.2, 0.3, 0.4]])
+    optimizer.step()
+    rows = optimizer.state[W]["exp_avg_sq"].clone()
+    assert prune_moments_(optimizer, [W], keep=5 / 12) == 1
+    assert optimizer.state[W]["exp_avg"].count_nonzero(dim=1).tolist() == [4, 1, 0]
+    after = optimizer.state[W]["exp_avg_sq"]
+    assert torch.equal(after[:2], rows[:2])
+    assert not after[2].any()
