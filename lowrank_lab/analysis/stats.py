@@ -69,7 +69,7 @@ def seed_document_interval(
 ) -> Interval:
     """Bootstrap interval of a mean over seeds and documents, both drawn with replacement.
 
-    It knows both sources of chance, but with three to five seeds it is too narrow: the
+    It covers both sources of variation, but with three to five seeds it is too narrow: the
     interval of `mean_interval` over seeds stands beside it.
 
     Args:

@@ -91,7 +91,7 @@ def verdicts(
 
     Further columns: `p (Holm)`, of A < B; `p (equal)`, by two one-sided tests within ±margin; and
     `verdict`: *below* (p (Holm) < 0.05), *equal* (p (equal) < 0.05), *above* (the interval lies
-    above 0), or *open*.
+    above 0; both uncorrected), or *open*.
 
     Args:
         margin: nats per token within which two losses count as equal.

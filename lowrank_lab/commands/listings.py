@@ -63,7 +63,7 @@ def _described(m: Method) -> str:
         f"  source   {facts['source']}",
         *([f"  year     {m.year}"] if m.year else []),
         f"  weights  {facts['layers']}",
-        f"  states   {m.states or 'not known'} of an m×n weight",
+        f"  states   {m.states or 'not known'} (elements, of an m×n weight)",
         f"  lr       {m.lr}{spectral}",
         *([f"  use      {m.use}"] if m.use else []),
         *(["  options"] if options else []),

@@ -7,8 +7,9 @@ That is exact where X and Y are signed permutations. Rotations keep the sum of v
 right as far as the entries of R that they mix are uncorrelated.
 
 A new subspace loses what the old moments say of other directions. A first moment becomes shorter,
-which leads to smaller steps. A second moment that became smaller would lead to larger ones, so it
-is divided by the sum of its squares: each new entry is an average of old ones.
+which leads to smaller steps. A second moment that became smaller would lead to larger ones, so
+each of its new entries is divided by the sum of squares of its row of X: it is a weighted average
+of old entries.
 """
 
 from __future__ import annotations

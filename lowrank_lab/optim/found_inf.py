@@ -2,8 +2,8 @@
 
 A training step queues its update before the host knows whether loss and gradient norm are finite
 (`training.finite`). A flag on the device says so: where it is 1, the functions here and torch's
-fused Adam leave tensors as they are. An optimizer changes weights and moments by them alone. Other
-entries of a state it replaces by new tensors: then the trainer puts the old ones back.
+fused Adam leave tensors as they are. An optimizer changes tensors in place by them alone. Every
+other entry of a state it replaces by a new tensor, and the trainer puts the old one back.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def found_inf() -> Tensor | None:
 
 
 def zero_if_off_(t: Tensor) -> Tensor:
-    """Set a tensor to zero, in place, where updates are off: NaN stays NaN, even times zero."""
+    """Set a tensor to zero, in place, where updates are off. Filled, as NaN · 0 is NaN."""
     return t if _flag is None else t.masked_fill_(_flag.bool(), 0)
 
 

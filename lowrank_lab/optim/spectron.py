@@ -46,7 +46,7 @@ class Spectron(MomentumOptimizer):
     """Spectron on pairs of factors, and AdamW on everything else.
 
         M ← βM + (1−β)G;  Q ← Newton–Schulz(M)          for each factor X, B and A
-        u ← X Xᵀ u / ‖X Xᵀ u‖;  σ ← ‖Xᵀ u‖              one step of power iteration
+        u ← Y Yᵀ u / ‖Y Yᵀ u‖;  σ ← ‖Yᵀ u‖              power iteration, Y = B and Aᵀ
         X ← X − lr / (σ_B + σ_A + 1) · Q
 
     So the step of W has at most about the spectral norm lr. The parameters of a group with `rank`

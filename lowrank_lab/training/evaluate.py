@@ -135,8 +135,8 @@ def evaluate(
 def copying_loss(model: Llama, vocab_size: int, config: ResolvedConfig) -> float:
     """Mean loss of a segment of uniformly random tokens when it comes for the second time.
 
-    About ln(vocabulary) for a model that can't copy from its context, near 0 for one that can. The
-    same tokens in each call and in all processes.
+    At least ln(vocabulary) on average for a model that can't copy from its context, near 0 for one
+    that can. The same tokens in each call and in all processes.
     """
     half = config.sequence_length // 2
     size = config.batch // distributed.world_size() if config.compile else COPIES
