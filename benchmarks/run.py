@@ -110,7 +110,7 @@ def write_kinds(kinds: dict[str, Any]) -> None:
             "",
             f"**{kind}**, {told}" + (f"; instructions hidden by `{hidden}`" if hidden else ""),
         ]
-        lines += ["", *table(kept["rows"])]
+        lines += ["", *table(kept["rows"], every=True)]
     _between(KINDS, lines[1:])
 
 
@@ -122,18 +122,17 @@ def _between(marks: tuple[str, str], lines: list[str]) -> None:
         PAGE.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows with a target, in Markdown."""
+def table(rows: list[dict[str, Any]], every: bool = False) -> list[str]:
+    """The rows with a target, or every row, in Markdown."""
     head = ("", "ours", "against", "theirs", "floor", "ratio", "target", "")
     cells = [head, ("---",) * len(head)]
     for row in rows:
-        if row["target"]:
+        if row["target"] or every:
             peer, floor = (_number(row[key]) for key in ("peer", "floor"))
-            ours, met = f"{_number(row['ours'])} {row['unit']}", "met" if row["met"] else "not met"
-            ratio = f"{row['ratio']:.2f}"
-            cells.append(
-                (row["name"], ours, row["peer_name"], peer, floor, ratio, row["target"], met)
-            )
+            ours, ratio = f"{_number(row['ours'])} {row['unit']}", f"{row['ratio']:.2f}"
+            met = ("met" if row["met"] else "not met") if row["target"] else ""
+            target = row["target"] or "–"
+            cells.append((row["name"], ours, row["peer_name"], peer, floor, ratio, target, met))
     return [f"| {' | '.join(line)} |" for line in cells]
 
 
