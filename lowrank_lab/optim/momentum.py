@@ -29,9 +29,16 @@ class MomentumOptimizer(ProjectedAdamW):
 
     decays_first: ClassVar[bool] = True
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        shared = {"correct_bias": True, "state_precision": "same", "stochastic_rounding": False}
-        torch.optim.Optimizer.__init__(self, params, {**defaults, **shared})
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float,
+        weight_decay: float, adam_scale: float,
+    ) -> None:  # fmt: skip
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "adam_scale": adam_scale, "correct_bias": True, "state_precision": "same",
+            "stochastic_rounding": False,
+        }  # fmt: skip
+        torch.optim.Optimizer.__init__(self, params, defaults)
 
     def check_any_group(self, group: dict[str, Any]) -> None:
         super().check_any_group(group)

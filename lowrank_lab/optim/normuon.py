@@ -87,11 +87,7 @@ class NorMuon(MomentumOptimizer):
         *,
         adam_scale: float = 1.0,
     ) -> None:
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "adam_scale": adam_scale,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, adam_scale)
 
     def acts_on(self, group: dict[str, Any]) -> bool:
         return group.get("use_muon") is True

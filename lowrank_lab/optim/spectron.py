@@ -98,11 +98,7 @@ class Spectron(MomentumOptimizer):
         *,
         adam_scale: float = 1.0,
     ) -> None:
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "adam_scale": adam_scale,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, adam_scale)
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_pairs(group)

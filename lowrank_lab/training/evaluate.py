@@ -50,8 +50,8 @@ class Evaluation:
 
     Attributes:
         losses: (windows, sequence_length), float64.
-        documents: which document of the split each target belongs to, of the same shape; None for
-            a corpus without documents.
+        documents: which document of the split each target belongs to, of the same shape; None if
+            it wasn't asked for, or for a corpus without documents.
     """
 
     losses: np.ndarray
@@ -112,9 +112,14 @@ def evaluated_windows(
 
 
 def evaluate(
-    model: Llama, corpus: Corpus, split: Split, tokens: int, config: ResolvedConfig
-) -> Evaluation:
-    """The loss of each token in `evaluated_windows`, which several processes share among them."""
+    model: Llama, corpus: Corpus, split: Split, tokens: int, config: ResolvedConfig,
+    *, documents: bool = False,
+) -> Evaluation:  # fmt: skip
+    """The loss of each token in `evaluated_windows`, which several processes share among them.
+
+    Args:
+        documents: also find the document of each token, for which the whole split is read.
+    """
     length = config.sequence_length
     windows = evaluated_windows(corpus, split, tokens, config)
     count, device = len(windows), next(model.parameters()).device
@@ -129,7 +134,8 @@ def evaluate(
         inputs, targets = (t.to(device) for t in corpus.windows(split, indices, length))
         losses[own] = _token_losses(model, inputs, targets[: max(1, len(own))], config)[: len(own)]
     distributed.all_reduce_sum_(losses)
-    return Evaluation(losses.double().cpu().numpy(), corpus.documents(split, windows, length))
+    of_documents = corpus.documents(split, windows, length) if documents else None
+    return Evaluation(losses.double().cpu().numpy(), of_documents)
 
 
 def copying_loss(model: Llama, vocab_size: int, config: ResolvedConfig) -> float:

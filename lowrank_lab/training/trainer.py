@@ -112,7 +112,10 @@ class Trainer(RunState):
         """Final evaluations, the trained model and result.json."""
         self._clock.settle()
         splits: tuple[Split, ...] = ("validation", "test")
-        ends = {split: self.evaluate(split, self.config.test_tokens) for split in splits}
+        ends = {
+            split: self.evaluate(split, self.config.test_tokens, split == "test")
+            for split in splits
+        }
         losses = {f"{split}_loss": end.loss for split, end in ends.items()}
         copying = self._copying_loss()
         self._gather()
@@ -138,9 +141,11 @@ class Trainer(RunState):
             "optimizer_state_bytes": self.bytes.optimizer_states,
         })  # fmt: skip
 
-    def evaluate(self, split: Split, tokens: int) -> Evaluation:
+    def evaluate(self, split: Split, tokens: int, documents: bool = False) -> Evaluation:
         with evaluation_weights(self.model, self.optimizer):
-            found = evaluate(self.model, self.corpus, split, tokens, self.config)
+            found = evaluate(
+                self.model, self.corpus, split, tokens, self.config, documents=documents
+            )
         if not math.isfinite(found.loss):
             self._stop(f"the {split} loss after step {self.updates} is {found.loss}")
         return found

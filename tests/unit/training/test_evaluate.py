@@ -80,7 +80,7 @@ def test_positions_are_grouped_by_powers_of_two(length):
 def test_documents_are_those_that_end_of_text_tokens_separate(config):
     given = resolve(config(eval_windows="spread"))
     corpus = prepare(given)
-    found = evaluate(build(given)[0], corpus, "test", 640, given)
+    found = evaluate(build(given)[0], corpus, "test", 640, given, documents=True)
     tokens = corpus.tokens("test")
     number, of_token = 0, []
     for token in tokens.tolist():
@@ -99,7 +99,8 @@ def test_documents_are_those_that_end_of_text_tokens_separate(config):
 def test_a_corpus_of_numbers_has_no_documents(config):
     given = resolve(config(corpus="markov", vocab_size=16))
     corpus = prepare(given)
-    assert evaluate(build(given)[0], corpus, "test", 64, given).by_document == {}
+    found = evaluate(build(given)[0], corpus, "test", 64, given, documents=True)
+    assert found.by_document == {}
 
 
 class Copier(torch.nn.Module):
