@@ -60,9 +60,9 @@ def seen(monkeypatch):
 
     found, real = [], trainer.evaluate
 
-    def noting(model, *arguments):
+    def noting(model, *arguments, **options):
         found.append({n: p.detach().clone() for n, p in model.named_parameters()})
-        return real(model, *arguments)
+        return real(model, *arguments, **options)
 
     monkeypatch.setattr(trainer, "evaluate", noting)
     return found
