@@ -4,6 +4,7 @@ No figure needs a model. `save` writes PNG, SVG, and the numbers as CSV. A metho
 all figures; its techniques change the line style.
 """
 
+from lowrank_lab.analysis.rates import rate_table
 from lowrank_lab.figures.comparison import (
     claim_table,
     claims,
@@ -11,7 +12,6 @@ from lowrank_lab.figures.comparison import (
     differences,
     over_ranks,
     rank_table,
-    rate_table,
     rates,
 )
 from lowrank_lab.figures.drawing import (
