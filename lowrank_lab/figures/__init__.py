@@ -41,7 +41,6 @@ from lowrank_lab.figures.layer_facts import (
     effective_rank_table,
     fact_curves,
     layer_facts,
-    momentum_bars,
 )
 from lowrank_lab.figures.memory import (
     CATEGORIES,
@@ -53,6 +52,8 @@ from lowrank_lab.figures.memory import (
     memory_table,
     memory_timeline,
 )
+from lowrank_lab.figures.momentum import cosine_beside_gain, cosine_table, momentum_bars
+from lowrank_lab.figures.positions import position_curves
 from lowrank_lab.figures.spectra import (
     compared_spectra,
     last_spectra,
@@ -83,6 +84,8 @@ __all__ = [
     "colour_of",
     "compared_memory",
     "compared_spectra",
+    "cosine_beside_gain",
+    "cosine_table",
     "curve_table",
     "data_uri",
     "difference_table",
@@ -108,6 +111,7 @@ __all__ = [
     "momentum_bars",
     "over_ranks",
     "png",
+    "position_curves",
     "rank_table",
     "rate_table",
     "rates",
