@@ -52,6 +52,7 @@ from lowrank_lab.figures.memory import (
     memory_table,
     memory_timeline,
 )
+from lowrank_lab.figures.predictions import against, interval_lines
 from lowrank_lab.figures.spectra import (
     compared_spectra,
     last_spectra,
@@ -75,6 +76,7 @@ __all__ = [
     "STEP_CATEGORIES",
     "STYLE",
     "Drawing",
+    "against",
     "alt_text",
     "canvas",
     "claim_table",
@@ -94,6 +96,7 @@ __all__ = [
     "grid_tradeoff",
     "heat_maps",
     "image",
+    "interval_lines",
     "label_ends",
     "last_spectra",
     "layer_facts",
