@@ -55,6 +55,21 @@ def summary(finals: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("test loss", ignore_index=True)
 
 
+def intervals(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
+    """Mean of a column with its 95 % interval (Student's t) per group, in the table's order.
+
+    Returns:
+        The columns `by`, then mean, ± (half the width; NaN for one value) and n.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    rows = []
+    for key, values in table.groupby(list(by), sort=False)[column]:
+        rows.append((*key, *mean_interval(values.tolist())))
+    return pd.DataFrame(rows, columns=[*by, "mean", "±", "n"])
+
+
 def differences(finals: pd.DataFrame, labels: Iterable[str] | None = None) -> pd.DataFrame:
     """Paired differences in test loss, A − B per seed, for every pair of labels.
 

@@ -54,6 +54,7 @@ from lowrank_lab.figures.memory import (
 )
 from lowrank_lab.figures.momentum import cosine_beside_gain, cosine_table, momentum_bars
 from lowrank_lab.figures.positions import position_curves
+from lowrank_lab.figures.predictions import against, interval_lines
 from lowrank_lab.figures.spectra import (
     compared_spectra,
     last_spectra,
@@ -77,6 +78,7 @@ __all__ = [
     "STEP_CATEGORIES",
     "STYLE",
     "Drawing",
+    "against",
     "alt_text",
     "canvas",
     "claim_table",
@@ -99,6 +101,7 @@ __all__ = [
     "grid_tradeoff",
     "heat_maps",
     "image",
+    "interval_lines",
     "label_ends",
     "last_spectra",
     "layer_facts",

@@ -315,10 +315,10 @@ def spectra_of(runs: Iterable[Run], what: str = "singular_values") -> pd.DataFra
 
 
 def momentum_of(runs: Iterable[Run]) -> pd.DataFrame:
-    """`Run.momentum` for several runs in one table, with a label column."""
+    """`Run.momentum` for several runs in one table, with columns for label and seed."""
     import pandas as pd
 
-    tables = [run.momentum.assign(label=run.label) for run in runs]
+    tables = [run.momentum.assign(label=run.label, seed=run.config.seed) for run in runs]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
