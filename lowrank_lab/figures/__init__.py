@@ -52,6 +52,7 @@ from lowrank_lab.figures.memory import (
     memory_table,
     memory_timeline,
 )
+from lowrank_lab.figures.scaling import gap_over_size, memory_over_sizes
 from lowrank_lab.figures.spectra import (
     compared_spectra,
     last_spectra,
@@ -91,6 +92,7 @@ __all__ = [
     "effective_rank_table",
     "empty_figure",
     "fact_curves",
+    "gap_over_size",
     "grid_tradeoff",
     "heat_maps",
     "image",
@@ -101,6 +103,7 @@ __all__ = [
     "memory_bars",
     "memory_course",
     "memory_course_table",
+    "memory_over_sizes",
     "memory_table",
     "memory_timeline",
     "momentum_bars",
