@@ -34,7 +34,6 @@ from lowrank_lab.figures.drawing import (
     unit_of,
 )
 from lowrank_lab.figures.grid import MAX_MAPS, effect_table, grid_tradeoff, heat_maps
-from lowrank_lab.figures.ladder import gap_by_size
 from lowrank_lab.figures.layer_facts import (
     FACTS,
     effective_rank_curves,
@@ -55,6 +54,7 @@ from lowrank_lab.figures.memory import (
 from lowrank_lab.figures.momentum import cosine_beside_gain, cosine_table, momentum_bars
 from lowrank_lab.figures.positions import position_curves
 from lowrank_lab.figures.predictions import against, interval_lines
+from lowrank_lab.figures.scaling import gap_over_size, memory_over_sizes
 from lowrank_lab.figures.spectra import (
     compared_spectra,
     last_spectra,
@@ -97,7 +97,7 @@ __all__ = [
     "effective_rank_table",
     "empty_figure",
     "fact_curves",
-    "gap_by_size",
+    "gap_over_size",
     "grid_tradeoff",
     "heat_maps",
     "image",
@@ -109,6 +109,7 @@ __all__ = [
     "memory_bars",
     "memory_course",
     "memory_course_table",
+    "memory_over_sizes",
     "memory_table",
     "memory_timeline",
     "momentum_bars",

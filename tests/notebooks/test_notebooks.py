@@ -28,6 +28,8 @@ SHORT = {
     },
     "09_why_reset": {"seeds": 3},
     "solutions/09_why_reset": {"seeds": 3},
+    "11_scaling": {"model": "60m"},
+    "solutions/11_scaling": {"model": "60m", "draws": 20},
 }
 
 
