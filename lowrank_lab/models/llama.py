@@ -23,49 +23,10 @@ from lowrank_lab.models.attention import causal_attention
 from lowrank_lab.models.compiled import Compiled
 from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy, token_losses
 from lowrank_lab.models.fused import fused_weights
+from lowrank_lab.models.merged import dense_weights, outputs, rotary_heads, swiglu
 from lowrank_lab.models.narrow import narrow_block
 from lowrank_lab.models.rms_norm import NORM_EPS, RMSNorm, rms_norm
-
-ROPE_BASE = 10_000.0
-
-
-def rotary_tables(length: int, head_size: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, head_size / 2) of the rotary embedding (2104.09864), float32."""
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / ROPE_BASE**exponent
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + half) of the last dimension of x (B, h, T, head_size) by position.
-
-    cos and sin are (T, head_size / 2).
-    """
-    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Rotate(torch.autograd.Function):
-    """Saves nothing but the angles: the backward pass rotates by −sin."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad_outputs[0], cos, sin, -1), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    out = x * torch.cat([cos, cos], dim=-1)
-    first, second = out.chunk(2, dim=-1)
-    first.addcmul_(b, sin, value=-sign)
-    second.addcmul_(a, sin, value=sign)
-    return out
+from lowrank_lab.models.rotary import rotary_tables, rotate
 
 
 class Attention(nn.Module):
@@ -88,8 +49,14 @@ class Attention(nn.Module):
         """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
         if fused is not None:
             return halves.self_attention(x, fused, cos, sin, self.num_heads, NORM_EPS)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        out: Tensor = self.o_proj(self.mix(q, k, v, cos, sin))
+        three = self.layers()[:3]
+        if (weights := dense_weights(x, three)) is not None:
+            heads = rotary_heads(x, weights, cos, sin, self.num_heads)
+            mixed = causal_attention(*heads).transpose(1, 2).reshape(x.shape)
+        else:
+            q, k, v = outputs(x, three)
+            mixed = self.mix(q, k, v, cos, sin)
+        out: Tensor = self.o_proj(mixed)
         return out
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,8 +92,12 @@ class MLP(nn.Module):
         """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
         if fused is not None:
             return halves.mlp(x, fused, NORM_EPS)
-        rows = self.padding(x)
-        out: Tensor = self.down_proj(self.gated(self.gate_proj(x, *rows), self.up_proj(x, *rows)))
+        rows, two = self.padding(x), self.layers()[:2]
+        weights = dense_weights(x, two) if self.activates else None
+        hidden = (
+            self.gated(*outputs(x, two, *rows)) if weights is None else swiglu(x, weights, *rows)
+        )
+        out: Tensor = self.down_proj(hidden)
         return out
 
     def padding(self, x: Tensor) -> tuple[int, ...]:

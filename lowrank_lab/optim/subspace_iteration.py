@@ -121,13 +121,21 @@ def power_step(b: Tensor, P: Tensor, left: bool, placement: Placement = REPLICAT
         left: which side is projected.
         placement: of b; the products of shards are summed, and all ranks take the first one's.
     """
-    Y = b @ (b.mT @ P) if left else b.mT @ (b @ P)
+    Y = power_product(b, P, left)
     Y = placement.all_reduce_sum_(Y.to(torch.promote_types(Y.dtype, torch.float32)))
-    return placement.broadcast(thin_q(Y))
+    return placement.broadcast(thin_q(Y, P.dtype))
 
 
-def thin_q(Y: Tensor) -> Tensor:
+def power_product(b: Tensor, P: Tensor, left: bool, out: Tensor | None = None) -> Tensor:
+    """b bᵀP (left) or bᵀb P, of matrices or of stacks."""
+    X = b if left else b.mT
+    return torch.matmul(X, X.mT @ P, out=out)
+
+
+def thin_q(Y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Q (p×r) of the QR decomposition of Y (p×r, p ≥ r) whose R has a positive diagonal.
+
+    In a given dtype, or that of Y, which is float32 or wider off CUDA's path.
 
     On CUDA's path it comes from products and Cholesky decompositions of a whole stack, where
     Householder's reflections would take many kernels per matrix: shifted CholeskyQR3, which is
@@ -138,9 +146,9 @@ def thin_q(Y: Tensor) -> Tensor:
     if not prefers_few_kernels(Y) or Y.dtype == torch.float64:
         Q, R = torch.linalg.qr(Y)
         Q = Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Y.dtype)[..., None, :]
-        found: Tensor = Q.clone(memory_format=torch.contiguous_format)
+        found: Tensor = Q.to(dtype or Y.dtype).clone(memory_format=torch.contiguous_format)
         return found
-    Q = F.normalize(Y, dim=-2).double()
+    Q = F.normalize(Y.double(), dim=-2)
     Q.diagonal(dim1=-2, dim2=-1).add_(1e-8)  # below the rounding of float32
     for shift in (1e-12, 0.0, 0.0):
         gram = Q.mT @ Q
@@ -148,5 +156,5 @@ def thin_q(Y: Tensor) -> Tensor:
             gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         L, _ = torch.linalg.cholesky_ex(gram)
         Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
-    found = Q.to(Y.dtype, memory_format=torch.contiguous_format)
+    found = Q.to(dtype or Y.dtype, memory_format=torch.contiguous_format)
     return found
