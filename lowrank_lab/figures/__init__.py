@@ -34,6 +34,7 @@ from lowrank_lab.figures.drawing import (
     unit_of,
 )
 from lowrank_lab.figures.grid import MAX_MAPS, effect_table, grid_tradeoff, heat_maps
+from lowrank_lab.figures.ladder import gap_over_size
 from lowrank_lab.figures.layer_facts import (
     FACTS,
     effective_rank_curves,
@@ -48,13 +49,13 @@ from lowrank_lab.figures.memory import (
     memory_bars,
     memory_course,
     memory_course_table,
+    memory_over_sizes,
     memory_table,
     memory_timeline,
 )
 from lowrank_lab.figures.momentum import cosine_beside_gain, cosine_table, momentum_bars
 from lowrank_lab.figures.positions import position_curves
 from lowrank_lab.figures.predictions import against, interval_lines
-from lowrank_lab.figures.scaling import gap_over_size, memory_over_sizes
 from lowrank_lab.figures.spectra import (
     compared_spectra,
     last_spectra,
