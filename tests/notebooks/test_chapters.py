@@ -66,4 +66,4 @@ def test_answers_unfold_below_the_exercises_of_their_chapter(one_notebook, tmp_p
         opens("1. The &lt;first&gt;"), "It is one.", "n", "</details>",
         opens("2. The second"), "2 * n", "</details>",
     ]  # fmt: skip
-    assert made.cells[start + 7].outputs[0]["data"]["text/plain"] == "1"
+    assert made.cells[start + 5].outputs[0]["data"]["text/plain"] == "1"
