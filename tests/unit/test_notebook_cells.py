@@ -87,6 +87,17 @@ def test_no_notebook_defines_a_function_that_another_file_needs_too():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_says_what_one_learns_how_long_it_takes_and_what_it_needs(path):
+    """Its first cell says so; a summary and exercises close it."""
+    title, *_ = texts = [source for kind, source in cells_of(path) if kind == "markdown"]
+    assert re.search(r"^\*\*You will learn\*\* ", title, re.M)
+    assert re.search(r"\*\*Time\*\* \d+ minutes", title)
+    assert "**You need**" in title
+    text = "\n".join(texts)
+    assert 0 < text.find("\n## Summary") < text.find("\n## Exercises")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_exercise_has_an_answer(path):
     text = "\n".join(source for kind, source in cells_of(path) if kind == "markdown")
     exercises = re.findall(r"^(\d+)\. ", text.partition("## Exercises")[2], re.M)
