@@ -39,6 +39,8 @@ STYLE: Any = {
 class Drawing(Figure):
     """A figure outside pyplot's registry, which a notebook displays and never has to close."""
 
+    alt = ""  # in place of the alt text that is made of the figure's own texts
+
     def _repr_png_(self) -> bytes:
         return png(self)
 
@@ -60,7 +62,9 @@ def png(figure: Figure, **options: Any) -> bytes:
 
 
 def alt_text(figure: Figure) -> str:
-    """Alt text of a figure: its titles, axis labels, and every text in it."""
+    """Alt text of a figure: its own, or its titles, axis labels, and every text in it."""
+    if isinstance(figure, Drawing) and figure.alt:
+        return figure.alt
     panels, names = [], []
     for ax in figure.axes:
         title = ax.get_title() or ax.get_title(loc="left")
