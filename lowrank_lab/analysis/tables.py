@@ -235,7 +235,10 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """A table as text, with significant digits only."""
     digits = {
         "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "p (A < B)": ".2g",
-        "p (Holm)": ".2g", "p (equal)": ".2g", "low": "+.4f", "high": "+.4f", "share": ".0%",
+        "p (Holm)": ".2g", "p (equal)": ".2g", "p (BH)": ".2g", "p (above 0)": ".2g",
+        "best rate": "g", "validation loss": ".4f", "down": ".2f", "up": ".2f", "width": ".2f",
+        "diverges at": "g", "gap": "+.4f", "slope": "+.4f", "predicted": "+.3f",
+        "low": "+.4f", "high": "+.4f", "share": ".0%",
         "test perplexity": ".3f", "seconds": ".0f",
         "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
         "parameters": ",", "without embeddings": ",", "tokens": ",",

@@ -55,16 +55,23 @@ def png(figure: Figure, **options: Any) -> bytes:
     Args:
         options: for `savefig`, in place of `bbox_inches="tight"`.
     """
+    return _saved(figure, "png", **(options or {"bbox_inches": "tight"}))
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG, cropped to its content."""
+    return _saved(figure, "svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", **(options or {"bbox_inches": "tight"}))
+        figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 def alt_text(figure: Figure) -> str:
     """Alt text of a figure: its own, or its titles, axis labels, and every text in it."""
-    if isinstance(figure, Drawing) and figure.alt:
-        return figure.alt
     panels, names = [], []
     for ax in figure.axes:
         title = ax.get_title() or ax.get_title(loc="left")
@@ -73,11 +80,11 @@ def alt_text(figure: Figure) -> str:
         legend = ax.get_legend()
         names += [t.get_text() for t in ax.get_yticklabels() if t.get_text()[:1].isalpha()]
         names += [t.get_text() for t in [*ax.texts, *(legend.get_texts() if legend else [])]]
-    names += [t.get_text() for t in figure.texts]
-    names += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
+    legends = (t for legend in figure.legends for t in legend.get_texts())
+    names += [t.get_text() for t in [*figure.texts, *legends]]
     shared = " against ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))
     parts = [figure.get_suptitle(), shared, *panels, ", ".join(dict.fromkeys(filter(None, names)))]
-    return " ".join("; ".join(filter(None, parts)).split())
+    return getattr(figure, "alt", "") or " ".join("; ".join(filter(None, parts)).split())
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
