@@ -6,10 +6,9 @@ seed, in nats per token. Sizes are parameters of the reference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,13 +16,13 @@ import pandas as pd
 from lowrank_lab.analysis.stats import corrected, mean_interval, p_below
 from lowrank_lab.analysis.tables import paired
 from lowrank_lab.config import InputError
-from lowrank_lab.paths import kept_folders
+from lowrank_lab.paths import kept_folders, located
 from lowrank_lab.runs.run import complete_runs, finals_of
 
 FEWEST_SIZES = 3  # for an extrapolation: two sizes determine any line
 
 
-def ladder(folders: Iterable[Path | str], reference: str = "full-rank") -> pd.DataFrame:
+def gaps_of(folders: Iterable[Path | str], reference: str = "full-rank") -> pd.DataFrame:
     """One row per label, size and seed: label, parameters, seed, gap.
 
     Args:
@@ -36,7 +35,8 @@ def ladder(folders: Iterable[Path | str], reference: str = "full-rank") -> pd.Da
     """
     tables: list[pd.DataFrame] = []
     sizes: dict[int, str] = {}
-    for folder in map(Path, folders):
+    for folder in folders:
+        folder = place if (place := located(folder)).exists() else Path(folder)
         finals = finals_of(complete_runs(folder), folder)
         parameters = _size(finals, reference, folder)
         if parameters in sizes:
@@ -47,13 +47,6 @@ def ladder(folders: Iterable[Path | str], reference: str = "full-rank") -> pd.Da
     if not tables:
         raise InputError("folders", [], "at least one folder of finished runs")
     return pd.concat(tables, ignore_index=True)[["label", "parameters", "seed", "gap"]]
-
-
-def kept_sizes(pattern: str, otherwise: Iterable[Path | str] = ()) -> list[Path | str]:
-    """Folders of kept studies with a matching name, one per size; `otherwise` if fewer than two."""
-    named = {path.name: path for place in kept_folders() for path in place.glob(pattern)}
-    found = [path for _, path in sorted(named.items()) if path.is_dir()]
-    return [*found] if len(found) > 1 else [*otherwise]
 
 
 def _size(finals: pd.DataFrame, reference: str, folder: Path) -> int:
@@ -104,35 +97,32 @@ def slopes(gaps: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{"p (BH)": corrected(table["p (above 0)"].tolist(), "fdr_bh")})
 
 
-class Band(NamedTuple):
-    """A line through gaps with 95 % prediction intervals, at some numbers of parameters."""
+def extrapolated(gaps: pd.DataFrame, parameters: Sequence[float]) -> pd.DataFrame:
+    """A straight line of the gap over log₁₀(parameters), with its 95 % prediction interval.
 
-    parameters: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    Columns: label, parameters, gap, low, high. Labels at fewer than FEWEST_SIZES sizes have no
+    rows. The interval covers the scatter of seeds around the line, and not that the law may be
+    another one.
 
-
-def extrapolated(gaps: pd.DataFrame, parameters: Sequence[float]) -> dict[str, Band]:
-    """For each label, the gap that a line in log₁₀(parameters) predicts for a run of each size.
-
-    The line is fitted to all of a label's gaps by least squares. Its 95 % prediction interval
-    knows of the scatter of seeds around the line, and not whether the gap goes on in a line.
-    Labels at fewer than FEWEST_SIZES sizes are left out.
+    Args:
+        gaps: returned by `gaps_of`.
+        parameters: sizes for which the line is computed.
     """
     from statsmodels.api import OLS, add_constant
 
-    bands: dict[str, Band] = {}
-    at = np.asarray(parameters, float)
+    names = {"mean": "gap", "obs_ci_lower": "low", "obs_ci_upper": "high"}
+    at = add_constant(np.log10(np.asarray(parameters, float)), has_constant="add")
+    tables = []
     for label, part in gaps.groupby("label", sort=False):
         if part["parameters"].nunique() < FEWEST_SIZES:
             continue
         fit = OLS(part["gap"].to_numpy(), add_constant(np.log10(part["parameters"].to_numpy())))
-        points = add_constant(np.log10(at), has_constant="add")
-        frame = fit.fit().get_prediction(points).summary_frame(alpha=0.05)
-        names = ("mean", "obs_ci_lower", "obs_ci_upper")
-        bands[str(label)] = Band(at, *(frame[name].to_numpy() for name in names))
-    return bands
+        found = fit.fit().get_prediction(at).summary_frame(alpha=0.05).rename(columns=names)
+        tables.append(found.assign(label=label, parameters=parameters))
+    columns = ["label", "parameters", *names.values()]
+    return (
+        pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    )
 
 
 def extrapolation_table(gaps: pd.DataFrame, parameters: float) -> pd.DataFrame:
@@ -140,12 +130,12 @@ def extrapolation_table(gaps: pd.DataFrame, parameters: float) -> pd.DataFrame:
 
     NaN where there are fewer than FEWEST_SIZES sizes.
     """
-    bands = extrapolated(gaps, [parameters])
-    table = slopes(gaps)
-    nothing = Band(*(np.array([math.nan]),) * 4)
-    found = [bands.get(label, nothing) for label in table["label"]]
-    return table.assign(
-        predicted=[float(band.mean[0]) for band in found],
-        low=[float(band.low[0]) for band in found],
-        high=[float(band.high[0]) for band in found],
-    )
+    line = extrapolated(gaps, [parameters]).drop(columns="parameters")
+    return slopes(gaps).merge(line.rename(columns={"gap": "predicted"}), on="label", how="left")
+
+
+def kept_sizes(pattern: str, otherwise: Iterable[str] = ()) -> list[Path | str]:
+    """Folders of kept studies whose name matches, one per size; `otherwise` for fewer than two."""
+    named = {path.name: path for place in kept_folders() for path in place.glob(pattern)}
+    found = [path for _, path in sorted(named.items()) if path.is_dir()]
+    return [*found] if len(found) > 1 else [*otherwise]

@@ -29,12 +29,10 @@ def ladder(
     parameters, and the gap that a line predicts at a larger size.
     """
     from lowrank_lab import figures
-    from lowrank_lab.analysis.ladder import extrapolation_table, gap_table
-    from lowrank_lab.analysis.ladder import ladder as gaps_of
+    from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of
     from lowrank_lab.analysis.tables import formatted
-    from lowrank_lab.paths import located
 
-    gaps = gaps_of([found if (found := located(f)).exists() else f for f in folders], reference)
+    gaps = gaps_of(folders, reference)
     largest = int(gaps["parameters"].max())
     if not to > largest:
         raise InputError("to", to, f"more than the {largest} parameters of the largest size")
@@ -45,5 +43,5 @@ def ladder(
     else:
         click.echo("\n\n".join(formatted(t).to_string(index=False) for t in tables.values()))
     if out is not None:
-        figures.save(figures.gap_by_size(gaps, to), tables["gaps"], out / "gap_by_size")
+        figures.save(figures.gap_over_size(gaps, to), tables["gaps"], out / "gap_over_size")
         tables["slopes"].to_csv(out / "slopes.csv", index=False)

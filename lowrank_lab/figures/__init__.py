@@ -34,7 +34,7 @@ from lowrank_lab.figures.drawing import (
     unit_of,
 )
 from lowrank_lab.figures.grid import MAX_MAPS, effect_table, grid_tradeoff, heat_maps
-from lowrank_lab.figures.ladder import gap_by_size
+from lowrank_lab.figures.ladder import gap_over_size
 from lowrank_lab.figures.layer_facts import (
     FACTS,
     effective_rank_curves,
@@ -98,7 +98,7 @@ __all__ = [
     "effective_rank_table",
     "empty_figure",
     "fact_curves",
-    "gap_by_size",
+    "gap_over_size",
     "grid_tradeoff",
     "heat_maps",
     "image",

@@ -1,4 +1,4 @@
-"""Figures over model sizes."""
+"""The gap to full rank over the size of the model."""
 
 from __future__ import annotations
 
@@ -9,58 +9,48 @@ from matplotlib.figure import Figure
 from lowrank_lab.analysis.ladder import extrapolated, gap_table
 from lowrank_lab.figures.drawing import canvas, label_ends, style_of
 
-POINTS = 60  # of a band
 
+def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
+    """Gap to full rank against parameters: mean, 95 % interval and seeds of each label.
 
-def gap_by_size(gaps: pd.DataFrame, to: float | None = None) -> Figure:
-    """Gap against parameters: each label's mean with its 95 % interval and its seeds.
-
-    Labels at one size alone are left out if others are at several.
+    From three sizes on, with the line through them up to `to` parameters and its 95 % prediction
+    band. Labels at one size alone are left out if others are at several.
 
     Args:
-        gaps: `ladder.ladder`.
-        to: parameters up to which lines and their 95 % prediction bands are drawn, for labels at
-            three or more sizes. By default nothing is extrapolated.
+        gaps: `analysis.ladder.gaps_of`.
+        to: parameters up to which the line is drawn.
     """
     sizes_of = gaps.groupby("label")["parameters"].transform("nunique")
     gaps = gaps[sizes_of >= min(2, sizes_of.max())]
-    table = gap_table(gaps).sort_values(["label", "parameters"])
+    table = gap_table(gaps)
     labels = list(dict.fromkeys(table["label"]))
-    figure, ax = canvas(7.0, 4.2)
-    ends = {str(label): part["gap"].iloc[-1] for label, part in table.groupby("label", sort=False)}
-    smallest = table["parameters"].min()
-    bands = extrapolated(gaps, np.geomspace(smallest, to, POINTS).tolist()) if to else {}
-    for label, band in bands.items():
-        colour, *_ = style_of(label, labels)
-        ax.plot(band.parameters, band.mean, ":", color=colour, lw=1)
-        ax.fill_between(band.parameters, band.low, band.high, color=colour, alpha=0.08, lw=0)
-        ends[label] = band.mean[-1]
-    for label in labels:
-        colour, style, marker = style_of(label, labels)
-        line = table[table["label"] == label]
-        ax.errorbar(
-            line["parameters"], line["gap"], yerr=line["±"].fillna(0), fmt=marker + style,
-            color=colour, ms=5, lw=1.4, capsize=2.5,
-        )  # fmt: skip
-        own = gaps[gaps["label"] == label]
-        ax.plot(own["parameters"], own["gap"], ".", color=colour, ms=3, alpha=0.5)
-    ax.axhline(0, color="0.4", lw=1)
+    first, last = table["parameters"].min(), table["parameters"].max()
+    line = extrapolated(gaps, np.geomspace(first, max(to, last), 60).tolist())
+    figure, ax = canvas(7.2, 3.8)
     ax.set_xscale("log")
+    ax.axhline(0, color="0.4", lw=1)
+    ends = []
+    for index, (label, points) in enumerate(table.groupby("label", sort=True)):
+        colour, style, marker = style_of(str(label), labels)
+        aside = 1 + 0.012 * (index - len(labels) / 2)  # intervals don't hide each other
+        seeds = gaps[gaps["label"] == label]
+        ax.plot(seeds["parameters"] * aside, seeds["gap"], ".", color=colour, ms=3.5, alpha=0.6)
+        width = points["±"].fillna(0)
+        ax.errorbar(points["parameters"] * aside, points["gap"], yerr=width, fmt=marker,
+                    color=colour, ms=5.5, capsize=2.5, lw=1.2)  # fmt: skip
+        own = line[line["label"] == label]
+        ax.plot(own["parameters"], own["gap"], ls=style, color=colour, lw=1.1)
+        ax.fill_between(own["parameters"].astype(float), own["low"].astype(float),
+                        own["high"].astype(float), color=colour, alpha=0.1, lw=0)  # fmt: skip
+        end = own["gap"].iloc[-1] if len(own) else points["gap"].iloc[-1]
+        ends.append((end, str(label), colour))
+    sizes = sorted(table["parameters"].unique())
+    ticks = [*sizes, *([to] if len(line) and to > last else [])]
+    ax.set_xticks(ticks, [f"{size / 1e6:.3g} M" for size in ticks])
     ax.minorticks_off()
-    ticks = [*table["parameters"].unique(), *([to] if to and bands else [])]
-    ax.set_xticks(ticks, [_short(tick) for tick in ticks])
-    ax.set_xlabel("parameters at full rank")
-    ax.set_ylabel("gap in test loss (nats per token)")
-    words = "mean and 95 % interval over seeds"
-    if bands:
-        words += "; dotted: a line through them, with its 95 % prediction band"
-    ax.set_title(words, loc="left", color="0.4", fontsize=8)
-    names = [(float(end), label, style_of(label, labels)[0]) for label, end in ends.items()]
-    label_ends(ax, names)
+    ax.set_xlabel("parameters at full rank (logarithmic)")
+    ax.set_ylabel("gap to full rank (nats per token)")
+    what = "line with its 95 % prediction band" if len(line) else "fewer than three sizes: no line"
+    ax.set_title(f"mean, 95 % interval and seeds; {what}", loc="left", color="0.4", fontsize=8)
+    label_ends(ax, ends)
     return figure
-
-
-def _short(parameters: float) -> str:
-    """267 k, 1.3 M, 60 M."""
-    value, unit = (parameters / 1e6, "M") if parameters >= 1e6 else (parameters / 1e3, "k")
-    return f"{value:.{0 if value >= 10 else 1}f} {unit}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import matplotlib as mpl
@@ -36,6 +37,7 @@ def interval_lines(
         ax.set_yscale("log")
     ends = []
     for i, (label, part) in enumerate(table.groupby("label", sort=False)):
+        part = part.sort_values(x)
         colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5]
         ax.errorbar(
             part[x], part["mean"], part["±"], fmt=marker + "-", color=colour,
@@ -49,7 +51,8 @@ def interval_lines(
     ax.set_xticks(sorted(table[x].unique()))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    label_ends(ax, ends, digits=2, gap=0.08)
+    smallest = min(abs(value) for value, *_ in ends) if logy else 1.0
+    label_ends(ax, ends, digits=2 + max(0, -math.floor(math.log10(smallest)) - 1), gap=0.08)
     ax.set_title(f"mean and 95 % interval, n = {table['n'].min()}", loc="right", fontsize=8)
     return figure
 
@@ -62,9 +65,11 @@ def against(table: pd.DataFrame, x: str, y: str, by: str) -> Figure:
     """
     groups = list(table.groupby(by, sort=False))
     both = table[[x, y]]
+    wide = both.max().max() > 200 * both.min().min()
     limits = 0.7 * float(both.min().min()), 1.4 * float(both.max().max())
     with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=(3.1 * len(groups) + 0.4, 3.2), layout="constrained")
+        size = 3.1 if len(groups) < 3 else 2.4
+        figure = Drawing(figsize=(size * len(groups) + 0.4, size + 0.2), layout="constrained")
         axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
         for i, (ax, (name, part)) in enumerate(zip(axes, groups, strict=True)):
             ax.plot(limits, limits, color=LINE, lw=1, ls=(0, (1, 2)))
@@ -72,7 +77,7 @@ def against(table: pd.DataFrame, x: str, y: str, by: str) -> Figure:
             ax.set(xscale="log", yscale="log", xlim=limits, ylim=limits, aspect="equal")
             ax.set(title=str(name), xlabel=x)
             for axis in (ax.xaxis, ax.yaxis):
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel(y)

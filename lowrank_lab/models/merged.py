@@ -13,64 +13,71 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.layers.cola import ColaLinear
 from lowrank_lab.layers.lora import LoRALinear
 from lowrank_lab.layers.low_rank import LowRankLinear
-from lowrank_lab.layers.merged import joint_gradients, joint_product, merged_linear, pays
+from lowrank_lab.layers.merged import JointWeight, merged_linear, pays
 from lowrank_lab.models.fused import is_followed, is_plain_linear
 from lowrank_lab.models.rotary import rotated
 
 TWO_FACTORS = (LowRankLinear, LoRALinear, ColaLinear)
 
 
-def dense_weights(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
-    """The weights of dense layers that one product computes for x (B, T, d); None: it doesn't."""
-    if not all(map(is_plain_linear, layers)):
+def dense_weights(x: Tensor, half: Any, packed: Tensor | None = None) -> list[Tensor] | None:
+    """The weights of dense layers that one product computes for x (B, T, d); None: it doesn't.
+
+    Args:
+        half: an `Attention` or `MLP`, with layers that share the input x.
+        packed: the storage of their weights, if they have one.
+    """
+    if not half.merges or not all(map(is_plain_linear, half.inputs())):
         return None
-    weights: list[Any] = [layer.weight for layer in layers]
-    return weights if pays(x, weights) else None
+    weights = [layer.weight for layer in half.inputs()]
+    return weights if pays(x, weights, packed) else None
 
 
-def outputs(x: Tensor, layers: Sequence[nn.Module], *rows: int) -> list[Tensor]:
-    """What each layer makes of x (B, T, d); `rows`: their further argument.
+def outputs(x: Tensor, half: Any, *rows: int) -> list[Tensor]:
+    """What the layers that share the input make of x (B, T, d); `rows`: their further argument.
 
     The inner factors are one product where that pays.
     """
-    inner = inner_products(x, layers)
+    layers, inner = half.inputs(), inner_products(x, half)
     if inner is None:
         return [layer(x, *rows) for layer in layers]
-    found: Any = layers
-    return [layer.outer(x, h, *rows) for layer, h in zip(found, inner, strict=True)]
+    return [layer.outer(x, h, *rows) for layer, h in zip(layers, inner, strict=True)]
 
 
-def inner_products(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
+def inner_products(x: Tensor, half: Any) -> tuple[Tensor, ...] | None:
     """A x (B, T, r) of each layer by one product; None: they don't have one, or it doesn't pay."""
-    if any(type(layer) not in TWO_FACTORS or is_followed(layer) for layer in layers):
+    layers = half.inputs()
+    if not half.merges or any(type(p) not in TWO_FACTORS or is_followed(p) for p in layers):
         return None
-    found: Any = layers
-    factors = [layer.A for layer in found]
-    through = all(layer.goes_through_factors(x) for layer in found)
+    factors = [layer.A for layer in layers]
+    through = all(layer.goes_through_factors(x) for layer in layers)
     return merged_linear(x, factors) if through and pays(x, factors) else None
 
 
 def rotary_heads(
-    x: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rotated q and k, and v, each (B, h, T, D), of x (B, T, d); cos and sin are (T, D/2)."""
     out: tuple[Tensor, Tensor, Tensor] = _RotaryHeads.apply(  # type: ignore[no-untyped-call]
-        x, cos, sin, heads, autocast_dtype(x), *weights
+        x, cos, sin, heads, autocast_dtype(x), packed, *weights
     )
     return out
 
 
-def swiglu(x: Tensor, weights: Sequence[Tensor], rows: int | None = None) -> Tensor:
+def swiglu(
+    x: Tensor, weights: Sequence[Tensor], rows: int | None = None, packed: Tensor | None = None
+) -> Tensor:
     """silu(gate) · up (B, T, f) of x (B, T, d), with zero columns up to `rows`."""
     out: Tensor = _SwiGLU.apply(  # type: ignore[no-untyped-call]
-        x, rows, autocast_dtype(x), *weights
+        x, rows, autocast_dtype(x), packed, *weights
     )
     return out
 
@@ -81,11 +88,12 @@ class _RotaryHeads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, dtype: torch.dtype | None,
-        *weights: Tensor,
+        packed: Tensor | None, W_q: Tensor, W_k: Tensor, W_v: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        ctx.dtype = dtype
-        ctx.save_for_backward(x, cos, sin, *weights)
-        Y = _by_heads(joint_product(x, weights, dtype).view(*x.shape[:2], 3, heads, -1))
+        ctx.dtype, weights = dtype, (W_q, W_k, W_v)
+        ctx.save_for_backward(x, cos, sin, packed, *weights)
+        joint = JointWeight(dtype, packed=packed)
+        Y = _by_heads(joint.product(x, weights).view(*x.shape[:2], 3, heads, -1))
         q, k = rotated(Y[:, :2], cos, sin, 1).unbind(1)
         v = Y[:, 2].transpose(1, 2).contiguous().transpose(1, 2)  # B·T·d entries, in their order
         return q, k, v
@@ -93,7 +101,7 @@ class _RotaryHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, cos, sin, *weights = ctx.saved_tensors
+        x, cos, sin, packed, *weights = ctx.saved_tensors
         dq, dk, dv = grad_outputs
         batch, heads, length, size = dq.shape
         dY = dq.new_empty(batch, length, 3, heads, size)
@@ -101,8 +109,9 @@ class _RotaryHeads(torch.autograd.Function):
         rotated(dq, cos, sin, -1, out=parts[:, 0])
         rotated(dk, cos, sin, -1, out=parts[:, 1])
         parts[:, 2].copy_(dv)
-        dx, found = joint_gradients(ctx, dY.flatten(2), x, weights)
-        return dx, None, None, None, None, *found
+        joint = JointWeight(ctx.dtype, packed=packed)
+        dx, found = joint.gradients(_needs(ctx, weights), dY.flatten(2), x, weights)
+        return dx, None, None, None, None, None, *found
 
 
 def _by_heads(t: Tensor) -> Tensor:
@@ -115,21 +124,28 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: int | None, dtype: torch.dtype | None, *weights: Tensor
-    ) -> Tensor:
-        ctx.rows, ctx.dtype = rows, dtype
-        Y = joint_product(x, weights, dtype, rows)
-        ctx.save_for_backward(x, Y, *weights)
+        ctx: Any, x: Tensor, rows: int | None, dtype: torch.dtype | None, packed: Tensor | None,
+        W_gate: Tensor, W_up: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.rows, ctx.dtype, weights = rows, dtype, (W_gate, W_up)
+        Y = JointWeight(dtype, rows, packed).product(x, weights)
+        ctx.save_for_backward(x, Y, packed, *weights)
         gate, up = Y.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, Y, *weights = ctx.saved_tensors
+        x, Y, packed, *weights = ctx.saved_tensors
         dY = _swiglu_gradient(Y, grad_outputs[0])
-        dx, found = joint_gradients(ctx, dY, x, weights, ctx.rows)
-        return dx, None, None, *found
+        joint = JointWeight(ctx.dtype, ctx.rows, packed)
+        dx, found = joint.gradients(_needs(ctx, weights), dY, x, weights)
+        return dx, None, None, None, *found
+
+
+def _needs(ctx: Any, weights: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Whether a function's first input, x, and its last ones, the weights, need gradients."""
+    return (ctx.needs_input_grad[0], *ctx.needs_input_grad[-len(weights) :])
 
 
 def _swiglu_gradient(Y: Tensor, grad: Tensor) -> Tensor:

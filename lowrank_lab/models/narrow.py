@@ -18,11 +18,11 @@ from lowrank_lab.models.merged import inner_products
 
 
 def narrow_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The output of a block whose linear layers are all CoLA's; arguments as for `llama._block`."""
+    """The output of a block with CoLA layers only; arguments as for `block.run_block`."""
     attention, mlp = block.self_attn, block.mlp
 
     def narrow_inputs(x: Tensor) -> tuple[Tensor, ...]:
-        return narrowed(block.input_layernorm(x), attention.layers()[:3])
+        return narrowed(block.input_layernorm(x), attention)
 
     def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -31,7 +31,7 @@ def narrow_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return out
 
     def narrow_hidden(x: Tensor) -> tuple[Tensor, ...]:
-        return narrowed(block.post_attention_layernorm(x), mlp.layers()[:2])
+        return narrowed(block.post_attention_layernorm(x), mlp)
 
     def gated(g: Tensor, u: Tensor) -> Tensor:
         rows = mlp.padding(g)
@@ -45,10 +45,10 @@ def narrow_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def narrowed(x: Tensor, layers: Any) -> tuple[Tensor, ...]:
-    """silu(A x) of each CoLA layer."""
-    inner = inner_products(x, layers)
-    return tuple(p.narrow(x) for p in layers) if inner is None else tuple(map(F.silu, inner))
+def narrowed(x: Tensor, half: Any) -> tuple[Tensor, ...]:
+    """silu(A x) of each layer of a half with the input x."""
+    inner = inner_products(x, half)
+    return tuple(p.narrow(x) for p in half.inputs()) if inner is None else tuple(map(F.silu, inner))
 
 
 def _kept(function: Any, *inputs: Tensor) -> Any:

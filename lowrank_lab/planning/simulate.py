@@ -243,6 +243,8 @@ class Stepping:
             self.model, self.optimizer = build(config)
             if device.type != "cpu":
                 self.model.to(device)
+            if not config.per_layer:
+                self.model.pack_(aligned=config.precision != "fp32")
         self.model.train()
         if device.type == "cuda":
             make_cublas_workspaces(device)  # which the tracker counts from the start

@@ -136,8 +136,10 @@ def test_compiled_blocks_share_one_graph(kind, monkeypatch):
         model.compile_blocks()
         for _ in range(2):
             assert_equal(answers(model), expected, 1e-6)
-        # blocks, last norm, values and slopes of the loss
-        assert counters["stats"]["unique_graphs"] <= 3
+            losses = model.token_losses(TOKENS, TOKENS.flip(1))
+            assert abs(losses.mean() - expected["loss"]) <= 1e-6
+        # blocks, last norm and the loss's softmax, with gradients and without
+        assert counters["stats"]["unique_graphs"] <= 6
         assert not counters["graph_break"]
 
 
