@@ -110,7 +110,8 @@ def unfolded(notebook: nbformat.NotebookNode, answers: nbformat.NotebookNode) ->
     A box opens in one cell and closes in another one; its title is the heading of the answer. What
     the answers share (imports, parameters) is the first box.
     """
-    end = next(i for i, c in enumerate(notebook.cells) if "## Exercises" in c.source) + 1
+    sources = [cell.source for cell in notebook.cells]
+    end = next((i for i, s in enumerate(sources, 1) if "## Exercises" in s), len(sources))
     while end < len(notebook.cells) and not notebook.cells[end].source.startswith("#"):
         end += 1  # exercises that go on in another cell
     boxes: list[tuple[str, list[nbformat.NotebookNode]]] = [("What the answers share", [])]
