@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def p_below(differences: Sequence[float]) -> float:
@@ -130,3 +133,27 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
         return Mean(mean, math.nan, 1)
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
     return Mean(mean, float(t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(variance / n), n)
+
+
+def mean_intervals(
+    table: pd.DataFrame, by: Sequence[str], column: str, confidence: float = 0.95
+) -> pd.DataFrame:
+    """`mean_interval` of a column for each group of rows, all at once; NaN is left out.
+
+    Args:
+        by: columns that define a group; its rows are the sample.
+
+    Returns:
+        One row per group, in order of appearance: the columns `by`, mean, half_width and n.
+    """
+    from scipy.stats import t
+
+    kept = table.dropna(subset=[column])
+    found = kept.groupby(list(by), sort=False)[column].agg(["mean", "std", "count"])
+    found = found.rename(columns={"count": "n"}).reset_index()
+    n = found["n"].to_numpy()
+    sizes = np.unique(n[n > 1])
+    quantile = dict(zip(sizes, t.ppf((1 + confidence) / 2, sizes - 1), strict=True))
+    factor = np.array([quantile.get(size, np.nan) for size in n])
+    found["half_width"] = factor * found.pop("std") / np.sqrt(n)
+    return found[[*by, "mean", "half_width", "n"]]

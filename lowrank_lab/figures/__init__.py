@@ -31,6 +31,7 @@ from lowrank_lab.figures.drawing import (
     save,
     spread,
     style_of,
+    svg,
     unit_of,
 )
 from lowrank_lab.figures.grid import MAX_MAPS, effect_table, grid_tradeoff, heat_maps
@@ -127,6 +128,7 @@ __all__ = [
     "spectrum_curves",
     "spread",
     "style_of",
+    "svg",
     "tradeoff",
     "tradeoff_table",
     "training_curves",

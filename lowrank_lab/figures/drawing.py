@@ -53,9 +53,18 @@ def png(figure: Figure, **options: Any) -> bytes:
     Args:
         options: for `savefig`, in place of `bbox_inches="tight"`.
     """
+    return _saved(figure, "png", **(options or {"bbox_inches": "tight"}))
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG, cropped to its content."""
+    return _saved(figure, "svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", **(options or {"bbox_inches": "tight"}))
+        figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 
 

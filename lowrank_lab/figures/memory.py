@@ -29,11 +29,15 @@ def memory_table(memory: pd.DataFrame) -> pd.DataFrame:
     return mean.reset_index().melt("label", var_name="category", value_name="mib")
 
 
-def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
-    """Weights, gradients, optimizer states (and activations), one stacked bar per label."""
+def memory_bars(memory: pd.DataFrame, activations: bool = False, width: float = 6.4) -> Figure:
+    """Weights, gradients, optimizer states (and activations), one stacked bar per label.
+
+    Args:
+        width: in inches.
+    """
     table = memory_table(memory)
     labels = list(dict.fromkeys(table["label"]))
-    figure, ax = canvas(6.4, 0.7 + 0.42 * len(labels))
+    figure, ax = canvas(width, 0.7 + 0.42 * len(labels) + (0.0 if width > 5 else 0.35))
     left = np.zeros(len(labels))
     for category, colour in CATEGORIES.items():
         if category == "activations" and not activations:
@@ -50,7 +54,8 @@ def memory_bars(memory: pd.DataFrame, activations: bool = False) -> Figure:
     ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("MiB (measured)")
-    figure.legend(ncols=5, frameon=False, loc="outside upper center", fontsize=8.5)
+    columns = 5 if width > 5 else 2
+    figure.legend(ncols=columns, frameon=False, loc="outside upper center", fontsize=8.5)
     return figure
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.device import prefers_few_kernels
+from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool
 from lowrank_lab.optim.projection import (
@@ -30,7 +31,15 @@ from lowrank_lab.optim.stacks import Matrices, StackedStates, Stacks
 from lowrank_lab.optim.state_bytes import Weight, projected_states
 from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 from lowrank_lab.optim.subspaces import sides
-from lowrank_lab.optim.turned import Turn, add_back_, sided, turned, turned_together
+from lowrank_lab.optim.turned import (
+    Pair,
+    Turn,
+    add_back_,
+    projected,
+    sided,
+    turned,
+    turned_together,
+)
 
 MOVED = (PROJECTIONS, ("exp_avg",), ("exp_avg_sq",))  # entries that are replaced in every step
 START = {"update_proj_gap": sys.maxsize}  # get_projections then decomposes in the first step only
@@ -105,7 +114,10 @@ class LDAdam(SubspaceAdamW):
             how = self._turn_ if isinstance(G, Tensor) else self._turn_many_
             left, right, turn = how(G, state, group)
         # R = PᵀG;  N = Adam(R);  W ← W − lr · P N
-        R = projected_gradient(G, left, right, group)
+        if isinstance(G, Tensor):
+            R: Any = to_state_precision(projected(G, left, right), group)
+        else:
+            R = projected_gradient(G, left, right, group)
         if group["error_feedback"]:
             self._store_error_(G, R, (left, right), turn, state, group["betas"][0])
         N = self.adam_direction(R, state, group)
@@ -139,16 +151,17 @@ class LDAdam(SubspaceAdamW):
     ) -> tuple[Any, Any, Turn]:
         """As `_turn_` of each; the projections are stacks, one per run."""
         states = state.states
-        olds = [
+        P, m, v = (
             _in_runs([next(s[n] for n in names if n in s) for s in states], G) for names in MOVED
-        ]
+        )
         lefts = [sides(group["proj_type"], shape)[0] for _, shape in G.shapes]
-        turn = turned_together(G, *olds, lefts, group["rho"], _weights(states[0], group))
+        weights = _weights(states[0], group)
+        turn = turned_together(G, P, m, v, lefts, group["rho"], weights)
         for new, names in zip((turn.new_P, turn.new_m, turn.new_v), MOVED, strict=True):
             for s, t in zip(states, copies(new.items), strict=True):
                 s[next(n for n in names if n in s)] = t
         pairs = [sided(P, left) for P, left in zip(turn.new_P.blocks, lefts, strict=True)]
-        return *map(list, zip(*pairs, strict=True)), turn
+        return [L for L, _ in pairs], [R for _, R in pairs], turn
 
     def _store_error_(
         self, G: Any, R: Any, new: tuple[Any, Any], turn: Turn | None, state: Any, beta1: float
@@ -157,12 +170,14 @@ class LDAdam(SubspaceAdamW):
         single, factor = isinstance(G, Tensor), beta1 / (1 - beta1)
         E = G.clone() if single and turn is None else G  # otherwise a buffer
         lefts, rights = ([side] if single else side for side in new)
+        pairs: list[list[Pair]] = [[] for _ in lefts]
         if turn is not None:
-            for e, P, m, L in zip(*map(_blocks, (E, turn.P, turn.m)), lefts, strict=True):
-                add_back_(e, P, m, L is not None, factor)
             R = _plus(R, turn.new_m, factor)
-        for e, r, L, Q in zip(_blocks(E), _blocks(R), lefts, rights, strict=True):
-            add_back_(e, Q if L is None else L, r, L is not None, -1.0)
+            pairs = [
+                [(*found, factor)] for found in zip(_blocks(turn.P), _blocks(turn.m), strict=True)
+            ]
+        for e, r, old, L, Q in zip(_blocks(E), _blocks(R), pairs, lefts, rights, strict=True):
+            add_back_(e, [*old, (Q if L is None else L, r, -1.0)], L is not None)
         if single:
             state["error"] = E if turn is None else E.clone()
             return

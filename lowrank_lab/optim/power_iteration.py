@@ -41,7 +41,8 @@ def power_step_(X: Tensor, u: Tensor, dim: int, placement: Placement = REPLICATE
     z = placement.all_reduce_sum_(wide @ w)
     size = placement.global_norm(torch.linalg.vector_norm(w))
     u.copy_(old_if_off(w.div_(size).view(u.shape), u))
-    return torch.linalg.vector_norm(z).div_(size)
+    sigma: Tensor = torch.linalg.vector_norm(z).div_(size)
+    return sigma
 
 
 def power_steps_(factors: list[Tensor], us: list[Tensor]) -> Tensor:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_lab.device import prefers_few_kernels
-from lowrank_lab.distributed.placements import REPLICATED, Placement
 
 OVERSAMPLING = 16  # random columns beyond the rank
 POWERS = 2  # products with A alone, which separate the largest eigenvalues
@@ -112,22 +111,8 @@ def orthonormal(Y: Tensor, passes: int = 2) -> Tensor:
     return Q.float()
 
 
-def power_step(b: Tensor, P: Tensor, left: bool, placement: Placement = REPLICATED) -> Tensor:
-    """An orthonormal basis (p×r) of b bᵀP (left) or bᵀb P: one power iteration from P (p×r).
-
-    Args:
-        b: m×n, or a stack of such; shards of it along the side that isn't projected.
-        P: full, m×r (left) or n×r.
-        left: which side is projected.
-        placement: of b; the products of shards are summed, and all ranks take the first one's.
-    """
-    Y = power_product(b, P, left)
-    Y = placement.all_reduce_sum_(Y.to(torch.promote_types(Y.dtype, torch.float32)))
-    return placement.broadcast(thin_q(Y, P.dtype))
-
-
 def power_product(b: Tensor, P: Tensor, left: bool, out: Tensor | None = None) -> Tensor:
-    """b bᵀP (left) or bᵀb P, of matrices or of stacks."""
+    """b bᵀP (left) or bᵀb P (p×r) of b (m×n) and P (p×r), or of stacks of them."""
     X = b if left else b.mT
     return torch.matmul(X, X.mT @ P, out=out)
 

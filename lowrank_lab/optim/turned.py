@@ -3,6 +3,10 @@
     b = ρ P m̂ + (1−ρ) G;  P′ = QR of b (bᵀP)
     C = P′ᵀP;  m ← C m;  v ← |C∘² (v − w m̂²) + w (C m̂)²| with the weight w of v
 
+Each step starts from what the last one found: rounding errors add up, and those of shards differ.
+On CPUs all products are computed in float64, of a part of the gradient at a time, unless they are
+in half precision anyway.
+
 Shapes in this file: G is m×n; P is m×r (left) or n×r; m and v are r×n or m×r.
 """
 
@@ -15,13 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.carried import carried, overlaps
 from lowrank_lab.optim.stacks import Stacks, StackShape, blocks_of, gather_
-from lowrank_lab.optim.subspace_iteration import power_product, power_step, thin_q
+from lowrank_lab.optim.subspace_iteration import power_product, thin_q
 from lowrank_lab.optim.subspaces import Projections
 
+PIECE = 1024  # rows or columns of a gradient that are converted to float64 at once
 NO_WEIGHT = 1e-12  # of a moment that has been reset, with the rounding errors of `_weights`
+Pair = tuple[Tensor, Tensor, float]  # P, m and a factor of their product
 
 
 class Turn(NamedTuple):
@@ -39,6 +46,11 @@ class Turn(NamedTuple):
     new_P: Any
     new_m: Any
     new_v: Any
+
+
+def in_float64(G: Tensor) -> bool:
+    """Whether products with a gradient are computed in float64."""
+    return not prefers_few_kernels(G) and G.itemsize >= 4
 
 
 def turned(
@@ -62,13 +74,28 @@ def turned(
         placement: of G; P is full.
     """
     of_m, scale = _factors(weights)
-    new_P = power_step(_followed(G, P, m, left, rho, of_m), P, left, placement)
-    X, Y = overlaps(sided(P, left), sided(new_P, left))
-    new_m = carried(m, X, Y)
-    wide = m.to(new_m.dtype)
-    spread = torch.addcmul(v.to(wide.dtype), wide, wide, value=-scale)
-    new_v = carried(spread, X, Y, second=True).addcmul_(new_m, new_m, value=scale).abs_()
+    Y = placement.all_reduce_sum_(_power_product(G, P, m, left, rho, of_m))
+    new_P = placement.broadcast(thin_q(Y.to(torch.promote_types(P.dtype, torch.float32)), P.dtype))
+    C = new_P.to(Y.dtype).mT @ P.to(Y.dtype)
+    X, Z = (C, None) if left else (None, C.mT)
+    new_m, wide = carried(m, X, Z), m.to(Y.dtype)
+    spread = torch.addcmul(v.to(Y.dtype), wide, wide, value=-scale)
+    new_v = carried(spread, X, Z, second=True).addcmul_(new_m, new_m, value=scale).abs_()
     return Turn(P, m, new_P, new_m.to(m.dtype), new_v.to(v.dtype))
+
+
+def _power_product(G: Tensor, P: Tensor, m: Tensor, left: bool, rho: float, of_m: float) -> Tensor:
+    """b bᵀP (left) or bᵀb P (p×r), in float64 or float32."""
+    if not in_float64(G):
+        Y = power_product(_followed(G, P, m, left, rho, of_m), P, left)
+        return Y.to(torch.promote_types(Y.dtype, torch.float32))
+    P = P.double()
+    Y = torch.zeros_like(P)
+    dim = 1 if left else 0
+    for g, x in zip(torch.split(G, PIECE, dim), torch.split(m, PIECE, dim), strict=True):
+        b = _followed(g.double(), P, x, left, rho, of_m)
+        Y += power_product(b, P, left)
+    return Y
 
 
 def turned_together(
@@ -95,10 +122,10 @@ def turned_together(
     wide = m.flat.to(C.dtype)
     spread = torch.addcmul(v.flat.to(C.dtype), wide, wide, value=-scale)
     new = torch.empty((2, len(wide)), dtype=C.dtype, device=wide.device)
-    for X, old, out in ((C, wide, new[0]), (squares, spread, new[1])):
+    for turn, old, out in ((C, wide, new[0]), (squares, spread, new[1])):
         moments = blocks_of(old, m.shapes), blocks_of(out, m.shapes)
-        for x, before, after, left in zip(X.blocks, *moments, lefts, strict=True):
-            torch.bmm(*((x, before) if left else (before, x.mT)), out=after)
+        for X, before, after, left in zip(turn.blocks, *moments, lefts, strict=True):
+            torch.bmm(*((X, before) if left else (before, X.mT)), out=after)
     new[1].addcmul_(new[0], new[0], value=scale).abs_()
     new_m, new_v = (Stacks(m.shapes, flat) for flat in new.to(m.dtype))
     return Turn(P, m, _in_one(Qs, P.shapes), new_m, new_v)
@@ -130,12 +157,32 @@ def _followed(G: Tensor, P: Tensor, m: Tensor, left: bool, rho: float, of_m: flo
     return add(G, first, second, beta=1 - rho, alpha=rho * of_m)
 
 
-def add_back_(X: Tensor, P: Tensor, m: Tensor, left: bool, factor: float) -> None:
-    """X ← X + factor · (P m, or m Pᵀ), in place; of matrices or stacks."""
-    m = m.to(P.dtype)
-    first, second = (P, m) if left else (m, P.mT)
-    add = X.baddbmm_ if X.ndim > 2 else X.addmm_
-    add(first, second, alpha=factor)
+def projected(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Lᵀ G or G R, in the dtype of G."""
+    P = right if left is None else left
+    assert P is not None
+    if not in_float64(G):
+        return P.mT @ G if right is None else G @ P
+    P, dim = P.double(), 0 if left is None else 1
+    parts = (P.mT @ g if dim else g @ P for g in (x.double() for x in torch.split(G, PIECE, dim)))
+    return torch.cat([part.to(G.dtype) for part in parts], dim)
+
+
+def add_back_(X: Tensor, pairs: list[Pair], left: bool) -> None:
+    """X ← X + Σ factor · (P m, or m Pᵀ), in place; of matrices or stacks."""
+    if X.ndim > 2 or not in_float64(X):
+        for P, m, factor in pairs:
+            first, second = (P, m.to(P.dtype)) if left else (m.to(P.dtype), P.mT)
+            (X.baddbmm_ if X.ndim > 2 else X.addmm_)(first, second, alpha=factor)
+        return
+    dim = 1 if left else 0
+    for i, part in enumerate(torch.split(X, PIECE, dim)):
+        wide = part.double()
+        for P, m, factor in pairs:
+            m = torch.split(m, PIECE, dim)[i].double()
+            first, second = (P.double(), m) if left else (m, P.double().mT)
+            wide.addmm_(first, second, alpha=factor)
+        part.copy_(wide)
 
 
 def sided(P: Tensor, left: bool) -> Projections:

@@ -1,4 +1,4 @@
-"""A dashboard over any folder of runs: curves, spectra and memory of the chosen ones."""
+"""An explorer of any folder of runs: a table to search, sort and choose from, and plots to keep."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lowrank_lab.analysis.run_groups import Group, choices_of, groups_of, matching, sorted_by
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import image
-from lowrank_lab.figures.single_runs import X_AXES
-from lowrank_lab.widgets.panel import UNSQUEEZED
-from lowrank_lab.widgets.run_view import MAX_RUNS, Choice, load_view
+from lowrank_lab.figures import image, png
+from lowrank_lab.figures.run_groups import WIDTH
+from lowrank_lab.runs.catalogue import Entry, folders_with_runs, read_catalogue
+from lowrank_lab.widgets.explorer_controls import ALL, Controls
+from lowrank_lab.widgets.run_plots import PLOTS, Choice, View
+from lowrank_lab.widgets.run_view import FILE_TYPES, MAX_ROWS, file_of, load_view
 from lowrank_lab.widgets.slider import slider
 
 PERIOD = 2.0  # seconds between two reads of a followed folder
-PLOTS = ("curves", "spectra", "memory")
+DPI = 100  # of a picture in the page
+NARROWEST = 3.4  # inches; on narrower pages the picture is scaled
 
 
 def select(folder: str, pattern: str) -> tuple[str, ...]:
@@ -36,101 +40,190 @@ def select(folder: str, pattern: str) -> tuple[str, ...]:
 
 
 def dashboard(choice: Choice, live: bool = False) -> None:
-    """Display one line and the figures; live, a panel of widgets.
+    """Display the explorer; unless live, all plots of the choice.
 
-    Unless live, a slider shows the spectra at up to MAX_RUNS recorded steps.
+    Unless live, a slider shows the spectrum at up to MAX_ROWS recorded steps.
     """
     from IPython.display import Markdown, display
 
     if live:
         display(Dashboard(choice).box)  # type: ignore[no-untyped-call]
         return
-    view = load_view(choice)
-    shown: dict[str, Any] = dict(view.figures)
+    views = {plot: load_view(replace(choice, plot=plot)) for plot in PLOTS}
+    shown: dict[str, Any] = {plot: v.figure for plot, v in views.items() if v.figure is not None}
     if "spectra" in shown:
-        steps = view.steps[:: -(-len(view.steps) // MAX_RUNS)]
-        at = {s: load_view(replace(view.choice, step=s)).figures["spectra"] for s in steps}
+        view = views["spectra"]
+        steps = view.steps[:: -(-len(view.steps) // MAX_ROWS)]
+        at = {s: load_view(replace(view.choice, step=s)).figure for s in steps}
         at[view.choice.step] = shown["spectra"]
-        shown["spectra"] = slider(dict(sorted(at.items())), "step", start=view.choice.step)
-    display(Markdown(html.escape(view.line)), *shown.values())  # type: ignore[no-untyped-call]
+        there = {s: figure for s, figure in sorted(at.items()) if figure is not None}
+        shown["spectra"] = slider(there, "step", start=view.choice.step)
+    first = views[choice.plot]
+    lines = [html.escape(line) for line in (first.line, first.trouble) if line]
+    display(Markdown("\n\n".join(lines)), *shown.values())  # type: ignore[no-untyped-call]
 
 
-class Dashboard:
-    """The widgets of the dashboard: `box` contains them, `text` and `pictures` show the view."""
+class Dashboard(Controls):
+    """The widgets of the explorer, and what they do: `box` contains them."""
 
     def __init__(self, choice: Choice) -> None:
-        import ipywidgets as ipw
-
-        wide: dict[str, Any] = {
-            "style": {"description_width": "5em"}, "layout": {"width": "24em"}
-        }  # fmt: skip
-        self.folder = ipw.Text(
-            value=choice.folder, description="folder", continuous_update=False, **wide
-        )
-        self.runs = ipw.SelectMultiple(description="runs", rows=10, **wide)
-        self.metric = ipw.Dropdown(description="metric", **wide)
-        self.x = ipw.Dropdown(
-            options=[(words, name) for name, words in X_AXES.items()], description="x axis",
-            value=choice.x if choice.x in X_AXES else "tokens_seen", **wide,
-        )  # fmt: skip
-        self.layer = ipw.Dropdown(description="layer", **wide)
-        self.step = ipw.SelectionSlider(
-            options=["–"], description="step", continuous_update=False, **wide
-        )
-        self.follow = ipw.ToggleButton(description="follow", tooltip="read again every two seconds")
-        self.text = ipw.HTML()
-        self.pictures = {name: ipw.HTML() for name in PLOTS}
+        super().__init__(choice)
+        self._choice = choice
+        self._entries: list[Entry] = []
+        self._groups: list[Group] = []
+        self._view = View(choice)
+        self._matched = ""
+        self._opened: dict[str, None] = {}
         self._lock = threading.RLock()  # widgets and the follower run in their own threads
         self._filling = False
         self._stop = threading.Event()
-        self._show(choice)
-        for knob in self._knobs:
-            knob.observe(self._changed, "value")
+        self._open(choice.folder)
+        self._observe()
+
+    def _observe(self) -> None:
+        for knob in (self.metric, self.x, self.layer, self.step, self.plot):
+            knob.observe(self._changed(self._draw), "value")
+        for knob in (self.search, *self.fields.values()):
+            knob.observe(self._changed(self._fill_table), "value")
+        self.rows.observe(self._changed(self._regroup), "value")
+        self.table.observe(self._changed(self._fill_table), "sort")
+        self.table.observe(self._changed(self._choose), "selected")
+        self.table.observe(self._changed(self._draw), "width")
+        self.folder.observe(self._changed(lambda: self._open(self.folder.value)), "value")
+        self.path.observe(self._changed(lambda: self._open(self.path.value.strip())), "value")
+        self.all.on_click(lambda _: self._choose_rows(self.table.rows))
+        self.none.on_click(lambda _: self._choose_rows([]))
+        for kind, button in self.files.items():
+            button.on_click(lambda _, kind=kind: self._download(kind))
         self.follow.observe(self._follow, "value")
-        left = ipw.VBox([self.folder, *self._knobs[1:], self.follow], layout=UNSQUEEZED)
-        self.box = ipw.HBox([left, ipw.VBox([self.text, *self.pictures.values()])])
+        self._follow({"new": self.follow.value})
 
-    @property
-    def _knobs(self) -> list[Any]:
-        return [self.folder, self.runs, self.metric, self.x, self.layer, self.step]
+    def _changed(self, act: Callable[[], None]) -> Callable[[Any], None]:
+        """An observer that acts, unless the change is our own."""
 
-    def _changed(self, change: Any) -> None:
-        if not self._filling:
-            self.refresh(moved=change["owner"] is self.folder)
+        def observer(change: Any) -> None:
+            with self._lock:
+                if not self._filling:
+                    act()
 
-    def refresh(self, moved: bool = False) -> None:
-        """Read the folder again and redraw; `moved`: the folder itself has changed."""
-        with self._lock:
-            metric, x = self.metric.value or self._metric, self.x.value
-            if moved:
-                self._show(Choice(self.folder.value, metric=metric, x=x))
-                return
-            step = self.step.value
-            last = not isinstance(step, int) or step == self.step.options[-1]
-            asked = Choice(
-                self.folder.value, self.runs.value, metric, x, self.layer.value or "",
-                -1 if last else step,
-            )  # fmt: skip
-            self._show(asked)
+        return observer
 
-    def _show(self, choice: Choice) -> None:
-        view = load_view(choice)
-        self._metric = choice.metric  # remembered across a folder without runs
-        self._filling = True
+    def _open(self, folder: str) -> None:
+        """Show another folder; one that cannot be read is a line, and the choice stays possible."""
+        if not folder:
+            return
+        same = folder == self._choice.folder
+        self._choice = replace(self._choice, folder=folder, runs=self._choice.runs if same else ())
+        self._opened |= {folder: None}
+        known = dict.fromkeys([*folders_with_runs(), *self._opened])
+        self._set(lambda: _offer(self.folder, list(known), folder))
+        self._read()
+        self._set(lambda: setattr(self.follow, "value", _any_training(self._entries)))
+        self._regroup()
+
+    def _read(self) -> None:
         try:
-            now = view.choice
-            _offer(self.runs, view.known, now.runs if view.known else ())
-            _offer(self.metric, view.metrics, now.metric or None)
-            _offer(self.layer, view.layers, now.layer or None)
-            steps: list[Any] = [*view.steps] or ["–"]
-            _offer(self.step, steps, now.step if view.steps else "–")
+            self._entries = read_catalogue(self._choice.folder)
+        except (InputError, OSError) as error:
+            self._entries, self._view = [], View(self._choice, str(error))
+
+    def _regroup(self) -> None:
+        self._groups = groups_of(self._entries, self.rows.value)
+        choices = choices_of(self._groups)
+
+        def fill() -> None:
+            for name, field in self.fields.items():
+                offered = [ALL, *choices.get(name, [])]
+                _offer(field, offered, field.value if field.value in offered else ALL)
+                field.layout.display = "" if len(offered) > 1 else "none"
+            chosen = set(self._choice.runs)
+            self.table.selected = [g.names[0] for g in self._groups if chosen & {*g.names}]
+
+        self._set(fill)
+        self._fill_table()
+        self._draw()
+
+    def _fill_table(self) -> None:
+        """Filter and sort the rows."""
+        asked = {n: "" if f.value in (ALL, None) else f.value for n, f in self.fields.items()}
+        try:
+            found = matching(self._groups, self.search.value, asked)
+            words = f"{len(found)} of {len(self._groups)} rows"
+        except InputError as error:
+            found, words = self._groups, str(error)
+        column, descending = self.table.sort
+        self._set(lambda: self.table.show(sorted_by(found, column, descending)))
+        self._matched = words
+        self._count()
+
+    def _count(self) -> None:
+        self.count.value = html.escape(f"{self._matched}, {len(self.table.selected)} chosen")
+
+    def _choose_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.table.selected = [row["id"] for row in rows]
+
+    def _choose(self) -> None:
+        chosen = set(self.table.selected)
+        runs = [n for group in self._groups if group.names[0] in chosen for n in group.names]
+        self._choice = replace(self._choice, runs=tuple(runs))
+        self._count()
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw the plot of the choice, and offer what can be chosen for it."""
+        step, steps = self.step.value, self.step.options
+        last = not isinstance(step, int) or step == steps[-1]
+        width = self.table.width / DPI if self.table.width else WIDTH
+        self._choice = choice = replace(
+            self._choice, metric=self.metric.value or self._choice.metric, x=self.x.value,
+            layer=self.layer.value or self._choice.layer, step=-1 if last else step,
+            plot=self.plot.value, over_seeds=self.rows.value,
+            width=min(max(width, NARROWEST), WIDTH),
+        )  # fmt: skip
+        view = load_view(choice, self._entries) if self._entries else View(choice, self._view.line)
+        self._view = view
+        self._set(lambda: self._offer_parts(view))
+        figure = view.figure
+        self.picture.value = image(figure, png(figure, dpi=DPI)) if figure is not None else ""
+        for button in self.files.values():
+            button.disabled = figure is None
+        self.trouble.value = html.escape(view.trouble)
+        self.text.value = html.escape(view.line)  # last: the picture is there, too
+
+    def _offer_parts(self, view: View) -> None:
+        now = view.choice
+        if view.metrics:
+            _offer(self.metric, view.metrics, now.metric)
+        if view.layers:
+            _offer(self.layer, view.layers, now.layer)
+            _offer(self.step, [*view.steps] or ["–"], now.step if view.steps else "–")
+        shown = {
+            "curves": (self.metric, self.x), "spectra": (self.layer, self.step),
+            "heat": (self.layer,),
+        }  # fmt: skip
+        for knob in (self.metric, self.x, self.layer, self.step):
+            knob.layout.display = "" if knob in shown.get(now.plot, ()) else "none"
+
+    def _download(self, kind: str) -> None:
+        with self._lock:
+            name, content = file_of(self._view, kind)
+        self.table.download(name, content, FILE_TYPES[kind])
+
+    def refresh(self) -> None:
+        """Read the folder again; redraw what has changed."""
+        with self._lock:
+            before = {entry.name: entry.stamp for entry in self._entries}
+            self._read()
+            if before != {entry.name: entry.stamp for entry in self._entries}:
+                self._regroup()
+
+    def _set(self, change: Callable[[], None]) -> None:
+        """Change widgets without acting on their changes."""
+        before, self._filling = self._filling, True
+        try:
+            change()
         finally:
-            self._filling = False
-        for name, picture in self.pictures.items():
-            figure = view.figures.get(name)
-            picture.value = image(figure) if figure is not None else ""
-            picture.layout.display = "" if figure is not None else "none"
-        self.text.value = html.escape(view.line)
+            self._filling = before
 
     def _follow(self, change: Any) -> None:
         """Start or stop the thread that reads the folder again; it ends with the kernel."""
@@ -140,6 +233,10 @@ class Dashboard:
             threading.Thread(
                 target=_repeat, args=(self.refresh, self._stop, PERIOD), name="follow", daemon=True
             ).start()
+
+
+def _any_training(entries: Sequence[Entry]) -> bool:
+    return any(entry.state == "training" for entry in entries)
 
 
 def _offer(widget: Any, options: Sequence[Any], value: Any) -> None:

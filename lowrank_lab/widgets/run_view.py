@@ -1,163 +1,117 @@
-"""What the run explorer shows of a folder: its runs, the chosen ones, and their figures.
+"""What the run explorer shows of a folder: a plot of the chosen runs, its numbers, and one line.
 
-Nothing here raises on what a folder lacks: the view's line says it.
+Nothing here raises on what a folder lacks: the view's lines say it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
 
-import pandas as pd
-from matplotlib.figure import Figure
-
+from lowrank_lab.analysis.run_groups import best_of_each, groups_of, titles_of
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import CATEGORIES, memory_bars
-from lowrank_lab.figures.single_runs import X_AXES, layer_spectrum, metric_curves
-from lowrank_lab.runs.run import DESCRIBES, Run, complete_runs, runs_folder, table_of
+from lowrank_lab.figures import png, svg
+from lowrank_lab.figures.run_groups import X_AXES
+from lowrank_lab.runs.catalogue import Entry, read_catalogue
+from lowrank_lab.widgets.run_plots import DRAW, LAYERED, PLOTS, Choice, Chosen, View, in_words
 
-FIRST_RUNS = 6  # runs shown before any is chosen
-MAX_RUNS = 12  # runs that a figure can name
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the dashboard is asked to show.
-
-    Defaults: the first run of each label, the middle layer, the last recorded step.
-    """
-
-    folder: str
-    runs: tuple[str, ...] = ()
-    metric: str = "validation_loss"
-    x: str = "tokens_seen"
-    layer: str = ""
-    step: int = -1
+FIRST = 6  # rows shown before any is chosen
+MAX_ROWS = 12  # rows that a figure can name
+MAX_MAPS = 6  # heat maps beside each other
+NAMED = 3  # broken and failed runs that the line names
+MISSING = {
+    "curves": "no step trained yet", "tradeoff": "no loss or memory yet",
+    "spectra": "no spectra yet", "heat": "no spectra yet", "memory": "no memory measured yet",
+}  # fmt: skip
+FILE_TYPES = {"png": "image/png", "svg": "image/svg+xml", "csv": "text/csv"}
 
 
-@dataclass
-class View:
-    """Runs, metrics, layers and steps that a folder offers, and figures of the chosen ones."""
+def load_view(choice: Choice, entries: Sequence[Entry] | None = None) -> View:
+    """Draw the plot of a choice; missing parts of the choice get their defaults.
 
-    choice: Choice
-    line: str = ""
-    known: list[str] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
-    layers: list[str] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    figures: dict[str, Figure] = field(default_factory=dict)
+    Args:
+        entries: the folder's catalogue, if it has been read.
 
-
-def load_view(choice: Choice) -> View:
-    """Read the folder and draw the choice; missing parts of the choice get their defaults.
-
-    Never raises on the folder's contents: `View.line` reports what is wrong.
+    Returns:
+        The view. `View.line` says what is shown and what is missing: nothing is raised on a
+        folder's contents.
     """
     try:
-        return _load_view(choice)
+        known = read_catalogue(choice.folder) if entries is None else list(entries)
+        return _view(choice, known)
     except InputError as error:
         return View(choice, str(error))
     except (OSError, ValueError, KeyError) as error:  # half written, moved or damaged
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        return View(choice, f"{choice.folder} cannot be read: {words[:160]}")
+        return View(choice, f"{choice.folder} can't be read: {in_words(error)}")
 
 
-def _load_view(choice: Choice) -> View:
-    runs = {_name(r, choice.folder): r for r in complete_runs(choice.folder, strict=False)}
-    wanted = [name for name in choice.runs if name in runs] or _first(runs)
-    chosen = {name: runs[name] for name in wanted[:MAX_RUNS]}
-    table = table_of(list(chosen.values()), choice.folder)
-    titles = _titles(chosen)
-    spectra = _recorded(chosen)
-    layers = list(dict.fromkeys(spectra["layer"]))
-    steps = sorted(int(s) for s in set(spectra["step"]))
-    metrics = metrics_of(table)
-    now = replace(
-        choice,
-        runs=tuple(chosen),
-        metric=choice.metric if choice.metric in metrics else (metrics or [""])[0],
-        x=choice.x if choice.x in X_AXES else "tokens_seen",
-        layer=choice.layer if choice.layer in layers else (layers or [""])[len(layers) // 2],
-        step=_at_most(choice.step, steps),
-    )
-    view = View(now, "", list(runs), metrics, layers, steps)
-    view.figures["curves"] = metric_curves(table, now.metric, now.x, titles)
-    if layers:
-        view.figures["spectra"] = layer_spectrum(spectra, now.layer, now.step, titles)
-    memory = _memory(chosen, titles)
-    if len(memory):
-        view.figures["memory"] = memory_bars(memory, activations=True)
-    view.line = _line(choice, view, chosen, len(wanted))
+def _view(choice: Choice, known: list[Entry]) -> View:
+    chosen, wanted = _choose(choice, known)
+    now = replace(choice, runs=tuple(e.name for g in chosen.groups for e in g.entries))
+    view = View(now, trouble=_trouble(known), known=[e.name for e in known])
+    if chosen.groups:
+        DRAW[now.plot](view, chosen)
+    view.line = _line(choice, view, chosen, wanted)
     return view
 
 
-def _first(runs: dict[str, Run]) -> list[str]:
-    """The first run of each label, for at most FIRST_RUNS labels."""
-    first: dict[str, str] = {}
-    for name, run in runs.items():
-        first.setdefault(run.label, name)
-    return list(first.values())[:FIRST_RUNS]
+def _choose(choice: Choice, known: list[Entry]) -> tuple[Chosen, int]:
+    """The chosen groups, or the first ones; and the number of those that were wanted."""
+    names = set(choice.runs)
+    readable = [entry for entry in known if entry.state != "broken"]
+    groups = groups_of([e for e in readable if e.name in names], choice.over_seeds)
+    if not groups:
+        groups = best_of_each(groups_of(readable, choice.over_seeds), FIRST)
+    shown = groups[: MAX_MAPS if choice.plot == "heat" else MAX_ROWS]
+    return Chosen(shown, titles_of(shown)), len(groups)
 
 
-def _name(run: Run, folder: str) -> str:
-    inside = run.folder.relative_to(runs_folder(folder)).as_posix()
-    return run.folder.resolve().name if inside == "." else inside
-
-
-def _at_most(step: int, steps: Sequence[int]) -> int:
-    """The last recorded step up to `step`; -1 means the last of all."""
-    if not steps:
-        return -1
-    before = [s for s in steps if s <= step]
-    return steps[-1] if step < 0 else (before or steps[:1])[-1]
-
-
-def _titles(runs: dict[str, Run]) -> dict[str, str]:
-    """Run → its label, followed by the seed or the run's name where labels repeat."""
-    labels = [run.label for run in runs.values()]
-    titles: dict[str, str] = {}
-    for name, run in runs.items():
-        title = run.label
-        if labels.count(title) > 1:
-            title += f" (seed {run.config.seed})"
-        titles[name] = title if title not in titles.values() else f"{title} {name[-10:]}"
-    return titles
-
-
-def metrics_of(table: pd.DataFrame) -> list[str]:
-    """Numeric columns of `load_runs` that vary over training, evaluations first."""
-    constant = {*DESCRIBES, *X_AXES}
-    names = [
-        str(name) for name in table.select_dtypes("number")
-        if name not in constant and not str(name).startswith("final_") and table[name].notna().any()
-    ]  # fmt: skip
-    first = [name for name in ("validation_loss", "loss") if name in names]
-    return [*first, *(name for name in names if name not in first)]
-
-
-def _recorded(runs: dict[str, Run]) -> pd.DataFrame:
-    """Spectra of all runs that recorded any, with a column `run`."""
-    tables = [run.spectra.assign(run=name) for name, run in runs.items()]
-    kept = [table for table in tables if len(table)]
-    columns = ["step", "layer", "index", "singular_value", "run"]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=columns)
-
-
-def _memory(runs: dict[str, Run], titles: dict[str, str]) -> pd.DataFrame:
-    found = [name for name, run in runs.items() if run.has_memory]
-    table = pd.DataFrame([{"label": titles[name], **runs[name].memory} for name in found])
-    return table if set(CATEGORIES) <= set(table) else table.head(0)
-
-
-def _line(choice: Choice, view: View, chosen: dict[str, Run], wanted: int) -> str:
+def _line(choice: Choice, view: View, chosen: Chosen, wanted: int) -> str:
     """One line: what the view shows, and what is missing."""
+    now, shown = view.choice, len(chosen.groups)
+    of = f" of {wanted} chosen" if wanted > shown else ""
+    what = "configuration" if now.over_seeds else "run"
+    count = f"{shown}{of} {what}{'s' if max(shown, wanted) != 1 else ''}"
+    parts = [f"{count} ({_runs(len(chosen.entries))})" if now.over_seeds else count]
+    if view.figure is None:
+        parts.append(MISSING[now.plot])
+    elif now.plot == "curves":
+        parts.append(f"{now.metric} against {X_AXES[now.x]}")
+        parts += [f"no {choice.metric} yet"] if now.metric != choice.metric else []
+    elif now.plot in LAYERED:
+        at = f"step = {now.step}" if now.plot == "spectra" else f"{len(view.steps)} steps"
+        parts += [f"layer {now.layer}", at]
+    else:
+        parts.append(PLOTS[now.plot])
+    unfinished = [e for e in chosen.entries if e.state != "finished"]
+    parts += [f"{e.name} {e.state} at step {e.step}" for e in unfinished[:NAMED]]
+    parts += [f"{len(unfinished) - NAMED} more unfinished"] if len(unfinished) > NAMED else []
+    return ", ".join([*parts, *chosen.unread[:NAMED]])
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
+
+
+def _trouble(entries: Sequence[Entry]) -> str:
+    """Broken and failed runs, counted and named."""
+    parts = []
+    for state in ("broken", "failed"):
+        found = [entry for entry in entries if entry.state == state]
+        if found:
+            named = [f"{entry.name} ({entry.reason})" for entry in found[:NAMED]]
+            rest = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
+            parts.append(f"{len(found)} of {len(entries)} {state}: {', '.join(named + rest)}")
+    return "; ".join(parts)
+
+
+def file_of(view: View, kind: str) -> tuple[str, bytes]:
+    """A name and the contents of a file with a view's picture (png, svg) or its numbers (csv)."""
     now = view.choice
-    count = f"{len(chosen)} run{'s' if len(chosen) > 1 else ''}"
-    parts = [count + (f" of {wanted} chosen" if wanted > len(chosen) else ""), now.metric]
-    parts += [f"layer {now.layer}", f"step = {now.step}"] if view.layers else ["no spectra yet"]
-    parts += [] if "memory" in view.figures else ["no memory measured yet"]
-    parts += [f"no {choice.metric} yet"] if now.metric != choice.metric else []
-    running = [f"{name} in progress" for name, run in chosen.items() if not run.finished]
-    rows = [run.metrics["step"].iloc[-1] for run in chosen.values() if not run.finished]
-    parts += [f"{a} at step {b}" for a, b in zip(running, rows, strict=True)]
-    return ", ".join(parts)
+    parts = [Path(now.folder).name or "runs", now.plot]
+    parts += [now.metric] if now.plot == "curves" else [now.layer] if now.plot in LAYERED else []
+    name = f"{'-'.join(parts)}.{kind}"
+    if kind == "csv" or view.figure is None:
+        return name, view.table.to_csv(index=False).encode()
+    return name, png(view.figure) if kind == "png" else svg(view.figure)

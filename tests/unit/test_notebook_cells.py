@@ -47,6 +47,16 @@ def test_what_a_cell_shows_has_been_announced(path):
 
 
 @every_notebook
+def test_no_line_of_a_formula_begins_like_a_list_item(path):
+    """Markdown ends the formula there: `$a` and `- b$` on two lines become text and a bullet."""
+    for kind, source in cells_of(path):
+        within = False
+        for line in source.splitlines() if kind == "markdown" else ():
+            assert not (within and re.match(r"([-+*]|\d+\.)\s", line)), source
+            within = bool(line.strip()) and within != bool(line.count("$") % 2)
+
+
+@every_notebook
 def test_a_notebook_builds_ideas_not_programs(path):
     for kind, source in cells_of(path):
         if kind == "code":

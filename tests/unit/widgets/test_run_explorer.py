@@ -1,4 +1,4 @@
-"""The dashboard over a folder of runs, driven as a reader drives it."""
+"""The explorer over a folder of runs, driven as a reader drives it, without a browser."""
 
 import json
 import re
@@ -7,217 +7,266 @@ import threading
 import time
 
 import pytest
+from many_runs import LAYERS, VARIANTS, grow, write_many
 
-from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.config import InputError
 from lowrank_lab.widgets import run_explorer
-from lowrank_lab.widgets.run_explorer import Choice, Dashboard, load_view
+from lowrank_lab.widgets.run_explorer import Dashboard
+from lowrank_lab.widgets.run_plots import PLOTS, Choice
+from lowrank_lab.widgets.run_view import MAX_ROWS, file_of, load_view
 
-LAYERS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
-MEMORY = {"weights": 2**20, "gradients": 2**20, "optimizer_states": 2**21, "projections": 0,
-          "activations": 2**22}  # fmt: skip
-
-
-def write(folder, name, seed=0, steps=40, finished=True, spectra=True, memory=True, **fields):
-    """A run folder as training leaves it after some steps."""
-    run = folder / name
-    run.mkdir(parents=True)
-    config = resolve(RunConfig(**{"model": "tiny", "seed": seed} | fields))
-    (run / "config.json").write_text(json.dumps({"config": config.model_dump(), "label": None}))
-    grow(run, 1, steps)
-    if spectra:
-        rows = [
-            {"step": step, "layer": layer, "singular_values": [3.0 + step + seed, 1.0]}
-            for step in (0, 20, 40) for layer in LAYERS if step <= steps
-        ]  # fmt: skip
-        (run / "spectra.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if memory:
-        (run / "memory.json").write_text(json.dumps(MEMORY))
-    if finished:
-        (run / "result.json").write_text(json.dumps({"test_loss": 3.0}))
-    return run
+SEEDS = 9  # of each configuration
 
 
-def grow(run, first, last):
-    """Append rows of training, as a run in progress does."""
-    with (run / "metrics.jsonl").open("a") as file:
-        for step in range(first, last + 1):
-            row = {"step": step, "tokens_seen": 100 * step, "seconds": 0.1 * step, "lr": 0.01,
-                   "loss": 6.0 - 0.05 * step, "peak_memory_bytes": 2**20 + step}  # fmt: skip
-            row |= {"validation_loss": 6.1 - 0.05 * step} if step % 10 == 0 else {}
-            file.write(json.dumps(row) + "\n")
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """All seven labels at one rank and rate; the last is in training, stopped, failed, broken."""
+    folder = tmp_path_factory.mktemp("many")
+    return folder, write_many(folder, SEEDS * len(VARIANTS), steps=80)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    for seed in (0, 1):
-        write(tmp_path, f"full-{seed}", seed)
-    write(tmp_path, "low", method="low-rank")
-    return tmp_path
-
-
-@pytest.fixture
-def board(folder):
-    found = Dashboard(Choice(str(folder)))
+def board(many):
+    found = Dashboard(Choice(str(many[0])))
     yield found
     found.follow.value = False
 
 
-def pictures(board):
-    return {name: picture.value for name, picture in board.pictures.items()}
+@pytest.fixture
+def few(tmp_path):
+    """A folder that a test may change: the seeds of one label, four of them not finished."""
+    return tmp_path / "few", write_many(tmp_path / "few", 6, steps=80)
 
 
-def test_at_first_it_shows_a_run_of_each_label(board):
-    assert board.runs.options == ("full-0", "full-1", "low")
-    assert board.runs.value == ("full-0", "low")
-    assert board.text.value == f"2 runs, validation_loss, layer {LAYERS[1]}, step = 40"
-    for picture in pictures(board).values():
-        assert re.fullmatch(r'<img alt="[^"]+" src="data:image/png;base64,[^>]+>', picture)
+def labels(board):
+    return [row["cells"][0] for row in board.table.rows]
 
 
-def test_every_widget_has_a_label(board):
-    assert all(knob.description for knob in [*board._knobs, board.follow])
+def choose(board, *wanted):
+    board.table.selected = [r["id"] for r in board.table.rows if r["cells"][0] in wanted]
 
 
-def test_the_metric_changes_the_curves_and_nothing_else(board):
-    before = pictures(board)
+def test_the_table_has_a_row_for_each_configuration(board):
+    names = [column["name"] for column in board.table.columns]
+    assert names == ["label", "rank", "rate", "seed", "loss", "±", "MiB", "state"]
+    assert set(VARIANTS) < set(labels(board))
+    assert board.table.rows[2]["cells"][:4] == ["fira", "4", "0.001", "9 seeds"]
+    assert board.count.value == "8 of 8 rows, 0 chosen"
+
+
+def test_at_first_it_shows_a_row_of_each_label(board):
+    assert board.text.value == "6 configurations (50 runs), validation_loss against training tokens"
+    assert re.fullmatch(r'<img alt="[^"]+" src="data:image/png;base64,[^>]+>', board.picture.value)
+
+
+def test_rows_that_are_chosen_are_drawn_as_means_over_their_seeds(board):
+    before = board.picture.value
+    choose(board, "fira", "galore")
+    assert board.text.value.startswith("2 configurations (18 runs), validation_loss")
+    assert board.picture.value != before
+    assert board.count.value.endswith("2 chosen")
+    assert set(board._view.table["n"]) == {SEEDS}
+
+
+def test_single_runs_keep_the_choice(board):
+    choose(board, "fira")
+    board.rows.value = False
+    assert len(board.table.selected) == SEEDS
+    assert board.text.value.startswith("9 runs, ")
+    board.rows.value = True
+    assert board.text.value.startswith("1 configuration (9 runs), ")
+
+
+def test_a_search_and_fields_filter_the_rows_and_keep_the_choice(board):
+    choose(board, "fira", "galore")
+    board.search.value = "lora"
+    assert labels(board) == ["lora"]
+    assert board.count.value == "1 of 8 rows, 2 chosen"
+    board.search.value = ""
+    board.fields["label"].value = "galore"
+    assert labels(board) == ["galore"]
+    board.all.click()
+    assert board.text.value.startswith("1 configuration (9 runs), ")
+    board.none.click()
+    assert board.count.value == "1 of 8 rows, 0 chosen"
+
+
+def test_a_search_that_means_nothing_is_a_line(board):
+    board.search.value = "nothing=2"
+    assert "a column is one of label, model, rank" in board.count.value
+    assert len(board.table.rows) == 8
+
+
+def test_a_heading_sorts_the_rows(board):
+    board.table.sort = ["loss", False]
+    assert labels(board)[0] == "full-rank"
+    board.table.sort = ["loss", True]
+    assert labels(board)[-2:] == ["full-rank", "apollo-r4-lr0.001-s8"]  # a broken run has no loss
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_each_plot_has_a_picture_its_numbers_and_a_line(board, plot):
+    choose(board, "fira", "galore", "full-rank")
+    board.plot.value = plot
+    assert board.text.value.startswith("3 configurations (27 runs), ")
+    assert "<img" in board.picture.value
+    for kind, start in {"png": b"\x89PNG", "svg": b"<?xml", "csv": b""}.items():
+        name, content = file_of(board._view, kind)
+        assert name.startswith(f"many0-{plot}")
+        assert name.endswith(f".{kind}")
+        assert content.startswith(start)
+    assert content.count(b"\n") == len(board._view.table) + 1
+
+
+def test_controls_are_those_of_the_plot(board):
+    shown = {}
+    for plot in PLOTS:
+        board.plot.value = plot
+        knobs = {"metric": board.metric, "x": board.x, "layer": board.layer, "step": board.step}
+        shown[plot] = [name for name, knob in knobs.items() if knob.layout.display != "none"]
+    assert shown == {"curves": ["metric", "x"], "tradeoff": [], "spectra": ["layer", "step"],
+                     "heat": ["layer"], "memory": []}  # fmt: skip
+
+
+def test_metric_and_axis_change_the_curves(board):
+    pictures = {board.picture.value}
     board.metric.value = "loss"
-    after = pictures(board)
-    assert board.text.value == f"2 runs, loss, layer {LAYERS[1]}, step = 40"
-    assert [name for name in before if before[name] != after[name]] == ["curves"]
-
-
-def test_the_x_axis_changes_the_curves(board):
-    before = pictures(board)
+    assert board.text.value.endswith("loss against training tokens")
+    pictures.add(board.picture.value)
     board.x.value = "seconds"
-    assert pictures(board)["curves"] != before["curves"]
+    pictures.add(board.picture.value)
+    assert len(pictures) == 3
 
 
-def test_the_step_slider_has_the_recorded_steps_and_moves_the_spectra(board):
-    before = pictures(board)
-    assert board.step.options == (0, 20, 40)
-    board.step.value = 20
-    assert board.text.value.endswith("step = 20")
-    assert pictures(board)["spectra"] != before["spectra"]
-    assert pictures(board)["curves"] == before["curves"]
-
-
-def test_the_layer_is_named_in_text_and_picture(board):
-    before = pictures(board)
+def test_layer_and_step_change_the_spectrum(board):
+    board.plot.value = "spectra"
+    assert list(board.layer.options) == LAYERS
+    assert board.step.options == (0, 40, 80)
+    assert board.text.value.endswith(f"layer {LAYERS[3]}, step = 80")
+    pictures = {board.picture.value}
+    board.step.value = 40
+    pictures.add(board.picture.value)
     board.layer.value = LAYERS[0]
-    assert f"layer {LAYERS[0]}" in board.text.value
-    assert pictures(board)["spectra"] != before["spectra"]
+    pictures.add(board.picture.value)
+    assert board.text.value.endswith(f"layer {LAYERS[0]}, step = 40")
+    assert len(pictures) == 3
 
 
-def test_runs_are_chosen_one_by_one(board):
-    before = pictures(board)
-    board.runs.value = ("full-1",)
-    assert board.text.value.startswith("1 run, ")
-    after = pictures(board)
-    assert all(before[name] != after[name] for name in before)
+def test_a_narrow_page_gets_a_narrow_picture(board):
+    board.table.width = 370
+    assert board._view.figure.get_figwidth() == pytest.approx(3.7)
 
 
-def test_another_folder_has_other_runs(board, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    write(other, "alone")
-    board.folder.value = str(other)
-    assert board.runs.options == board.runs.value == ("alone",)
-    assert board.text.value.startswith("1 run, ")
+def test_a_picture_is_drawn_once_for_each_change(board, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_explorer, "load_view",
+                        lambda *args: drawn.append(args) or load_view(*args))  # fmt: skip
+    choose(board, "fira")
+    board.plot.value = "heat"
+    board.search.value = "galore"
+    board.rows.value = False
+    assert len(drawn) == 3
+
+
+def test_a_broken_and_a_failed_run_are_a_line_and_the_others_are_shown(board):
+    assert board.trouble.value.startswith("1 of 63 broken: apollo-r4-lr0.001-s8 (config.json is ")
+    failed = "1 of 63 failed: apollo-r4-lr0.001-s7 (loss is not finite)"
+    assert board.trouble.value.endswith(failed)
+    assert "\n" not in board.trouble.value
+    marked = [row["cells"][0] for row in board.table.rows if row["trouble"]]
+    assert marked == ["apollo", "apollo-r4-lr0.001-s8"]
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "spectra.jsonl", "memory.json", "result.json"])
+def test_any_damaged_file_is_told_and_the_others_are_shown(few, file):
+    folder, paths = few
+    (paths[0] / file).write_bytes(b'\xff\xfe{"step')
+    views = [load_view(Choice(str(folder), plot=plot)) for plot in PLOTS]
+    assert any(paths[0].name in f"{view.line} {view.trouble}" for view in views)
+    assert sum(view.figure is not None for view in views) == len(PLOTS)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
-def test_a_folder_without_runs_is_one_line(board, tmp_path_factory, name):
-    place = tmp_path_factory.mktemp("place")
-    (place / "empty").mkdir()
-    (place / "file").write_text("")
-    board.folder.value = str(place / name)
+def test_a_folder_without_runs_is_one_line(board, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    before = board.text.value, board.folder.value
+    board.path.value = str(tmp_path / name)
     expected = "it holds no runs" if name == "empty" else "there is no such folder"
     assert expected in board.text.value
     assert "\n" not in board.text.value
-    assert set(pictures(board).values()) == {""}
-    assert board.runs.options == ()
+    assert board.picture.value == ""
+    assert board.table.rows == []
+    board.folder.value = before[1]
+    assert board.text.value == before[0]
 
 
-def test_it_recovers_from_a_folder_that_is_not_there(board, folder):
-    board.metric.value = "loss"
-    before = board.text.value
-    board.folder.value = str(folder / "nowhere")
-    board.folder.value = str(folder)
-    assert board.text.value == before
+def test_folders_are_chosen_from_those_that_hold_runs(board, many):
+    assert {"study/quick", "study/main", str(many[0])} <= set(board.folder.options)
+    board.folder.value = "study/quick"
+    assert "low-rank" in labels(board)
+    assert "configurations" in board.text.value
 
 
-def test_runs_without_spectra_or_memory_say_so(tmp_path):
-    write(tmp_path, "bare", spectra=False, memory=False)
-    view = load_view(Choice(str(tmp_path)))
-    assert view.line == "1 run, validation_loss, no spectra yet, no memory measured yet"
-    assert list(view.figures) == ["curves"]
+def test_a_folder_may_be_a_run_itself(many):
+    _, paths = many
+    assert load_view(Choice(str(paths[0]))).known == [paths[0].name]
 
 
-def test_a_run_before_its_first_evaluation_shows_the_training_loss(tmp_path):
-    write(tmp_path, "young", steps=3, finished=False, spectra=False)
-    line = load_view(Choice(str(tmp_path))).line
-    assert line == (
-        "1 run, loss, no spectra yet, no validation_loss yet, young in progress at step 3"
+def test_runs_without_spectra_or_memory_say_so(few):
+    folder, paths = few
+    for path in paths:
+        for name in ("spectra.jsonl", "memory.json"):
+            (path / name).unlink()
+    lines = {plot: load_view(Choice(str(folder), plot=plot)).line for plot in PLOTS}
+    assert lines["spectra"] == lines["heat"] == "1 configuration (2 runs), no spectra yet"
+    assert lines["memory"].endswith("no memory measured yet")
+
+
+def test_a_run_before_its_first_step_is_one_line(few):
+    folder, paths = few
+    for path in paths[1:]:
+        shutil.rmtree(path)
+    (paths[0] / "result.json").unlink()
+    (paths[0] / "metrics.jsonl").write_text("")
+    line = load_view(Choice(str(folder))).line
+    assert (
+        line == f"1 configuration (1 run), no step trained yet, {paths[0].name} stopped at step 0"
     )
 
 
-def test_a_run_before_its_first_step_is_one_line(tmp_path):
-    write(tmp_path, "born", steps=0, finished=False)
-    assert "no run in it has trained a step yet" in load_view(Choice(str(tmp_path))).line
+def test_before_the_first_evaluation_the_training_loss_is_shown(few):
+    folder, paths = few
+    training = paths[-4]
+    rows = (training / "metrics.jsonl").read_text().splitlines()[:3]
+    (training / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    line = load_view(Choice(str(folder), (training.name,), over_seeds=False)).line
+    assert line == (
+        "1 run, loss against training tokens, no validation_loss yet, "
+        f"{training.name} training at step 3"
+    )
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("config.json", "config.json is damaged"), ("memory.json", "cannot be read: JSONDecodeError")],
-)
-def test_a_damaged_record_is_one_line(tmp_path, name, words):
-    run = write(tmp_path, "hurt")
-    (run / name).write_text('{"config"')
-    view = load_view(Choice(str(tmp_path)))
-    assert words in view.line
-    assert view.figures == {}
+def test_more_rows_than_a_figure_can_name_are_cut_and_it_is_said(many):
+    names = tuple(path.name for path in many[1])
+    line = load_view(Choice(str(many[0]), names, over_seeds=False)).line
+    assert line.startswith(f"{MAX_ROWS} of 62 chosen runs, ")
 
 
-def test_a_folder_may_be_a_run_itself(folder):
-    assert load_view(Choice(str(folder / "low"))).known == ["low"]
-
-
-def test_more_runs_than_a_figure_can_name_are_cut_and_it_is_said(tmp_path):
-    for seed in range(14):
-        write(tmp_path, f"r{seed:02d}", seed, spectra=False)
-    names = tuple(f"r{seed:02d}" for seed in range(14))
-    assert load_view(Choice(str(tmp_path), names)).line.startswith("12 runs of 14 chosen, ")
-
-
-def test_spectra_are_the_last_ones_up_to_the_step(folder):
-    view = load_view(Choice(str(folder), ("full-0", "full-1"), step=30))
-    lines = view.figures["spectra"].axes[0].get_lines()
-    assert [line.get_ydata()[0] for line in lines] == [23.0, 24.0]
-
-
-def test_reading_again_follows_a_run_in_progress(tmp_path):
-    run = write(tmp_path, "busy", steps=20, finished=False)
-    board = Dashboard(Choice(str(tmp_path)))
-    assert board.text.value.endswith("step = 20, busy in progress at step 20")
-    before = pictures(board)
-    grow(run, 21, 40)
-    with (run / "spectra.jsonl").open("a") as file:
-        for layer in LAYERS:
-            row = {"step": 40, "layer": layer, "singular_values": [9.0, 1.0]}
-            file.write(json.dumps(row) + "\n")
+def test_reading_again_follows_a_run_in_training(few):
+    folder, paths = few
+    training = paths[-4]
+    board = Dashboard(Choice(str(folder), (training.name,), over_seeds=False))
+    assert board.follow.value
+    board.follow.value = False
+    assert board.text.value.endswith(f"{training.name} training at step 40")
+    before, rows = board.picture.value, board.table.rows
+    grow(training, 80)
     board.refresh()
-    assert board.text.value.endswith("step = 40, busy in progress at step 40")
-    assert pictures(board)["curves"] != before["curves"]
-    assert pictures(board)["spectra"] != before["spectra"]
-
-
-def test_a_step_that_was_chosen_stays_while_the_run_goes_on(tmp_path):
-    run = write(tmp_path, "busy", steps=20, finished=False)
-    board = Dashboard(Choice(str(tmp_path)))
-    board.step.value = 0
-    grow(run, 21, 30)
-    board.refresh()
-    assert "step = 0, busy in progress at step 30" in board.text.value
+    assert board.text.value.endswith(f"{training.name} training at step 80")
+    assert board.picture.value != before
+    assert board.table.rows != rows
+    assert board.table.selected == [training.name]
 
 
 def wait_for(condition):
@@ -231,33 +280,52 @@ def followers():
     return [t for t in threading.enumerate() if t.name == "follow" and t.is_alive()]
 
 
-def test_follow_reads_again_until_it_is_switched_off(monkeypatch, tmp_path):
+def test_follow_reads_again_until_it_is_switched_off(monkeypatch, few):
     monkeypatch.setattr(run_explorer, "PERIOD", 0.05)
-    run = write(tmp_path, "busy", steps=20, finished=False)
-    board = Dashboard(Choice(str(tmp_path)))
-    board.follow.value = True
+    folder, paths = few
+    board = Dashboard(Choice(str(folder), (paths[-4].name,), over_seeds=False))
     assert all(thread.daemon for thread in followers())  # it ends with the kernel
-    grow(run, 21, 25)
-    wait_for(lambda: board.text.value.endswith("at step 25"))
-    shutil.rmtree(run)  # it outlives what it follows
-    wait_for(lambda: "it holds no runs" in board.text.value)
+    grow(paths[-4], 60)
+    wait_for(lambda: board.text.value.endswith("at step 60"))
+    shutil.rmtree(folder)  # it outlives what it follows
+    wait_for(lambda: "there is no such folder" in board.text.value)
     board.follow.value = False
     wait_for(lambda: not followers())
 
 
-def test_a_pattern_chooses_runs_and_a_wrong_one_is_refused(folder):
-    assert run_explorer.select(str(folder), "full") == ("full-0", "full-1")
-    assert run_explorer.select(str(folder), "") == ()
+def test_a_pattern_chooses_runs_and_a_wrong_one_is_refused(many):
+    folder = str(many[0])
+    assert len(run_explorer.select(folder, "^fira")) == SEEDS
+    assert run_explorer.select(folder, "") == ()
     with pytest.raises(InputError, match="not a regular expression"):
-        run_explorer.select(str(folder), "(")
+        run_explorer.select(folder, "(")
 
 
-def test_headless_shows_a_line_and_what_was_drawn_beforehand(folder, monkeypatch):
+def test_every_widget_has_a_label(board):
+    knobs = [board.folder, board.path, board.search, board.rows, *board.fields.values(),
+             board.metric, board.x, board.layer, board.step, board.follow, board.all,
+             *board.files.values()]  # fmt: skip
+    assert all(knob.description for knob in knobs)
+    assert board.table.name == "runs"
+
+
+def test_headless_shows_lines_and_what_was_drawn_beforehand(many, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
-    run_explorer.dashboard(Choice(str(folder)))
+    run_explorer.dashboard(Choice(str(many[0])))
     names = [type(thing).__name__ for thing in shown]
-    assert names == ["Markdown", "Drawing", "Slider", "Drawing"]
-    steps = shown[2].texts
-    assert (steps[0], steps[-1], steps[shown[2].start]) == ("step = 0", "step = 40", "step = 40")
-    assert len(set(shown[2].images)) == len(steps)
+    assert names == ["Markdown", "Drawing", "Drawing", "Slider", "Drawing", "Drawing"]
+    assert "1 of 63 broken" in shown[0].data
+    steps = shown[3].texts
+    assert (steps[0], steps[-1], steps[shown[3].start]) == ("step = 0", "step = 80", "step = 80")
+    assert len(set(shown[3].images)) == len(steps)
+
+
+def test_a_download_carries_the_file(board, monkeypatch):
+    sent = []
+    monkeypatch.setattr(board.table, "send", lambda *message: sent.append(message))
+    board.files["csv"].click()
+    [(content, [body])] = sent
+    assert content == {"name": "many0-curves-validation_loss.csv", "type": "text/csv"}
+    assert body.startswith(b"title,step,tokens_seen,mean,half_width,n\n")
+    assert json.dumps(content)
