@@ -34,6 +34,7 @@ SHORT: Mapping[str, dict[str, Any]] = {
     "03_compare": {"out": "{work}/compared"},
     "06_memory": {"model": "130m", "rank": 256},
     "08_your_own_method": {"steps": 150, "folder": "{work}/runs"},
+    "solutions/02_run": {"folder": "{work}/runs"},
     "solutions/05_spectra": {"steps": 80, "folder": "{work}/runs"},
     "solutions/06_memory": {"model": "1b", "card": "8GB"},
 }
@@ -110,7 +111,8 @@ def unfolded(notebook: nbformat.NotebookNode, answers: nbformat.NotebookNode) ->
     A box opens in one cell and closes in another one; its title is the heading of the answer. What
     the answers share (imports, parameters) is the first box.
     """
-    end = next(i for i, c in enumerate(notebook.cells) if "## Exercises" in c.source) + 1
+    sources = [cell.source for cell in notebook.cells]
+    end = next((i for i, s in enumerate(sources, 1) if "## Exercises" in s), len(sources))
     while end < len(notebook.cells) and not notebook.cells[end].source.startswith("#"):
         end += 1  # exercises that go on in another cell
     boxes: list[tuple[str, list[nbformat.NotebookNode]]] = [("What the answers share", [])]

@@ -106,7 +106,7 @@ def test_every_exercise_has_an_answer(path):
     if exercises:
         answers = "\n".join(source for _, source in cells_of(solution))
         assert re.findall(r"^## (\d+)\. ", answers, re.M) == exercises
-        assert f"`solutions/{path.name}`" in text
+        assert f"[`solutions/{path.name}`](solutions/{path.name})" in text
 
 
 def shows(source):
