@@ -2,9 +2,9 @@
 
 Operators are counted as torch dispatches them, on tensors without values and on the path of CUDA
 (`lowrank_lab.device.cuda_path`). Views and allocations launch nothing and don't count; a fused
-operator on many tensors counts once. `python -m benchmarks.kernels` prints the counts of the loss
-and of all that is queued between the backward pass and the next step: the gradient norm with its
-clipping, the check for NaN and infinity, and the optimizer's update.
+operator on many tensors counts once. `python -m benchmarks.kernels` prints the counts of the loss,
+of a block, and of all that is queued between the backward pass and the next step: the gradient norm
+with its clipping, the check for NaN and infinity, and the optimizer's update.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import click
 import torch
@@ -21,9 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.device import cuda_path
+from lowrank_lab.layers import factorize
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.models import merged as merging
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
+from lowrank_lab.models.llama import Llama
+from lowrank_lab.models.rotary import rotary_tables
 from lowrank_lab.training.finite import FiniteCheck, off_where
 from lowrank_lab.training.gradients import clip_
 from lowrank_lab.training.kinds import set_clock_
@@ -86,6 +91,31 @@ def loss_kernels(size: Size, tokens: int, *, gradients: bool = True) -> KernelCo
     return count
 
 
+def block_kernels(size: Size, kind: str | None = None, *, merged: bool = True) -> KernelCount:
+    """Kernels of one block, forward and backward, in bf16 with 16 × 256 tokens.
+
+    Attention is counted as torch's own operators on tensors without values; on CUDA it is one.
+
+    Args:
+        kind: of its layers, of a quarter of the width as rank; None: dense.
+        merged: products of q, k, v and of gate, up as one, where that pays.
+    """
+    with torch.device("meta"):
+        model = Llama(size._replace(num_layers=1, vocab_size=8)).bfloat16()
+        if kind is not None:
+            factorize(model, kind, rank=size.hidden_size // 4)
+        x = torch.empty(16, 256, size.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        tables = [t.bfloat16() for t in rotary_tables(256, size.hidden_size // size.num_heads)]
+    apart = nullcontext() if merged else patch.object(merging, "pays", lambda *_: False)
+    with cuda_path():
+        if merged:
+            model.pack_(aligned=True)
+    with cuda_path(), apart, KernelCount() as count:
+        y = model.model.layers[0](x, *tables)
+        y.backward(torch.empty_like(y))
+    return count
+
+
 class StepKernels(NamedTuple):
     """Kernels after the backward pass.
 
@@ -140,6 +170,11 @@ if __name__ == "__main__":
     for name in COUNTED:
         counts = (loss_kernels(SIZES[name], 512 * 256, gradients=g).total for g in (True, False))
         click.echo("{}: {} kernels with gradients, {} without".format(name, *counts))
+        for kind in (None, "low-rank", "lora", "cola", "sltrain"):
+            counts = (block_kernels(SIZES[name], kind, merged=m).total for m in (True, False))
+            click.echo(
+                "{}, {} block: {} kernels, {} unmerged".format(name, kind or "dense", *counts)
+            )
     for label, (method, options) in OPTIMIZERS.items():
         for name in COUNTED:
             norm, check, now = (c.total for c in step_kernels(method, name, options))

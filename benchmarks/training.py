@@ -32,8 +32,9 @@ from benchmarks.harness import (
 from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.memory.formulas import flops_per_token
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.models.llama import ROPE_BASE, Llama
+from lowrank_lab.models.llama import Llama
 from lowrank_lab.models.rms_norm import NORM_EPS
+from lowrank_lab.models.rotary import ROPE_BASE
 from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.loop import fast_process
 from lowrank_lab.training.step import update_

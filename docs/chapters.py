@@ -7,6 +7,7 @@ changed; otherwise its outputs in build/chapters are used.
 from __future__ import annotations
 
 import hashlib
+import html
 import re
 import shutil
 import sys
@@ -33,6 +34,7 @@ SHORT: Mapping[str, dict[str, Any]] = {
     "03_compare": {"out": "{work}/compared"},
     "06_memory": {"model": "130m", "rank": 256},
     "08_your_own_method": {"steps": 150, "folder": "{work}/runs"},
+    "solutions/02_run": {"folder": "{work}/runs"},
     "solutions/05_spectra": {"steps": 80, "folder": "{work}/runs"},
     "solutions/06_memory": {"model": "1b", "card": "8GB"},
 }
@@ -103,6 +105,35 @@ def chapter(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode
     return notebook
 
 
+def unfolded(notebook: nbformat.NotebookNode, answers: nbformat.NotebookNode) -> None:
+    """Append the answers to the exercises of a chapter, each in a box that unfolds.
+
+    A box opens in one cell and closes in another one; its title is the heading of the answer. What
+    the answers share (imports, parameters) is the first box.
+    """
+    sources = [cell.source for cell in notebook.cells]
+    end = next((i for i, s in enumerate(sources, 1) if "## Exercises" in s), len(sources))
+    while end < len(notebook.cells) and not notebook.cells[end].source.startswith("#"):
+        end += 1  # exercises that go on in another cell
+    boxes: list[tuple[str, list[nbformat.NotebookNode]]] = [("What the answers share", [])]
+    for cell in answers.cells[1:]:  # without the title
+        cell.id = f"answer-{cell.id}"
+        heading = re.match(r"## (\d+\. .*)\n", cell.source + "\n")
+        if cell.cell_type == "markdown" and heading:
+            boxes.append((heading[1], []))
+            cell.source = cell.source.partition("\n")[2].strip()
+        if cell.source and "injected-parameters" not in cell.metadata.get("tags", []):
+            boxes[-1][1].append(cell)
+    added = []
+    for number, (title, cells) in enumerate(boxes):
+        summary = f"<summary>{html.escape(title)}</summary>"
+        text = f'<details class="answer">{summary}\n'
+        added.append(nbformat.v4.new_markdown_cell(text, id=f"answer-opens-{number}"))
+        added += cells
+        added.append(nbformat.v4.new_markdown_cell("</details>", id=f"answer-closes-{number}"))
+    notebook.cells[end:end] = added
+
+
 def linked(markdown: str) -> str:
     """Names of notebooks in code style become links to their chapters."""
     return re.sub(
@@ -122,16 +153,24 @@ def how_it_ran(name: str) -> str:
 
 
 def write_chapters(todo: list[Job]) -> Iterator[Path]:
-    """Write each executed notebook into docs/notebooks; those of removed notebooks go."""
+    """Write each executed notebook into docs/notebooks, with its answers."""
+    executed = {job.name: job.folder / "notebook.ipynb" for job in todo}
     for job in todo:
-        text = (job.folder / "notebook.ipynb").read_text()
-        text = text.replace(str(job.folder), "…").replace(str(ROOT), "…")
-        made = nbformat.writes(chapter(nbformat.reads(text, as_version=4), job.name))
+        notebook = read(executed[job.name])
+        if (answers := executed.get(f"solutions/{job.name}")) is not None:
+            unfolded(notebook, read(answers))
+        made = nbformat.writes(chapter(notebook, job.name))
         path = CHAPTERS / f"{job.name}.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != made:  # Sphinx reads again what is newer
             path.write_text(made)
         yield path
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """An executed notebook, without the paths of this machine."""
+    text = path.read_text().replace(str(path.parent), "…").replace(str(ROOT), "…")
+    return nbformat.reads(text, as_version=4)
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ import click
 from lowrank_lab import __version__, distributed
 from lowrank_lab.commands import (
     bench,
+    ladder,
     listings,
     memory,
     report,
@@ -46,7 +47,7 @@ def main(methods_from: tuple[Path, ...]) -> None:
 
 for command in (
     listings.methods, listings.data, train.train, study.study, listings.notebooks, runs.merge,
-    report.report, runs.sample, runs.export, memory.memory, bench.bench,
+    report.report, ladder.ladder, runs.sample, runs.export, memory.memory, bench.bench,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -22,6 +22,7 @@ from lowrank_lab.analysis.spectra import effective_rank, singular_values
 from lowrank_lab.config import InputError
 from lowrank_lab.layers import FactorizedLinear, LowRankLinear
 from lowrank_lab.optim import Fira, GaLore, ProjectedAdamW
+from lowrank_lab.optim.carried import ON_REFRESH
 from lowrank_lab.techniques import refactorize_, reset_momentum_
 
 ROWS, COLUMNS = 32, 48
@@ -42,6 +43,7 @@ class Settings:
         noise: standard deviation of the gradient noise per entry; W*'s entries have mean square 1.
         refactor: balance the factors at each event; False only resets momentum.
         on_refactor: keep | transport: the treatment of the moments before the reset.
+        on_refresh: keep | reset | transport: what a new projection does to the moments.
         imbalance: spread of the initial factors. The columns of B are scaled by d and the rows of
             A by 1/d, with max(d) / min(d) = imbalance; the product B A does not change.
         steps: number of Adam steps; the learning rate decays linearly to 0.
@@ -59,6 +61,7 @@ class Settings:
     noise: float = 0.0
     refactor: bool = True
     on_refactor: str = "keep"
+    on_refresh: str = "keep"
     imbalance: float = 1.0
     steps: int = 160
     lr: float = 0.2
@@ -72,6 +75,7 @@ class Settings:
             "strength": (_within(self.strength, 0, 1), "from 0 to 1"),
             "noise": (_within(self.noise, 0, math.inf), "at least 0"),
             "on_refactor": (self.on_refactor in ON_REFACTOR, " | ".join(ON_REFACTOR)),
+            "on_refresh": (self.on_refresh in ON_REFRESH, " | ".join(ON_REFRESH)),
             "imbalance": (_within(self.imbalance, 1, 1e6), "from 1 to 1e6"),
             "steps": (_whole(self.steps, 1), "a whole number from 1"),
             "lr": (_within(self.lr, 0, math.inf), "at least 0"),
@@ -196,7 +200,7 @@ def fit(target: Tensor, settings: Settings) -> Fit:
         optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps)
         optimizer.step()
         before, W = W, _weight(layer)
-        done.alignment.append(_cosine(W - before, missing))
+        done.alignment.append(cosine(W - before, missing))
     done.errors.append(share_missing(W, target))
     return done
 
@@ -218,6 +222,7 @@ def _start(
     if settings.method == "full-rank":
         return linear, ProjectedAdamW([group], lr=settings.lr)
     group |= {"rank": settings.rank, "update_proj_gap": settings.period or settings.steps}
+    group["on_refresh"] = settings.on_refresh
     if settings.method == "fira":
         return linear, Fira([group], lr=settings.lr)
     return linear, GaLore([group | {"scale": 1.0}], lr=settings.lr)
@@ -257,7 +262,8 @@ def _give_gradient_(layer: nn.Linear | FactorizedLinear, G: Tensor) -> None:
         layer.weight.grad = G
 
 
-def _cosine(X: Tensor, Y: Tensor) -> float:
+def cosine(X: Tensor, Y: Tensor) -> float:
+    """⟨X, Y⟩ / (‖X‖ ‖Y‖) of two matrices of one shape: 1 for one direction; 0 if one is zero."""
     return float((X * Y).sum() / (X.norm() * Y.norm()).clamp(min=1e-30))
 
 

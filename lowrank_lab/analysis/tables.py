@@ -55,6 +55,21 @@ def summary(finals: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("test loss", ignore_index=True)
 
 
+def intervals(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
+    """Mean of a column with its 95 % interval (Student's t) per group, in the table's order.
+
+    Returns:
+        The columns `by`, then mean, ± (half the width; NaN for one value) and n.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    rows = []
+    for key, values in table.groupby(list(by), sort=False)[column]:
+        rows.append((*key, *mean_interval(values.tolist())))
+    return pd.DataFrame(rows, columns=[*by, "mean", "±", "n"])
+
+
 def differences(finals: pd.DataFrame, labels: Iterable[str] | None = None) -> pd.DataFrame:
     """Paired differences in test loss, A − B per seed, for every pair of labels.
 
@@ -220,7 +235,10 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """A table as text, with significant digits only."""
     digits = {
         "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "p (A < B)": ".2g",
-        "p (Holm)": ".2g", "p (equal)": ".2g", "low": "+.4f", "high": "+.4f", "share": ".0%",
+        "p (Holm)": ".2g", "p (equal)": ".2g", "p (BH)": ".2g", "p (above 0)": ".2g",
+        "best rate": "g", "validation loss": ".4f", "down": ".2f", "up": ".2f", "width": ".2f",
+        "diverges at": "g", "gap": "+.4f", "slope": "+.4f", "predicted": "+.3f",
+        "low": "+.4f", "high": "+.4f", "share": ".0%",
         "test perplexity": ".3f", "seconds": ".0f",
         "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
         "parameters": ",", "without embeddings": ",", "tokens": ",",

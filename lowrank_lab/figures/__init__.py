@@ -4,6 +4,7 @@ No figure needs a model. `save` writes PNG, SVG, and the numbers as CSV. A metho
 all figures; its techniques change the line style.
 """
 
+from lowrank_lab.analysis.rates import rate_table
 from lowrank_lab.figures.comparison import (
     claim_table,
     claims,
@@ -11,7 +12,6 @@ from lowrank_lab.figures.comparison import (
     differences,
     over_ranks,
     rank_table,
-    rate_table,
     rates,
 )
 from lowrank_lab.figures.drawing import (
@@ -35,13 +35,13 @@ from lowrank_lab.figures.drawing import (
     unit_of,
 )
 from lowrank_lab.figures.grid import MAX_MAPS, effect_table, grid_tradeoff, heat_maps
+from lowrank_lab.figures.ladder import gap_over_size
 from lowrank_lab.figures.layer_facts import (
     FACTS,
     effective_rank_curves,
     effective_rank_table,
     fact_curves,
     layer_facts,
-    momentum_bars,
 )
 from lowrank_lab.figures.memory import (
     CATEGORIES,
@@ -50,9 +50,13 @@ from lowrank_lab.figures.memory import (
     memory_bars,
     memory_course,
     memory_course_table,
+    memory_over_sizes,
     memory_table,
     memory_timeline,
 )
+from lowrank_lab.figures.momentum import cosine_beside_gain, cosine_table, momentum_bars
+from lowrank_lab.figures.positions import position_curves
+from lowrank_lab.figures.predictions import against, interval_lines
 from lowrank_lab.figures.spectra import (
     compared_spectra,
     last_spectra,
@@ -76,6 +80,7 @@ __all__ = [
     "STEP_CATEGORIES",
     "STYLE",
     "Drawing",
+    "against",
     "alt_text",
     "canvas",
     "claim_table",
@@ -83,6 +88,8 @@ __all__ = [
     "colour_of",
     "compared_memory",
     "compared_spectra",
+    "cosine_beside_gain",
+    "cosine_table",
     "curve_table",
     "data_uri",
     "difference_table",
@@ -92,9 +99,11 @@ __all__ = [
     "effective_rank_table",
     "empty_figure",
     "fact_curves",
+    "gap_over_size",
     "grid_tradeoff",
     "heat_maps",
     "image",
+    "interval_lines",
     "label_ends",
     "last_spectra",
     "layer_facts",
@@ -102,11 +111,13 @@ __all__ = [
     "memory_bars",
     "memory_course",
     "memory_course_table",
+    "memory_over_sizes",
     "memory_table",
     "memory_timeline",
     "momentum_bars",
     "over_ranks",
     "png",
+    "position_curves",
     "rank_table",
     "rate_table",
     "rates",

@@ -13,13 +13,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowrank_lab.analysis.rates import rate_table
 from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.analysis.tables import paired
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing, canvas, rows_of, style_of
 from lowrank_lab.memory.formulas import MIB
 
-RATE = re.compile(r", lr [^,]+")
 RANK = re.compile(r", rank [^,]+")
 MOST_IN_A_ROW = 4
 BELOW, ABOVE, UNDECIDED = "#0072B2", "#D55E00", "#8C8C8C"  # verdicts on a difference
@@ -127,14 +127,6 @@ def _reach(table: pd.DataFrame) -> tuple[float, float]:
     low = min(0, (table["difference"] - wide).min(), seeds.min(axis=None))
     high = max(0, (table["difference"] + wide).max(), seeds.max(axis=None))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def rate_table(finals: pd.DataFrame) -> pd.DataFrame:
-    """Validation loss over learning rates: variant, label (without its rate), lr, mean, n."""
-    table = finals.assign(label=[RATE.sub("", label) for label in finals["label"]])
-    table = table.assign(variant=[label.split(", ")[0] for label in table["label"]])
-    grouped = table.groupby(["variant", "label", "lr"], sort=False)["validation_loss"]
-    return grouped.agg(["mean", "count"]).reset_index().rename(columns={"count": "n"})
 
 
 def rates(finals: pd.DataFrame) -> Figure:

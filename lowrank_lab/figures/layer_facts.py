@@ -1,4 +1,4 @@
-"""Summaries of spectra over training: ranks, condition numbers, and the cosine of momentum."""
+"""Summaries of spectra over training: ranks and condition numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lowrank_lab.figures.drawing import (
     STYLE,
     Drawing,
     canvas,
-    empty_figure,
     label_ends,
     style_of,
 )
@@ -139,31 +138,4 @@ def fact_curves(facts: pd.DataFrame, names: Sequence[str] | None = None) -> Figu
     }
     figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=8, ncols=3,
                   loc="outside upper center")  # fmt: skip
-    return figure
-
-
-def momentum_bars(momentum: pd.DataFrame) -> Figure:
-    """Cosine between momentum before and after each kind of event, one row per label and event.
-
-    Args:
-        momentum: label and the columns of `Run.momentum`.
-    """
-    if momentum.empty:
-        return empty_figure("no event changed the moments in these runs")
-    means = momentum.groupby(["label", "event"], sort=False)["momentum_cosine"]
-    table = means.agg(["mean", "min", "max"]).reset_index()
-    labels = list(dict.fromkeys(table["label"]))
-    figure, ax = canvas(6.4, 0.9 + 0.32 * len(table))
-    for y, (label, low, mean, high) in enumerate(
-        zip(table["label"], table["min"], table["mean"], table["max"], strict=True)
-    ):
-        colour = style_of(str(label), labels)[0]
-        ax.plot([float(low), float(high)], [y, y], color=colour, lw=3, alpha=0.35)
-        ax.plot([float(mean)], [y], "o", color=colour, ms=6)
-    names = [f"{label}: {event}" for label, event in zip(table["label"], table["event"],
-                                                        strict=True)]  # fmt: skip
-    ax.set_yticks(range(len(table)), names)
-    ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.set_xlim(-1.05, 1.05)
-    ax.set_xlabel("cosine of momentum before and after (mean and range over layers and events)")
     return figure

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab.figures.drawing import canvas, label_ends, style_of, unit_of
-from lowrank_lab.memory.formulas import MIB
+from lowrank_lab.memory.formulas import GB, MIB
 
+PERSISTENT = ["weights", "gradients", "optimizer_states"]
 CATEGORIES = {
     "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",
     "projections": "#56B4E9", "activations": "#E69F00",
@@ -158,4 +161,35 @@ def compared_memory(accounts: pd.DataFrame) -> Figure:
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(f"peak memory of a step ({unit})")
     figure.legend(ncols=4, frameon=False, loc="outside upper center", fontsize=8)
+    return figure
+
+
+def memory_over_sizes(sizes: pd.DataFrame, cards: Mapping[str, float] | None = None) -> Figure:
+    """GB of weights, gradients and states against parameters, one line per method.
+
+    Args:
+        sizes: `planning.sizes.over_sizes`.
+        cards: bytes by name, drawn as horizontal lines.
+    """
+    table = sizes.assign(gb=sizes[PERSISTENT].sum(axis=1) / GB)
+    methods = list(dict.fromkeys(table["method"]))
+    figure, ax = canvas(7.2, 3.8)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ends = []
+    for method, line in table.groupby("method", sort=False):
+        colour, style, marker = style_of(str(method), methods)
+        ax.plot(line["parameters"], line["gb"], marker + style, color=colour, ms=4.5, lw=1.3)
+        ends.append((line["gb"].iloc[-1], str(method), colour))
+    for name, size in (cards or {}).items():
+        ax.axhline(size / GB, color="0.45", lw=0.9, ls=":")
+        ax.annotate(name, (0.01, size / GB), xycoords=("axes fraction", "data"), va="bottom",
+                    color="0.35", fontsize=8)  # fmt: skip
+    named = table.drop_duplicates("model")
+    ax.set_xticks(named["parameters"], named["model"])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("size (parameters at full rank, logarithmic)")
+    ax.set_ylabel("weights + gradients + states (GB)")
+    label_ends(ax, ends, digits=1)
     return figure

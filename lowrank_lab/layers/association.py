@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_lab.device import autocast_dtype, without_autocast
+from lowrank_lab.device import autocast_dtype, prefers_few_kernels, without_autocast
 
 # factors: W is never formed; weight: W for Y and dX; gradient: W, and G for dB and dA as well
 Association = Literal["factors", "weight", "gradient"]
@@ -121,9 +121,11 @@ def _weight(B: Tensor, A: Tensor, base: Tensor | None, scale: float) -> Tensor:
 def weight_gradient(dY: Tensor, X: Tensor) -> Tensor:
     """G = dYᵀ X (m×n) from dY (t×m) and X (t×n); a transposed view where that is faster.
 
-    In bfloat16, oneDNN takes a sixth longer for a wide matrix than for a tall one.
+    In bfloat16, oneDNN takes a sixth longer for a wide matrix than for a tall one. On CUDA autograd
+    would copy the view, as a gradient has its parameter's strides.
     """
-    if X.dtype == torch.bfloat16 and X.shape[1] > dY.shape[1]:
+    wide = X.dtype == torch.bfloat16 and X.shape[1] > dY.shape[1]
+    if wide and not prefers_few_kernels(X):
         return (X.T @ dY).T
     return dY.T @ X
 

@@ -83,11 +83,16 @@ def _from_grams(gram_B: Tensor, gram_A: Tensor) -> Balance | None:
 
 
 def _from_triangles(R_B: Tensor, R_A: Tensor) -> Balance:
-    """`balance` from R_B and R_A (r×r) of B = Q_B R_B and Aᵀ = Q_A R_A."""
+    """`balance` from R_B and R_A (r×r, or stacks) of B = Q_B R_B and Aᵀ = Q_A R_A."""
     # R_B R_Aᵀ = U Σ Vᵀ  ⇒  T = R_Aᵀ V Σ^(−½),  T⁻¹ = Σ^(−½) Uᵀ R_B
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
-    inverse_root = S.rsqrt()
-    return Balance(S, R_A.T @ Vh.T * inverse_root, (U * inverse_root).T @ R_B)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
+    inverse_root = S.rsqrt()[..., None, :]
+    return Balance(S, R_A.mT @ Vh.mT * inverse_root, (U * inverse_root).mT @ R_B)
+
+
+def stacked_balance(B: Tensor, A: Tensor) -> Balance:
+    """`balance` of each pair in stacks of factors (…, m, r) and (…, r, n), all by QR."""
+    return _from_triangles(*(torch.linalg.qr(_wide(X), mode="r")[1] for X in (B, A.mT)))
 
 
 def imbalance(B: Tensor, A: Tensor, placement: Placement = REPLICATED) -> Tensor:

@@ -60,6 +60,14 @@ class ColaLinear(FactorizedLinear):
         """x (..., n) → (..., m); both may have zero columns beyond, the result up to `rows`."""
         return self.widen(self.narrow(x), rows)
 
+    def goes_through_factors(self, x: Tensor) -> bool:
+        """Whether `outer` of A x is the layer's result for x."""
+        return True
+
+    def outer(self, x: Tensor, h: Tensor, rows: int | None = None) -> Tensor:
+        """As `forward`, from A x (..., r)."""
+        return self.widen(F.silu(h), rows)
+
     def form(self, B: Tensor, A: Tensor, other: Tensor | None) -> Tensor:
         """Refused: there is no dense weight."""
         raise ValueError(f"weight: {refusal_of(self)}")

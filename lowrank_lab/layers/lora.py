@@ -90,16 +90,23 @@ class LoRALinear(FactorizedLinear):
         W₀ + (α/r) · B A is formed in float32 or wider only: rounding the sum to half precision
         would lose, at every step, all entries of (α/r) · B A smaller than 2⁻⁹ times those of W₀.
         """
-        association = self.association(x, base=True)
-        dtype = autocast_dtype(x) or self.base_weight.dtype
         padded = rows is not None or x.shape[-1] > self.in_features  # in half precision
-        if association != "factors" and dtype.itemsize >= 4 and not padded:
-            return linear_through_weight(
-                x, self.B, self.A, self.base_weight, self.bias, self.scale, association
-            )
-        thin = padded_linear(x, self.A, None) * self.scale
+        if padded or self.goes_through_factors(x):
+            return self.outer(x, padded_linear(x, self.A, None), rows)
+        how = self.association(x, base=True)
+        return linear_through_weight(
+            x, self.B, self.A, self.base_weight, self.bias, self.scale, how
+        )
+
+    def goes_through_factors(self, x: Tensor) -> bool:
+        """Whether `outer` of A x is the layer's result for x."""
+        dtype = autocast_dtype(x) or self.base_weight.dtype
+        return dtype.itemsize < 4 or self.association(x, base=True) == "factors"
+
+    def outer(self, x: Tensor, h: Tensor, rows: int | None = None) -> Tensor:
+        """As `forward`, from A x (..., r)."""
         return padded_linear(x, self.base_weight, self.bias, rows) + padded_linear(
-            thin, self.B, None, rows
+            h * self.scale, self.B, None, rows
         )
 
     @torch.no_grad()

@@ -103,9 +103,16 @@ class LowRankLinear(FactorizedLinear):
 
         x and the result may have zero columns beyond n and m, the result up to `rows`.
         """
-        association = self.association(x)
-        if association != "factors":
-            B, A = zero_padded(self.B, rows), zero_padded(self.A, None, x.shape[-1])
-            bias = zero_padded(self.bias, rows)
-            return linear_through_weight(x, B, A, None, bias, self.scale, association)
-        return padded_linear(padded_linear(x, self.A, None) * self.scale, self.B, self.bias, rows)
+        if self.goes_through_factors(x):
+            return self.outer(x, padded_linear(x, self.A, None), rows)
+        B, A = zero_padded(self.B, rows), zero_padded(self.A, None, x.shape[-1])
+        bias = zero_padded(self.bias, rows)
+        return linear_through_weight(x, B, A, None, bias, self.scale, self.association(x))
+
+    def goes_through_factors(self, x: Tensor) -> bool:
+        """Whether `outer` of A x is the layer's result for x."""
+        return self.association(x) == "factors"
+
+    def outer(self, x: Tensor, h: Tensor, rows: int | None = None) -> Tensor:
+        """As `forward`, from A x (..., r)."""
+        return padded_linear(h * self.scale, self.B, self.bias, rows)

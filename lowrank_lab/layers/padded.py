@@ -2,8 +2,14 @@
 
 On CUDA, half-precision products of 1b's MLP (width 5461) would take kernels for unaligned rows.
 There its gate and up projections return zero columns up to 5464, and its down projection takes
-them. Weights are stored without padding: zeros are appended to a copy for one product.
-Gradients of the zero columns are zero: at g = u = 0, silu(g) · u has no slope.
+them. Gradients of the zero columns are zero: at g = u = 0, silu(g) · u has no slope.
+
+Gate and up store their zeros, 3 rows after each weight, which stays contiguous (`packed`). The down
+projection's would be 3 columns: its weight would have gaps in memory, or be transposed to have
+none. torch's fused optimizers walk through memory as if there were neither: they write into the
+gaps, and match a transposed weight with the moments of a checkpoint in the wrong order, without an
+error; safetensors refuses both. So its zeros, and those of factors, are appended in a copy for one
+product, which autocast makes anyway.
 """
 
 from __future__ import annotations
@@ -46,6 +52,24 @@ def zero_padded(t: Any, rows: int | None = None, columns: int | None = None) -> 
     return F.pad(t, (0, below) if t.ndim == 1 else (0, beside, 0, below))
 
 
+def _widened(W: Tensor, rows: int | None, columns: int, dtype: torch.dtype | None) -> Tensor:
+    """A matrix in a dtype with zeros up to so many rows and columns, in one pass over memory."""
+    m, n = W.shape
+    if torch.compiler.is_compiling():  # one kernel
+        padded: Tensor = zero_padded(cast(W, dtype), rows, columns)
+        return padded
+    if (rows or m, columns) == (m, n):
+        same: Tensor = cast(W, dtype)
+        return same
+    out = W.new_empty(rows or m, columns, dtype=dtype or W.dtype)
+    out[:m, :n].copy_(W)
+    if columns > n:
+        out[:, n:].zero_()
+    if len(out) > m:
+        out[m:, :n].zero_()
+    return out
+
+
 def padded_linear(x: Tensor, W: Tensor, bias: Tensor | None, rows: int | None = None) -> Tensor:
     """x Wᵀ + bias for x (..., n or more), W (m×n) → (..., m), or with zero columns up to `rows`."""
     if (rows or W.shape[0], x.shape[-1]) == tuple(W.shape):
@@ -76,8 +100,8 @@ class _PaddedLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.rows, ctx.dtype = rows, dtype
         ctx.save_for_backward(x, W)
-        x, W, bias = (cast(t, dtype) for t in (x, W, bias))
-        return F.linear(x, zero_padded(W, rows, x.shape[-1]), zero_padded(bias, rows))
+        x, bias = cast(x, dtype), cast(bias, dtype)
+        return F.linear(x, _widened(W, rows, x.shape[-1], dtype), zero_padded(bias, rows))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,11 +109,11 @@ class _PaddedLinear(torch.autograd.Function):
         needs_x, needs_W, needs_bias, *_ = ctx.needs_input_grad
         dx = dW = None
         with without_autocast(grad.device.type):
-            x, W = (cast(t, ctx.dtype) for t in ctx.saved_tensors)
-            m, n = W.shape
+            x, W = ctx.saved_tensors
+            x, (m, n) = cast(x, ctx.dtype), W.shape
             dY = grad.reshape(-1, grad.shape[-1])
             if needs_W:
                 dW = weight_gradient(dY, x.reshape(-1, x.shape[-1]))[:m, :n]
             if needs_x:
-                dx = grad @ zero_padded(W, ctx.rows, x.shape[-1])
+                dx = grad @ _widened(W, ctx.rows, x.shape[-1], ctx.dtype)
         return dx, dW, dY[:, :m].sum(0) if needs_bias else None, None, None

@@ -17,7 +17,8 @@ from lowrank_lab.layers import (
     train_dense_,
 )
 from lowrank_lab.methods.registry import METHODS
-from lowrank_lab.models.llama import Block, Llama
+from lowrank_lab.models.block import Block
+from lowrank_lab.models.llama import Llama
 
 
 def build(

@@ -33,9 +33,9 @@ def fused_weights(
         return None
     if autocast_dtype(x) is not None:
         return None
-    if type(norm) is not RMSNorm or _is_followed(norm) or _is_followed(half):
+    if type(norm) is not RMSNorm or is_followed(norm) or is_followed(half):
         return None
-    if not all(map(_is_plain, layers)):
+    if not all(map(is_plain_linear, layers)):
         return None
     weights: list[Any] = [layer.weight for layer in (norm, *layers)]
     suits = all(n % MULTIPLE == 0 for weight in weights for n in weight.shape)
@@ -45,13 +45,13 @@ def fused_weights(
     return weights if kernels.takes(x, *weights) else None
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> bool:
     """Whether it is a dense layer without bias that its weight describes."""
     plain = type(layer) in (nn.Linear, AlignedLinear) and layer.bias is None
-    return plain and not _is_followed(layer)
+    return plain and not is_followed(layer)
 
 
-def _is_followed(module: nn.Module) -> bool:
+def is_followed(module: nn.Module) -> bool:
     """Whether the module has hooks that need its own call; those of `memory.modules` don't."""
     hooks = (
         module._forward_hooks, module._forward_pre_hooks,

@@ -9,172 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_lab.config import Size
-from lowrank_lab.device import autocast_dtype
-from lowrank_lab.kernels import halves
-from lowrank_lab.kernels import operators as kernels
-from lowrank_lab.layers.padded import AlignedLinear, padded_width
-from lowrank_lab.models.attention import causal_attention
+from lowrank_lab.device import autocast_dtype, prefers_few_kernels
+from lowrank_lab.models.block import MLP, Attention, Block, run_block
 from lowrank_lab.models.compiled import Compiled
 from lowrank_lab.models.cross_entropy import FusedLosses, linear_cross_entropy, token_losses
-from lowrank_lab.models.fused import fused_weights
-from lowrank_lab.models.narrow import narrow_block
-from lowrank_lab.models.rms_norm import NORM_EPS, RMSNorm, rms_norm
-
-ROPE_BASE = 10_000.0
-
-
-def rotary_tables(length: int, head_size: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, head_size / 2) of the rotary embedding (2104.09864), float32."""
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / ROPE_BASE**exponent
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + half) of the last dimension of x (B, h, T, head_size) by position.
-
-    cos and sin are (T, head_size / 2).
-    """
-    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Rotate(torch.autograd.Function):
-    """Saves nothing but the angles: the backward pass rotates by −sin."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad_outputs[0], cos, sin, -1), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    out = x * torch.cat([cos, cos], dim=-1)
-    first, second = out.chunk(2, dim=-1)
-    first.addcmul_(b, sin, value=-sign)
-    second.addcmul_(a, sin, value=sign)
-    return out
-
-
-class Attention(nn.Module):
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        d = size.hidden_size
-        self.num_heads, self.head_size = size.num_heads, d // size.num_heads
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, d, bias=False)
-        self.v_proj = nn.Linear(d, d, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
-
-    def layers(self) -> tuple[nn.Module, ...]:
-        """q, k, v and o."""
-        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, fused: list[Tensor] | None = None
-    ) -> Tensor:
-        """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
-        if fused is not None:
-            return halves.self_attention(x, fused, cos, sin, self.num_heads, NORM_EPS)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        out: Tensor = self.o_proj(self.mix(q, k, v, cos, sin))
-        return out
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary attention of q, k and v (B, T, d) → (B, T, d)."""
-        shape = q.shape
-        heads = (*shape[:2], self.num_heads, shape[2] // self.num_heads)
-        q, k, v = (t.view(heads) for t in (q, k, v))
-        if kernels.takes_heads(q, k, v):
-            mixed = kernels.rotary_attention(q, k, v, cos, sin)
-        else:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            mixed = causal_attention(q, k, v).transpose(1, 2)
-        return mixed.reshape(shape)
-
-
-class MLP(nn.Module):
-    """SwiGLU; `activates` is false where the gate's layer has the activation (CoLA)."""
-
-    activates = True
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.gate_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
-        self.up_proj = AlignedLinear(size.hidden_size, size.intermediate_size, bias=False)
-        self.down_proj = AlignedLinear(size.intermediate_size, size.hidden_size, bias=False)
-
-    def layers(self) -> tuple[nn.Module, ...]:
-        """gate, up and down."""
-        return self.gate_proj, self.up_proj, self.down_proj
-
-    def forward(self, x: Tensor, fused: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, d) → (B, T, d); with the `fused` weights of a norm and all layers, the half."""
-        if fused is not None:
-            return halves.mlp(x, fused, NORM_EPS)
-        rows = self.padding(x)
-        out: Tensor = self.down_proj(self.gated(self.gate_proj(x, *rows), self.up_proj(x, *rows)))
-        return out
-
-    def padding(self, x: Tensor) -> tuple[int, ...]:
-        """The further argument of gate and up for an input like x: their padded width, if any."""
-        width = padded_width(x, self.gate_proj, self.up_proj, self.down_proj)
-        return () if width is None else (width,)  # layers of one's own take x alone
-
-    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The input of the down projection."""
-        if not self.activates:
-            return gate * up
-        return kernels.swiglu(gate, up) if kernels.takes(gate, up) else F.silu(gate) * up
-
-
-class Block(nn.Module):
-    """A decoder block; `narrow`: of CoLA layers, it keeps r-wide activations (`narrow_block`)."""
-
-    narrow = False
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(size.hidden_size)
-        self.self_attn = Attention(size)
-        self.post_attention_layernorm = RMSNorm(size.hidden_size)
-        self.mlp = MLP(size)
-
-        self.compiled: Compiled | None = None  # `_block`, the same for all blocks of a model
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out: Tensor = (self.compiled or _block)(self, x, cos, sin)
-        return out
-
-
-def _block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if block.narrow:
-        return narrow_block(block, x, cos, sin)
-    fused, attention, mlp = None, block.self_attn, block.mlp
-    if type(attention) is Attention and attention.head_size % kernels.HEAD_SIZE == 0:
-        fused = fused_weights(x, block.input_layernorm, attention, attention.layers())
-    if fused is not None:
-        x = attention(x, cos, sin, fused)
-    else:
-        x = x + attention(block.input_layernorm(x), cos, sin)
-    fused = None
-    if type(mlp) is MLP:
-        fused = fused_weights(x, block.post_attention_layernorm, mlp, mlp.layers())
-    out: Tensor = x + mlp(block.post_attention_layernorm(x)) if fused is None else mlp(x, fused)
-    return out
+from lowrank_lab.models.fused import is_plain_linear
+from lowrank_lab.models.rms_norm import RMSNorm, rms_norm
+from lowrank_lab.models.rotary import rotary_tables
 
 
 class Decoder(nn.Module):
@@ -221,9 +67,25 @@ class Llama(nn.Module):
             assert isinstance(block, Block)
             layers = ((name, type(layer)) for name, layer in block.named_modules())
             shapes = (p.shape for p in block.parameters())
-            block.compiled = kinds.setdefault((*layers, *shapes), Compiled(_block))
+            block.compiled = kinds.setdefault((*layers, *shapes), Compiled(run_block))
         self.model.norm.compiled = Compiled(rms_norm)
         self._fused = FusedLosses()
+
+    def pack_(self, aligned: bool) -> None:
+        """Store dense q, k and v as one tensor, and gate and up, so that products read it at once.
+
+        Call it on the model's final device. It changes no value, shape or name, and nothing off
+        CUDA's path.
+
+        Args:
+            aligned: with the zero rows that products in half precision need on CUDA.
+        """
+        parts: list[Any] = [h for b in self.model.layers for h in (b.self_attn, b.mlp)]
+        for half in parts:
+            if type(half) in (Attention, MLP) and all(map(is_plain_linear, half.inputs())):
+                weights = [p.weight for p in half.inputs()]
+                if half.merges and prefers_few_kernels(weights[0]):
+                    half.packed.pack_(weights, aligned)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) → normalised hidden states (B, T, d)."""

@@ -10,17 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lowrank_lab.models.merged import inner_products
+
 
 def narrow_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The output of a block whose linear layers are all CoLA's; arguments as for `llama._block`."""
+    """The output of a block with CoLA layers only; arguments as for `block.run_block`."""
     attention, mlp = block.self_attn, block.mlp
 
     def narrow_inputs(x: Tensor) -> tuple[Tensor, ...]:
-        x = block.input_layernorm(x)
-        return tuple(p.narrow(x) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        return narrowed(block.input_layernorm(x), attention)
 
     def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -28,9 +30,8 @@ def narrow_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         out: Tensor = attention.o_proj.narrow(attention.mix(*wide, cos, sin))
         return out
 
-    def narrow_hidden(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = block.post_attention_layernorm(x)
-        return mlp.gate_proj.narrow(x), mlp.up_proj.narrow(x)
+    def narrow_hidden(x: Tensor) -> tuple[Tensor, ...]:
+        return narrowed(block.post_attention_layernorm(x), mlp)
 
     def gated(g: Tensor, u: Tensor) -> Tensor:
         rows = mlp.padding(g)
@@ -42,6 +43,12 @@ def narrow_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = x + attention.o_proj.widen(_kept(mixed, *_kept(narrow_inputs, x)))
     out: Tensor = x + mlp.down_proj.widen(_kept(gated, *_kept(narrow_hidden, x)))
     return out
+
+
+def narrowed(x: Tensor, half: Any) -> tuple[Tensor, ...]:
+    """silu(A x) of each layer of a half with the input x."""
+    inner = inner_products(x, half)
+    return tuple(p.narrow(x) for p in half.inputs()) if inner is None else tuple(map(F.silu, inner))
 
 
 def _kept(function: Any, *inputs: Tensor) -> Any:

@@ -64,6 +64,10 @@ class Channels:
         """Values of channels divided by one of the matrix, rounded to that dtype."""
         return (values / by).to(dtype)
 
+    def over(self, value: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """A value of the matrix divided by those of its channels, rounded to that dtype."""
+        return (value / values).to(dtype)
+
     def subtract_scaled_(self, N: Tensor, R: Tensor, scale: Tensor) -> None:
         """N ← N − scale∘R, in place."""
         N.addcmul_(R, scale.to(N.dtype), value=-1)
@@ -160,6 +164,14 @@ class StackedChannels:
         for channels, tensors, length in self.tensors():
             part, quotient = values[channels].view(-1, length), out[channels].view(-1, length)
             torch.div(part, by[tensors, None], out=quotient)
+        return out
+
+    def over(self, value: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values of the tensors divided by those of their channels, rounded to that dtype."""
+        out = torch.empty_like(values, dtype=dtype)
+        for channels, tensors, length in self.tensors():
+            part, quotient = values[channels].view(-1, length), out[channels].view(-1, length)
+            torch.div(value[tensors, None], part, out=quotient)
         return out
 
     def subtract_scaled_(self, N: Stacks, R: Stacks, scale: Tensor) -> None:

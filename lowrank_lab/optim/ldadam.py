@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.device import prefers_few_kernels
+from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool
 from lowrank_lab.optim.projection import (
@@ -26,11 +27,19 @@ from lowrank_lab.optim.projection import (
     projected_gradient,
     require_finite,
 )
-from lowrank_lab.optim.stacks import StackedStates, Stacks, gather_
+from lowrank_lab.optim.stacks import Matrices, StackedStates, Stacks
 from lowrank_lab.optim.state_bytes import Weight, projected_states
 from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 from lowrank_lab.optim.subspaces import sides
-from lowrank_lab.optim.turned import Turn, add_back_, sided, turned
+from lowrank_lab.optim.turned import (
+    Pair,
+    Turn,
+    add_back_,
+    projected,
+    sided,
+    turned,
+    turned_together,
+)
 
 MOVED = (PROJECTIONS, ("exp_avg",), ("exp_avg_sq",))  # entries that are replaced in every step
 START = {"update_proj_gap": sys.maxsize}  # get_projections then decomposes in the first step only
@@ -97,17 +106,20 @@ class LDAdam(SubspaceAdamW):
         super().prepare_sharded_(params, group | START)
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
+        turn = None
         if "exp_avg" not in state:  # P = leading singular vectors of G
             left, right = get_projections(self, state, G, group | START)
-            turns: list[Turn] = []
         else:
             G = self._with_error(G, state)
-            turn = self._turn_ if isinstance(G, Tensor) else self._turn_many_
-            left, right, turns = turn(G, state, group)
+            how = self._turn_ if isinstance(G, Tensor) else self._turn_many_
+            left, right, turn = how(G, state, group)
         # R = PᵀG;  N = Adam(R);  W ← W − lr · P N
-        R = projected_gradient(G, left, right, group)
+        if isinstance(G, Tensor):
+            R: Any = to_state_precision(projected(G, left, right), group)
+        else:
+            R = projected_gradient(G, left, right, group)
         if group["error_feedback"]:
-            self._store_error_(G, R, (left, right), turns, state, group["betas"][0])
+            self._store_error_(G, R, (left, right), turn, state, group["betas"][0])
         N = self.adam_direction(R, state, group)
         project_back_add_(W, N, left, right, alpha=-step_size)
 
@@ -120,62 +132,68 @@ class LDAdam(SubspaceAdamW):
         torch._foreach_add_(G.items, [s["error"] for s in state.states])
         return Stacks(G.shapes, G.flat)  # their tensors are in the buffer now
 
-    def _turn_(self, G: Tensor, state: Any, group: dict[str, Any]) -> tuple[Any, Any, list[Turn]]:
+    def _turn_(self, G: Tensor, state: Any, group: dict[str, Any]) -> tuple[Any, Any, Turn]:
         """This step's projections (L, R), stored with moments that follow."""
         shape = self.placement.global_shape(G)
         L, R = gather_projections(load_projections(state), shape, self.placement)
         P = R if L is None else L
         assert P is not None
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        turn = turned(G, P, m, v, L is not None, group, _weights(state, group), self.placement)
+        m, v, weights = state["exp_avg"], state["exp_avg_sq"], _weights(state, group)
+        turn = turned(G, P, m, v, L is not None, group["rho"], weights, self.placement)
         if not prefers_few_kernels(G):
             require_finite((turn.new_P, None))
         state[PROJECTIONS[L is None]] = self.placement.local_shard(turn.new_P)
         state["exp_avg"], state["exp_avg_sq"] = turn.new_m, turn.new_v
-        return *sided(turn.new_P, L is not None), [turn]
+        return *sided(turn.new_P, L is not None), turn
 
     def _turn_many_(
         self, G: Stacks, state: StackedStates, group: dict[str, Any]
-    ) -> tuple[Any, Any, list[Turn]]:
+    ) -> tuple[Any, Any, Turn]:
         """As `_turn_` of each; the projections are stacks, one per run."""
         states = state.states
-        old = [[next(s[n] for n in names if n in s) for s in states] for names in MOVED]
-        stacks, weights = [_in_runs(tensors, G) for tensors in old], _weights(states[0], group)
-        gather_(*stacks)
-        turns, pairs = [], []
-        for (_, shape), g, P, m, v in zip(
-            G.shapes, G.blocks, *(s.blocks for s in stacks), strict=True
-        ):
-            left = sides(group["proj_type"], shape)[0]
-            turns.append(turned(g, P, m, v, left, group, weights))
-            pairs.append(sided(turns[-1].new_P, left))
-        new = [t.new_P for t in turns], [t.new_m for t in turns], [t.new_v for t in turns]
-        for blocks, names in zip(new, MOVED, strict=True):
-            fresh = copies([x for block in blocks for x in block.unbind()])
-            for s, t in zip(states, fresh, strict=True):
+        P, m, v = (
+            _in_runs([next(s[n] for n in names if n in s) for s in states], G) for names in MOVED
+        )
+        lefts = [sides(group["proj_type"], shape)[0] for _, shape in G.shapes]
+        weights = _weights(states[0], group)
+        turn = turned_together(G, P, m, v, lefts, group["rho"], weights)
+        for new, names in zip((turn.new_P, turn.new_m, turn.new_v), MOVED, strict=True):
+            for s, t in zip(states, copies(new.items), strict=True):
                 s[next(n for n in names if n in s)] = t
-        lefts, rights = map(list, zip(*pairs, strict=True))
-        return lefts, rights, turns
+        pairs = [sided(P, left) for P, left in zip(turn.new_P.blocks, lefts, strict=True)]
+        return [L for L, _ in pairs], [R for _, R in pairs], turn
 
     def _store_error_(
-        self, G: Any, R: Any, new: tuple[Any, Any], turns: list[Turn], state: Any, beta1: float
+        self, G: Any, R: Any, new: tuple[Any, Any], turn: Turn | None, state: Any, beta1: float
     ) -> None:
         """e ← (G − P′R) + β₁/(1−β₁) · (P m − P′m′), both moments without this step's gradient."""
-        single = isinstance(G, Tensor)
-        Es = ([G] if "error" in state else [G.clone()]) if single else G.blocks
-        Rs = [R] if single else R.blocks
-        lefts, rights = ([new[0]], [new[1]]) if single else new
-        for i, (E, r, L, Q) in enumerate(zip(Es, Rs, lefts, rights, strict=True)):
-            if turns:
-                factor, turn = beta1 / (1 - beta1), turns[i]
-                add_back_(E, turn.P, turn.m, L is not None, factor)
-                r = torch.add(r, turn.new_m, alpha=factor)
-            add_back_(E, Q if L is None else L, r, L is not None, -1.0)
+        single, factor = isinstance(G, Tensor), beta1 / (1 - beta1)
+        E = G.clone() if single and turn is None else G  # otherwise a buffer
+        lefts, rights = ([side] if single else side for side in new)
+        pairs: list[list[Pair]] = [[] for _ in lefts]
+        if turn is not None:
+            R = _plus(R, turn.new_m, factor)
+            pairs = [
+                [(*found, factor)] for found in zip(_blocks(turn.P), _blocks(turn.m), strict=True)
+            ]
+        for e, r, old, L, Q in zip(_blocks(E), _blocks(R), pairs, lefts, rights, strict=True):
+            add_back_(e, [*old, (Q if L is None else L, r, -1.0)], L is not None)
         if single:
-            state["error"] = Es[0].clone() if "error" in state else Es[0]
+            state["error"] = E if turn is None else E.clone()
             return
-        for s, E in zip(state.states, copies(G.items), strict=True):
-            s["error"] = E
+        for s, e in zip(state.states, copies(E.items), strict=True):
+            s["error"] = e
+
+
+def _blocks(X: Matrices) -> list[Tensor]:
+    return [X] if isinstance(X, Tensor) else X.blocks
+
+
+def _plus(R: Any, m: Any, factor: float) -> Any:
+    """R + factor · m, of matrices or stacks."""
+    if isinstance(R, Tensor):
+        return torch.add(R, m, alpha=factor)
+    return Stacks(R.shapes, torch.add(R.flat, m.flat, alpha=factor))
 
 
 def _in_runs(tensors: list[Tensor], like: Stacks) -> Stacks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -56,6 +57,14 @@ class MatrixUpdates(DTensorOptimizer):
     def can_stack(self, group: dict[str, Any]) -> bool:
         """Whether `update_` takes stacks of many parameters of the group, too (see stacks.py)."""
         return False
+
+    def stack_order(self, p: Tensor, *, marked: bool) -> Any:
+        """A key that sorts a batch so that shapes which one view can cover follow each other.
+
+        They are matrices with rows of equal length, or, in groups whose update does not depend on
+        the shape, tensors with equally many entries.
+        """
+        return p.shape[-1] if marked else p.numel(), tuple(p.shape)
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         """One step of one parameter: change W (m×n) in place, given its gradient G (m×n).
@@ -208,9 +217,7 @@ def batches(
     DTensors, and matrices that fill a batch alone, are updated one by one, as is everything off
     CUDA's path.
 
-    Those of a batch hold equal Python numbers in their states. They are sorted so that shapes which
-    one view can cover follow each other: matrices with rows of equal length, or, where the update
-    does not depend on the shape, tensors with equally many entries.
+    Those of a batch hold equal Python numbers in their states, and are sorted by `stack_order`.
     """
     alike: dict[Any, list[Tensor]] = {}
     can_stack = optimizer.can_stack(group)
@@ -231,12 +238,10 @@ def batches(
         key = (p.device, p.dtype, p.grad.dtype, *numbers, restarts, kinds, coded)
         alike.setdefault(key, []).append(p)
 
-    def order(p: Tensor) -> Any:
-        return (p.shape[-1] if optimizer.marker in group else p.numel(), tuple(p.shape))
-
+    order = partial(optimizer.stack_order, marked=optimizer.marker in group)
     for same in alike.values():
-        for batch in limited(sorted(same, key=order)):
-            yield batch, len(batch) >= FEWEST
+        for batch in limited(sorted(same, key=lambda p: sorted(p.shape))):
+            yield sorted(batch, key=order), len(batch) >= FEWEST
 
 
 def _entries(optimizer: Any, p: Tensor, group: dict[str, Any]) -> int:

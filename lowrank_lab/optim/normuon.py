@@ -111,6 +111,10 @@ class NorMuon(MomentumOptimizer):
     def shard_dim(self, group: dict[str, Any], shape: torch.Size) -> int | None:
         return 0
 
+    def stack_order(self, p: Tensor, *, marked: bool) -> Any:
+        # Neighbours have rows of equal length, or equally many.
+        return (p.shape[-1], -p.shape[0]) if marked else super().stack_order(p, marked=marked)
+
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         averages = averaged(state, G, group["momentum"])
         updates = averages
@@ -122,18 +126,17 @@ class NorMuon(MomentumOptimizer):
         channels: Any = channels_along(Q, 1, self.placement)
         # v ← β₂v + (1−β₂) mean(Q², 1);  N ← Q / (√v + ε)
         rms = channels.rms(Q)
-        v = row_averages(state, Q, rms, group["beta2"])
-        inverse = v.sqrt().add_(group["eps"]).reciprocal_().to(rms.dtype)
+        root = row_averages(state, Q, rms, group["beta2"]).sqrt().add_(group["eps"])
         # W ← W − lr · a · ‖Q‖ · N / (‖N‖ + ε); both norms have the same factor √n
-        size = channels.total(rms * inverse).add_(group["eps"])
-        if group["update_scale"] == "preserve_norm":
-            size.div_(channels.total(rms))
-        parts = self._parts(size, Q)
+        size = channels.total(rms / root).add_(group["eps"])
+        kept = group["update_scale"] == "preserve_norm"
+        length = channels.total(rms).div_(size) if kept else size.reciprocal_()
+        parts = self._parts(length, Q)
         factors = [_factor(shape, group) for _, shape in parts]
         for (part, _), factor in zip(parts, factors, strict=True):
             if factor != factors[0]:
-                part.mul_(factors[0] / factor)
-        scale = channels.divided(inverse, size, rms.dtype)
+                part.mul_(factor / factors[0])
+        scale = channels.over(length, root, Q.dtype)
         if isinstance(Q, Tensor):
             zero_if_off_(scale)
         channels.add_scaled_(W, Q, scale, alpha=-float(group["lr"]) * factors[0])
@@ -174,7 +177,7 @@ def row_averages(state: State | StackedStates, Q: Matrices, rms: Tensor, beta2: 
         if "exp_avg_sq" not in each:
             each["exp_avg_sq"] = X.new_zeros((len(X), 1))
     vs: list[Tensor] = [each["exp_avg_sq"] for each in states]
-    new = rms.square().to(vs[0].dtype)
+    new = torch.mul(rms, rms, out=torch.empty_like(rms, dtype=vs[0].dtype))
     if isinstance(Q, Tensor):
         lerp_(vs, [new], 1 - beta2)
         return vs[0]

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
-from lowrank_lab.optim.found_inf import old_if_off
+from lowrank_lab.optim.found_inf import lerp_, old_if_off
 from lowrank_lab.optim.newton_schulz import wide_stacks
+from lowrank_lab.optim.stacks import blocks_of
+
+# Of the old vector in X Xᵀu: all there is where the factor is zero. Otherwise it shifts the
+# eigenvalues by as much, and doesn't change the eigenvectors.
+SHARE = 1e-16
 
 
 def long_dim(shape: tuple[int, ...]) -> int:
@@ -31,35 +36,37 @@ def power_step_(X: Tensor, u: Tensor, dim: int, placement: Placement = REPLICATE
         u: of the shape `vector_shape`, or its shard; stays where X is zero.
     """
     wide = (X.mT if dim == 0 else X).to(u.dtype)
-    w = wide.mT @ placement.all_reduce_sum_(wide @ u.flatten())
+    old = u.flatten()
+    w = torch.addmv(old, wide.mT, placement.all_reduce_sum_(wide @ old), beta=SHARE)
     z = placement.all_reduce_sum_(wide @ w)
     size = placement.global_norm(torch.linalg.vector_norm(w))
-    is_zero, inverse = size == 0, 1 / size
-    u.copy_(old_if_off(torch.where(is_zero, u, (w * inverse).view(u.shape)), u))
-    return torch.where(is_zero, 0.0, torch.linalg.vector_norm(z) * inverse)
+    u.copy_(old_if_off(w.div_(size).view(u.shape), u))
+    sigma: Tensor = torch.linalg.vector_norm(z).div_(size)
+    return sigma
 
 
 def power_steps_(factors: list[Tensor], us: list[Tensor]) -> Tensor:
     """`power_step_` of many factors; their σ in the order of their `wide_stacks`."""
-    (found,) = wide_stacks(factors, us[0].dtype)
+    (found,) = wide_stacks(factors, factors[0].dtype)
+    numbers = [i for stack in found for i in stack.numbers]
     counts, r = [len(stack.numbers) for stack in found], found[0].X.shape[1]
+    olds = blocks_of(
+        torch.cat([us[i].flatten() for i in numbers]),
+        [(len(stack.numbers), (stack.X.shape[2], 1)) for stack in found],
+    )
     zs = us[0].new_empty((sum(counts), r, 1))
     sizes = us[0].new_empty((sum(counts), 1, 1))
-    ws, olds = [], []
-    for stack, z, size in zip(
-        found, torch.split(zs, counts), torch.split(sizes, counts), strict=True
+    ws = []
+    for stack, old, z, size in zip(
+        found, olds, torch.split(zs, counts), torch.split(sizes, counts), strict=True
     ):
-        olds.append(torch.stack([us[i].view(-1, 1) for i in stack.numbers]))
-        w = torch.bmm(stack.X.mT, torch.bmm(stack.X, olds[-1]))
-        torch.bmm(stack.X, w, out=z)
-        torch.linalg.vector_norm(w, dim=1, keepdim=True, out=size)
-        ws.append(w)
-    is_zero, inverse = sizes == 0, sizes.reciprocal()
-    for stack, w, old, zero, scale in zip(
-        found, ws, olds, torch.split(is_zero, counts), torch.split(inverse, counts), strict=True
-    ):
-        new = old_if_off(torch.where(zero, old, w.mul_(scale)), old)
-        targets = [us[i] for i in stack.numbers]
-        torch._foreach_copy_(targets, [n.view(u.shape) for n, u in zip(new, targets, strict=True)])
-    sigma: Tensor = torch.linalg.vector_norm(zs, dim=(1, 2)).mul_(inverse[:, 0, 0])
-    return sigma.masked_fill_(is_zero[:, 0, 0], 0)
+        X = stack.X.to(old.dtype)
+        ws.append(torch.baddbmm(old, X.mT, torch.bmm(X, old), beta=SHARE))
+        torch.bmm(X, ws[-1], out=z)
+        torch.linalg.vector_norm(ws[-1], dim=1, keepdim=True, out=size)
+        ws[-1].div_(size)
+    new = [w for stack in ws for w in stack.unbind()]
+    targets = [us[i] for i in numbers]
+    lerp_(targets, [w.view(u.shape) for w, u in zip(new, targets, strict=True)], 1.0)
+    sigma: Tensor = torch.linalg.vector_norm(zs, dim=(1, 2)).div_(sizes[:, 0, 0])
+    return sigma

@@ -157,15 +157,14 @@ class Spectron(MomentumOptimizer):
         sigma = power_steps_(factors, vectors)
         order = [i for stack in orthogonal for i in stack.numbers]
         of_other = torch.stack([sigma[order.index(i ^ 1)] for i in order])
-        rates = (sigma + of_other).add_(1).reciprocal_().mul_(-float(group["lr"]))
+        bounds = torch.split(of_other.add_(sigma).add_(1), [len(s.numbers) for s in orthogonal])
         updates = list(factors)
-        counts = [len(stack.numbers) for stack in orthogonal]
-        for stack, rate in zip(orthogonal, torch.split(rates, counts), strict=True):
+        for stack, bound in zip(orthogonal, bounds, strict=True):
             Q = stack.X.to(factors[0].dtype)
-            torch.mul(Q, rate[:, None, None], out=Q)
+            torch.div(Q, bound[:, None, None], out=Q)
             for i, update in stack._replace(X=Q).matrices(Q.dtype):
                 updates[i] = update
-        add_(factors, updates, 1.0)
+        add_(factors, updates, -float(group["lr"]))
         for state in states:
             state["step"] += 1
 

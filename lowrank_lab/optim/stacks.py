@@ -215,15 +215,25 @@ def project_stacks(G: Stacks, left: Sides, right: Sides, dtype: torch.dtype) -> 
 
 
 def limited(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parts of at most STACK_BYTES; a larger tensor is a part of its own."""
+    """Parts of at most STACK_BYTES; a larger tensor is a part of its own.
+
+    Neighbours with equal sides, transposed ones among them, share kernels: a part ends before them
+    rather than between them, if they fit into one.
+    """
     part: list[Tensor] = []
     nbytes = 0
-    for t in tensors:
-        own = t.numel() * t.element_size()
-        if part and nbytes + own > STACK_BYTES:
+    for _, same in groupby(tensors, lambda t: sorted(t.shape)):
+        run = list(same)
+        whole = sum(t.numel() * t.element_size() for t in run)
+        if part and nbytes + whole > STACK_BYTES >= whole:
             yield part
             part, nbytes = [], 0
-        part.append(t)
-        nbytes += own
+        for t in run:
+            own = t.numel() * t.element_size()
+            if part and nbytes + own > STACK_BYTES:
+                yield part
+                part, nbytes = [], 0
+            part.append(t)
+            nbytes += own
     if part:
         yield part

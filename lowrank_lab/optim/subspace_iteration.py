@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_lab.device import prefers_few_kernels
-from lowrank_lab.distributed.placements import REPLICATED, Placement
 
 OVERSAMPLING = 16  # random columns beyond the rank
 POWERS = 2  # products with A alone, which separate the largest eigenvalues
@@ -112,22 +111,16 @@ def orthonormal(Y: Tensor, passes: int = 2) -> Tensor:
     return Q.float()
 
 
-def power_step(b: Tensor, P: Tensor, left: bool, placement: Placement = REPLICATED) -> Tensor:
-    """An orthonormal basis (p×r) of b bᵀP (left) or bᵀb P: one power iteration from P (p×r).
-
-    Args:
-        b: m×n, or a stack of such; shards of it along the side that isn't projected.
-        P: full, m×r (left) or n×r.
-        left: which side is projected.
-        placement: of b; the products of shards are summed, and all ranks take the first one's.
-    """
-    Y = b @ (b.mT @ P) if left else b.mT @ (b @ P)
-    Y = placement.all_reduce_sum_(Y.to(torch.promote_types(Y.dtype, torch.float32)))
-    return placement.broadcast(thin_q(Y))
+def power_product(b: Tensor, P: Tensor, left: bool, out: Tensor | None = None) -> Tensor:
+    """b bᵀP (left) or bᵀb P (p×r) of b (m×n) and P (p×r), or of stacks of them."""
+    X = b if left else b.mT
+    return torch.matmul(X, X.mT @ P, out=out)
 
 
-def thin_q(Y: Tensor) -> Tensor:
+def thin_q(Y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Q (p×r) of the QR decomposition of Y (p×r, p ≥ r) whose R has a positive diagonal.
+
+    In a given dtype, or that of Y, which is float32 or wider off CUDA's path.
 
     On CUDA's path it comes from products and Cholesky decompositions of a whole stack, where
     Householder's reflections would take many kernels per matrix: shifted CholeskyQR3, which is
@@ -138,9 +131,9 @@ def thin_q(Y: Tensor) -> Tensor:
     if not prefers_few_kernels(Y) or Y.dtype == torch.float64:
         Q, R = torch.linalg.qr(Y)
         Q = Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Y.dtype)[..., None, :]
-        found: Tensor = Q.clone(memory_format=torch.contiguous_format)
+        found: Tensor = Q.to(dtype or Y.dtype).clone(memory_format=torch.contiguous_format)
         return found
-    Q = F.normalize(Y, dim=-2).double()
+    Q = F.normalize(Y.double(), dim=-2)
     Q.diagonal(dim1=-2, dim2=-1).add_(1e-8)  # below the rounding of float32
     for shift in (1e-12, 0.0, 0.0):
         gram = Q.mT @ Q
@@ -148,5 +141,5 @@ def thin_q(Y: Tensor) -> Tensor:
             gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         L, _ = torch.linalg.cholesky_ex(gram)
         Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
-    found = Q.to(Y.dtype, memory_format=torch.contiguous_format)
+    found = Q.to(dtype or Y.dtype, memory_format=torch.contiguous_format)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +179,9 @@ def least_bytes(config: ResolvedConfig, world_size: int | None = None) -> int:
     return found.weights + found.optimizer_states + found.gradients
 
 
-def compare(config: RunConfig, device: str = "cuda") -> Iterator[tuple[str, MemoryReport]]:
-    """The report of each method with otherwise the same configuration."""
-    for method in METHODS:
+def compare(
+    config: RunConfig, device: str = "cuda", methods: Iterable[str] | None = None
+) -> Iterator[tuple[str, MemoryReport]]:
+    """The report of each method (by default all) with otherwise the same configuration."""
+    for method in METHODS if methods is None else methods:
         yield method, simulate(of_method(config, method), device)

@@ -143,7 +143,7 @@ def _simulate(device: str, report: MemoryReport) -> MemoryReport:
         if report.world_size:
             report.excluded.append("buffers of NCCL or gloo, and the first process's copy in RAM")
         stack.enter_context(FakeTensorMode())
-        stepping = _Stepping(config, torch.device("cpu"), device, report.world_size > 0)
+        stepping = Stepping(config, torch.device("cpu"), device, report.world_size > 0)
         if not METHODS[config.method].in_precision(config.state_precision).fake_steps:
             report.excluded.append("temporaries of the optimizer (its states are by formula)")
             stepping.assume_states(
@@ -177,7 +177,7 @@ def measure(config: RunConfig, device: str = "cpu") -> MemoryReport:
     in_shards = resolved.parallel == "fsdp2" and dist.is_initialized()
     if in_shards:
         report.world_size, report.rank = distributed.world_size(), distributed.rank()
-    stepping = _Stepping(resolved, torch.device(device), device, in_shards)
+    stepping = Stepping(resolved, torch.device(device), device, in_shards)
     for name, run in stepping.kinds():
         before = stepping.tracker.alive_bytes
         # A release by one of gloo's threads is not recorded: what it held then counts on.
@@ -220,7 +220,7 @@ def make_cublas_workspaces(device: torch.device) -> None:
     (x @ x).sum().backward()  # type: ignore[no-untyped-call]
 
 
-class _Stepping:
+class Stepping:
     """A model in training that takes one step of each kind, under a tracker.
 
     Args:
@@ -243,6 +243,8 @@ class _Stepping:
             self.model, self.optimizer = build(config)
             if device.type != "cpu":
                 self.model.to(device)
+            if not config.per_layer:
+                self.model.pack_(aligned=config.precision != "fp32")
         self.model.train()
         if device.type == "cuda":
             make_cublas_workspaces(device)  # which the tracker counts from the start

@@ -24,6 +24,8 @@ from lowrank_lab.runs.run import (
     finals_of,
     find_runs,
     first_runs,
+    momentum_of,
+    positions_of,
     spectra_of,
     table_of,
 )
@@ -90,6 +92,18 @@ def drawn(
             "loss_by_time", figures.loss_curves(table, "seconds"),
             figures.curve_table(table, "seconds"),
             f"Validation loss against time spent in training steps.{which}",
+        )  # fmt: skip
+    positions = positions_of(shown)
+    if not positions.empty:
+        yield Picture(
+            "positions", figures.position_curves(positions), positions,
+            f"Validation loss by position in the window, from light to dark over training.{which}",
+        )  # fmt: skip
+    cosines = figures.cosine_table(finals, momentum_of(shown), pairs) if pairs else pd.DataFrame()
+    if len(cosines) > 1:
+        yield Picture(
+            "cosine", figures.cosine_beside_gain(cosines), cosines,
+            "Cosine of the momentum before and after events, and what they change in test loss.",
         )  # fmt: skip
     yield Picture(
         "tradeoff", figures.tradeoff(finals), figures.tradeoff_table(finals),

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lowrank_lab import figures
+from lowrank_lab.analysis.rates import WITHIN, robustness
 from lowrank_lab.analysis.tables import (
     MARGIN,
     by_documents,
@@ -73,6 +74,14 @@ def write_report(
     if len(every):
         parts += ["<h2>Differences, seed by seed</h2>", _html_table(formatted(every))]
         _write_csv(every, out / "differences.csv")
+    robust = robustness(finals)
+    if len(robust):
+        _write_csv(robust, out / "robustness.csv")
+        parts += [
+            "<h2>Robustness to the learning rate</h2>",
+            _ROBUST,
+            _html_table(formatted(robust)),
+        ]
     ends = structure(runs)
     if len(ends.columns) > 1:
         _write_csv(ends, out / "structure.csv")
@@ -165,6 +174,10 @@ def _changed(config: dict[str, Any]) -> dict[str, Any]:
 _VERDICTS = f"""<p>Paired by seed. <i>below</i>: p of the one-sided t-test, corrected for the number
 of rows (Holm), is under 0.05; <i>equal</i>: two one-sided tests put the difference within ±{MARGIN}
 with p under 0.05; <i>above</i>: the 95 % interval lies above 0; <i>open</i>: none of these.</p>"""
+
+_ROBUST = f"""<p><i>down</i>, <i>up</i>: by what factor the learning rate may be lower or higher
+than the best before the validation loss has risen by {WITHIN}; –: no rate that was tried is so bad.
+</p>"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

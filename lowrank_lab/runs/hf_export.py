@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lowrank_lab.config import InputError
 from lowrank_lab.data.tokenizer import end_of_text
 from lowrank_lab.layers import FactorizedLinear, require_dense_weights
-from lowrank_lab.models.llama import ROPE_BASE
 from lowrank_lab.models.rms_norm import NORM_EPS
+from lowrank_lab.models.rotary import ROPE_BASE
 from lowrank_lab.runs.files import write_json
 from lowrank_lab.runs.run import Run
 

@@ -111,7 +111,7 @@ class Run:
     def by_position(self) -> pd.DataFrame:
         """Validation loss by position in the window: step, position, loss; one row per group.
 
-        `position` is the first of a group, from 1: 1, 2–3, 4–7, 8–15 …
+        `position` is the first of a group, from 1: 1, 2–3, 4–7, 8–15 … (`position_starts`).
         """
         import pandas as pd
 
@@ -315,10 +315,18 @@ def spectra_of(runs: Iterable[Run], what: str = "singular_values") -> pd.DataFra
 
 
 def momentum_of(runs: Iterable[Run]) -> pd.DataFrame:
-    """`Run.momentum` for several runs in one table, with a label column."""
+    """`Run.momentum` for several runs in one table, with columns for label and seed."""
     import pandas as pd
 
-    tables = [run.momentum.assign(label=run.label) for run in runs]
+    tables = [run.momentum.assign(label=run.label, seed=run.config.seed) for run in runs]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def positions_of(runs: Iterable[Run]) -> pd.DataFrame:
+    """`Run.by_position` for several runs in one table, with label and seed columns."""
+    import pandas as pd
+
+    tables = [run.by_position.assign(label=run.label, seed=run.config.seed) for run in runs]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 

@@ -91,8 +91,12 @@ def rounded(values: np.ndarray) -> list[float]:
 
 
 def position_starts(length: int) -> list[int]:
-    """The first position (from 0) of each group of positions: 0, 1, 3, 7, 15 … below `length`."""
-    return [2**k - 1 for k in range(length.bit_length()) if 2**k - 1 < length]
+    """The first position (from 0) of each group of positions: 0, 1, 3, 7, 15 … below `length`.
+
+    A last group of less than half its positions joins the one before.
+    """
+    starts = [2**k - 1 for k in range(length.bit_length())]
+    return [start for start in starts if start + (start + 2) // 2 <= length]
 
 
 def evaluated_windows(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,15 @@ class PerLayerUpdates:
 
     So the gradients of all parameters never exist together. Works with every optimizer that skips
     parameters without a gradient; the learning rate has to be set before the backward pass.
+    Products of several layers would give gradients at the same time: here layers have their own.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._squares: list[Tensor] = []
+        for module in cast("Iterable[Any]", model.modules()):
+            if hasattr(module, "merges"):
+                module.merges = False
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]

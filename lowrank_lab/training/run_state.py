@@ -50,6 +50,8 @@ class RunState:
         else:
             self.model, self.optimizer = self._shards.model, self._shards.optimizer
         self.model.to(self.device).train()
+        if self._shards is None and not config.per_layer:
+            self.model.pack_(aligned=config.precision != "fp32")
         for switch in switching(self.optimizer):  # some can't step before
             switch.train()
         if config.compile:

@@ -39,3 +39,31 @@ def test_a_failing_notebook_stops_the_book_in_one_line(one_notebook, capsys):
     assert chapters.main() == 1
     assert "one: ZeroDivisionError: division by zero; see " in capsys.readouterr().err
     assert not path.exists()
+
+
+def test_answers_unfold_below_the_exercises_of_their_chapter(one_notebook, tmp_path):
+    path = one_notebook("n")
+    exercises = "## Exercises\n\n1. What is n?\n2. And 2n?"
+    given = new_code_cell("n = 1", metadata={"tags": ["parameters"]})
+    texts = ("# One", exercises, "3. Why?", "## More")
+    cells = [*(new_markdown_cell(text) for text in texts), given]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / "one.ipynb")
+    (tmp_path / "notebooks" / "solutions").mkdir()
+    answers = [
+        new_markdown_cell("# Answers"), given,
+        new_markdown_cell("## 1. The <first>\n\nIt is one."), new_code_cell("n"),
+        new_markdown_cell("## 2. The second"), new_code_cell("2 * n"),
+    ]  # fmt: skip
+    nbformat.write(new_notebook(cells=answers), tmp_path / "notebooks" / "solutions" / "one.ipynb")
+    assert chapters.main() == 0
+    made = nbformat.read(path, as_version=4)
+    nbformat.validate(made)
+    sources = [cell.source.strip() for cell in made.cells]
+    start, end = sources.index("3. Why?") + 1, sources.index("## More")
+    opens = '<details class="answer"><summary>{}</summary>'.format
+    assert sources[start:end] == [
+        opens("What the answers share"), "n = 1", "</details>",
+        opens("1. The &lt;first&gt;"), "It is one.", "n", "</details>",
+        opens("2. The second"), "2 * n", "</details>",
+    ]  # fmt: skip
+    assert made.cells[start + 5].outputs[0]["data"]["text/plain"] == "1"

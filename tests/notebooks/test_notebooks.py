@@ -26,6 +26,12 @@ SHORT = {
         "corpus": f"text:{ROOT / 'lowrank_lab'}",
         "folder": "{tmp}/runs",
     },
+    "09_why_reset": {"seeds": 3},
+    "10_theory": {"seeds": 2, "steps": 100},
+    "solutions/09_why_reset": {"seeds": 3},
+    "solutions/10_theory": {"seeds": 2, "steps": 100},
+    "11_scaling": {"model": "60m"},
+    "solutions/11_scaling": {"model": "60m", "draws": 20},
 }
 
 

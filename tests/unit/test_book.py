@@ -1,6 +1,7 @@
 """The book has a place for every public name, notebook and method, and its checks can fail."""
 
 import importlib
+import json
 import re
 
 import pytest
@@ -123,3 +124,15 @@ def test_the_option_that_the_book_replaces_is_refused_by_its_name():
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("publish: ")
     assert "make docs" in done.stderr
+
+
+def test_the_page_for_lecturers_has_the_minutes_and_exercises_of_each_notebook():
+    text = (DOCS / "how-to" / "teach.md").read_text()
+    rows = re.findall(r"\(\.\./notebooks/(\d\d_\w+)\.ipynb\) \| (\d+) \| \d+ \| (\d+) \|", text)
+    found = []
+    for path in sorted(chapters.SOURCES.glob("*.ipynb")):
+        source = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+        minutes = re.search(r"\*\*Time\*\* (\d+) minutes", source)[1]
+        exercises = re.findall(r"^\d+\. ", source.partition("## Exercises")[2], re.M)
+        found.append((path.stem, minutes, str(len(exercises))))
+    assert rows == found

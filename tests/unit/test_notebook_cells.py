@@ -1,4 +1,4 @@
-"""Notebooks keep to their form: text before outputs, short cells, no logic, answered exercises."""
+"""Notebooks keep to their form: text before outputs, short cells, answered exercises."""
 
 import ast
 import itertools
@@ -10,7 +10,7 @@ from paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
-LOGIC = ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.While | ast.IfExp | ast.If
+LOGIC = ast.ClassDef | ast.Lambda | ast.While
 
 
 def cells_of(path):
@@ -47,11 +47,54 @@ def test_what_a_cell_shows_has_been_announced(path):
 
 
 @every_notebook
-def test_a_notebook_has_no_logic_of_its_own(path):
+def test_no_line_of_a_formula_begins_like_a_list_item(path):
+    """Markdown ends the formula there: `$a` and `- b$` on two lines become text and a bullet."""
+    for kind, source in cells_of(path):
+        within = False
+        for line in source.splitlines() if kind == "markdown" else ():
+            assert not (within and re.match(r"([-+*]|\d+\.)\s", line)), source
+            within = bool(line.strip()) and within != bool(line.count("$") % 2)
+
+
+@every_notebook
+def test_a_notebook_builds_ideas_not_programs(path):
     for kind, source in cells_of(path):
         if kind == "code":
             nodes = ast.walk(ast.parse(source))
             assert not [n for n in nodes if isinstance(n, LOGIC)], source
+
+
+def functions_of(source):
+    """Names of the functions that a piece of code defines outside classes."""
+    return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+
+
+def test_no_notebook_defines_a_function_that_another_file_needs_too():
+    sources = [
+        (path, source)
+        for path in NOTEBOOKS + SOLUTIONS
+        for kind, source in cells_of(path)
+        if kind == "code"
+    ]
+    sources += [(path, path.read_text()) for path in (ROOT / "lowrank_lab").rglob("*.py")]
+    homes = {}
+    for path, source in sources:
+        for name in functions_of(source):
+            homes.setdefault(name, set()).add(path)
+    shared = {name: places for name, places in homes.items() if len(places) > 1}
+    in_notebooks = {n: p for n, p in shared.items() if any(q.suffix == ".ipynb" for q in p)}
+    assert not in_notebooks
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_says_what_one_learns_how_long_it_takes_and_what_it_needs(path):
+    """Its first cell says so; a summary and exercises close it."""
+    title, *_ = texts = [source for kind, source in cells_of(path) if kind == "markdown"]
+    assert re.search(r"^\*\*You will learn\*\* ", title, re.M)
+    assert re.search(r"\*\*Time\*\* \d+ minutes", title)
+    assert "**You need**" in title
+    text = "\n".join(texts)
+    assert 0 < text.find("\n## Summary") < text.find("\n## Exercises")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -63,7 +106,7 @@ def test_every_exercise_has_an_answer(path):
     if exercises:
         answers = "\n".join(source for _, source in cells_of(solution))
         assert re.findall(r"^## (\d+)\. ", answers, re.M) == exercises
-        assert f"`solutions/{path.name}`" in text
+        assert f"[`solutions/{path.name}`](solutions/{path.name})" in text
 
 
 def shows(source):

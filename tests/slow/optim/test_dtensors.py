@@ -13,9 +13,6 @@ from processes import run_all
 TOLERANCE = 1e-6
 # A rounding of bfloat16 weights at random may fall on the other side after a sum in another order.
 ROUNDED = 2**-7
-ITERATED = (
-    1e-5  # the Gram matrix of a single process is a float32 product, that of shards a float64 sum
-)
 
 
 def results(what, size, folder):
@@ -26,8 +23,7 @@ def results(what, size, folder):
 
 
 def tolerance_of(case):
-    # One power iteration starts from the last one, and rounding errors with it.
-    return ROUNDED if "rounded" in case else ITERATED if case.startswith("ldadam") else TOLERANCE
+    return ROUNDED if "rounded" in case else TOLERANCE
 
 
 def wrong(found):

@@ -8,6 +8,7 @@ from paths import NOTEBOOKS
 from lowrank_lab import optim
 from lowrank_lab.analysis import matrix_toy
 from lowrank_lab.analysis.matrix_toy import Settings, fit
+from lowrank_lab.analysis.spectra_recorder import momentum_direction
 from lowrank_lab.config import InputError
 from lowrank_lab.figures import matrix_toy as figures
 from lowrank_lab.figures import png
@@ -156,6 +157,24 @@ def test_balanced_factors_have_equal_spectra_and_the_same_product():
     assert condition["after", "B"] == pytest.approx(condition["after", "A"], rel=1e-4)
 
 
+def test_transport_leaves_momentum_alone_where_a_refresh_only_turns_the_basis():
+    flat = matrix_toy.best_approximation(matrix_toy.target(power=0.0), 4)
+    never = Settings("galore", steps=21)
+    ends = {"never": fit(flat, never)}
+    for how in ("keep", "transport"):
+        ends[how] = fit(flat, never.replace(period=20, on_refresh=how))
+    directions = {how: momentum_direction(end.layer, end.optimizer) for how, end in ends.items()}
+    cosines = {how: matrix_toy.cosine(directions["never"], D) for how, D in directions.items()}
+    assert cosines["transport"] == pytest.approx(1, abs=1e-4)
+    assert cosines["keep"] < 0.5
+
+
+def test_the_cosine_of_a_zero_matrix_is_zero():
+    X = torch.ones(2, 3)
+    assert matrix_toy.cosine(X, -2 * X) == pytest.approx(-1)
+    assert matrix_toy.cosine(X, 0 * X) == 0
+
+
 def test_a_grid_has_a_row_for_each_point():
     table = matrix_toy.grid_table(W, Settings("galore", steps=5), rank=(2, 4), noise=(0.0, 1.0))
     assert table[["rank", "noise"]].to_numpy().tolist() == [[2, 0], [2, 1], [4, 0], [4, 1]]
@@ -168,7 +187,7 @@ def test_a_grid_has_a_row_for_each_point():
     [
         ("method", "muon"), ("rank", 0), ("rank", True), ("period", -1), ("strength", 1.5),
         ("strength", float("nan")), ("noise", -0.1), ("imbalance", 0.5), ("steps", 0),
-        ("on_refactor", "reset"), ("lr", -1), ("seed", 0.5), ("rnak", 4),
+        ("on_refactor", "reset"), ("on_refresh", "never"), ("lr", -1), ("seed", 0.5), ("rnak", 4),
     ],
 )  # fmt: skip
 def test_a_setting_that_is_not_allowed_is_named(field, value):

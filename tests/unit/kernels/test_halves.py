@@ -14,8 +14,10 @@ from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.layers.replace import factorize
 from lowrank_lab.memory.modules import ModuleStack
 from lowrank_lab.models import fused
+from lowrank_lab.models.block import Block
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
-from lowrank_lab.models.llama import Block, Llama, rotary_tables
+from lowrank_lab.models.llama import Llama
+from lowrank_lab.models.rotary import rotary_tables
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 SMALL = Size(32, 48, 2, 1, 64)

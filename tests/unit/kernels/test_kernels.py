@@ -13,7 +13,8 @@ from lowrank_lab.config import SIZES, Size
 from lowrank_lab.kernels import dispatch, library
 from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.memory.tracker import Tracker
-from lowrank_lab.models.llama import Llama, rotary_tables, rotate
+from lowrank_lab.models.llama import Llama
+from lowrank_lab.models.rotary import rotary_tables, rotate
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 LENGTHS = [1, 2, 5, 6, 12, 13, 48, 49, 100, 256]

@@ -15,7 +15,8 @@ from lowrank_lab.config import SIZES, Size
 from lowrank_lab.device import cuda_path
 from lowrank_lab.models import cross_entropy, rms_norm
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
-from lowrank_lab.models.llama import Llama, RMSNorm, rotary_tables, rotate
+from lowrank_lab.models.llama import Llama, RMSNorm
+from lowrank_lab.models.rotary import rotary_tables, rotate
 
 TINY = SIZES["tiny"]
 SHAPES = [TINY, SIZES["micro"], Size(48, 65, 3, 1, 97), Size(16, 8, 8, 3, 11)]

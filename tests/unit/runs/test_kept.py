@@ -100,6 +100,7 @@ def test_a_kept_study_is_read_as_the_run_folders_are(folder, tmp_path):
     for table in (spectra_of, momentum_of):
         pd.testing.assert_frame_equal(table(ours), table(theirs))
     assert len(momentum_of(ours)) == 4
+    assert set(momentum_of(ours)["seed"]) == {run.config.seed for run in ours}
 
 
 def test_one_run_of_a_kept_study_is_named_like_a_folder(kept, monkeypatch):

@@ -1,0 +1,62 @@
+"""How much a label's loss depends on its learning rate."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+WITHIN = 0.02  # nats per token above the best that still count as good
+DIVERGED = 0.5  # nats per token above the best
+RATE = re.compile(r", lr [^,]+")
+
+
+def rate_table(finals: pd.DataFrame) -> pd.DataFrame:
+    """Validation loss over learning rates: variant, label (without its rate), lr, mean, n."""
+    table = finals.assign(label=[RATE.sub("", label) for label in finals["label"]])
+    table = table.assign(variant=[label.split(", ")[0] for label in table["label"]])
+    grouped = table.groupby(["variant", "label", "lr"], sort=False)["validation_loss"]
+    return grouped.agg(["mean", "count"]).reset_index().rename(columns={"count": "n"})
+
+
+def robustness(finals: pd.DataFrame, within: float = WITHIN) -> pd.DataFrame:
+    """One row per label with at least three learning rates: how far its rate may be off.
+
+    Columns: label; rates, their number; best rate; validation loss there; down and up, the factors
+    by which the rate may be divided or multiplied before the loss has risen by `within`
+    (interpolated in the logarithm of the rate; NaN if no rate that was tried is that bad); width,
+    their product; and `diverges at`, the lowest rate above the best with a loss more than DIVERGED
+    higher or not finite (NaN if none was tried).
+
+    Args:
+        finals: returned by `runs.final_table`.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for label, part in rate_table(finals).groupby("label", sort=False):
+        part = part.sort_values("lr")
+        rates, losses = part["lr"].to_numpy(float), part["mean"].to_numpy(float)
+        if len(rates) < 3 or not np.isfinite(losses).any():
+            continue
+        i = int(np.nanargmin(np.where(np.isfinite(losses), losses, np.inf)))
+        level = losses[i] + within
+        down = _factor(rates[i::-1], losses[i::-1], level)
+        up = _factor(rates[i:], losses[i:], level)
+        bad = [r for r, x in zip(rates[i:], losses[i:], strict=True) if not x <= level + DIVERGED]
+        edge = bad[0] if bad else math.nan
+        rows.append((label, len(rates), rates[i], losses[i], down, up, down * up, edge))
+    names = ["label", "rates", "best rate", "validation loss", "down", "up", "width", "diverges at"]
+    return pd.DataFrame(rows, columns=names).sort_values("validation loss", ignore_index=True)
+
+
+def _factor(rates: np.ndarray, losses: np.ndarray, level: float) -> float:
+    """The factor from the first rate to where the losses first reach `level`; NaN if nowhere."""
+    logs = np.abs(np.log(rates / rates[0]))
+    for j in range(1, len(rates)):
+        if not losses[j] < level:  # not finite counts as above
+            rise = (level - losses[j - 1]) / (losses[j] - losses[j - 1])
+            share = rise if math.isfinite(losses[j]) else 0.0
+            return float(np.exp(logs[j - 1] + share * (logs[j] - logs[j - 1])))
+    return math.nan

@@ -1,0 +1,54 @@
+"""Figures of the loss by position in the window."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from lowrank_lab.figures.drawing import STYLE, Drawing, empty_figure
+
+MOST_PANELS = 8
+COLUMNS = 4
+
+
+def position_curves(positions: pd.DataFrame) -> Figure:
+    """Validation loss by position, one panel per label, one line per evaluation (light to dark).
+
+    Where late positions gain on early ones, the model has begun to use what came before.
+
+    Args:
+        positions: label, step, position, loss (`runs.positions_of`); means over seeds are drawn,
+            of the first MOST_PANELS labels.
+    """
+    if positions.empty:
+        return empty_figure("no run recorded its loss by position")
+    labels = list(dict.fromkeys(positions["label"]))[:MOST_PANELS]
+    means = positions.groupby(["label", "step", "position"], sort=True)["loss"].mean()
+    columns = min(COLUMNS, len(labels))
+    lines = math.ceil(len(labels) / columns)
+    with mpl.rc_context(STYLE):
+        size = (2.2 * columns + 1.0, 2.0 * lines + 0.5)
+        figure = Drawing(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    last = int(positions["step"].max())
+    shades = sns.color_palette("crest", as_cmap=True)
+    for ax, label in zip(axes.flat, labels, strict=False):
+        for step, line in means[label].groupby(level="step"):
+            values = line.droplevel("step")
+            ax.plot(values.index, values, color=shades(float(step) / last), lw=1.3)
+        ax.set_title(label, loc="left", fontsize=8.5 * min(1, 26 / len(str(label))))
+    for ax in axes.flat[len(labels) :]:
+        ax.set_visible(False)
+    ticks = np.sort(positions["position"].unique())[::2]
+    axes.flat[0].set_xscale("log", base=2)
+    axes.flat[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    mappable = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, last), shades)
+    figure.colorbar(mappable, ax=axes, label="step", pad=0.01)
+    figure.supxlabel("position in the window (first of 1, 2–3, 4–7, …)", fontsize=9.5)
+    figure.supylabel("validation loss (nats per token)", fontsize=9.5)
+    return figure

@@ -1,0 +1,137 @@
+"""Gaps over sizes: seed by seed, slopes against a plain fit, and bands against the textbook's."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+from written_runs import write_run
+
+from lowrank_lab import figures
+from lowrank_lab.analysis.ladder import (
+    extrapolated,
+    extrapolation_table,
+    gap_table,
+    gaps_of,
+    kept_sizes,
+    slopes,
+)
+from lowrank_lab.cli import main
+from lowrank_lab.config import InputError
+from lowrank_lab.runs.files import write_json
+
+SIZES = (100_000, 1_000_000, 10_000_000)
+SEEDS = (1, 2, 3)
+
+
+def gap(size, seed):
+    return 0.1 * np.log10(size) + 0.02 * seed + 0.01 * ((seed * 7 + len(str(size))) % 3)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three sizes with three seeds of full-rank and low-rank; muon is at the first two."""
+    tmp_path = tmp_path_factory.mktemp("ladder")
+    for size in SIZES:
+        for seed in SEEDS:
+            losses = {"full-rank": 3.0 + seed / 10, "low-rank": 3.0 + seed / 10 + gap(size, seed)}
+            if size < SIZES[-1]:
+                losses["muon"] = 2.5 + seed / 10
+            for label, loss in losses.items():
+                folder = tmp_path / str(size) / f"{label}-{seed}"
+                write_run(folder, label, seed, loss, steps=400)
+                result = json.loads((folder / "result.json").read_text())
+                write_json(folder / "result.json", result | {"parameters": size})
+    return [tmp_path / str(size) for size in SIZES]
+
+
+def test_a_gap_is_the_difference_to_the_reference_with_the_same_seed(folders):
+    table = gaps_of(folders).query("label == 'low-rank'")
+    assert len(table) == 9
+    for row in table.itertuples():
+        assert row.gap == pytest.approx(gap(row.parameters, row.seed))
+    means = gap_table(gaps_of(folders)).set_index(["label", "parameters"])
+    assert means.loc[("muon", SIZES[0]), "gap"] == pytest.approx(-0.5)
+    assert means.loc[("muon", SIZES[0]), "n"] == 3
+
+
+def test_a_slope_is_fitted_to_each_seed_and_tested_over_them(folders):
+    found = slopes(gaps_of(folders)).set_index("label")
+    own = [
+        stats.linregress(np.log10(SIZES), [gap(size, seed) for size in SIZES]).slope
+        for seed in SEEDS
+    ]
+    assert found.loc["low-rank", "slope"] == pytest.approx(np.mean(own))
+    p = stats.ttest_1samp(own, 0, alternative="greater").pvalue
+    assert found.loc["low-rank", "p (above 0)"] == pytest.approx(p)
+    assert found.loc["low-rank", ["sizes", "n"]].tolist() == [3, 3]
+    assert found.loc["muon", "slope"] == pytest.approx(0, abs=1e-9)
+
+
+def test_seeds_that_are_missing_at_a_size_do_not_count_in_a_slope(folders):
+    table = gaps_of(folders)
+    table = table[(table["parameters"] != SIZES[1]) | (table["seed"] != 2)]
+    assert slopes(table).set_index("label").loc["low-rank", "n"] == 2
+
+
+def test_the_band_is_the_textbooks_prediction_interval(folders):
+    part = gaps_of(folders).query("label == 'low-rank'")
+    x, y = np.log10(part["parameters"].to_numpy()), part["gap"].to_numpy()
+    fit, n, at = stats.linregress(x, y), len(x), np.log10(60e6)
+    spread = np.sqrt(((y - fit.intercept - fit.slope * x) ** 2).sum() / (n - 2))
+    width = spread * np.sqrt(1 + 1 / n + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    width *= stats.t.ppf(0.975, n - 2)
+    (band,) = extrapolated(gaps_of(folders), [60e6]).itertuples()
+    expected = fit.intercept + fit.slope * at
+    assert band.gap == pytest.approx(expected)
+    assert (band.low, band.high) == pytest.approx((expected - width, expected + width))
+
+
+def test_two_sizes_are_not_extrapolated(folders):
+    table = extrapolation_table(gaps_of(folders), 60e6).set_index("label")
+    assert pd.isna(table.loc["muon", "predicted"])
+    assert not pd.isna(table.loc["low-rank", "predicted"])
+
+
+def test_kept_studies_of_several_sizes_are_found_by_name_and_fewer_give_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path))
+    (tmp_path / "study" / "rung_1").mkdir(parents=True)
+    assert kept_sizes("rung_*", ["study/main"]) == ["study/main"]
+    (tmp_path / "study" / "rung_2").mkdir()
+    assert [path.name for path in kept_sizes("rung_*")] == ["rung_1", "rung_2"]
+
+
+def test_the_figure_says_whether_a_line_is_drawn(folders):
+    two = gaps_of(folders[:2])
+    assert "fewer than three sizes: no line" in figures.alt_text(figures.gap_over_size(two))
+
+
+def test_a_reference_that_is_missing_twice_there_or_of_equal_size_is_refused(folders, tmp_path):
+    with pytest.raises(InputError, match="a label of"):
+        gaps_of(folders, "galore")
+    with pytest.raises(InputError, match="each folder has another size"):
+        gaps_of([folders[0], folders[0]])
+    for run, lr in (("once", 0.1), ("again", 0.5)):
+        write_run(tmp_path / run, "full-rank", 1, 2.0, lr=lr)
+    with pytest.raises(InputError, match="it has several"):
+        gaps_of([tmp_path])
+
+
+def test_the_figure_names_each_label_and_the_command_prints_both_tables(folders, tmp_path):
+    text = figures.alt_text(figures.gap_over_size(gaps_of(folders), 60e6))
+    assert "low-rank" in text
+    assert "prediction band" in text
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["ladder", *map(str, folders), "--json", "--out", str(out)])
+    tables = json.loads(done.output)
+    assert [row["label"] for row in tables["slopes"]] == ["low-rank", "muon"]
+    assert len(tables["gaps"]) == 5
+    assert {file.name for file in out.iterdir()} >= {"gap_over_size.png", "slopes.csv"}
+
+
+def test_a_size_to_extrapolate_to_is_beyond_those_that_are_there(folders):
+    done = CliRunner().invoke(main, ["ladder", *map(str, folders), "--to", "1e6"])
+    assert done.exit_code != 0
+    assert "more than the 10000000 parameters" in done.output

@@ -1,0 +1,46 @@
+"""How far a rate may be off, from losses whose answer is known."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from lowrank_lab.analysis.rates import robustness
+
+
+def finals(*losses, label="a"):
+    """One run per rate: 1, 2, 4, …"""
+    rates = [2.0**i for i in range(len(losses))]
+    labels = [f"{label}, lr {rate:g}" for rate in rates]
+    return pd.DataFrame({"label": labels, "lr": rates, "validation_loss": losses})
+
+
+def test_the_width_is_where_straight_lines_through_the_losses_reach_the_level():
+    (row,) = robustness(finals(3.04, 3.0, 3.08, 9.0), within=0.02).to_dict("records")
+    assert (row["best rate"], row["validation loss"], row["rates"]) == (2.0, 3.0, 4)
+    assert row["down"] == pytest.approx(2**0.5)
+    assert row["up"] == pytest.approx(2**0.25)
+    assert row["width"] == pytest.approx(2**0.75)
+    assert row["diverges at"] == 8.0
+
+
+def test_a_side_on_which_nothing_bad_was_tried_is_not_known():
+    (row,) = robustness(finals(3.01, 3.0, 3.1)).to_dict("records")
+    assert math.isnan(row["down"])
+    assert math.isnan(row["width"])
+    assert math.isnan(row["diverges at"])
+    assert row["up"] == pytest.approx(2**0.2)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_ends_the_width_at_the_last_good_rate(bad):
+    (row,) = robustness(finals(3.5, 3.0, 3.01, bad)).to_dict("records")
+    assert row["up"] == pytest.approx(2.0)
+    assert row["diverges at"] == 8.0
+
+
+def test_labels_with_fewer_than_three_rates_have_no_row_and_the_best_label_is_first():
+    table = pd.concat(
+        [finals(3.0, 2.9), finals(3.0, 2.9, 3.1, label="b"), finals(3.0, 2.8, 3.1, label="c")]
+    )
+    assert robustness(table)["label"].tolist() == ["c", "b"]

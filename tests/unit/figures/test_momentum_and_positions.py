@@ -1,0 +1,57 @@
+"""Figures of momentum across events and of losses by position: their tables and what they name."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lowrank_lab import figures
+
+
+def finals():
+    rows = [
+        {"label": label, "seed": seed, "test_loss": loss + seed / 10}
+        for label, loss in (("plain", 3.0), ("refactor", 2.9), ("transport", 2.8))
+        for seed in (1, 2, 3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def momentum():
+    rows = [("refactor", -0.1), ("refactor", 0.1), ("transport", 0.8), ("transport", 0.9)]
+    return pd.DataFrame(rows, columns=["label", "momentum_cosine"])
+
+
+def test_cosines_stand_beside_differences_to_labels_without_events():
+    pairs = [("transport", "plain"), ("transport", "refactor"), ("refactor", "plain")]
+    table = figures.cosine_table(finals(), momentum(), pairs)
+    assert table["A"].tolist() == ["refactor", "transport"]
+    assert table["cosine"].tolist() == pytest.approx([0.0, 0.85])
+    assert table["difference"].tolist() == pytest.approx([-0.1, -0.2])
+    text = figures.alt_text(figures.cosine_beside_gain(table))
+    assert "transport − plain" in text
+
+
+def test_without_events_there_is_no_row_and_the_figure_says_so():
+    table = figures.cosine_table(finals(), pd.DataFrame(), [("refactor", "plain")])
+    assert table.empty
+    assert "no event" in figures.alt_text(figures.cosine_beside_gain(table))
+
+
+def test_losses_by_position_are_means_over_seeds_one_line_an_evaluation():
+    rows = [
+        (label, seed, step, position, 4 - step / 100 - np.log2(position) / 10 + seed)
+        for label in ("a", "b")
+        for seed in (0, 1)
+        for step in (50, 100)
+        for position in (1, 2, 4)
+    ]
+    table = pd.DataFrame(rows, columns=["label", "seed", "step", "position", "loss"])
+    first, second, *_ = figures.position_curves(table).axes
+    assert (first.get_title("left"), second.get_title("left")) == ("a", "b")
+    early, late = (line.get_ydata() for line in first.get_lines())
+    assert early == pytest.approx([4.0, 3.9, 3.8])
+    assert late == pytest.approx([3.5, 3.4, 3.3])
+
+
+def test_runs_that_recorded_no_positions_give_a_figure_that_says_so():
+    assert "no run" in figures.alt_text(figures.position_curves(pd.DataFrame()))
