@@ -89,6 +89,8 @@ def against_float64(
     tokens, targets = session.tokens(config.size.vocab_size, SHAPE)
     expected = in_float64(config, model, tokens.cpu(), targets.cpu())
     model.to(session.device).train()
+    with cuda_path():
+        model.pack_(aligned=config.precision != "fp32")
     if config.compile:
         model.compile_blocks()
     with cuda_path():
