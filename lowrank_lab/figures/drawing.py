@@ -80,11 +80,8 @@ def alt_text(figure: Figure) -> str:
         legend = ax.get_legend()
         names += [t.get_text() for t in ax.get_yticklabels() if t.get_text()[:1].isalpha()]
         names += [t.get_text() for t in [*ax.texts, *(legend.get_texts() if legend else [])]]
-    names += [
-        t.get_text()
-        for texts in (figure.texts, *(legend.get_texts() for legend in figure.legends))
-        for t in texts
-    ]
+    texts = [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
+    names += [t.get_text() for t in texts]
     shared = " against ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))
     parts = [figure.get_suptitle(), shared, *panels, ", ".join(dict.fromkeys(filter(None, names)))]
     return getattr(figure, "alt", "") or " ".join("; ".join(filter(None, parts)).split())
