@@ -50,11 +50,7 @@ class Drawing(Figure):
 
 
 def png(figure: Figure, **options: Any) -> bytes:
-    """A figure as PNG, by default cropped to its content.
-
-    Args:
-        options: for `savefig`, in place of `bbox_inches="tight"`.
-    """
+    """A figure as PNG, cropped to its content unless there are `options` for `savefig`."""
     return _saved(figure, "png", **(options or {"bbox_inches": "tight"}))
 
 
