@@ -94,6 +94,8 @@ def loss_kernels(size: Size, tokens: int, *, gradients: bool = True) -> KernelCo
 def block_kernels(size: Size, kind: str | None = None, *, merged: bool = True) -> KernelCount:
     """Kernels of one block, forward and backward, in bf16 with 16 × 256 tokens.
 
+    Attention is counted as torch's own operators on tensors without values; on CUDA it is one.
+
     Args:
         kind: of its layers, of a quarter of the width as rank; None: dense.
         merged: products of q, k, v and of gate, up as one, where that pays.
@@ -105,6 +107,9 @@ def block_kernels(size: Size, kind: str | None = None, *, merged: bool = True) -
         x = torch.empty(16, 256, size.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         tables = [t.bfloat16() for t in rotary_tables(256, size.hidden_size // size.num_heads)]
     apart = nullcontext() if merged else patch.object(merging, "pays", lambda *_: False)
+    with cuda_path():
+        if merged:
+            model.pack_(aligned=True)
     with cuda_path(), apart, KernelCount() as count:
         y = model.model.layers[0](x, *tables)
         y.backward(torch.empty_like(y))

@@ -10,6 +10,8 @@ import math
 import torch
 from small_matrices import GAP, LR, is_left, is_right
 
+from lowrank_lab.optim.columns import as_matrix
+
 
 def step_size(t, betas=(0.9, 0.999)):
     """Adam's two bias corrections and the learning rate."""
@@ -107,7 +109,9 @@ def sides_of(state, shape):
     """L and R of a state in float64, an identity where a side isn't projected."""
     pair = zip(("projection_left", "projection_right"), shape, strict=True)
     return [
-        state[name].double().clone() if name in state else torch.eye(side, dtype=torch.float64)
+        as_matrix(state[name], side).double().clone()
+        if name in state
+        else torch.eye(side, dtype=torch.float64)
         for name, side in pair
     ]
 

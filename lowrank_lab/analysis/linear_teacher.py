@@ -99,7 +99,7 @@ class Trained:
 
     Attributes:
         B, A: the factors at the end.
-        losses: before each step and at the end (steps + 1, …).
+        losses: before each step, after its refactorization, and at the end (steps + 1, …).
         m, v: Adam's moments of B and of A; m without v for SGD with momentum.
         gradients: (G_B, G_A) of each step, if asked for.
     """
@@ -155,11 +155,12 @@ def train(
     done = Trained(B, A, torch.empty(0), m, v)
     draw, losses, since = torch.Generator().manual_seed(2), [], 0
     for step in range(steps):
-        losses.append(teacher.loss(B @ A))
         if how != "never" and period and step and step % period == 0:
             refactorize_(done, how)
             since = 0 if how == "reset" else since
-        G = teacher.gradient(B @ A)
+        missing = B @ A - teacher.W
+        G = missing @ teacher.C
+        losses.append((G * missing).sum((-2, -1)))
         if noise:
             G = G + noise * torch.randn(G.shape, generator=draw, dtype=G.dtype)
         since += 1

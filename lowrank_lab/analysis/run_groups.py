@@ -190,7 +190,9 @@ def _test(word: str) -> Callable[[Group], bool]:
     name = NAMES.get(name.lower(), name.lower())
     if name not in COLUMNS:
         raise InputError("search", word, f"a column is one of {', '.join(COLUMNS)}")
-    if name not in NUMBERS and sign == "=":
+    if name not in NUMBERS:
+        if sign != "=":
+            raise InputError("search", word, f"{name} has no numbers: {name}=TEXT")
         return lambda group: value.lower() in group.cells[name].lower()
     compare = OPERATORS[sign]
     try:

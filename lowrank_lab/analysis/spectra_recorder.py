@@ -21,6 +21,7 @@ from lowrank_lab.analysis.spectra import (
     update_singular_values,
 )
 from lowrank_lab.layers import FactorizedLinear, SLTrainLinear, target_layers, truncated_svd
+from lowrank_lab.optim.columns import as_matrix
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def momentum_direction(layer: Layer, optimizer: torch.optim.Optimizer) -> Tensor
             return None
         plain = torch.empty(found.shape, dtype=found.dtype, device=found.device).copy_(found)
         wide = plain.float()
-        left, right = state.get("projection_left"), state.get("projection_right")
+        left, right = _projections(state, p)
         wide = wide if left is None else left.float() @ wide
         lifted = wide if right is None else wide @ right.float().T
         return lifted if lifted.shape == p.shape else None  # other layouts: SPAM's masked entries
@@ -138,7 +139,7 @@ class SpectraRecorder:
     def _gradient(self, layer: Layer) -> dict[str, Any]:
         weight = layer.B if isinstance(layer, FactorizedLinear) else layer.weight
         state = self._optimizer.state.get(weight, {})
-        left, right = state.get("projection_left"), state.get("projection_right")
+        left, right = _projections(state, weight)
         if isinstance(layer, FactorizedLinear) or (left is None and right is None):
             values = gradient_singular_values(layer)
             return {} if values is None else {"gradient": _rounded(values)}
@@ -157,6 +158,12 @@ class SpectraRecorder:
             "captured_energy": float(captured_energy(G, left, right)),
             "overlap": sum(overlaps) / len(overlaps),
         }
+
+
+def _projections(state: dict[str, Any], p: Tensor) -> list[Tensor | None]:
+    """L and R of a matrix, from a state that may have their indices."""
+    pairs = zip(("projection_left", "projection_right"), p.shape, strict=False)
+    return [as_matrix(state[name], side) if name in state else None for name, side in pairs]
 
 
 def _rounded(values: Tensor) -> list[float | None]:

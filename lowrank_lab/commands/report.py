@@ -99,7 +99,7 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     independent, so they are drawn in parallel, one process per core.
     """
     from lowrank_lab import report as reporting
-    from lowrank_lab.figures import refresh
+    from lowrank_lab.figures import ideas, refresh
     from lowrank_lab.paths import data_folder, kept_folders
     from lowrank_lab.runs.kept import is_study
     from lowrank_lab.studies.local_executor import cores
@@ -125,3 +125,5 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
             if figures is None:
                 refresh(Path("figures") / folder.name, page.result().parent / "figures")
             show_table(folder, pairs=pairs)
+    if figures is None:
+        ideas.redraw(Path("figures") / "ideas")

@@ -201,8 +201,8 @@ class ShardLayout(NamedTuple):
         if self.dim is None:
             placements = self._state_placements(key, shape)
             return joined(part_of(value, self.p, placements), self.p, placements, shape)
-        if key.startswith("projection"):
-            shape = torch.Size((self.p.shape[1 - self.dim], *shape[1:]))
+        if key.startswith("projection"):  # all ranks have an index in full
+            shape = torch.Size((self.p.shape[1 - self.dim], *shape[1:])) if shape[1:] else shape
         elif self.dim == ANY_DIM:
             if shape != local_part(self.p).shape:
                 return value
@@ -213,10 +213,12 @@ class ShardLayout(NamedTuple):
         return joined(value, self.p, self._state_placements(key, shape), shape)
 
     def _state_placements(self, key: str, shape: torch.Size) -> Placements:
-        """Placements of a state of this full shape: sharded as p is, projections by rows."""
+        """Placements of a state of this full shape: as p, projections by rows, indices in full."""
         from torch.distributed.tensor import Replicate, Shard
 
         own: Placements = tuple(self.p.placements)
+        if key.startswith("projection") and len(shape) == 1:
+            return (Replicate(),) * len(own)
         if self.dim is None and shape == self.p.shape:
             return own
         if self.dim is not None and not key.startswith("projection"):

@@ -39,6 +39,8 @@ STYLE: Any = {
 class Drawing(Figure):
     """A figure outside pyplot's registry, which a notebook displays and never has to close."""
 
+    alt = ""  # in place of the alt text that is made of the figure's own texts
+
     def _repr_png_(self) -> bytes:
         return png(self)
 
@@ -69,7 +71,7 @@ def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def alt_text(figure: Figure) -> str:
-    """Alt text of a figure: its titles, axis labels, and every text in it."""
+    """Alt text of a figure: its own, or its titles, axis labels, and every text in it."""
     panels, names = [], []
     for ax in figure.axes:
         title = ax.get_title() or ax.get_title(loc="left")
@@ -78,11 +80,11 @@ def alt_text(figure: Figure) -> str:
         legend = ax.get_legend()
         names += [t.get_text() for t in ax.get_yticklabels() if t.get_text()[:1].isalpha()]
         names += [t.get_text() for t in [*ax.texts, *(legend.get_texts() if legend else [])]]
-    names += [t.get_text() for t in figure.texts]
-    names += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
+    texts = [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
+    names += [t.get_text() for t in texts]
     shared = " against ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))
     parts = [figure.get_suptitle(), shared, *panels, ", ".join(dict.fromkeys(filter(None, names)))]
-    return " ".join("; ".join(filter(None, parts)).split())
+    return getattr(figure, "alt", "") or " ".join("; ".join(filter(None, parts)).split())
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:

@@ -6,19 +6,16 @@ finding a layout takes longer than drawing, and a picture has to answer a click.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 
 from lowrank_lab.analysis.stats import mean_intervals
 from lowrank_lab.figures.drawing import STYLE, Drawing, rows_of, style_of
@@ -35,7 +32,6 @@ UNITS = {
     "tokens_per_second": "tokens per second",
 }
 WIDTH = 7.6  # inches, where the page says nothing else
-NARROW = 5.0  # inches; narrower figures have one panel beside another, not three
 SMALLEST = 1e-7  # singular values at rounding level are the zeros of a rank-deficient layer
 
 
@@ -135,48 +131,6 @@ def layer_spectra(table: pd.DataFrame, heading: str, width: float = WIDTH) -> Fi
     return figure
 
 
-def spectra_over_training(table: pd.DataFrame, layer: str, width: float = WIDTH) -> Figure:
-    """Heat maps of a layer's singular values over steps, one panel per title, one colour scale.
-
-    Args:
-        table: title, step, index (from 1), singular_value, n.
-    """
-    titles = list(dict.fromkeys(table["title"]))
-    columns = min(len(titles), 3 if width > NARROW else 2)
-    rows = -(-len(titles) // columns)
-    high = 1.05 + 1.9 * rows
-    with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=(width, high))
-        axes = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(0.6 / width, 0.5 / high, 1 - 0.95 / width, 1 - 0.55 / high,
-                           wspace=0.08, hspace=0.25)  # fmt: skip
-    values = table["singular_value"].where(table["singular_value"] > SMALLEST)
-    norm = LogNorm(values.min(), values.max())
-    limits = {"xlim": (table["step"].min(), max(1, table["step"].max())),
-              "ylim": (0.5, table["index"].max() + 0.5)}  # fmt: skip
-    for place, (ax, title) in enumerate(zip(axes.flat, titles, strict=False)):
-        part = table.assign(singular_value=values)[table["title"] == title]
-        grid = part.pivot(index="index", columns="step", values="singular_value")
-        shown = ax.pcolormesh(grid.columns, grid.index, grid, norm=norm, cmap="viridis",
-                              shading="nearest", rasterized=True)  # fmt: skip
-        ax.set_title(_wrapped(title, (width - 1.5) / columns), loc="left", fontsize=8, pad=3)
-        ax.grid(visible=False)
-        ax.set(**limits)
-        ax.xaxis.set_major_locator(MaxNLocator(3))
-        if place % columns:  # shared axes would take longer to draw
-            ax.set_yticks([])
-        if place + columns < len(titles):
-            ax.set_xticks([])
-    for ax in axes.flat[len(titles) :]:
-        ax.remove()
-    where = figure.add_axes((1 - 0.8 / width, 0.5 / high, 0.12 / width, 1.8 / high))
-    figure.colorbar(shown, cax=where, label="singular value").ax.minorticks_off()
-    figure.supxlabel("step", fontsize=9, y=0.08 / high)
-    figure.supylabel("index", fontsize=9, x=0.06 / width)
-    figure.suptitle(layer, fontsize=8.5, x=0.6 / width, ha="left", y=1 - 0.05 / high)
-    return figure
-
-
 def _figure(entries: int, width: float) -> tuple[Figure, Axes]:
     """A figure with room above its axes for the entries of a legend, one below the other."""
     above = 0.12 + 0.165 * entries
@@ -213,32 +167,3 @@ def _styles(titles: Sequence[str]) -> dict[str, tuple[str, str, str]]:
 
 def _interval(mean: float, half_width: float, n: int) -> str:
     return f"{mean:.4g}" if n < 2 else f"{mean:.4g} ± {half_width:.2g} (n = {n})"
-
-
-def _wrapped(text: str, width: float) -> str:
-    """A title in lines that fit into a panel of that width (inches)."""
-    return "\n".join(textwrap.wrap(text, max(10, int(width / 0.068))))
-
-
-def spectrum_table(layers: Sequence[tuple[str, Any]]) -> pd.DataFrame:
-    """Mean singular values over the runs of each title, at the steps that all of them recorded.
-
-    Args:
-        layers: title and `series.Spectra` of each run.
-
-    Returns:
-        title, step, index (from 1), singular_value, n.
-    """
-    tables = []
-    for title in dict.fromkeys(title for title, _ in layers):
-        runs = [spectra for other, spectra in layers if other == title]
-        steps = [step for step in runs[0].steps if all(step in run.steps for run in runs)]
-        values = np.mean([run.values[np.isin(run.steps, steps)] for run in runs], axis=0)
-        count = values.shape[1] if len(steps) else 0
-        tables.append(pd.DataFrame({
-            "title": title, "step": np.repeat(steps, count),
-            "index": np.tile(np.arange(1, count + 1), len(steps)),
-            "singular_value": values.ravel(), "n": len(runs),
-        }))  # fmt: skip
-    columns = ["title", "step", "index", "singular_value", "n"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)

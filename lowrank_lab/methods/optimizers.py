@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig
 from lowrank_lab.optim import Combined, Loro, NorMuon, Scale, Spectron
-from lowrank_lab.optim.block_codes import torchao_optim
 from lowrank_lab.optim.eight_bit import EIGHT_BIT
+from lowrank_lab.optim.flagged_8bit import adamw_8bit_class
 from lowrank_lab.optim.muon import Muon
 from lowrank_lab.optim.state_bytes import Weight, adamw_states
 
@@ -150,7 +150,7 @@ def adamw_8bit(
 ) -> torch.optim.Optimizer:
     """torchao's AdamW with 8-bit moments; its first step compiles it."""
     try:
-        cls = torchao_optim().AdamW8bit
+        cls: Any = adamw_8bit_class()
     except ImportError as error:
         eight_bit = config.state_precision == EIGHT_BIT
         field = ("state_precision", EIGHT_BIT) if eight_bit else ("method", config.method)

@@ -365,9 +365,9 @@ ROWS = (
             "inactive_lr_scale": Option.number(1.0, 0, 1e6),
         },
         needs_full="none",
-        states="2r·max(m,n) + r·min(m,n)",
-        state_bytes=projected_states,
-        projection_bytes=stored_projections,
+        states="2r·max(m,n) + r·min(m,n); with columns r in place of r·min(m,n)",
+        state_bytes=frugal.frugal_states,
+        projection_bytes=frugal.frugal_projections,
         colour="#DDAA33",
     ),
     Method(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.distributed.placements import REPLICATED, Placement
+from lowrank_lab.optim.columns import index_overlap, is_index
 from lowrank_lab.optim.eight_bit import moment_like, read_moment
 from lowrank_lab.optim.subspaces import Projections
 
@@ -58,6 +59,8 @@ def overlaps(old: Projections, new: Projections, placement: Placement = REPLICAT
     def product(P: Tensor | None, Q: Tensor | None) -> Tensor | None:
         if P is None or Q is None:
             return None
+        if is_index(P):
+            return index_overlap(P, Q)
         wide = torch.promote_types(P.dtype, torch.float32)
         return placement.all_reduce_sum_(P.to(wide).mT @ Q.to(wide))
 

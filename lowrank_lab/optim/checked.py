@@ -72,6 +72,10 @@ class CheckedOptimizer(DTensorOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a group with keys or parameters that the method doesn't support."""
 
+    def upgraded(self, group: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        """The saved entries of a parameter, as this version stores them."""
+        return entries
+
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         """The entries that a parameter of this shape has in its state after a step."""
         numbers = ("step", "exp_avg_weight", "exp_avg_sq_weight")

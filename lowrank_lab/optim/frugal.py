@@ -12,16 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.distributed.dtensors import full_tensor
+from lowrank_lab.optim.adam import state_dtype, to_state_precision
 from lowrank_lab.optim.carried import ON_REFRESH
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_choice, require_int
+from lowrank_lab.optim.columns import (
+    INDEX_BYTES,
+    index_of,
+    put_stacks_,
+    select_stacks,
+    selected,
+)
 from lowrank_lab.optim.golore import GoLore
 from lowrank_lab.optim.projection import ONE_SIDED, project_back_add_, projected_gradient
-from lowrank_lab.optim.stacks import Weights
+from lowrank_lab.optim.stacks import Stacks, Weights
+from lowrank_lab.optim.state_bytes import Weight, projected_states, stored_projections
 from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 from lowrank_lab.optim.subspaces import sides
 
 PROJECTIONS = ("svd", "columns", "random")
+SIDES = ("projection_left", "projection_right")
 
 
 class Frugal(GoLore):
@@ -32,8 +44,8 @@ class Frugal(GoLore):
     * `rank`: r; or, in its place, `density`: r is this share of each matrix's projected side,
       rounded. The paper's density is 0.25.
     * `update_proj_gap` (200): steps between two projections.
-    * `proj` (svd): svd, of the gradient | columns, r columns or rows at random, by a projection of
-      zeros and ones | random, orthonormal and uniform.
+    * `proj` (svd): svd, of the gradient | columns, r columns or rows at random, stored as their
+      numbers | random, orthonormal and uniform.
     * `proj_type` (std): std | reverse_std | left | right. `right` with `columns` takes columns of
       every matrix.
     * `inactive_lr_scale` (1): factor of the learning rate of the sign.
@@ -45,10 +57,11 @@ class Frugal(GoLore):
     In all groups ε is added *after* the bias correction, and weight decay precedes the update.
 
     DTensors are updated in shards, as in GaLore: P is gathered at each step, and a refresh by `svd`
-    gathers the gradient or a Gram matrix. `columns` and `random` are drawn on every rank.
+    gathers the gradient or a Gram matrix. `columns` and `random` are drawn on every rank; the
+    numbers of columns stay on all of them, and nothing travels.
 
     State of an m×n matrix with b bytes per entry, for `std`: 2·r·max(m, n)·b bytes of moments and
-    r·min(m, n)·b of the projection.
+    r·min(m, n)·b of the projection, 8·r for `columns`.
 
     Source: 2411.07837, algorithm 1, and its published code.
     """
@@ -95,7 +108,18 @@ class Frugal(GoLore):
         require_int("seed", group["seed"], 0)
 
     def state_shapes(self, group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
-        return super().state_shapes(with_rank(group, shape), shape)
+        group = with_rank(group, shape)
+        shapes = super().state_shapes(group, shape)
+        if group.get("proj") == "columns" and "rank" in group:
+            shapes |= {name: (group["rank"],) for name in SIDES if name in shapes}
+        return shapes
+
+    def upgraded(self, group: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        """Numbers of columns, of which earlier versions saved the projection."""
+        if group.get("proj") != "columns":
+            return entries
+        old = {name: P for name in SIDES if (P := entries.get(name)) is not None and P.ndim == 2}
+        return entries | {name: index_of(full_tensor(P)) for name, P in old.items()}
 
     def work(self) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         for params, group in super().work():
@@ -108,12 +132,13 @@ class Frugal(GoLore):
         if group["proj"] == "random":
             return super().draw(G, side, key, group)
         chosen = np.random.default_rng(key).permutation(side)[: group["rank"]]
-        P = torch.zeros(side, group["rank"], dtype=G.dtype)
-        P[torch.from_numpy(chosen), torch.arange(group["rank"])] = 1
-        return P.to(G.device)
+        return torch.from_numpy(chosen).to(G.device, torch.int64)
 
     def update_(self, W: Any, G: Any, state: Any, group: dict[str, Any], step_size: float) -> None:
         left, right = self.projections_of(G, state, group)
+        if group["proj"] == "columns":
+            self._update_columns_(W, G, state, (left, right), group, step_size)
+            return
         # R = PᵀG;  N = Adam(R);  W ← W − lr · (P N + scale · sign(G − P R))
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
@@ -121,6 +146,32 @@ class Frugal(GoLore):
         if group["inactive_lr_scale"] > 0:
             self._add_sign_(W, G, R, (left, right), -rate)
         project_back_add_(W, N, left, right, alpha=-step_size)
+
+    def _update_columns_(
+        self, W: Any, G: Any, state: Any, P: tuple[Any, Any], group: dict[str, Any], step: float
+    ) -> None:
+        """As `update_`: P R has the chosen entries of G, of which nothing is left."""
+        rate = float(group["lr"]) * group["inactive_lr_scale"]
+        if isinstance(W, Weights):
+            pairs = [(R if L is None else L, int(L is None)) for L, R in zip(*P, strict=True)]
+            indices, dims = [index for index, _ in pairs], [dim for _, dim in pairs]
+            R: Any = select_stacks(G, indices, dims, state_dtype(G.dtype, group))
+            N = self.adam_direction(R, state, group)
+            W.factor = -(rate or step)
+            if rate:
+                G.flat.sign_()
+            else:
+                G.flat.zero_()
+            N.flat.mul_(-step / W.factor)
+            put_stacks_(G, Stacks(N.shapes, N.flat.to(G.dtype)), indices, dims)
+            return
+        index, dim = (P[1], 1) if P[0] is None else (P[0], 0)
+        R = to_state_precision(selected(G, index, dim), group)
+        N = self.adam_direction(R, state, group)
+        if rate:
+            rest = self.buffer("rest", G.shape, G).copy_(G)
+            W.add_(rest.index_fill_(dim, index, 0).sign_(), alpha=-rate)
+        W.index_add_(dim, index, N.to(W.dtype), alpha=-step)
 
     def _add_sign_(self, W: Any, G: Any, R: Any, P: tuple[Any, Any], alpha: float) -> None:
         """W ← W + alpha · sign(G − P R)."""
@@ -132,6 +183,19 @@ class Frugal(GoLore):
             return
         rest = self.buffer("rest", G.shape, G).copy_(G)
         W.add_(project_back_add_(rest, R, *P, alpha=-1.0).sign_(), alpha=alpha)
+
+
+def frugal_states(w: Weight, config: ResolvedConfig) -> int:
+    """`projected_states`, with numbers of columns in the place of their projection."""
+    fewer = stored_projections(w, config) - frugal_projections(w, config)
+    return projected_states(w, config) - fewer
+
+
+def frugal_projections(w: Weight, config: ResolvedConfig) -> int:
+    """Bytes of a stored projection: of its entries, or of the numbers of columns."""
+    if w.target and config.method_options["proj"] == "columns":
+        return INDEX_BYTES * config.method_rank
+    return stored_projections(w, config)
 
 
 def with_rank(group: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_lab.optim.carried import ON_REFRESH
 from lowrank_lab.optim.checks import require_int
+from lowrank_lab.optim.columns import is_index
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.matrix_updates import each
 from lowrank_lab.optim.projection import (
@@ -80,6 +81,11 @@ class GoLore(SubspaceAdamW):
         """A random projection (side×r) with orthonormal columns, fixed by `key`."""
         return random_orthonormal(G, side, group["rank"], key)
 
+    def _drawn(self, G: Tensor, side: int, key: tuple[int, ...], group: dict[str, Any]) -> Tensor:
+        """This rank's rows of a drawn projection; all of an index."""
+        P = self.draw(G, side, key, group)
+        return P if is_index(P) else self.placement.local_shard(P)
+
     def projections_of(self, G: Any, state: Any, group: dict[str, Any]) -> tuple[Any, Any]:
         """The projections (L, R) of a matrix in this step, or those of many."""
         if not isinstance(G, Tensor) and not self.draws(state["step"], group):
@@ -92,9 +98,7 @@ class GoLore(SubspaceAdamW):
             shape = self.placement.global_shape(G)
             keys = [(group["seed"], param_index(self, self.param), step, side) for side in range(2)]
             left, right = (
-                self.placement.local_shard(self.draw(G, shape[side], keys[side], group))
-                if projects
-                else None
+                self._drawn(G, shape[side], keys[side], group) if projects else None
                 for side, projects in enumerate(sides(group["proj_type"], shape))
             )
             replace_projections_(self, state, (left, right), G.dtype, group)

@@ -27,6 +27,7 @@ from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.carried import ON_REFRESH, follow_refresh_
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool, require_choice, require_int
+from lowrank_lab.optim.columns import is_index
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.found_inf import found_inf, zero_if_off_
 from lowrank_lab.optim.matrix_updates import each
@@ -189,7 +190,7 @@ def replace_projections_(
     old = load_projections(state)
     for name, projection in zip(PROJECTIONS, new, strict=True):
         if projection is not None:
-            state[name] = projection.to(dtype)
+            state[name] = projection if is_index(projection) else projection.to(dtype)
     how = group.get("on_refresh", "keep")
     follow_refresh_(state, old, load_projections(state), how, optimizer.placement)
 
@@ -197,9 +198,9 @@ def replace_projections_(
 def gather_projections(
     shards: Projections, shape: tuple[int, ...], placement: Placement
 ) -> Projections:
-    """Full projections of an m×n matrix from the rows that each process stores."""
+    """Full projections of an m×n matrix from the rows, or indices, that each process stores."""
     left, right = (
-        None if P is None else placement.all_gather(P, length=side)
+        P if P is None or is_index(P) else placement.all_gather(P, length=side)
         for P, side in zip(shards, shape, strict=True)
     )
     return left, right

@@ -53,7 +53,12 @@ def prepared(optimizer: CheckedOptimizer, state_dict: Mapping[str, Any]) -> dict
         _merged(optimizer, own, saved)
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
-    ready = {**state_dict, "param_groups": groups}
+    states = dict(state_dict["state"])
+    for group in groups:
+        for i in group["params"]:
+            if states.get(i):
+                states[i] = optimizer.upgraded(group, states[i])
+    ready = {**state_dict, "param_groups": groups, "state": states}
     for p, group, entries in saved_entries(optimizer, ready):
         _require_entries(optimizer, p, group, entries)
     return ready
@@ -132,13 +137,15 @@ def _require_entries(
 def restore_dtypes_(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Restore the dtypes of loaded states, which torch casts to the dtype of the parameter.
 
-    Moments and projections have the parameter's dtype; moments those of `state_precision`. Norms
-    and masks keep the dtype in which they were saved.
+    Moments and projections have the parameter's dtype; moments those of `state_precision`. Norms,
+    masks and indices keep the dtype in which they were saved.
     """
     for p, group, entries in saved_entries(optimizer, state_dict):
         moments = state_dtype(p.dtype, group)
         for key, value in entries.items():
-            if not isinstance(value, Tensor) or key.startswith("projection_"):
+            if not isinstance(value, Tensor):
+                continue
+            if key.startswith("projection_") and value.is_floating_point():
                 continue
             if key in MOMENTS and (is_quantized(value) or quantizes(group, value.numel())):
                 optimizer.state[p][key] = in_precision(value.to(p.device), key, group, moments)

@@ -10,9 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_lab.distributed.dtensors import ShardLayout, full_tensor, is_dtensor, layout_of
+from lowrank_lab.distributed.dtensors import (
+    ShardLayout,
+    full_tensor,
+    is_dtensor,
+    layout_of,
+    local_part,
+)
 from lowrank_lab.layers.balance import gram, value_of
 from lowrank_lab.optim.base import ProjectedAdamW
+from lowrank_lab.optim.found_inf import found_inf, zero_if_off_
 from lowrank_lab.optim.projection import (
     PROJECTIONS,
     is_refresh_due,
@@ -41,6 +48,8 @@ def refresh_sharded_(
         assert is_dtensor(p)
         layout = layout_of(p, optimizer.shard_dim(group, p.shape))
         if len(layout.groups) == 1 and is_refresh_due(optimizer, optimizer.state[p], group):
+            assert p.grad is not None
+            zero_if_off_(local_part(p.grad))  # projections of NaN would spoil weights
             waiting.setdefault(layout.groups[0], []).append(layout)
     for ranks, due in waiting.items():
         count, me = dist.get_world_size(ranks), dist.get_rank(ranks)
@@ -124,7 +133,8 @@ def _shared(
             fill = 0.0 if P is None else torch.nan
             P = torch.full(shape, fill, dtype=torch.float32, device=p.device)
         P = placement.broadcast(P, owner)
-        if not value_of(P.isfinite().all(), usually=True):
+        # where a flag guards the update, projections are finite or unused
+        if found_inf() is None and not value_of(P.isfinite().all(), usually=True):
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 f"the gradient of a matrix {tuple(p.shape)} can't be decomposed"
             )

@@ -206,13 +206,14 @@ def _add_states_(report: Breakdown, w: Weight, config: ResolvedConfig) -> None:
 def _add_part_(
     report: Breakdown, w: Weight, dim: int | None, config: ResolvedConfig, place: tuple[int, int]
 ) -> None:
-    """A rank's share of states, and scalars of the full weight, which all ranks have.
+    """A rank's share of states, and what all ranks have: scalars, and indices of columns.
 
     Moments are sharded along `dim`, projections by rows. Where `dim` is None the update gathers
     all states, whose shares are about equal.
     """
-    numbers = state_bytes(w._replace(shape=(0,) * len(w.shape)), config)
-    projections = projection_bytes(w, config)
+    empty = w._replace(shape=(0,) * len(w.shape))
+    numbers, indices = state_bytes(empty, config), projection_bytes(empty, config)
+    projections = projection_bytes(w, config) - indices
     moments = state_bytes(w, config) - projections - numbers
     rank_shares = [_share(w, side, *place).shape[side] for side in range(len(w.shape))]
     if dim is None:
@@ -221,7 +222,7 @@ def _add_part_(
         moments = moments * rank_shares[dim] // w.shape[dim]
         projections = projections * rank_shares[1 - dim] // w.shape[1 - dim]
     report.optimizer_states += moments + projections + numbers
-    report.projections += projections
+    report.projections += projections + indices
 
 
 def _needed_whole(w: Weight, config: ResolvedConfig) -> bool:

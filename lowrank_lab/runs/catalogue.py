@@ -202,9 +202,10 @@ def _is_training(folder: Path) -> bool:
     On another machine: whether it has written a step within SILENT seconds.
     """
     try:
-        pid, _, node = (folder / ".lock").read_text().strip().partition(" on ")
+        text, _, node = (folder / ".lock").read_text().strip().partition(" on ")
+        pid = int(text)
         if node == platform.node():
-            os.kill(int(pid), 0)
+            os.kill(pid, 0)
             return True
         return time.time() - (folder / "metrics.jsonl").stat().st_mtime < SILENT
     except PermissionError:  # a process of another user

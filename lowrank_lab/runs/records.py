@@ -110,7 +110,12 @@ class FolderRecords:
         path = self.folder / name
         if not path.exists():
             return None
-        found: dict[str, Any] = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError("run", str(self.folder), f"{name} is damaged: {error}") from None
+        if not isinstance(found, dict):
+            raise InputError("run", str(self.folder), f"{name} is damaged: it is no JSON object")
         return found
 
 

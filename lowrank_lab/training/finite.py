@@ -7,13 +7,18 @@ it off: `found_inf`, the attribute that torch's GradScaler sets on fused optimiz
 then change nothing, step counts included. The host reads the numbers while the device updates, and
 before the step's events: a run's records are the same either way.
 
-The optimizers of this package and torch's fused ones know the flag, in every kind of step. What
-they don't change in place the host takes back: entries of states that were replaced or added,
-Python numbers among them. All other steps wait for the numbers before the update, as on a CPU:
-8-bit moments of torchao, optimizers by import path that aren't fused, updates per layer, shards
-(`parallel` fsdp2), and steps whose gradients are recorded as spectra. Within an update, the host
-waits only for torch's decompositions: eigenvalues at a refresh, singular values at LORO's exact
-steps.
+The optimizers of this package and torch's fused ones know the flag, in every kind of step, and in
+shards (`parallel` fsdp2), where all ranks have the same numbers. What they don't change in place
+the host takes back: entries of states that were replaced or added, Python numbers among them. All
+other steps wait for the numbers before the update, as on a CPU:
+
+* of optimizers by import path that aren't fused: their code can't be told to change nothing;
+* updates per layer, which are over before the norm of all gradients is known;
+* steps whose gradients are recorded as spectra: the host decomposes these gradients together with
+  the weights before the update, and takes far longer than the wait.
+
+Within an update, the host waits only for torch's decompositions: eigenvalues at a refresh, singular
+values at LORO's exact steps.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from torch import Tensor
 
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.optim import ProjectedAdamW
+from lowrank_lab.optim.flagged_8bit import FlaggedSteps
 from lowrank_lab.optim.muon import Muon
 from lowrank_lab.techniques.states import unwrapped
 from lowrank_lab.training.clock import HostMark
@@ -89,7 +95,7 @@ def checks_on_device(optimizer: torch.optim.Optimizer, loss: Tensor) -> bool:
 
 
 def _knows_flag(optimizer: torch.optim.Optimizer) -> bool:
-    ours = isinstance(optimizer, ProjectedAdamW | Muon)
+    ours = isinstance(optimizer, ProjectedAdamW | Muon | FlaggedSteps)
     return ours or getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

@@ -75,11 +75,11 @@ def take_step_(
     if check is None:
         return None, update_(model, optimizer, config, step, shards=shards)
     check.start(loss, norm)
-    late = not wait and per_layer is None and shards is None and checks_on_device(optimizer, loss)
+    late = not wait and per_layer is None and checks_on_device(optimizer, loss)
     before = StatesBefore(optimizer) if late else None
     if late:
         with off_where(optimizer, check.found_inf()):
-            apply_gradients_(optimizer, config, step)
+            apply_gradients_(optimizer, config, step, shards)
     try:
         values = check.values()
     except NotFiniteStepError:

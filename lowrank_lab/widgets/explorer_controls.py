@@ -49,6 +49,7 @@ class Controls:
         self.all = ipw.Button(description="choose all rows")
         self.none = ipw.Button(description="choose none")
         self.count, self.trouble = ipw.HTML(), ipw.HTML()
+        self.trouble.add_class("runs-line")
         return [
             _row(ipw, self.folder, self.path), _row(ipw, self.search, self.rows),
             _row(ipw, *self.fields.values()), self.table,
@@ -69,6 +70,7 @@ class Controls:
             options=["–"], description="step", continuous_update=False, **FLEXIBLE
         )
         self.text, self.picture = ipw.HTML(), ipw.HTML(layout={"max_width": "100%"})
+        self.text.add_class("runs-line")
         self.files = {
             kind: ipw.Button(description=kind.upper(), tooltip=f"download as {kind.upper()}",
                              layout={"width": "5em"})

@@ -18,9 +18,8 @@ from lowrank_lab.figures.run_groups import (
     loss_memory,
     metric_curves,
     metric_table,
-    spectra_over_training,
-    spectrum_table,
 )
+from lowrank_lab.figures.spectrum_maps import spectra_over_training, spectrum_table
 from lowrank_lab.runs import series
 from lowrank_lab.runs.catalogue import Entry
 from lowrank_lab.runs.run import DESCRIBES

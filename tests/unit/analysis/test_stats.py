@@ -3,12 +3,14 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from lowrank_lab.analysis.stats import (
     corrected,
     mean_interval,
+    mean_intervals,
     p_within,
     seed_document_interval,
 )
@@ -82,3 +84,15 @@ def test_the_bootstrap_needs_two_seeds_and_two_documents():
     for shape in ((1, 5), (5, 1)):
         with pytest.raises(ValueError, match="at least two of each"):
             seed_document_interval(np.zeros(shape), np.ones(shape[1]))
+
+
+def test_intervals_of_all_groups_at_once_are_those_of_each():
+    table = pd.DataFrame({"a": [1, 1, 2, 1, 3, 2], "b": list("xxyxzy"),
+                          "v": [1.0, 2.0, 5.0, 4.0, np.nan, 7.5]})  # fmt: skip
+    found = mean_intervals(table, ["a", "b"], "v", confidence=0.9)
+    assert found.columns.tolist() == ["a", "b", "mean", "half_width", "n"]
+    expected = [mean_interval(v, 0.9) for v in ([1.0, 2.0, 4.0], [5.0, 7.5])]
+    np.testing.assert_allclose(found[["mean", "half_width", "n"]].to_numpy(), expected)
+    single = mean_intervals(table[:1], ["a"], "v")
+    assert single["n"].tolist() == [1]
+    assert single["half_width"].isna().all()

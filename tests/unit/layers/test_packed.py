@@ -123,7 +123,7 @@ def test_padding_stays_zero_in_training_and_training_is_the_same(compiled, monke
             with cuda_path():
                 model.pack_(aligned=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        with counting(monkeypatch, "aot_eager"):
+        with counting(monkeypatch, "eager"):
             if compiled:
                 model.compile_blocks()
             for _ in range(3):
@@ -216,15 +216,15 @@ def test_off_cuda_s_path_and_for_weights_that_differ_nothing_is_packed():
 
 def test_one_s_own_compilation_of_the_model_does_not_use_the_storage(monkeypatch):
     """Compiled code can't see where tensors are, so it must not rely on it."""
-    model = model_of()
-    block, tables = model.model.layers[0], rotary_tables(64, 16)
-    x, tables = model.model.embed_tokens(TOKENS), [t.bfloat16() for t in tables]
+    model = model_of(dtype=torch.float64)
+    block, tables = model.model.layers[0], [t.double() for t in rotary_tables(64, 16)]
+    x = model.model.embed_tokens(TOKENS).detach()
     with counting(monkeypatch, "eager"), cuda_path(), torch.no_grad():
         compiled = torch.compile(lambda x: block(x, *tables), backend="eager", fullgraph=True)
-        assert torch.equal(compiled(x), block(x, *tables))
+        torch.testing.assert_close(compiled(x), block(x, *tables))
         assigned(model)
         block.mlp.up_proj.weight.zero_()
-        assert torch.equal(compiled(x), block(x, *tables))
+        torch.testing.assert_close(compiled(x), block(x, *tables))
 
 
 @pytest.mark.parametrize("method", ["full-rank", "galore", "muon"])

@@ -131,6 +131,8 @@ OTHERS = [
     ("galore", {"proj_type": "left"}), ("galore", {"proj_type": "full"}),
     ("fira", {"proj_type": "reverse_std"}), ("apollo", {"store_projection": False}),
     ("apollo-mini", {"proj_type": "right"}), ("spam", {"density": 0.3}),
+    ("frugal", {"proj": "columns"}), ("frugal", {"proj": "columns", "proj_type": "right"}),
+    ("ldadam", {"error_feedback": False}), ("cola", {"recompute": True}),
     ("sltrain", {"sparsity": 0.0}), ("sltrain", {"sparsity": 1.0}),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.kernels import block_kernels
 from lowrank_lab import factorize
 from lowrank_lab.config import SIZES
 from lowrank_lab.device import cuda_path
@@ -126,6 +127,16 @@ def test_a_block_launches_fewer_kernels(kind, monkeypatch):
             answers(model)
     # two products of q, k, v and one of gate, up; forward, and twice in the backward pass
     assert apart.count - together.count == 3 * 3 * TINY.num_layers
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "saved"),
+    [("60m", None, 16), ("1b", None, 24), ("60m", "low-rank", 6), ("60m", "sltrain", 0)],
+)
+def test_blocks_of_real_sizes_launch_fewer_kernels(size, kind, saved):
+    one, several = (block_kernels(SIZES[size], kind, merged=m).total for m in (True, False))
+    assert several - one >= saved
+    assert one <= (110 if kind is None else 200)
 
 
 @pytest.mark.parametrize("kind", MERGED)

@@ -2,12 +2,19 @@
 
 import json
 import socket
+from functools import partial
 
 import pytest
+import torch
+from finite_steps import QUEUED_FIRST, late_and_not, order_of_step
+from interruptions import assert_same, config_of
 
-from lowrank_lab import InputError, RunConfig, train
+from lowrank_lab import InputError, RunConfig, distributed, train
 from lowrank_lab.methods.resolve import resolve
+from lowrank_lab.training import step as stepping
+from lowrank_lab.training.fsdp import ShardedModel
 from lowrank_lab.training.fsdp_layout import check_fsdp
+from lowrank_lab.training.schedule import events
 
 SMALL = {"model": "tiny", "corpus": "markov", "batch": 8, "sequence_length": 32, "device": "cpu"}
 SMALL |= {"eval_tokens": 1000, "test_tokens": 2000}
@@ -49,6 +56,38 @@ def launched(monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setenv("MASTER_PORT", str(port))
+
+
+SHARDED = [
+    "full-rank", "low-rank", "lora", "sltrain", "cola", "galore", "golore", "fira", "apollo",
+    "spam", "stable-spam", "loro", "muon", "scale", "normuon", "spectron", "frugal", "ldadam",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SHARDED)
+def test_the_host_reads_nothing_of_a_step_in_shards_until_its_update_is_queued(method, launched):
+    config = resolve(config_of(method, parallel="fsdp2", clip=1.0))
+    tokens = torch.zeros(2, config.sequence_length, dtype=torch.long)
+    with distributed.process_group(torch.device("cpu")):
+        shards = ShardedModel(config, torch.device("cpu"))
+        given = shards.model, shards.optimizer, [(tokens, tokens)], config
+        for at in range(3):
+            take = partial(stepping.take_step_, *given, at, shards=shards)
+            found = order_of_step(lambda check, take=take: take(check=check), (shards, "step_"))
+            assert found[:5] == QUEUED_FIRST
+            assert not found[5:] or events(at + 1, config)  # a refactorization reads
+
+
+@pytest.mark.parametrize("method", ["full-rank", "galore", "fira", "muon", "loro", "relora"])
+def test_the_device_skips_steps_in_shards_that_the_host_would_skip(
+    method, launched, tmp_path, monkeypatch
+):
+    options = {"method_options": {"merge_every": 6}} if method == "relora" else {}
+    config = config_of(
+        method, parallel="fsdp2", steps=12, on_nonfinite="skip", checkpoint_every=8, **options
+    )
+    runs = late_and_not(monkeypatch, tmp_path, config, {1, 3, 4, 8, 9, 12}, "gradient")
+    assert_same(*runs, but=["peak_memory_bytes"])
 
 
 def losses(folder):

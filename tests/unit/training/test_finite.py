@@ -1,13 +1,13 @@
 """A step that isn't finite changes nothing, and on CUDA's path the host reads that late."""
 
 import math
-from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
+from finite_steps import QUEUED_FIRST, late_and_not, order_of_step, spoiled
 from interruptions import STEPS, assert_same, config_of, rows_of
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_lab import TrainingError, train
 from lowrank_lab.device import cuda_path
@@ -41,46 +41,6 @@ def variants():
             yield pytest.param(name, values, id=f"{name}, {label}")
 
 
-def spoiled(monkeypatch, steps, where):
-    """Make the loss, or a gradient and with it the norm, of these steps (from 1) not finite."""
-    real = stepping.gradients
-
-    def gradients(model, batches, config, *rest):
-        loss, norm = real(model, batches, config, *rest)
-        calls.append(1)
-        if len(calls) not in steps:
-            return loss, norm
-        if where == "loss":
-            return loss * math.nan, norm
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.view(-1)[0] = math.inf if where == "overflow" else math.nan
-        return loss, norm * math.nan
-
-    calls = []
-    monkeypatch.setattr(stepping, "gradients", gradients)
-
-
-def late_and_not(monkeypatch, folder, config, bad, where):
-    """The run on CUDA's path, and the one in which the host waits before each update."""
-    flags = []
-
-    @contextmanager
-    def noted(optimizer, found_inf):
-        flags.append(found_inf.item())
-        with off_where(optimizer, found_inf):
-            yield
-
-    for late in (True, False):
-        with monkeypatch.context() as patch, cuda_path():
-            spoiled(patch, bad, where)
-            patch.setattr(stepping, "off_where", noted)
-            if not late:
-                patch.setattr(stepping, "checks_on_device", lambda *_: False)
-            yield train(config, folder / str(late))
-    assert {0, 1} == set(flags)  # both kinds of steps were queued
-
-
 @pytest.mark.parametrize(
     ("method", "where"),
     [*((n, "gradient") for n in (*FUSED, *OURS)), ("low-rank", "loss"), ("lora", "overflow")],
@@ -92,6 +52,14 @@ def test_the_device_skips_what_the_host_would_skip(method, where, tmp_path, monk
     config = config_of(method, on_nonfinite="skip", checkpoint_every=8, **options)
     runs = late_and_not(monkeypatch, tmp_path, config, bad, where)
     assert_same(*runs, but=["peak_memory_bytes"])  # the flag's 4 bytes, and those of the update
+
+
+def test_the_device_skips_steps_of_torchao_s_8_bit_moments(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # which takes minutes
+    config = config_of("adamw-8bit", on_nonfinite="skip", hidden_size=64, steps=5, reset_every=0)
+    runs = late_and_not(monkeypatch, tmp_path, config, {1, 3, 5}, "gradient")
+    assert_same(*runs, but=["peak_memory_bytes"])
 
 
 def test_a_first_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, monkeypatch):
@@ -127,48 +95,32 @@ def test_the_device_stops_where_the_host_would_stop(tmp_path, monkeypatch):
         assert_same(*(train(config_of("low-rank"), tmp_path / str(late)) for late in (True, False)))
 
 
-class HostReads(TorchDispatchMode):
-    """Appends the names of operators that wait for the device to give the host a number."""
-
-    def __init__(self, found):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("method", "values"), [*variants()])
 def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method, values):
     """Of any kind of step: the first, refreshes, exact steps and resets of SPAM among them."""
     config = resolve(config_of(method, clip=1.0, **values))
     model, optimizer = build(config)
     tokens = torch.zeros(2, config.sequence_length, dtype=torch.long)
-    found, real_step = [], optimizer.step
     kinds = set()
-
-    def step():
-        real_step()
-        found.append("update")
-
-    def check(loss, norm):
-        found.append("check")
-        return loss.item(), norm.item()
-
-    optimizer.step = step
-    reads = ["_local_scalar_dense"] * 2  # of two numbers that are on the host already
-    finite = FiniteCheck(check, lambda: found.append("ready"))
     for at in range(9):
-        found.clear()
         kinds.add(kind_of(config, at))
-        with cuda_path(), HostReads(found):
-            stepping.take_step_(model, optimizer, [(tokens, tokens)], config, at, check=finite)
-        assert found[:5] == ["ready", "update", "check", *reads]
+        take = partial(stepping.take_step_, model, optimizer, [(tokens, tokens)], config, at)
+        found = order_of_step(lambda check, take=take: take(check=check), (optimizer, "step"))
+        assert found[:5] == QUEUED_FIRST
         assert not found[5:] or events(at + 1, config)  # a refactorization reads
     assert {"first", "next"} <= kinds
+
+
+def test_8_bit_moments_of_torchao_are_queued_as_well(monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    config = resolve(config_of("adamw-8bit", hidden_size=64))
+    model, optimizer = build(config)
+    tokens = torch.zeros(2, config.sequence_length, dtype=torch.long)
+    for at in range(3):
+        take = partial(stepping.take_step_, model, optimizer, [(tokens, tokens)], config, at)
+        found = order_of_step(lambda check, take=take: take(check=check), (optimizer, "step"))
+        assert found[:5] == QUEUED_FIRST
 
 
 @pytest.mark.parametrize("method", FUSED)
