@@ -170,6 +170,7 @@ class MethodOptions(MarkdownDirective):
         rows = []
         for m in built_in():
             rates = [f"{m.lr.at(width):g}" for width in (64, 512)]
+            rates[0] += " (short)" if m.short_tuning else ""
             options = ", ".join(f"`{name}`" for name in m.options)
             rows.append((f"`{m.name}`", *rates, options))
         return markdown_table(("method", "lr, width 64", "lr, width 512", "options"), rows)

@@ -134,7 +134,8 @@ DENSE = (
         parent="full-rank",
         use="nearly no optimizer states with dense weights",
         optimizer=scale,
-        lr=ByWidth({64: 1e-2, 512: 1e-3, 1024: 1e-3, 2048: 2e-4, 4096: 1e-4}),
+        lr=ByWidth({64: 2.5e-3, 512: 1e-3, 1024: 1e-3, 2048: 2e-4, 4096: 1e-4}),
+        short_tuning=True,
         options={
             **adam_options(eps=1e-8),
             "momentum": Option.number(0.9, 0, 0.999999),
@@ -156,7 +157,8 @@ DENSE = (
         parent="muon",
         use="Muon where some outputs would dominate the update",
         optimizer=normuon,
-        lr=ByWidth({64: 1e-2, 512: 2e-3, 2048: 1e-3}),
+        lr=ByWidth({64: 2e-2, 512: 2e-3, 2048: 1e-3}),
+        short_tuning=True,
         options={
             **adam_options(eps=1e-8),
             "momentum": Option.number(0.95, 0, 0.999999),

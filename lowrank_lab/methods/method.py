@@ -25,6 +25,8 @@ class Method:
         parent: the method that it grew out of, by name.
         use: when to use it, in one line.
         lr: default peak learning rate.
+        short_tuning: whether that at width 64 is the best of a few short runs only (the study
+            since_2025), and not of runs at full length.
         spectral_lr: the same for factors that start from an SVD.
         halve_lr_at_high_rank: halve the default learning rate when rank ≥ width / 2 (of factors:
             `spectral_lr` only).
@@ -54,6 +56,7 @@ class Method:
     year: int | None = None
     parent: str | None = None
     use: str = ""
+    short_tuning: bool = False
     spectral_lr: ByWidth | None = None
     halve_lr_at_high_rank: bool = False
     layers: str | None = None

@@ -40,8 +40,6 @@ _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", 
 _SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
 _GALORE_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 1e-2})
 _GALORE_SCALE = ByWidth({64: 1.0, 96: 1.0, 512: 0.25})
-_FRUGAL_LR = ByWidth({64: 5e-3, 512: 1e-3})  # not tuned yet
-_LDADAM_LR = ByWidth({64: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})  # not tuned yet
 
 PROJECTED = (
     Method(
@@ -163,7 +161,8 @@ PROJECTED = (
         parent="galore",
         use="GaLore's states, with signs outside of the subspace",
         optimizer=projected(Frugal, *_SUBSPACE_KEYS, "proj", "inactive_lr_scale", seeded=True),
-        lr=_FRUGAL_LR,
+        lr=ByWidth({64: 5e-3, 512: 1e-3}),
+        short_tuning=True,
         uses_rank=True,
         options={
             **adam_options(eps=1e-8),
@@ -185,7 +184,8 @@ PROJECTED = (
         parent="galore",
         use="no period to tune; GaLore's states without feedback",
         optimizer=projected(LDAdam, "rho", "proj_type", "error_feedback", "refresh"),
-        lr=_LDADAM_LR,
+        lr=ByWidth({64: 1e-2, 512: 1e-3, 1024: 1e-3, 2048: 5e-4}),
+        short_tuning=True,
         uses_rank=True,
         options={
             **adam_options(eps=1e-8),

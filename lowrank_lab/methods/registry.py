@@ -5,13 +5,12 @@ parameter (data/study/README.md: stage 2 of tuning); those at width 96 the best 
 (GoLore has GaLore's). From width 512 on they are those of notebooks/studies/paper_*.yaml, which
 name the script or guess behind each; other methods scale their learning rate with width as full
 rank does. Over ranks (data/study/ranks and ranks_rates) the best rate is the same up to a quarter
-of the width, and half of it at half the width. Not tuned yet are those of SCALE (its scripts' rates
-from width 512 on), NorMuon (Muon's, which suit steps of the same size) and Spectron (a guess: no
-rate of its pretraining is published).
+of the width, and half of it at half the width.
 
-Rates of ldadam and frugal are not tuned yet: from width 512 on they are those of the authors'
-scripts, at width 64 that of full rank. CoLA's are its authors' from width 512
-on, and those at 512 below it.
+Rates at width 64 of rows with `short_tuning` are the best of 200 steps and two seeds, in factors of
+two (data/study/since_2025). From width 512 on they are those of the authors' scripts; NorMuon has
+Muon's, which suit steps of the same size, and Spectron guesses: no rate of its pretraining is
+published.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
 those that Tol calls muted.

@@ -152,6 +152,18 @@ def test_defaults_at_the_studys_widths_are_what_tuning_found_best(key):
     assert (config.lr, options.get("scale", options.get("alpha"))) == best_of_tuning()[key]
 
 
+@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.short_tuning])
+def test_a_rate_from_the_short_tuning_is_its_best_and_inside_of_its_grid(name):
+    losses = {}
+    for run in find_runs(KEPT / "since_2025"):
+        if run.config.method == name and run.label.startswith(f"{name}, lr"):
+            losses.setdefault(run.config.lr, []).append(run.result["validation_loss"])
+    assert {len(found) for found in losses.values()} == {2}  # seeds
+    best = min(losses, key=lambda lr: sum(losses[lr]))
+    assert min(losses) < best < max(losses)
+    assert resolve(RunConfig(method=name)).lr == best
+
+
 @pytest.mark.parametrize(
     ("method", "init", "rank", "best"),
     [("low-rank", "spectral", 4, 1e-2), ("low-rank", "spectral", 8, 1e-2),
