@@ -17,6 +17,7 @@ import pandas as pd
 from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.config import InputError, RunConfig, nearest
 from lowrank_lab.memory.formulas import MIB
+from lowrank_lab.runs.catalogue import read_catalogue
 from lowrank_lab.runs.run import Run, complete_runs
 
 ANY = "any"
@@ -41,12 +42,16 @@ def settings(folder: Path | str, strict: bool = True) -> pd.DataFrame:
     of a run share one row.
 
     Args:
-        strict: raise on unfinished runs; False skips them.
+        strict: raise on unfinished and broken runs; False skips them.
 
     Raises:
         InputError: the folder does not exist or has no finished run.
     """
-    rows = [_row(run) for run in complete_runs(folder, strict) if run.finished]
+    if strict:
+        runs = complete_runs(folder)
+    else:
+        runs = [Run(e.folder) for e in read_catalogue(str(folder)) if e.state == "finished"]
+    rows = [_row(run) for run in runs]
     if not rows:
         raise InputError("folder", str(folder), "no run in it has finished yet")
     table = pd.DataFrame(rows, dtype=object)

@@ -50,11 +50,7 @@ class Drawing(Figure):
 
 
 def png(figure: Figure, **options: Any) -> bytes:
-    """A figure as PNG, by default cropped to its content.
-
-    Args:
-        options: for `savefig`, in place of `bbox_inches="tight"`.
-    """
+    """A figure as PNG, cropped to its content unless there are `options` for `savefig`."""
     return _saved(figure, "png", **(options or {"bbox_inches": "tight"}))
 
 
@@ -80,7 +76,8 @@ def alt_text(figure: Figure) -> str:
         legend = ax.get_legend()
         names += [t.get_text() for t in ax.get_yticklabels() if t.get_text()[:1].isalpha()]
         names += [t.get_text() for t in [*ax.texts, *(legend.get_texts() if legend else [])]]
-    names += [t.get_text() for part in (figure, *figure.legends) for t in part.texts]
+    texts = [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
+    names += [t.get_text() for t in texts]
     shared = " against ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))
     parts = [figure.get_suptitle(), shared, *panels, ", ".join(dict.fromkeys(filter(None, names)))]
     return getattr(figure, "alt", "") or " ".join("; ".join(filter(None, parts)).split())

@@ -24,7 +24,7 @@ from lowrank_lab.runs.files import replacing
 
 LIGHT = {"ink": "#1f2328", "soft": "#6b7280", "page": "#ffffff",
          "blue": "#0072B2", "orange": "#D55E00", "green": "#009E73"}  # fmt: skip
-DARK = {"ink": "#e6e8eb", "soft": "#9aa3ad", "page": "#14181e",
+DARK = {"ink": "#e6e8eb", "soft": "#9aa3ad", "page": "#121212",
         "blue": "#56B4E9", "orange": "#E69F00", "green": "#2FC79A"}  # fmt: skip
 Point = tuple[float, float]
 

@@ -17,11 +17,11 @@ from lowrank_lab.optim.checks import is_number, require, require_bool, require_c
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.fira import EPS, growth_limiter
 from lowrank_lab.optim.matrix_updates import SEED_STRIDE, each
+from lowrank_lab.optim.projecting import projected_gradient
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
     check_projection,
     get_projections,
-    projected_gradient,
     projected_shapes,
     refresh_together_,
     unprojected_dim,

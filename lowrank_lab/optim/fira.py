@@ -13,11 +13,10 @@ from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require_bool
+from lowrank_lab.optim.projecting import project_back_add_, projected_gradient
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
     get_projections,
-    project_back_add_,
-    projected_gradient,
 )
 from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 

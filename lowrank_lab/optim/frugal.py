@@ -26,7 +26,10 @@ from lowrank_lab.optim.columns import (
     selected,
 )
 from lowrank_lab.optim.golore import GoLore
-from lowrank_lab.optim.projection import ONE_SIDED, project_back_add_, projected_gradient
+from lowrank_lab.optim.projecting import project_back_add_, projected_gradient
+from lowrank_lab.optim.projection import (
+    ONE_SIDED,
+)
 from lowrank_lab.optim.stacks import Stacks, Weights
 from lowrank_lab.optim.state_bytes import Weight, projected_states, stored_projections
 from lowrank_lab.optim.subspace_adamw import SubspaceAdamW

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from lowrank_lab.optim.projecting import project_back_add_, projected_gradient
 from lowrank_lab.optim.projection import (
     get_projections,
-    project_back_add_,
-    projected_gradient,
 )
 from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 

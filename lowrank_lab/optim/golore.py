@@ -13,12 +13,11 @@ from lowrank_lab.optim.checks import require_int
 from lowrank_lab.optim.columns import is_index
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.matrix_updates import each
+from lowrank_lab.optim.projecting import project_back_add_, projected_gradient
 from lowrank_lab.optim.projection import (
     gather_projections,
     get_projections,
     load_projections,
-    project_back_add_,
-    projected_gradient,
     refresh_together_,
     replace_projections_,
 )

@@ -17,14 +17,13 @@ from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.optim.adam import to_state_precision
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool
+from lowrank_lab.optim.projecting import project_back_add_, projected_gradient
 from lowrank_lab.optim.projection import (
     ONE_SIDED,
     PROJECTIONS,
     gather_projections,
     get_projections,
     load_projections,
-    project_back_add_,
-    projected_gradient,
     require_finite,
 )
 from lowrank_lab.optim.stacks import Matrices, StackedStates, Stacks

@@ -1,4 +1,4 @@
-"""Projections of the gradient: stored in the state, refreshed every update_proj_gap steps, applied.
+"""Projections of the gradient: stored in the state, refreshed every update_proj_gap steps.
 
 A gradient G is m×n. A left projection L (m×r) and a right projection R (n×r) have orthonormal
 columns; the projected gradient is Lᵀ G, G R, or Lᵀ G R with both. They are entries of the
@@ -22,7 +22,6 @@ from torch import Tensor
 from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.placements import Placement
 from lowrank_lab.layers.balance import value_of
-from lowrank_lab.optim.adam import state_dtype, to_state_precision
 from lowrank_lab.optim.base import ProjectedAdamW
 from lowrank_lab.optim.carried import ON_REFRESH, follow_refresh_
 from lowrank_lab.optim.checked import Shapes
@@ -31,7 +30,6 @@ from lowrank_lab.optim.columns import is_index
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.found_inf import found_inf, zero_if_off_
 from lowrank_lab.optim.matrix_updates import each
-from lowrank_lab.optim.stacks import Stacks, Weights, project_stacks
 from lowrank_lab.optim.subspaces import (
     Projections,
     gram_subspaces,
@@ -218,39 +216,6 @@ def projected_shapes(group: dict[str, Any], shape: tuple[int, ...]) -> Shapes:
         shapes |= {"projection_left": (m, r)} if left else {}
         shapes |= {"projection_right": (n, r)} if right else {}
     return shapes
-
-
-def project(G: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Lᵀ G, G R or Lᵀ G R."""
-    # For both sides (Lᵀ G) R, as in galore-torch: right after a refresh, the other order differs in
-    # the off-diagonal entries. They are rounding noise, which Adam amplifies.
-    G = G if left is None else left.T @ G
-    return G if right is None else G @ right
-
-
-def projected_gradient(G: Any, left: Any, right: Any, group: dict[str, Any]) -> Any:
-    """`project` in the dtype of Adam's moments; of stacks, their stacks."""
-    if isinstance(G, Stacks):
-        return project_stacks(G, left, right, state_dtype(G.flat.dtype, group))
-    return to_state_precision(project(G, left, right), group)
-
-
-def project_back_add_(W: Any, N: Any, left: Any, right: Any, alpha: float) -> Any:
-    """W ← W + alpha · (L N, N Rᵀ or L N Rᵀ), in place; the product in the projection's dtype.
-
-    W may be a stack, in the projections' dtype.
-    """
-    if isinstance(W, Weights):  # when the update ends, in few kernels
-        W.product = (N, left, right, alpha)
-        return W
-    P = right if left is None else left
-    assert P is not None
-    N = N.to(P.dtype)
-    X = N if left is None else left
-    Y = N if right is None else right.mT if left is None else N @ right.mT
-    if W.ndim > 2:  # a stack
-        return W.baddbmm_(X, Y, alpha=alpha)
-    return W.addmm_(X, Y, alpha=alpha) if W.dtype == P.dtype else W.add_(X @ Y, alpha=alpha)
 
 
 def check_projection(

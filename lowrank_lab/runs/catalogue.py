@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -65,7 +65,12 @@ def read_catalogue(folder: str) -> list[Entry]:
         if (place.parent / RUNS).is_file():
             return [entry for entry in [_entry_of(place, place.name)] if entry is not None]
         raise InputError("folder", folder, f"there is no such folder, here or in {data_folder()}")
-    entries = list(filter(None, (_entry_of(path, name) for name, path in _found(place))))
+    closed: list[OSError] = []
+    found = _found(place, closed.append)
+    entries = [entry for name, path in found if (entry := _entry_of(path, name)) is not None]
+    for error in closed:
+        path = Path(error.filename)
+        entries.append(Entry(path.name, path, "broken", str(error.strerror), path.name))
     if not entries:
         raise InputError("folder", folder, "it holds no runs")
     return sorted(entries, key=lambda entry: entry.folder)
@@ -91,9 +96,13 @@ def _holds_runs(folder: Path) -> bool:
     return next(folder.glob("*/config.json"), None) is not None
 
 
-def _found(place: Path) -> Iterator[tuple[str, Path]]:
-    """Name and path of each run at or below a folder, in run folders and kept studies."""
-    for root, folders, files in os.walk(place):
+def _found(place: Path, report: Callable[[OSError], None]) -> Iterator[tuple[str, Path]]:
+    """Name and path of each run at or below a folder, in run folders and kept studies.
+
+    Args:
+        report: called for each folder that cannot be listed.
+    """
+    for root, folders, files in os.walk(place, onerror=report):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here = Path(root)
         inside = here.relative_to(place).as_posix()

@@ -35,7 +35,7 @@ def explore(folder: Path | str, row: str = "", column: str = "", live: bool = Fa
     """Maps of test perplexity over two knobs: a slider over all maps, or a live panel.
 
     Args:
-        folder: runs; a live panel ignores unfinished ones.
+        folder: runs; a live panel ignores unfinished and broken ones.
         row, column: knobs; empty: the first two that vary.
         live: display dropdowns for the two knobs and sliders for the others.
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.config import SIZES, InputError, ResolvedConfig, RunConfig
@@ -102,13 +103,24 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
         if hasattr(knob, "continuous_update"):
             knob.continuous_update = False
 
-    def draw(values: dict[str, Any]) -> tuple[str, str]:
+    def asked(values: dict[str, Any]) -> RunConfig:
         clip = 0.0 if values["per_layer"] else config.clip
-        asked = config.replace(**values, clip=clip, method_options={})
-        figure, words = _step_figure(of_method(asked, values["method"]), capacity)
-        return image(figure), words
+        return of_method(config.replace(**values, clip=clip, method_options={}), values["method"])
 
-    display(panel(knobs, draw, waiting="simulating …"))  # type: ignore[no-untyped-call]
+    shown: dict[str, tuple[str, str]] = {}
+
+    def draw(values: dict[str, Any]) -> tuple[str, str]:
+        chosen = asked(values)
+        key = chosen.model_dump_json()
+        if key not in shown:
+            figure, words = _step_figure(chosen, capacity)
+            shown[key] = image(figure), words
+        return shown[key]
+
+    def at_once(values: dict[str, Any]) -> str:
+        return _formula_line(asked(values))
+
+    display(panel(knobs, draw, waiting=at_once))  # type: ignore[no-untyped-call]
     return None
 
 
@@ -139,6 +151,16 @@ def _step_figure(asked: RunConfig, capacity: int) -> tuple[Figure, str]:
     return figures.memory_timeline(account.steps["next"].table(), name), words
 
 
+def _formula_line(asked: RunConfig) -> str:
+    """Weights and states by formula: milliseconds, where a simulated step takes seconds."""
+    from lowrank_lab.memory.formulas import by_formula
+    from lowrank_lab.methods.resolve import resolve
+
+    found = by_formula(resolve(asked))
+    held = (found.weights + found.optimizer_states) / 1e9
+    return f"weights + optimizer states = {held:.3f} GB by formula; simulating the step …"
+
+
 def _measurable(config: ResolvedConfig) -> bool:
     """Whether a step of the configuration takes this CPU only seconds."""
     from torch.backends.cpu import get_cpu_capability
@@ -162,8 +184,10 @@ def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = T
     """
     from lowrank_lab import figures
 
+    tables = cache(lambda run: run.spectra_of(what))  # reading one takes longer than drawing it
+
     def drawn(run: Run, kind: str) -> Figure:
-        table = run.spectra_of(what)
+        table = tables(run)
         layers = [name for name in table["layer"].unique() if kind in name]
         if not layers:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in table["layer"]})

@@ -12,7 +12,10 @@ UNSQUEEZED = {"flex": "0 0 auto"}  # controls keep their width beside a wide pic
 Draw = Callable[[dict[str, Any]], tuple[str, str]]
 
 
-def panel(knobs: Mapping[str, Any], draw: Draw, above: bool = False, waiting: str = "") -> Any:
+def panel(
+    knobs: Mapping[str, Any], draw: Draw, above: bool = False,
+    waiting: Callable[[dict[str, Any]], str] | None = None,
+) -> Any:  # fmt: skip
     """A box of controls beside the text and picture that they redraw.
 
     Args:
@@ -20,17 +23,18 @@ def panel(knobs: Mapping[str, Any], draw: Draw, above: bool = False, waiting: st
         draw: values by name → picture as HTML (`figures.image`), and text. The message of an
             InputError is shown in their place.
         above: put the controls in a row above a wide picture.
-        waiting: text shown while drawing.
+        waiting: values by name → text shown at once, while a picture that takes longer is drawn.
     """
     import ipywidgets as ipw
 
     text, picture = ipw.HTML(), ipw.HTML()
 
     def show(change: object = None) -> None:
-        if waiting:
-            text.value = waiting
+        values = {name: knob.value for name, knob in knobs.items()}
         try:
-            drawn, words = draw({name: knob.value for name, knob in knobs.items()})
+            if waiting:
+                text.value = html.escape(waiting(values))
+            drawn, words = draw(values)
         except InputError as error:
             drawn, words = "", str(error)
         picture.value = drawn

@@ -6,6 +6,8 @@ cells), none for a length of time.
 
 import itertools
 import json
+import os
+import platform
 import re
 
 import nbformat
@@ -177,7 +179,7 @@ def outputs(page):
 
 
 def growing_run(workplace):
-    """A folder with two finished runs of the kept study, and a third that isn't finished."""
+    """A folder with two finished runs of the kept study, and a third that is in training."""
     folder = workplace / f"runs-{next(_numbers)}"
     folder.mkdir()
     one, other, third = find_runs(workplace / "data" / "study" / "memory")[:3]
@@ -185,36 +187,61 @@ def growing_run(workplace):
         copy_run(run.folder, folder / run.folder.name)
     copy_run(third.folder, folder / "growing")
     (folder / "growing" / "result.json").unlink()
+    (folder / "growing" / ".lock").write_text(f"{os.getpid()} on {platform.node()}\n")
     return folder
 
 
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def rows(page):
+    """The rows of the explorer's table."""
+    return page.locator(".runs-table tbody tr")
+
+
+def tab_to(page, selector):
+    """Press Tab until an element that the selector matches has the focus."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("s => document.activeElement.matches(s)", selector):
+            return
+    raise AssertionError(f"Tab does not reach {selector}")
+
+
 def explore(page):
-    """Move every control of the explorer: by mouse, by keyboard, and as a screen reader would."""
-    wait_for_text(page, re.compile(r"^3 runs, validation_loss, layer "), timeout=EXECUTING)
-    first = picture(page)
+    """Move the explorer's controls: by mouse, by keyboard, and as a screen reader would."""
+    wait_for_text(page, re.compile(r"^3 configurations \(3 runs\), validation_loss "), EXECUTING)
+    pictures = [picture(page)]
     choose_by_mouse(page, "metric", "Home", "ArrowDown")
-    wait_for_text(page, re.compile(r"^3 runs, loss, layer "))
-    other_metric = wait_for_other_picture(page, first)
-
+    wait_for_text(page, re.compile(r"^3 configurations \(3 runs\), loss against training tokens"))
+    pictures.append(wait_for_other_picture(page, pictures[-1]))
     choose(page, "x axis", "step")
-    other_axis = wait_for_other_picture(page, other_metric)
+    pictures.append(wait_for_other_picture(page, pictures[-1]))
 
-    spectra = picture(page, 1)
+    press(button(page, "spectrum of a layer"), "Enter")
+    wait_for_text(page, re.compile(r", layer .*, step = [1-9]"))
+    pictures.append(wait_for_other_picture(page, pictures[-1]))
     press(slider(page, "step"), "Home")
     wait_for_text(page, re.compile(r"layer .*, step = 0\b"))
-    earlier = wait_for_other_picture(page, spectra, 1)
+    pictures.append(wait_for_other_picture(page, pictures[-1]))
     drag(page, slider(page, "step"), 1.0)
-    wait_for_other_picture(page, earlier, 1)
-
-    layer = page.get_by_label("layer", exact=True)
-    before = picture(page, 1)
-    name = layer.locator("option").last.inner_text()
+    pictures.append(wait_for_other_picture(page, pictures[-1]))
+    name = page.get_by_label("layer", exact=True).locator("option").last.inner_text()
     choose(page, "layer", name)
     wait_for_text(page, f"layer {name}, step")
-    wait_for_other_picture(page, before, 1)
 
-    page.get_by_label("runs", exact=True).locator("option").first.click()
-    wait_for_text(page, re.compile(r"^1 run, loss, layer "))
-    wait_for_other_picture(page, other_axis)
-    page.get_by_label("runs", exact=True).select_option(index=[0, 1, 2])
-    wait_for_text(page, re.compile(r"^3 runs, loss, layer "))
+    button(page, "metric over training").click()
+    wait_for_text(page, re.compile(r"^3 configurations \(3 runs\), loss against step"))
+    rows(page).first.click()
+    wait_for_text(page, re.compile(r"^1 configuration \(1 run\), loss "))
+    press(rows(page).first, "ArrowDown")
+    for key in (" ", "ArrowDown", " "):  # the focus has moved on
+        page.keyboard.press(key)
+    wait_for_text(page, re.compile(r"^3 configurations \(3 runs\), loss "))
+    button(page, "sort by loss").click()
+    expect(page.locator(".runs-table th[aria-sort=ascending]")).to_have_text(re.compile("loss"))
+    page.get_by_label("search", exact=True).fill("state=training")
+    wait_for_text(page, "1 of 3 rows, 3 chosen")
+    page.get_by_label("search", exact=True).fill("")
+    wait_for_text(page, "3 of 3 rows, 3 chosen")

@@ -122,6 +122,14 @@ def test_unfinished_runs_are_refused_or_left_out(folder):
     assert len(grid.settings(folder, strict=False)) == 10
 
 
+def test_a_broken_run_is_refused_or_left_out(folder):
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text('{"config"')
+    with pytest.raises(InputError, match="broken"):
+        grid.settings(folder)
+    assert len(grid.settings(folder, strict=False)) == 10
+
+
 def test_effects_are_paired_within_seeds(table):
     found = grid.effects(table).set_index(["knob", "from", "to"])
     reset = found.loc[("reset_every", 0, 30)]

@@ -61,7 +61,7 @@ def test_pictures_are_drawn_again_in_their_folder_and_no_others(tmp_path):
     (tmp_path / "shapes_dark.png").touch()
     assert [path.name for path in ideas.redraw(tmp_path)] == ["shapes_dark.png"]
     with Image.open(tmp_path / "shapes_dark.png") as picture:
-        assert picture.convert("RGB").getpixel((0, 0)) == (0x14, 0x18, 0x1E)
+        assert picture.convert("RGB").getpixel((0, 0)) == (0x12, 0x12, 0x12)
     (tmp_path / "mine.png").touch()
     assert len(ideas.redraw(tmp_path)) == 1
     assert (tmp_path / "mine.png").read_bytes() == b""

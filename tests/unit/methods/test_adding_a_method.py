@@ -93,9 +93,9 @@ def checkout(tmp_path_factory):
     shutil.copy(ROOT / "pyproject.toml", root)
     shutil.copytree(ROOT / "data" / "study", root / "data" / "study")  # defaults are held to it
     (root / "lowrank_lab" / "optim" / "mine.py").write_text(OPTIMIZER)
-    registry = root / "lowrank_lab" / "methods" / "registry.py"
-    rows = registry.read_text().replace("\nROWS = (\n", f"\n{IMPORT}\nROWS = (\n{ROW}")
-    registry.write_text(rows)
+    family = root / "lowrank_lab" / "methods" / "dense_rows.py"
+    rows = family.read_text().replace("\nDENSE = (\n", f"\n{IMPORT}\nDENSE = (\n{ROW}")
+    family.write_text(rows)
     python(root, "tests/write_golden.py", "mine")
     return root
 
@@ -127,7 +127,7 @@ def test_three_files_are_all_that_a_new_method_touches(checkout):
     touched = {name for name in after if after[name] != before.get(name)}
     assert before.keys() <= after.keys()
     assert touched == {
-        "lowrank_lab/optim/mine.py", "lowrank_lab/methods/registry.py", "tests/golden/mine.txt",
+        "lowrank_lab/optim/mine.py", "lowrank_lab/methods/dense_rows.py", "tests/golden/mine.txt",
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from small_matrices import (
 from torch import nn
 
 from lowrank_lab.optim import Fira, GaLore
-from lowrank_lab.optim.projection import project, project_back_add_
+from lowrank_lab.optim.projecting import project, project_back_add_
 from lowrank_lab.optim.subspaces import (
     gram_subspaces,
     leading_subspaces,

@@ -35,9 +35,24 @@ def test_formula_and_simulation_agree_to_the_byte(method, precision):
     assert at_rest(simulate(config).persistent) == at_rest(by_formula(resolve(config)))
 
 
-@pytest.mark.parametrize("method", ["full-rank", "low-rank", "galore", "loro"])
-def test_the_simulated_step_is_the_measured_one(method):
-    config = configured(method)
+OPTIONS = [
+    ("frugal", {"proj": "columns"}), ("frugal", {"proj": "random"}),
+    ("ldadam", {"error_feedback": False}), ("cola", {"recompute": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=str)
+def test_formula_and_simulation_agree_with_options_that_change_what_is_kept(method, options):
+    config = configured(method, precision="bf16", method_options=options)
+    assert at_rest(simulate(config).persistent) == at_rest(by_formula(resolve(config)))
+
+
+STEPPED = [(name, {}) for name in ("full-rank", "low-rank", "galore", "loro", "ldadam")]
+
+
+@pytest.mark.parametrize(("method", "options"), [*STEPPED, OPTIONS[0], OPTIONS[3]], ids=str)
+def test_the_simulated_step_is_the_measured_one(method, options):
+    config = configured(method, method_options=options)
     simulated, measured = simulate(config), measure(config)
     assert at_rest(simulated.persistent) == at_rest(measured.persistent)
     assert simulated.steps.keys() == measured.steps.keys()

@@ -138,3 +138,18 @@ def test_an_entry_is_read_only_once_for_a_stamp(many, monkeypatch):
     read_catalogue(str(many[0]))
     monkeypatch.setattr(catalogue, "Run", None)  # would fail
     assert len(read_catalogue(str(many[0]))) == 6
+
+
+def test_a_folder_that_cannot_be_listed_is_broken_and_hides_no_run(many, monkeypatch):
+    (many[0] / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    entries = {entry.name: entry for entry in read_catalogue(str(many[0]))}
+    assert len(entries) == 7
+    assert (entries["closed"].state, entries["closed"].reason) == ("broken", "Permission denied")

@@ -38,6 +38,18 @@ def flags_of(command, words):
         return {name: value for name, value in context.params.items() if name in names}
 
 
+def test_the_recipe_of_colas_authors_resolves_with_their_learning_rate_as_the_default():
+    path = NOTEBOOKS / "studies" / "cola_60m.yaml"
+    runs = {name: config for name, (_, config) in load_study(path, corpora=False).runs.items()}
+    found = [config for config in runs.values() if config.method == "cola"]
+    assert [c.method_options["recompute"] for c in found] == [False, True]
+    for c in found:
+        assert (c.weight_decay, c.clip, c.warmup, c.total_steps) == (0.01, 0.5, 0.2, 10_000)
+        assert not c.method_options["only_lr_act"]
+        default = resolve(RunConfig(model="60m", method="cola", corpus="markov"))
+        assert (c.lr, c.rank) == (default.lr, default.rank)
+
+
 def test_every_file_is_tested_here():
     assert {p.stem for p in (NOTEBOOKS / "studies").glob("paper_*")} == {
         f"paper_{size}" for size in PUBLISHED

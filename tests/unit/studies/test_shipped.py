@@ -81,7 +81,7 @@ def test_notebooks_are_copied_with_all_that_they_use(tmp_path):
     assert result.exit_code == 0, result.output
     copied = {str(p.relative_to(tmp_path / "mine")) for p in (tmp_path / "mine").rglob("*.*")}
     assert {"00_start_here.ipynb", "own_method.py", "solutions/05_spectra.ipynb"} <= copied
-    assert len([name for name in copied if name[0] == "0"]) == 9
+    assert len([name for name in copied if name[0] == "0"]) == 10
     assert "studies/quick.yaml" in copied
     for name in copied:
         assert (tmp_path / "mine" / name).read_bytes() == (NOTEBOOKS / name).read_bytes()

@@ -10,7 +10,17 @@ from torch import nn
 from lowrank_lab import METHODS, InputError, RunConfig, load_runs, train
 from lowrank_lab.methods.build import build
 from lowrank_lab.methods.resolve import resolve
-from lowrank_lab.optim import Apollo, Fira, GaLore, Spam, StableSpam
+from lowrank_lab.optim import (
+    Apollo,
+    Fira,
+    Frugal,
+    GaLore,
+    LDAdam,
+    NorMuon,
+    Scale,
+    Spam,
+    StableSpam,
+)
 from lowrank_lab.training.gradients import PerLayerUpdates, gradients
 from lowrank_lab.training.step import set_learning_rate, update_
 
@@ -41,10 +51,14 @@ def loss_of(model, seed):
     return nn.functional.cross_entropy(model["head"](hidden).flatten(0, 1), tokens.flatten())
 
 
-def matrices_and_rest(model):
+def matrices_and_rest(model, **keys):
+    return grouped(model, **RANKED, **keys)
+
+
+def grouped(model, **keys):
     ranked = [model["tall"].weight, model["wide"].weight]
     others = [p for p in model.parameters() if all(p is not q for q in ranked)]
-    return [{"params": ranked, **RANKED}, {"params": others}]
+    return [{"params": ranked, **keys}, {"params": others}]
 
 
 OPTIMIZERS = {
@@ -56,6 +70,11 @@ OPTIMIZERS = {
     "Spam": lambda m: Spam(
         m.parameters(), lr=1e-2, weight_decay=0.1, density=0.5, grad_accu_steps=1, **RESTARTS
     ),
+    "Frugal": lambda m: Frugal(matrices_and_rest(m), lr=1e-2, weight_decay=0.1),
+    "columns": lambda m: Frugal(matrices_and_rest(m, proj="columns"), lr=1e-2, weight_decay=0.1),
+    "LDAdam": lambda m: LDAdam(grouped(m, rank=3, error_feedback=False), lr=1e-2),
+    "Scale": lambda m: Scale(grouped(m, norm_dim=1, momentum=0.9), lr=1e-2),
+    "NorMuon": lambda m: NorMuon(grouped(m, use_muon=True), lr=1e-2, weight_decay=0.1),
     "StableSpam": lambda m: StableSpam(m.parameters(), lr=1e-2, update_proj_gap=3),
 }
 
