@@ -104,7 +104,7 @@ class _RotaryHeads(torch.autograd.Function):
         x, cos, sin, packed, *weights = ctx.saved_tensors
         dq, dk, dv = grad_outputs
         batch, heads, length, size = dq.shape
-        dY = dq.new_empty(batch, length, 3, heads, size)
+        dY = dq.new_empty(batch, length, 3, heads, size, dtype=ctx.dtype or dq.dtype)
         parts = _by_heads(dY)
         rotated(dq, cos, sin, -1, out=parts[:, 0])
         rotated(dk, cos, sin, -1, out=parts[:, 1])

@@ -254,6 +254,20 @@ def test_tensors_without_values_are_merged():
     assert widths("dense") <= products.widths
 
 
+def test_under_autocast_a_block_takes_float32_too(monkeypatch):
+    block = model_of("dense").model.layers[0]
+    x, tables = torch.randn(4, 64, TINY.hidden_size), llama.rotary_tables(64, 16)
+    found = []
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(merged, "pays", lambda *_: False)
+        with cuda_path(), torch.autocast("cpu", torch.bfloat16):
+            block(x, *tables).float().square().sum().backward()
+        found.append({name: p.grad for name, p in block.named_parameters()})
+        block.zero_grad()
+    assert_equal(*found, 2**-5)
+
+
 def test_it_pays_on_cuda_s_path_for_many_tokens():
     weights = [torch.empty(6, 4), torch.empty(10, 4)]
     assert not pays(torch.empty(2, 8, 4), weights)
