@@ -118,7 +118,8 @@ class Dashboard(Controls):
         known = dict.fromkeys([*folders_with_runs(), *self._opened])
         self._set(lambda: _offer(self.folder, list(known), folder))
         self._read()
-        self._set(lambda: setattr(self.follow, "value", _any_training(self._entries)))
+        training = any(entry.state == "training" for entry in self._entries)
+        self._set(lambda: setattr(self.follow, "value", training))
         self._regroup()
 
     def _read(self) -> None:
@@ -233,10 +234,6 @@ class Dashboard(Controls):
             threading.Thread(
                 target=_repeat, args=(self.refresh, self._stop, PERIOD), name="follow", daemon=True
             ).start()
-
-
-def _any_training(entries: Sequence[Entry]) -> bool:
-    return any(entry.state == "training" for entry in entries)
 
 
 def _offer(widget: Any, options: Sequence[Any], value: Any) -> None:
