@@ -30,6 +30,15 @@ from lowrank_lab.optim.columns import is_index
 from lowrank_lab.optim.dtensor_optimizer import param_index
 from lowrank_lab.optim.found_inf import found_inf, zero_if_off_
 from lowrank_lab.optim.matrix_updates import each
+from lowrank_lab.optim.projecting import (  # for methods of one's own, beside get_projections
+    project as project,
+)
+from lowrank_lab.optim.projecting import (
+    project_back_add_ as project_back_add_,
+)
+from lowrank_lab.optim.projecting import (
+    projected_gradient as projected_gradient,
+)
 from lowrank_lab.optim.subspaces import (
     Projections,
     gram_subspaces,

@@ -1,6 +1,7 @@
 """Notebooks keep to their form: text before outputs, short cells, answered exercises."""
 
 import ast
+import importlib.util
 import itertools
 import json
 import re
@@ -54,6 +55,27 @@ def test_no_line_of_a_formula_begins_like_a_list_item(path):
         for line in source.splitlines() if kind == "markdown" else ():
             assert not (within and re.match(r"([-+*]|\d+\.)\s", line)), source
             within = bool(line.strip()) and within != bool(line.count("$") % 2)
+
+
+def test_what_notebooks_and_their_files_import_exists():
+    code = [
+        source
+        for path in NOTEBOOKS + SOLUTIONS
+        for kind, source in cells_of(path)
+        if kind == "code"
+    ]
+    code += [path.read_text() for path in (ROOT / "notebooks").glob("*.py")]
+    found = {
+        (node.module, name.name)
+        for source in code
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lowrank_lab")
+        for name in node.names
+    }
+    assert len(found) > 40
+    for module, name in sorted(found):
+        whole = importlib.import_module(module)
+        assert hasattr(whole, name) or importlib.util.find_spec(f"{module}.{name}"), (module, name)
 
 
 @every_notebook
