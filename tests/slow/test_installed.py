@@ -81,7 +81,8 @@ def test_the_wheel_has_the_library_its_notebooks_and_studies_and_nothing_else(wh
     kept = [p.relative_to(ROOT).as_posix() for p in (ROOT / "data/study").glob("*/*.parquet")]
     hidden = [name for name in there if "/." in name]
     assert shipped == {*there, *kept, "data/study/README.md"} - set(hidden)
-    sources = [p for p in (ROOT / "lowrank_lab").rglob("*") if p.suffix in SUFFIXES]
+    suffixes = SUFFIXES | {".css", ".js"}  # what trains, and the explorer's page
+    sources = [p for p in (ROOT / "lowrank_lab").rglob("*") if p.suffix in suffixes]
     own = {p.relative_to(ROOT).as_posix() for p in sources}
     assert names - {f"lowrank_lab/shipped/{p}" for p in shipped} == own | {"lowrank_lab/py.typed"}
     assert wheel.stat().st_size < 10 * 2**20
