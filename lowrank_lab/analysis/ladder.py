@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lowrank_lab.analysis.stats import corrected, mean_interval, p_below
-from lowrank_lab.analysis.tables import paired
+from lowrank_lab.analysis.tables import intervals, paired
 from lowrank_lab.config import InputError
 from lowrank_lab.paths import kept_folders, located
 from lowrank_lab.runs.run import complete_runs, finals_of
@@ -69,11 +69,7 @@ def _gaps(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:
     """One row per label and size: label, parameters, gap (mean), ± (95 %, Student's t), n."""
-    rows = [
-        (*at, *mean_interval(part["gap"].tolist()))
-        for at, part in gaps.groupby(["label", "parameters"], sort=False)
-    ]
-    return pd.DataFrame(rows, columns=["label", "parameters", "gap", "±", "n"])
+    return intervals(gaps, ["label", "parameters"], "gap").rename(columns={"mean": "gap"})
 
 
 def slopes(gaps: pd.DataFrame) -> pd.DataFrame:

@@ -40,11 +40,11 @@ def robustness(finals: pd.DataFrame, within: float = WITHIN) -> pd.DataFrame:
         rates, losses = part["lr"].to_numpy(float), part["mean"].to_numpy(float)
         if len(rates) < 3 or not np.isfinite(losses).any():
             continue
-        i = int(np.nanargmin(np.where(np.isfinite(losses), losses, np.inf)))
-        level = losses[i] + within
+        i = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+        level, limit = losses[i] + within, losses[i] + DIVERGED
         down = _factor(rates[i::-1], losses[i::-1], level)
         up = _factor(rates[i:], losses[i:], level)
-        bad = [r for r, x in zip(rates[i:], losses[i:], strict=True) if not x <= level + DIVERGED]
+        bad = [r for r, x in zip(rates[i:], losses[i:], strict=True) if not x <= limit]
         edge = bad[0] if bad else math.nan
         rows.append((label, len(rates), rates[i], losses[i], down, up, down * up, edge))
     names = ["label", "rates", "best rate", "validation loss", "down", "up", "width", "diverges at"]

@@ -14,6 +14,7 @@ from lowrank_lab.analysis.spectra import effective_rank, is_factor
 from lowrank_lab.analysis.stats import (
     corrected,
     mean_interval,
+    mean_intervals,
     p_below,
     p_within,
     seed_document_interval,
@@ -64,10 +65,9 @@ def intervals(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFra
     Raises:
         ValueError: a value is not finite.
     """
-    rows = []
-    for key, values in table.groupby(list(by), sort=False)[column]:
-        rows.append((*key, *mean_interval(values.tolist())))
-    return pd.DataFrame(rows, columns=[*by, "mean", "±", "n"])
+    if not np.isfinite(table[column]).all():
+        raise ValueError(f"{column}: a value is not finite")
+    return mean_intervals(table, by, column).rename(columns={"half_width": "±"})
 
 
 def differences(finals: pd.DataFrame, labels: Iterable[str] | None = None) -> pd.DataFrame:

@@ -116,20 +116,22 @@ def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
 def refresh(shown: Path | str, made: Path | str) -> list[Path]:
     """Replace each PNG in the folder `shown` by the picture of the same name in `made`.
 
-    With 256 colours, which lines and text need no more of, it takes a third of the bytes.
-
     Returns:
         The pictures that were replaced; those that `made` lacks stay as they are.
     """
     replaced = []
     for path in sorted(Path(shown).glob("*.png")):
         if (new := Path(made) / path.name).exists():
-            with Image.open(new) as picture:
-                picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-                    path, optimize=True
-                )
+            save_small(new.read_bytes(), path)
             replaced.append(path)
     return replaced
+
+
+def save_small(content: bytes, path: Path) -> None:
+    """Write a PNG with 256 colours, which lines and text need no more of: a third of the bytes."""
+    with Image.open(io.BytesIO(content)) as picture, replacing(path) as to:
+        colours = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        colours.save(to, format="png", optimize=True)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ name beside it.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
-from PIL import Image
 
-from lowrank_lab.figures.drawing import STYLE, Drawing
-from lowrank_lab.runs.files import replacing
+from lowrank_lab.figures.drawing import STYLE, Drawing, png, save_small
 
 LIGHT = {"ink": "#1f2328", "soft": "#6b7280", "page": "#ffffff",
          "blue": "#0072B2", "orange": "#D55E00", "green": "#009E73"}  # fmt: skip
@@ -164,11 +161,7 @@ def redraw(folder: Path | str) -> list[Path]:
     for name, draw in IDEAS.items():
         for page in ("light", "dark"):
             if (path := Path(folder) / f"{name}_{page}.png").exists():
-                content = io.BytesIO()
-                draw(page == "dark").savefig(content, format="png", dpi=160, bbox_inches="tight")
-                with Image.open(content) as picture, replacing(path) as to:
-                    colours = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-                    colours.save(to, format="png", optimize=True)
+                save_small(png(draw(page == "dark"), dpi=160, bbox_inches="tight"), path)
                 drawn.append(path)
     return drawn
 

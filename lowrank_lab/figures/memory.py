@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab.figures.drawing import canvas, label_ends, style_of, unit_of
+from lowrank_lab.memory.breakdown import PERSISTENT
 from lowrank_lab.memory.formulas import GB, MIB
 
-PERSISTENT = ["weights", "gradients", "optimizer_states"]
 CATEGORIES = {
     "weights": "#4D4D4D", "gradients": "#999999", "optimizer_states": "#0072B2",
     "projections": "#56B4E9", "activations": "#E69F00",

@@ -22,6 +22,8 @@ PARTS = {
     "gathered": "temporaries",
 }  # fmt: skip
 
+PERSISTENT = ["weights", "gradients", "optimizer_states"]  # what methods differ in
+
 
 @dataclass
 class Breakdown:
@@ -142,3 +144,8 @@ def persistent(
         optimizer_states=tensor_bytes(t for _, t in states),
         projections=tensor_bytes(t for k, t in states if k.startswith("projection")),
     )
+
+
+def compiles_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's step calls torch.compile, as those of torchao and its subclasses."""
+    return any(cls.__module__.startswith("torchao") for cls in type(optimizer).__mro__)

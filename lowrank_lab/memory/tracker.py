@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_lab.memory.breakdown import state_tensors, storages_of
+from lowrank_lab.memory.breakdown import compiles_itself, state_tensors, storages_of
 from lowrank_lab.memory.hidden import CUDA_KERNELS, Hidden
 from lowrank_lab.memory.ledger import Ledger
 from lowrank_lab.memory.modules import ModuleStack
@@ -84,8 +84,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for t in getattr(model, "_tables", None) or ():
             self.record(t, "temporaries", "rotary tables")
         self._handles = [*self._modules.handles, *self._gradient_hooks()]
-        if type(optimizer).__module__.startswith("torchao"):
-            step = optimizer.step  # compiles itself: of it only the states can be recorded
+        if compiles_itself(optimizer):  # of its step only the states can be recorded
+            step = optimizer.step
             optimizer.step = untracked()(step)  # type: ignore[method-assign]
 
     def __torch_dispatch__(

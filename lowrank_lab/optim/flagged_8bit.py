@@ -77,5 +77,4 @@ def adamw_8bit_class() -> type[torch.optim.Optimizer]:
         ImportError: torchao isn't installed; the message says how to.
     """
     theirs = torchao_optim().AdamW8bit
-    # its module says who compiles its steps: a tracker of memory stands aside for torchao's
-    return type(theirs.__name__, (FlaggedSteps, theirs), {"__module__": theirs.__module__})
+    return type(theirs.__name__, (FlaggedSteps, theirs), {})

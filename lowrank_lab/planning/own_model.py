@@ -21,7 +21,7 @@ from torch.profiler import record_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowrank_lab.device import cuda_path
-from lowrank_lab.memory.breakdown import persistent
+from lowrank_lab.memory.breakdown import compiles_itself, persistent
 from lowrank_lab.memory.hidden import CUDA_KERNELS, LAPACK, cublas_bytes
 from lowrank_lab.memory.tracker import Tracker
 from lowrank_lab.planning.memory_report import MemoryReport
@@ -141,7 +141,7 @@ def _fake_copy(
                 f"optimizer: {type(built).__name__} is not allowed; an optimizer, or a function "
                 "that returns one for a model"
             )
-    if type(built).__module__.startswith("torchao"):
+    if compiles_itself(built):
         raise ValueError(
             f"optimizer: {type(built).__name__} is not allowed; its step compiles itself, which "
             "needs values"

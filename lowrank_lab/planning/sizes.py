@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import pandas as pd
 
 from lowrank_lab.config import SIZES, RunConfig
+from lowrank_lab.memory.breakdown import PERSISTENT
 from lowrank_lab.memory.formulas import GB, by_formula, flops_per_token, weights
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.planning.fit import of_method
 from lowrank_lab.planning.simulate import simulate
 
 TOKENS_PER_PARAMETER = 20
-PERSISTENT = ["weights", "gradients", "optimizer_states"]
 UNITS_OF_TIME = (
     (365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"),
 )  # fmt: skip

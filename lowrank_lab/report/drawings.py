@@ -17,6 +17,7 @@ from lowrank_lab.analysis.tables import (
     comparable,
     summary,
 )
+from lowrank_lab.figures.positions import MOST_PANELS
 from lowrank_lab.runs.run import (
     Run,
     complete_runs,
@@ -93,11 +94,15 @@ def drawn(
             figures.curve_table(table, "seconds"),
             f"Validation loss against time spent in training steps.{which}",
         )  # fmt: skip
-    positions = positions_of(shown)
+    best_first = ranking.tolist()
+    ranked = sorted(shown, key=lambda run: best_first.index(run.label))
+    positions = positions_of(ranked)
     if not positions.empty:
+        cut = positions["label"].nunique() > MOST_PANELS
+        few = f" The {MOST_PANELS} best of {len(ranking)}." if cut else which
         yield Picture(
             "positions", figures.position_curves(positions), positions,
-            f"Validation loss by position in the window, from light to dark over training.{which}",
+            f"Validation loss by position in the window, from light to dark over training.{few}",
         )  # fmt: skip
     cosines = figures.cosine_table(finals, momentum_of(shown), pairs) if pairs else pd.DataFrame()
     if len(cosines) > 1:
@@ -129,9 +134,8 @@ def drawn(
             "memory_course", figures.memory_course(table), figures.memory_course_table(table),
             "Peak memory of each step, above the weights and states that are held between steps.",
         )  # fmt: skip
-    recorded = first_runs(run for run in shown if run.has_spectra)
-    best_first = ranking.tolist()
-    spectra = spectra_of(sorted(recorded, key=lambda run: best_first.index(run.label)))
+    recorded = first_runs(run for run in ranked if run.has_spectra)
+    spectra = spectra_of(recorded)
     if spectra.empty:
         return
     if len(ranking) > 1:

@@ -19,6 +19,7 @@ from typing import Any
 
 from lowrank_lab.config import InputError
 from lowrank_lab.paths import data_folder, kept_folders
+from lowrank_lab.runs.files import lock_holder
 from lowrank_lab.runs.kept import RUNS, open_study
 from lowrank_lab.runs.run import Run, runs_folder
 
@@ -211,8 +212,7 @@ def _is_training(folder: Path) -> bool:
     On another machine: whether it has written a step within SILENT seconds.
     """
     try:
-        text, _, node = (folder / ".lock").read_text().strip().partition(" on ")
-        pid = int(text)
+        pid, node = lock_holder(folder)
         if node == platform.node():
             os.kill(pid, 0)
             return True

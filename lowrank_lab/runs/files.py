@@ -46,6 +46,17 @@ def locked(folder: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
+def lock_holder(folder: Path) -> tuple[int, str]:
+    """Process id and machine that a locked run folder names (`locked`).
+
+    Raises:
+        OSError: it isn't locked.
+        ValueError: its lock names no process, as while it is taken.
+    """
+    pid, _, node = (folder / ".lock").read_text().strip().partition(" on ")
+    return int(pid), node
+
+
 def _hold(path: Path) -> TextIO:
     """Open and lock a file; raises BlockingIOError if another process has the lock."""
     while True:

@@ -24,6 +24,11 @@ def test_the_width_is_where_straight_lines_through_the_losses_reach_the_level():
     assert row["diverges at"] == 8.0
 
 
+def test_a_rate_diverges_where_its_loss_is_half_a_nat_above_the_best():
+    (row,) = robustness(finals(3.1, 3.0, 3.49, 3.51)).to_dict("records")
+    assert row["diverges at"] == 8.0
+
+
 def test_a_side_on_which_nothing_bad_was_tried_is_not_known():
     (row,) = robustness(finals(3.01, 3.0, 3.1)).to_dict("records")
     assert math.isnan(row["down"])

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from compiling import counting
+from loss_and_gradients import loss_and_gradients
 from safetensors.torch import load, save
 from torch import nn
 from torch._dynamo.utils import counters
@@ -37,12 +38,8 @@ def model_of(packed=True, dtype=torch.bfloat16, size=ODD):
 
 
 def answers(model, autocast=False):
-    with cuda_path(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model.loss(TOKENS, TOKENS.flip(1))
-        loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    return {"loss": loss.detach()} | found
+    with cuda_path():
+        return loss_and_gradients(model, TOKENS, autocast)
 
 
 def assert_equal(found, expected, error=2**-7):

@@ -1,10 +1,12 @@
 """Merged products: equal losses and gradients, fewer kernels, and not where they don't belong."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from compiling import counting
+from loss_and_gradients import loss_and_gradients
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,14 +50,7 @@ def model_of(kind, rank=4, size=TINY, **options):
     return model
 
 
-def answers(model, tokens=TOKENS, autocast=False):
-    """The loss and all gradients."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model.loss(tokens, tokens.flip(1))
-    loss.backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return {"loss": loss.detach()} | found
+answers = partial(loss_and_gradients, tokens=TOKENS)
 
 
 def assert_equal(found, expected, error=1e-12):
