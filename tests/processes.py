@@ -12,13 +12,15 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 SIZE = 2
 # Where one process raises and the other waits for it, the other raises after this time.
 LONGEST_WAIT = timedelta(seconds=120)
+# One process may still write down what it found while the other has ended.
+LONGEST_END = timedelta(minutes=10)
 
 
 class Stopped(Exception):
@@ -76,20 +78,31 @@ def run_all(command, size=SIZE, timeout=600):
             process.kill()
 
 
-def _main(what, jobs, folder):
+@contextmanager
+def gloo(file, **options):
+    """A gloo process group of $WORLD_SIZE processes that meet by a file; they end together.
+
+    The end goes by the file: whoever leaves a barrier of gloo first closes connections from which
+    others still read.
+    """
     import torch.distributed as dist
 
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(str(file), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, **options)
+    yield
+    sys.stdout.flush()
+    store.set(f"ended {rank}", "")
+    store.wait([f"ended {other}" for other in range(size)], LONGEST_END)
+    os._exit(0)  # gloo's own end sometimes hangs
+
+
+def _main(what, jobs, folder):
     faulthandler.enable()  # where native code was called that ended the process
     rank, folder = int(os.environ["RANK"]), Path(folder)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/.store", rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]), timeout=LONGEST_WAIT,
-    )  # fmt: skip
-    for name, fields in json.loads(Path(jobs).read_text()):
-        (_train if what == "train" else _measure)(name, fields, folder, rank)
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's own end sometimes hangs
+    with gloo(folder / ".store", timeout=LONGEST_WAIT):
+        for name, fields in json.loads(Path(jobs).read_text()):
+            (_train if what == "train" else _measure)(name, fields, folder, rank)
 
 
 def _train(name, fields, folder, rank):

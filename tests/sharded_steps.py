@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from processes import gloo
 from torch import nn
 
 import lowrank_lab as lab
@@ -569,23 +570,14 @@ CASES = {
 
 
 def main(what, folder):
-    import torch.distributed as dist
-
-    rank, folder = int(os.environ["RANK"]), Path(folder)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/.store.{what}", rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )  # fmt: skip
-    found = {}
-    for name, case in CASES[what](folder / "checkpoints"):
-        try:
-            found[name] = case()
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-    (folder / f"{what}.{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's own end sometimes hangs
+    rank, folder, found = os.environ["RANK"], Path(folder), {}
+    with gloo(folder / f".store.{what}"):
+        for name, case in CASES[what](folder / "checkpoints"):
+            try:
+                found[name] = case()
+            except Exception as error:
+                found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        (folder / f"{what}.{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
