@@ -72,6 +72,9 @@ class Channels:
         """N ← N − scale∘R, in place."""
         N.addcmul_(R, scale.to(N.dtype), value=-1)
 
+    def scale_(self, X: Tensor, scale: Tensor) -> None:
+        """Nothing: a single matrix is scaled where it is added."""
+
     def add_scaled_(self, W: Tensor, G: Tensor, scale: Tensor, alpha: float) -> None:
         """W ← W + alpha · scale∘G, in place."""
         W.addcmul_(G, scale.to(G.dtype), value=alpha)
@@ -182,12 +185,12 @@ class StackedChannels:
             n.addcmul_(r, broadcast(scale[channels], n, dim), value=-1)
 
     def add_scaled_(self, W: Weights, G: Stacks, scale: Tensor, alpha: float) -> None:
-        """W ← W + alpha · scale∘G at the end of the update; G is overwritten."""
-        self.scale_(G, scale.to(G.flat.dtype))
+        """W ← W + alpha · G at the end of the update; `scale_` has scaled G."""
         W.factor = alpha
 
     def scale_(self, X: Stacks, scale: Tensor) -> None:
         """X ← scale∘X, in place, each entry rounded once."""
+        scale = scale.to(X.flat.dtype)
         for view, dim, channels in self.views(X.flat, X.shapes):
             torch.mul(view, broadcast(scale[channels], view, dim), out=view)
 
