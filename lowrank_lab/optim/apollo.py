@@ -176,7 +176,7 @@ def _scale_(
         limiter = growth_limiter(S_norm, before)
         phi, norm = channels.divided(phi, limiter, phi.dtype), S_norm / limiter
     phi = root * phi
-    channels.scale_(G, phi)
+    channels.scale_(G, phi.to(G.dtype))
     return phi, norm
 
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lowrank_lab.models.compiled import CompiledGraph
 from lowrank_lab.optim.channels import StackedChannels
-from lowrank_lab.optim.stacks import Stacks
+from lowrank_lab.optim.stacks import Stacks, StackShape
 
 MOST_GRAPHS = 8  # of one optimizer's chain; it is not compiled for further layouts
 Graphs = dict["Chain", dict[Any, Callable[..., Any]]]
@@ -40,9 +40,9 @@ def compiled_where(graphs: Graphs | None) -> Iterator[None]:
 class Chain:
     """A function of a matrix, or of stacks of many.
 
-    It returns tensors, and may change the buffers of its stacks. Numbers are compiled into the
-    graph. One that changes from step to step has to be a 0-dimensional tensor on the CPU, which no
-    device waits for.
+    It returns tensors and stacks, and may change the buffers of its stacks; a changed twin has to
+    be returned. Numbers are compiled into the graph. One that changes from step to step has to be a
+    0-dimensional tensor on the CPU, which no device waits for.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -54,21 +54,47 @@ class Chain:
         known = _graphs.setdefault(self, {})
         layout = tuple(_layout(a) for a in args)
         if layout not in known and len(known) < MOST_GRAPHS:
-            known[layout] = CompiledGraph(traced(self.function, args))
-        return known[layout](*_tensors(args)) if layout in known else self.function(*args)
+            known[layout] = StackedGraph(self.function, args)
+        return known[layout](*args) if layout in known else self.function(*args)
 
 
-def traced(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphModule:
-    """The operations of a function on the tensors in its arguments, as a graph of these.
+class StackedGraph:
+    """The operations of a function on the tensors in its arguments, compiled.
 
     Stacks are walked through while it is traced: the graph has no Python of theirs.
     """
 
-    def on_tensors(*tensors: Tensor) -> Any:
-        return function(*_with_tensors(args, iter(tensors)))
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any]) -> None:
+        self._shapes: list[list[StackShape] | None] = []  # of the results; None: a tensor
 
-    traceable = torch.func.functionalize(on_tensors, remove="mutations")
-    return make_fx(traceable, tracing_mode="fake")(*_tensors(args))
+        def on_tensors(*tensors: Tensor) -> Any:
+            found = function(*_with_tensors(args, iter(tensors)))
+            results = found if isinstance(found, tuple) else (found,)
+            self._single = results is not found
+            self._shapes = [r.shapes if isinstance(r, Stacks) else None for r in results]
+            return tuple(r.flat if isinstance(r, Stacks) else r for r in results)
+
+        functional = torch.func.functionalize(on_tensors, remove="mutations")
+        graph = make_fx(functional, tracing_mode="fake")(*_tensors(args))
+        _forget_pairs_(graph)
+        self._compiled = CompiledGraph(graph)
+
+    def __call__(self, *args: Any) -> Any:
+        found = self._compiled(*_tensors(args))
+        results = [
+            t if shapes is None else Stacks(shapes, t)
+            for t, shapes in zip(found, self._shapes, strict=True)
+        ]
+        return results[0] if self._single else results
+
+
+def _forget_pairs_(graph: torch.fx.GraphModule) -> None:
+    """Write no buffer of stacks and their twin: that would copy the half that hasn't changed."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        if node.args[0].op == "placeholder" and node.args[0].meta["val"].ndim == 2:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 def _twins(args: Sequence[Any]) -> set[int]:

@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.stacks import Matrices, Stacks, StackShape, Weights
 
@@ -24,7 +25,7 @@ def channel_norms(X: Tensor, axis: int | None) -> Tensor:
     The axis is the projected one, which is never sharded: the norms need no communication.
     """
     wide = torch.promote_types(X.dtype, torch.float32)
-    if axis != 0:
+    if axis != 0 or prefers_few_kernels(X):
         norms: Tensor = torch.linalg.vector_norm(X, dim=axis, keepdim=True, dtype=wide)
         return norms
     # torch's norm of columns takes four times as long on a CPU
@@ -190,7 +191,6 @@ class StackedChannels:
 
     def scale_(self, X: Stacks, scale: Tensor) -> None:
         """X ← scale∘X, in place, each entry rounded once."""
-        scale = scale.to(X.flat.dtype)
         for view, dim, channels in self.views(X.flat, X.shapes):
             torch.mul(view, broadcast(scale[channels], view, dim), out=view)
 

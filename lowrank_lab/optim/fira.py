@@ -74,7 +74,8 @@ class Fira(SubspaceAdamW):
         # S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S) = W − lr · (αP (N − R∘φ) + G∘φ)
         alpha, channels = group["alpha"], rank_channels(G, right, self.placement)
         before, forgives = limited_norm(state, G), group["forgive_zero"]
-        phi, state["residual_norm"] = _scale_residual_(R, N, G, before, channels, alpha, forgives)
+        N, phi, norm = _scale_residual_(R, N, G, before, channels, alpha, forgives)
+        state["residual_norm"] = norm
         project_back_add_(W, N, left, right, alpha=-step_size * alpha)
         channels.add_scaled_(W, G, phi, alpha=-step_size)
 
@@ -82,10 +83,10 @@ class Fira(SubspaceAdamW):
 @Chain
 def _scale_residual_(
     R: Any, N: Any, G: Any, before: Tensor, channels: Any, alpha: float, forgive_zero: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, Tensor, Tensor]:
     """N ← N − R∘φ, and G ← G∘φ of stacks, with φ = ‖N‖ / (‖R‖ + ε) per channel, limited.
 
-    Returns φ and the limited norm of the residual.
+    Returns N, φ and the limited norm of the residual.
     """
     R_norm, N_norm, G_norm = channels.norms(R, N, G)
     phi = N_norm / (R_norm + EPS)
@@ -99,8 +100,8 @@ def _scale_residual_(
     limiter = growth_limiter(S_norm, before, forgive_zero)
     phi = channels.divided(phi, limiter, N.dtype)
     channels.subtract_scaled_(N, R, phi)
-    channels.scale_(G, phi)
-    return phi, S_norm / limiter
+    channels.scale_(G, phi.to(G.dtype))
+    return N, phi, S_norm / limiter
 
 
 def limited_norm(state: Any, G: Matrices) -> Tensor:

@@ -173,7 +173,8 @@ def _scale_rows_(
     if len(ratios) > 1:
         parts = torch.split(length, [count for count, _ in ratios])
         for part, (_, ratio) in zip(parts, ratios, strict=True):
-            part.mul_(ratio)
+            if ratio != 1:
+                part.mul_(ratio)
     scale: Tensor = channels.over(length, root, Q.dtype)
     channels.scale_(Q, scale)
     return scale

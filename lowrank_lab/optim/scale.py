@@ -106,7 +106,7 @@ class Scale(MomentumOptimizer):
 def _normalize_(G: Any, channels: Any) -> Tensor:
     """1 / max(rms, 1e-8) of each channel, by which stacks are multiplied."""
     inverse: Tensor = channels.rms(G).clamp_(min=LEAST).reciprocal_()
-    channels.scale_(G, inverse)
+    channels.scale_(G, inverse.to(G.dtype))
     return inverse
 
 
