@@ -1,7 +1,7 @@
 """Kernels that inductor makes of a graph for CUDA, counted without a card and without Triton.
 
 The graph goes through inductor's decompositions, its passes and its lowering, on tensors without
-values. Its scheduler then fuses the operations, by the rules of the Triton backend: what it has left
+values. Its scheduler then fuses the operations, by the rules of the Triton backend: what is left
 are the kernels. No code is generated. As the tensors are on no card, large reductions are not split
 in two, and pieces of a concatenation are a kernel each, which on CUDA may share one.
 """
