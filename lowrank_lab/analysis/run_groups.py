@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import re
@@ -103,10 +102,8 @@ def groups_of(entries: Iterable[Entry], over_seeds: bool = True) -> list[Group]:
     """
     together: dict[str, list[Entry]] = {}
     for entry in entries:
-        config = {name: value for name, value in entry.config.items() if name != "seed"}
-        key = json.dumps([entry.label, config], sort_keys=True, default=str)
         alone = not over_seeds or not entry.config
-        together.setdefault(entry.name if alone else key, []).append(entry)
+        together.setdefault(entry.name if alone else entry.without_seed, []).append(entry)
     groups = [tuple(sorted(runs, key=lambda e: e.seed or 0)) for runs in together.values()]
     others = _others([runs[0] for runs in groups])
     found = [Group(runs, other) for runs, other in zip(groups, others, strict=True)]

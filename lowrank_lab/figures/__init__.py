@@ -23,7 +23,6 @@ from lowrank_lab.figures.drawing import (
     colour_of,
     data_uri,
     empty_figure,
-    image,
     label_ends,
     png,
     refresh,
@@ -55,6 +54,7 @@ from lowrank_lab.figures.memory import (
     memory_timeline,
 )
 from lowrank_lab.figures.momentum import cosine_beside_gain, cosine_table, momentum_bars
+from lowrank_lab.figures.page import darkened, live_image
 from lowrank_lab.figures.positions import position_curves
 from lowrank_lab.figures.predictions import against, interval_lines
 from lowrank_lab.figures.spectra import (
@@ -91,6 +91,7 @@ __all__ = [
     "cosine_beside_gain",
     "cosine_table",
     "curve_table",
+    "darkened",
     "data_uri",
     "difference_table",
     "differences",
@@ -102,11 +103,11 @@ __all__ = [
     "gap_over_size",
     "grid_tradeoff",
     "heat_maps",
-    "image",
     "interval_lines",
     "label_ends",
     "last_spectra",
     "layer_facts",
+    "live_image",
     "loss_curves",
     "memory_bars",
     "memory_course",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -88,16 +87,6 @@ def data_uri(content: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def image(figure: Figure, content: bytes | None = None) -> str:
-    """A figure as an HTML image with alt text.
-
-    Args:
-        content: its PNG, if already drawn.
-    """
-    alt, source = html.escape(alt_text(figure)), data_uri(content or png(figure))
-    return f'<img alt="{alt}" src="{source}" style="max-width: 100%; height: auto">'
-
-
 def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> list[Path]:
     """Write `stem`.png, `stem`.svg, and the numbers as `stem`.csv."""
     stem = Path(stem)
@@ -128,10 +117,18 @@ def refresh(shown: Path | str, made: Path | str) -> list[Path]:
 
 
 def save_small(content: bytes, path: Path) -> None:
-    """Write a PNG with 256 colours, which lines and text need no more of: a third of the bytes."""
-    with Image.open(io.BytesIO(content)) as picture, replacing(path) as to:
+    """Write a PNG with 256 colours (`small`)."""
+    with replacing(path) as to:
+        to.write_bytes(small(content))
+
+
+def small(content: bytes) -> bytes:
+    """A PNG with 256 colours, which lines and text need no more of: a third of the bytes."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as picture:
         colours = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        colours.save(to, format="png", optimize=True)
+        colours.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from lowrank_lab.analysis import grid
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing
+from lowrank_lab.figures.page import AS_IS
 
 WORDS = {
     "reset_every": "reset period (steps)", "refactor_every": "refactorization period (steps)",
@@ -111,24 +112,16 @@ def _heat(ax: Axes, table: pd.DataFrame, scale: Normalize, lowest: float, digits
             ax.add_patch(Rectangle((x, y), 1, 1, fc="white", ec="0.6", hatch="///", lw=0))
             continue
         colour = mpl.colormaps[MAP](scale(mean))
-        ax.add_patch(Rectangle((x, y), 1, 1, fc=colour, ec="white", lw=1))
+        ax.add_patch(Rectangle((x, y), 1, 1, fc=colour, ec="white", lw=1, gid=AS_IS))
         ink = "black" if np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
-        ax.text(
-            x + 0.5,
-            y + 0.6,
-            f"{mean:.{digits}f}",
-            ha="center",
-            va="center",
-            color=ink,
-            fontsize=9.5,
-        )
+        words: dict[str, Any] = {"ha": "center", "va": "center", "color": ink, "gid": AS_IS}
+        ax.text(x + 0.5, y + 0.6, f"{mean:.{digits}f}", fontsize=9.5, **words)
         spread = f"± {half:.{digits}f}, n = {n}" if n > 1 else "n = 1"
-        ax.text(x + 0.5, y + 0.27, spread, ha="center", va="center", color=ink, fontsize=6.8)
+        ax.text(x + 0.5, y + 0.27, spread, fontsize=6.8, **words)
         if mean == lowest:
             ax.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, ec="#D55E00",
-                                   lw=2.4, zorder=3))  # fmt: skip
-            ax.text(x + 0.5, y + 0.86, "best", ha="center", va="center", color=ink, fontsize=7.5,
-                    weight="bold")  # fmt: skip
+                                   lw=2.4, zorder=3, gid=AS_IS))  # fmt: skip
+            ax.text(x + 0.5, y + 0.86, "best", fontsize=7.5, weight="bold", **words)
     ax.set(xlim=(0, len(rights)), ylim=(0, len(ups)))
     ax.set_xticks(np.arange(len(rights)) + 0.5, [value_label(column, v) for v in rights])
     ax.set_yticks(np.arange(len(ups)) + 0.5, [value_label(row, v) for v in ups])

@@ -17,18 +17,35 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 
-from lowrank_lab.figures.drawing import STYLE, Drawing, png, save_small
+from lowrank_lab.figures.drawing import STYLE, Drawing, png, save_small, small
+from lowrank_lab.figures.page import DARK, LIGHT, image_tag
 
-LIGHT = {"ink": "#1f2328", "soft": "#6b7280", "page": "#ffffff",
-         "blue": "#0072B2", "orange": "#D55E00", "green": "#009E73"}  # fmt: skip
-DARK = {"ink": "#e6e8eb", "soft": "#9aa3ad", "page": "#121212",
-        "blue": "#56B4E9", "orange": "#E69F00", "green": "#2FC79A"}  # fmt: skip
 Point = tuple[float, float]
+# JupyterLab and Voilà, and the book, say in these attributes which theme they have.
+THEMES = ('body[data-jp-theme-light="false"]', 'html[data-theme="dark"]')
+SWITCH = "".join(
+    f"{theme} .idea-light {{display: none !important}} "
+    f"{theme} .idea-dark {{display: inline !important}} " for theme in THEMES
+)  # fmt: skip
+
+
+class Idea(Drawing):
+    """A drawing of an idea: a notebook shows it in the variant of its page."""
+
+    variant: Callable[[bool], Figure]
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Both variants as HTML, where a page without the style shows the light one alone."""
+        light, dark = (small(png(self.variant(dark))) for dark in (False, True))
+        shown = image_tag(self.alt, light, 'class="idea-light only-light" ')
+        other = image_tag(self.alt, dark, 'class="idea-dark only-dark" hidden ')
+        html = f"<style>{SWITCH}</style>{shown}{other}"
+        return {"text/html": html}, super()._repr_mimebundle_()[1]
 
 
 def shapes(dark: bool = False) -> Figure:
     """W beside B·A, to scale, with their sizes."""
-    with _page(dark, (7.2, 2.9), 1) as (figure, (ax,), ink):
+    with _page(shapes, dark, (7.2, 2.9), 1) as (figure, (ax,), ink):
         m, n, r = 32.0, 48.0, 4.0
         _matrix(ax, 0, 0, n, m, ink, "blue", "W")
         _matrix(ax, 66, 0, r, m, ink, "orange", "B")
@@ -53,7 +70,7 @@ def shapes(dark: bool = False) -> Figure:
 
 def shadow(dark: bool = False) -> Figure:
     """A gradient, its projection onto the subspace, and the residual between them."""
-    with _page(dark, (6.4, 3.5), 1) as (figure, (ax,), ink):
+    with _page(shadow, dark, (6.4, 3.5), 1) as (figure, (ax,), ink):
         plane = [(0, 0), (6.2, 0), (8.2, 2.4), (2.0, 2.4)]
         ax.add_patch(Polygon(plane, facecolor=ink["soft"], alpha=0.16, edgecolor="none"))
         ax.add_patch(Polygon(plane, fill=False, edgecolor=ink["soft"], lw=0.8))
@@ -86,7 +103,7 @@ def balance(dark: bool = False) -> Figure:
     products = sorted((b * a for b, a in zip(B, A, strict=True)), reverse=True)
     roots = [math.sqrt(p) for p in products]
     panels = {"before": (B, A), "after: equal lengths, sorted": (roots, roots)}
-    with _page(dark, (7.0, 2.9), 2) as (figure, axes, ink):
+    with _page(balance, dark, (7.0, 2.9), 2) as (figure, axes, ink):
         for ax, (title, (b, a)) in zip(axes, panels.items(), strict=True):
             for i in range(3):
                 _bar(ax, i - 0.19, b[i], ink["orange"], "b", ink)
@@ -118,7 +135,7 @@ def turning(dark: bool = False) -> Figure:
         ("the average m", 0.0, m), ("kept: the same numbers", turn, m),
         ("transported: the same arrow", turn, moved),
     )  # fmt: skip
-    with _page(dark, (7.6, 3.0), 3) as (figure, axes, ink):
+    with _page(turning, dark, (7.6, 3.0), 3) as (figure, axes, ink):
         for ax, (title, angle, numbers) in zip(axes, panels, strict=True):
             first = math.cos(angle), math.sin(angle)
             second = -first[1], first[0]
@@ -168,12 +185,13 @@ def redraw(folder: Path | str) -> list[Path]:
 
 @contextmanager
 def _page(
-    dark: bool, size: Point, columns: int
+    draw: Callable[[bool], Figure], dark: bool, size: Point, columns: int
 ) -> Iterator[tuple[Drawing, list[Axes], Mapping[str, str]]]:
     """A figure on a light or dark page, with axes without frames, and its colours."""
     ink = DARK if dark else LIGHT
     with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=size, layout="constrained", facecolor=ink["page"])
+        figure = Idea(figsize=size, layout="constrained", facecolor=ink["page"])
+        figure.variant = draw
         axes = list(figure.subplots(1, columns, squeeze=False)[0])
         for ax in axes:
             ax.set_axis_off()

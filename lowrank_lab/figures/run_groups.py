@@ -126,7 +126,7 @@ def layer_spectra(table: pd.DataFrame, heading: str, width: float = WIDTH) -> Fi
     ax.set_yscale("log")
     ax.set_xlabel("index")
     ax.set_ylabel("singular value")
-    ax.set_title(heading, loc="left", fontsize=8.5)
+    ax.set_title(heading, loc="left", fontsize=8.5, y=1.0)
     _legend(figure, lines)
     return figure
 
@@ -140,6 +140,9 @@ def _figure(entries: int, width: float) -> tuple[Figure, Axes]:
         ax = figure.subplots()
     bottom, top = 0.48 / height, 1 - above / height
     figure.subplots_adjust(0.72 / width, bottom, 1 - 0.15 / width, top)
+    # Places that matplotlib finds by measuring every tick label, twice.
+    ax.xaxis.set_label_coords(0.5, -0.29 / (height * (top - bottom)))
+    ax.yaxis.set_label_coords(-0.5 / (width - 0.87), 0.5)
     return figure, ax
 
 

@@ -68,7 +68,7 @@ def spectra_over_training(table: pd.DataFrame, layer: str, width: float = WIDTH)
     low, high = (float(above.min()), float(above.max())) if len(above) else (SMALLEST, 1.0)
     for place, (ax, title) in enumerate(zip(axes.flat, titles, strict=False)):
         shown = _panel(ax, table, title, LogNorm(low, max(high, 1.001 * low)))
-        ax.set_title(_wrapped(title, (width - 1.5) / columns), loc="left", fontsize=8, pad=3)
+        ax.set_title(_wrapped(title, (width - 1.5) / columns), loc="left", fontsize=8, pad=3, y=1.0)
         if place % columns:  # shared axes would take longer to draw
             ax.yaxis.set_major_locator(NullLocator())
         if place + columns < len(titles):

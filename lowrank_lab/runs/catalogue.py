@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,12 @@ class Entry:
     @property
     def seed(self) -> int | None:
         return self.config.get("seed")
+
+    @cached_property
+    def without_seed(self) -> str:
+        """Label and configuration as JSON: equal for runs that differ in their seed alone."""
+        config = {name: value for name, value in self.config.items() if name != "seed"}
+        return json.dumps([self.label, config], sort_keys=True, default=str)
 
 
 def read_catalogue(folder: str) -> list[Entry]:

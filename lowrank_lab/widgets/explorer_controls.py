@@ -9,6 +9,7 @@ from lowrank_lab.analysis.run_groups import COLUMNS, FIELDS
 from lowrank_lab.figures.run_groups import X_AXES
 from lowrank_lab.widgets.run_plots import PLOTS, Choice
 from lowrank_lab.widgets.run_view import FILE_TYPES
+from lowrank_lab.widgets.theme import Theme
 
 if TYPE_CHECKING:
     from lowrank_lab.widgets.run_table import RunTable
@@ -70,6 +71,7 @@ class Controls:
             options=["–"], description="step", continuous_update=False, **FLEXIBLE
         )
         self.text, self.picture = ipw.HTML(), ipw.HTML(layout={"max_width": "100%"})
+        self.theme = Theme()
         self.text.add_class("runs-line")
         self.files = {
             kind: ipw.Button(description=kind.upper(), tooltip=f"download as {kind.upper()}",
@@ -82,7 +84,7 @@ class Controls:
         )  # fmt: skip
         return [
             self.plot, _row(ipw, self.metric, self.x, self.layer, self.step), self.text,
-            self.picture, _row(ipw, *self.files.values(), self.follow),
+            self.picture, _row(ipw, *self.files.values(), self.follow), self.theme,
         ]  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_lab.analysis import grid
-from lowrank_lab.figures import image
 from lowrank_lab.figures.grid import heat_maps, label_of, setting_label, value_label
 from lowrank_lab.widgets.panel import panel as controls
 from lowrank_lab.widgets.slider import slider
@@ -87,13 +86,12 @@ def panel(table: pd.DataFrame, row: str, column: str) -> Any:
         for name, values in known.items()
     }  # fmt: skip
 
-    def draw(values: dict[str, Any]) -> tuple[str, str]:
+    def draw(values: dict[str, Any]) -> tuple[Figure, str]:
         up, across = values["row"], values["column"]
         for name, fixing in sliders.items():  # knobs on the axes are not fixed
             fixing.disabled = name in (up, across)
             fixing.layout.display = "none" if fixing.disabled else ""
         fixed = {name: values[name] for name in sliders if name not in (up, across)}
-        figure, line = map_of(table, up, across, fixed)
-        return image(figure), line
+        return map_of(table, up, across, fixed)
 
     return controls({**axes, **sliders}, draw)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_lab.analysis import matrix_toy
 from lowrank_lab.analysis.matrix_toy import METHODS, Fit, Settings
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import alt_text, image, png
+from lowrank_lab.figures import alt_text
 from lowrank_lab.figures.matrix_toy import approximation, fit_result
 from lowrank_lab.widgets.panel import panel
 from lowrank_lab.widgets.slider import Slider, slider
@@ -150,11 +150,11 @@ def _display_panel(
         knob.style.description_width, knob.layout.width = "6em", "22em"
     last: Figure | None = None
 
-    def drawn(values: dict[str, Any]) -> tuple[str, str]:
+    def drawn(values: dict[str, Any]) -> tuple[Figure, str]:
         nonlocal last
         for name, knob in knobs.items():
             knob.disabled = name in UNUSED.get(values.get("method", ""), ())
         last, words = draw(values, last)
-        return image(last, png(last, dpi=100)), words  # fixed margins: no tight box to compute
+        return last, words
 
     display(panel(knobs, drawn, above=True))  # type: ignore[no-untyped-call]

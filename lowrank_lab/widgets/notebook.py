@@ -74,7 +74,6 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
     import ipywidgets as ipw
     from IPython.display import display
 
-    from lowrank_lab.figures import image
     from lowrank_lab.planning.fit import of_method
 
     wide = {"style": {"description_width": "9em"}, "layout": ipw.Layout(width="26em")}
@@ -107,14 +106,13 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
         clip = 0.0 if values["per_layer"] else config.clip
         return of_method(config.replace(**values, clip=clip, method_options={}), values["method"])
 
-    shown: dict[str, tuple[str, str]] = {}
+    shown: dict[str, tuple[Figure, str]] = {}
 
-    def draw(values: dict[str, Any]) -> tuple[str, str]:
+    def draw(values: dict[str, Any]) -> tuple[Figure, str]:
         chosen = asked(values)
         key = chosen.model_dump_json()
         if key not in shown:
-            figure, words = _step_figure(chosen, capacity)
-            shown[key] = image(figure), words
+            shown[key] = _step_figure(chosen, capacity)
         return shown[key]
 
     def at_once(values: dict[str, Any]) -> str:
@@ -208,9 +206,9 @@ def choose_spectra(runs: Sequence[Run], what: str, kind: str, headless: bool = T
         ),
     }
 
-    def draw(values: dict[str, Any]) -> tuple[str, str]:
-        shown = figures.image(drawn(by_label[values["run"]], values["layers"]))
-        return shown, f"{values['run']}, {what.replace('_', ' ')}, {values['layers']}"
+    def draw(values: dict[str, Any]) -> tuple[Figure, str]:
+        figure = drawn(by_label[values["run"]], values["layers"])
+        return figure, f"{values['run']}, {what.replace('_', ' ')}, {values['layers']}"
 
     display(panel(knobs, draw, above=True))  # type: ignore[no-untyped-call]
     return None

@@ -6,10 +6,14 @@ import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from lowrank_lab.config import InputError
+from lowrank_lab.figures import live_image
+from lowrank_lab.widgets.theme import Theme, uninterrupted
 
 UNSQUEEZED = {"flex": "0 0 auto"}  # controls keep their width beside a wide picture
-Draw = Callable[[dict[str, Any]], tuple[str, str]]
+Draw = Callable[[dict[str, Any]], tuple[Figure, str]]
 
 
 def panel(
@@ -20,31 +24,33 @@ def panel(
 
     Args:
         knobs: name → widget.
-        draw: values by name → picture as HTML (`figures.image`), and text. The message of an
-            InputError is shown in their place.
+        draw: values by name → figure, and text. The message of an InputError is shown in their
+            place.
         above: put the controls in a row above a wide picture.
         waiting: values by name → text shown at once, while a picture that takes longer is drawn.
     """
     import ipywidgets as ipw
 
-    text, picture = ipw.HTML(), ipw.HTML()
+    text, picture, theme = ipw.HTML(), ipw.HTML(), Theme()
 
     def show(change: object = None) -> None:
         values = {name: knob.value for name, knob in knobs.items()}
-        try:
-            if waiting:
-                text.value = html.escape(waiting(values))
-            drawn, words = draw(values)
-        except InputError as error:
-            drawn, words = "", str(error)
-        picture.value = drawn
-        text.value = html.escape(words)  # last: when the text has changed, the picture has too
+        with uninterrupted():
+            try:
+                if waiting:
+                    text.value = html.escape(waiting(values))
+                figure, words = draw(values)
+                picture.value = live_image(figure, theme.dark)
+            except InputError as error:
+                words, picture.value = str(error), ""
+            text.value = html.escape(words)  # last: when the text has changed, the picture has too
 
     for knob in knobs.values():
         knob.observe(show, "value")
+    theme.observe(show, "dark")
     show()
     if above:
         row = ipw.HBox(list(knobs.values()), layout={"flex_flow": "row wrap"})
-        return ipw.VBox([row, picture, text])
+        return ipw.VBox([row, picture, text, theme])
     left = ipw.VBox(list(knobs.values()), layout=UNSQUEEZED)
-    return ipw.HBox([left, ipw.VBox([text, picture])])
+    return ipw.HBox([left, ipw.VBox([text, picture, theme])])

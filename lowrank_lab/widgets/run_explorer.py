@@ -11,16 +11,17 @@ from typing import Any
 
 from lowrank_lab.analysis.run_groups import Group, choices_of, groups_of, matching, sorted_by
 from lowrank_lab.config import InputError
-from lowrank_lab.figures import image, png
+from lowrank_lab.figures import live_image
+from lowrank_lab.figures.page import DPI
 from lowrank_lab.figures.run_groups import WIDTH
 from lowrank_lab.runs.catalogue import Entry, folders_with_runs, read_catalogue
 from lowrank_lab.widgets.explorer_controls import ALL, Controls
 from lowrank_lab.widgets.run_plots import PLOTS, Choice, View
 from lowrank_lab.widgets.run_view import FILE_TYPES, MAX_ROWS, file_of, load_view
 from lowrank_lab.widgets.slider import slider
+from lowrank_lab.widgets.theme import uninterrupted
 
 PERIOD = 2.0  # seconds between two reads of a followed folder
-DPI = 100  # of a picture in the page
 NARROWEST = 3.4  # inches; on narrower pages the picture is scaled
 
 
@@ -89,6 +90,7 @@ class Dashboard(Controls):
         self.table.observe(self._changed(self._fill_table), "sort")
         self.table.observe(self._changed(self._choose), "selected")
         self.table.observe(self._changed(self._draw), "width")
+        self.theme.observe(self._changed(self._show), "dark")
         self.folder.observe(self._changed(lambda: self._open(self.folder.value)), "value")
         self.path.observe(self._changed(lambda: self._open(self.path.value.strip())), "value")
         self.all.on_click(lambda _: self._choose_rows(self.table.rows))
@@ -102,7 +104,7 @@ class Dashboard(Controls):
         """An observer that acts, unless the change is our own."""
 
         def observer(change: Any) -> None:
-            with self._lock:
+            with self._lock, uninterrupted():
                 if not self._filling:
                     act()
 
@@ -184,12 +186,15 @@ class Dashboard(Controls):
         view = load_view(choice, self._entries) if self._entries else View(choice, self._view.line)
         self._view = view
         self._set(lambda: self._offer_parts(view))
-        figure = view.figure
-        self.picture.value = image(figure, png(figure, dpi=DPI)) if figure is not None else ""
+        self._show()
         for button in self.files.values():
-            button.disabled = figure is None
+            button.disabled = view.figure is None
         self.trouble.value = html.escape(view.trouble)
         self.text.value = html.escape(view.line)  # last: the picture is there, too
+
+    def _show(self) -> None:
+        figure = self._view.figure
+        self.picture.value = "" if figure is None else live_image(figure, self.theme.dark)
 
     def _offer_parts(self, view: View) -> None:
         now = view.choice

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -94,16 +95,19 @@ class Chosen:
 
 
 def _curves(view: View, chosen: Chosen) -> None:
-    tables = [table.assign(title=title) for title, table in chosen.read(series.metrics_of)]
-    if not tables:
+    found = chosen.read(series.metrics_of)
+    if not found:
         return
-    rows, now = pd.concat(tables, ignore_index=True), view.choice
+    rows, now = pd.concat([table for _, table in found], ignore_index=True), view.choice
     view.metrics = metrics_of(rows)
     if not view.metrics:
         return
     metric = now.metric if now.metric in view.metrics else view.metrics[0]
     view.choice = now = replace(now, metric=metric, x=now.x if now.x in X_AXES else "tokens_seen")
-    view.table = metric_table(rows, now.metric, now.x)
+    titles = np.repeat([title for title, _ in found], [len(table) for _, table in found])
+    there = rows[metric].notna().to_numpy()  # few rows have an evaluation
+    kept = rows.loc[there, list(dict.fromkeys(["step", now.x, metric]))]
+    view.table = metric_table(kept.assign(title=titles[there]), metric, now.x)
     view.figure = metric_curves(view.table, now.metric, now.x, now.width)
 
 

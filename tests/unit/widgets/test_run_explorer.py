@@ -10,6 +10,7 @@ import pytest
 from many_runs import LAYERS, VARIANTS, grow, write_many
 
 from lowrank_lab.config import InputError
+from lowrank_lab.figures.page import image_tag
 from lowrank_lab.widgets import run_explorer
 from lowrank_lab.widgets.run_explorer import Dashboard
 from lowrank_lab.widgets.run_plots import PLOTS, Choice
@@ -18,18 +19,19 @@ from lowrank_lab.widgets.run_view import MAX_ROWS, file_of, load_view
 SEEDS = 9  # of each configuration
 
 
-def data_of(figure, dpi):
-    """In place of a PNG, which takes longer: bytes that differ as the pictures would."""
+def data_of(figure, dark):
+    """In place of a picture, which takes longer: bytes that differ as the pictures would."""
     drawn = [artist for ax in figure.axes for artist in (*ax.lines, *ax.collections, *ax.patches)]
     values = [getattr(artist, "get_array", lambda: None)() for artist in drawn]
     places = [str(artist.get_path().vertices) for artist in drawn if hasattr(artist, "get_path")]
     words = [ax.get_xlabel() + ax.get_title(loc="left") for ax in figure.axes]
-    return repr((values, places, words, figure.get_size_inches())).encode()
+    content = repr((values, places, words, figure.get_size_inches())).encode()
+    return image_tag(f"{'dark' if dark else 'light'} picture", content)
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(run_explorer, "png", data_of)
+    monkeypatch.setattr(run_explorer, "live_image", data_of)
 
 
 @pytest.fixture(scope="module")
