@@ -130,7 +130,7 @@ class StackedChannels:
         """Norms per channel of R, its twin N and G, in float32 or wider."""
         wide = torch.promote_types(R.flat.dtype, torch.float32)
         found = torch.empty((3, self.count), dtype=wide, device=R.flat.device)
-        self.reduce(R.with_twin, R.shapes, out=found[:2])
+        self.reduce(R.whole, R.shapes, out=found[:2])
         self.reduce(G.flat, G.shapes, out=found[2])
         return list(found.unbind())
 

@@ -68,13 +68,8 @@ class Stacks:
         return self._flat
 
     @property
-    def with_twin(self) -> Tensor:
-        """Both buffers (2×entries)."""
-        return self._pair
-
-    @property
     def whole(self) -> Tensor:
-        """The buffer, or both if there is a twin."""
+        """The buffer (entries), or both if there is a twin (2×entries)."""
         return self._pair if "_pair" in vars(self) else self.flat
 
     @property
