@@ -2,7 +2,8 @@
 
 Operators are counted as torch dispatches them, on tensors without values and on the path of CUDA
 (`lowrank_lab.device.cuda_path`). Views and allocations launch nothing and don't count; a fused
-operator on many tensors counts once. `python -m benchmarks.kernels` prints the counts of the loss,
+operator on many tensors counts once, a compiled graph by what inductor's scheduler leaves of it
+(`graph_kernels.py`). `python -m benchmarks.kernels` prints the counts of the loss,
 of a block, and of all that is queued between the backward pass and the next step: the gradient norm
 with its clipping, the check for NaN and infinity, and the optimizer's update.
 """
@@ -20,6 +21,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.graph_kernels import GRAPH, counted_graphs
 from lowrank_lab.config import SIZES, RunConfig, Size
 from lowrank_lab.device import cuda_path
 from lowrank_lab.layers import factorize
@@ -29,6 +31,7 @@ from lowrank_lab.models import merged as merging
 from lowrank_lab.models.cross_entropy import linear_cross_entropy
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.models.rotary import rotary_tables
+from lowrank_lab.techniques.states import unwrapped
 from lowrank_lab.training.finite import FiniteCheck, off_where
 from lowrank_lab.training.gradients import clip_
 from lowrank_lab.training.kinds import set_clock_
@@ -132,7 +135,13 @@ class StepKernels(NamedTuple):
 
 
 def step_kernels(
-    method: str, size: str, options: dict[str, Any], *, stacked: bool = True, **fields: Any
+    method: str,
+    size: str,
+    options: dict[str, Any],
+    *,
+    stacked: bool = True,
+    compiled: bool = False,
+    **fields: Any,
 ) -> StepKernels:
     """Kernels of a step in bf16 with nothing due.
 
@@ -141,14 +150,18 @@ def step_kernels(
         size: of the model.
         options: of the method.
         stacked: on CUDA's path; False: as off it, one parameter after the other.
+        compiled: with `compile`; stacked.
         fields: further ones of the run's configuration.
     """
     config = RunConfig(
         model=size, method=method, method_options=options, precision="bf16", corpus="markov",
         **fields,
     )  # fmt: skip
-    with FakeTensorMode(), cuda_path() if stacked else nullcontext():
-        model, optimizer = build(resolve(config))
+    resolved = resolve(config).model_copy(update={"vocab_size": SIZES[size].vocab_size})
+    with FakeTensorMode(), cuda_path() if stacked else nullcontext(), counted_graphs():
+        model, optimizer = build(resolved)
+        for inner in unwrapped(optimizer):
+            inner.compile_chains = compiled  # type: ignore[attr-defined]
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
@@ -179,7 +192,9 @@ if __name__ == "__main__":
         for name in COUNTED:
             norm, check, now = (c.total for c in step_kernels(method, name, options))
             single = step_kernels(method, name, options, stacked=False).update.total
+            compiled = step_kernels(method, name, options, compiled=True).update
             click.echo(
                 f"{label}, {name}: {norm} kernels for norm and clipping, {check} for the check, "
-                f"{now} for the update ({single} one by one)"
+                f"{now} for the update ({single} one by one; {compiled.total} compiled, of which "
+                f"{compiled.kernels[GRAPH]} in graphs)"
             )

@@ -203,26 +203,27 @@ def label_ends(
 
     Args:
         ax: with a linear or logarithmic y axis, whose limits are final.
-        ends: (last value, name, colour) of each curve, and optionally the marker to draw.
+        ends: (last value, name, colour) of each curve, and optionally its marker or line style.
         digits: decimal places of the values.
         gap: minimum distance between two names, as a share of the axis.
     """
     if not ends:
         return
-    ends = sorted(ends, key=lambda end: end[:2])
-    low, high = ax.get_ylim()
+    ends, (low, high) = sorted(ends, key=lambda end: end[:2]), ax.get_ylim()
     scale = ax.yaxis.get_transform().transform
     bottom, top, *places = scale([low, high, *(max(value, low) for value, *_ in ends)])
     heights = spread([(place - bottom) / (top - bottom) for place in places], gap)
     lift = max(0.0, 0.03 - heights[0])  # keeps clear of the x axis's labels
     lift -= max(0.0, min(heights[-1] - 0.98, heights[0] - 0.03))  # and below the top
     beside = offset_copy(ax.transAxes, ax.get_figure(root=True), x=10, units="points")
-    for height, (value, label, colour, *marker) in zip(heights, ends, strict=True):
-        for shape in marker:
-            ax.plot(1.0, height + lift, shape, ms=6, color=colour, transform=beside, clip_on=False)
+    for height, (value, label, colour, *shape) in zip(heights, ends, strict=True):
+        at, line = height + lift, shape and shape[0] in ("-", "--", ":", "-.")
+        x, where = ([1.015, 1.06], ax.transAxes) if line else ([1.0], beside)
+        for style in shape:
+            ax.plot(x, [at] * len(x), style, ms=6, color=colour, transform=where, clip_on=False)
         ax.annotate(
-            f"{label}  {value:.{digits}f}".strip(), (1.0, height + lift), xycoords="axes fraction",
-            xytext=(18 if marker else 6, 0), textcoords="offset points", color=colour,
+            f"{label}  {value:.{digits}f}".strip(), (x[-1], at), xycoords="axes fraction",
+            xytext=(18 if shape and not line else 6, 0), textcoords="offset points", color=colour,
             fontsize=8.5, va="center", annotation_clip=False,
         )  # fmt: skip
 

@@ -122,14 +122,16 @@ def _error_curves(
     ax: Axes, table: pd.DataFrame, lines: Mapping[str, float], events: Sequence[int]
 ) -> None:
     labels = list(dict.fromkeys(table["label"]))
-    ends: list[tuple[float, str, str]] = []
+    ends: list[tuple[Any, ...]] = []
+    styles = {label: style_of(label, labels) for label in labels}
+    alike = len({colour for colour, *_ in styles.values()}) < len(labels)
     if ax.get_yscale() != "log":
         ax.set_yscale("log")
     for label in labels:
         error = table.loc[table["label"] == label, "error"].to_numpy()
-        colour, line, _ = style_of(label, labels)
+        colour, line, _ = styles[label]
         ax.plot(error.clip(LOWEST), line, color=colour, lw=1.6)
-        ends.append((float(error[-1]), label, colour))
+        ends.append((float(error[-1]), label, colour, *([line] if alike else [])))
     for name, value in lines.items():
         ax.axhline(max(value, LOWEST), color=FLOOR, lw=1, ls=(0, (1, 2)))
         ends.append((value, name, FLOOR))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import matplotlib as mpl
 import pandas as pd
@@ -54,14 +54,17 @@ def loss_curves(runs: pd.DataFrame, x: str = "tokens_seen", y: str = "validation
     table = curve_table(runs, x, y)
     labels = list(dict.fromkeys(table["label"]))
     figure, ax = canvas(6.4, _height(labels))
-    ends: list[tuple[float, str, str]] = []
+    ends: list[tuple[Any, ...]] = []
+    styles = {label: style_of(label, labels) for label in labels}
+    alike = len({colour for colour, *_ in styles.values()}) < len(labels)
     for label in labels:
         part = table[table["label"] == label].sort_values("step")
-        colour, line, _ = style_of(label, labels)
+        colour, line, _ = styles[label]
         ax.plot(part[x], part["mean"], line, color=colour, lw=1.6)
         low, high = part["mean"] - part["half_width"], part["mean"] + part["half_width"]
         ax.fill_between(part[x], low, high, color=colour, alpha=0.15, lw=0)
-        ends.append((float(part["mean"].iloc[-1]), label if len(labels) > 1 else "", colour))
+        name, sample = label if len(labels) > 1 else "", [line] if alike else []
+        ends.append((float(part["mean"].iloc[-1]), name, colour, *sample))
     if len(labels) > 1:
         # The ends of the curves are compared: leave out the first, steep part.
         last = table.groupby("label")["mean"].last()

@@ -30,7 +30,8 @@ GRAM_TOLERANCE = 1e-8  # least share of a squared singular value that Gram matri
 class Balance(NamedTuple):
     """The transformation B A = (B T) (T⁻¹ A) with (B T)ᵀ (B T) = (T⁻¹ A) (T⁻¹ A)ᵀ = Σ, in float64.
 
-    T and T⁻¹ are meaningless where B A is rank-deficient (RANK_TOLERANCE).
+    T and T⁻¹ are meaningless where B A is rank-deficient (RANK_TOLERANCE). No entry of T's diagonal
+    is negative: factors that are balanced with a diagonal Gram matrix don't change their signs.
     """
 
     S: Tensor  # r, descending: the singular values of B A
@@ -79,7 +80,7 @@ def _from_grams(gram_B: Tensor, gram_A: Tensor) -> Balance | None:
     S, U = squares.flip(0).sqrt(), U.flip(1)
     root = S.sqrt()
     T = torch.linalg.solve_triangular(L.T, U * root, upper=True)
-    return Balance(S, T, (U / root).T @ L.T)
+    return _with_signs(S, T, (U / root).T @ L.T)
 
 
 def _from_triangles(R_B: Tensor, R_A: Tensor) -> Balance:
@@ -87,7 +88,14 @@ def _from_triangles(R_B: Tensor, R_A: Tensor) -> Balance:
     # R_B R_Aᵀ = U Σ Vᵀ  ⇒  T = R_Aᵀ V Σ^(−½),  T⁻¹ = Σ^(−½) Uᵀ R_B
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
     inverse_root = S.rsqrt()[..., None, :]
-    return Balance(S, R_A.mT @ Vh.mT * inverse_root, (U * inverse_root).mT @ R_B)
+    return _with_signs(S, R_A.mT @ Vh.mT * inverse_root, (U * inverse_root).mT @ R_B)
+
+
+def _with_signs(S: Tensor, T: Tensor, T_inverse: Tensor) -> Balance:
+    """The balance with the signs that singular vectors leave open: T has no negative diagonal."""
+    diagonal = T.diagonal(dim1=-2, dim2=-1)
+    signs = torch.where(diagonal < 0, -1.0, 1.0).to(T)
+    return Balance(S, T * signs[..., None, :], T_inverse * signs[..., None])
 
 
 def stacked_balance(B: Tensor, A: Tensor) -> Balance:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,33 +23,52 @@ class Compiled:
 
     Args:
         function: a function of a module, not a closure; it must compile without a graph break.
-        dynamic: one graph for all sizes; None: as torch decides.
 
     Raises:
         InputError: at a call, if torch can't compile `function` into one graph.
     """
 
-    def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
-        self._function, self._dynamic = function, dynamic
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
         self._training, self._inference = (
-            torch.compile(
-                _with_own_code(function), fullgraph=True, backend=BACKEND, dynamic=dynamic
-            )
+            torch.compile(_with_own_code(function), fullgraph=True, backend=BACKEND)
             for _ in range(2)
         )
 
     def __call__(self, *args: Any) -> Any:
         chosen = self._training if torch.is_grad_enabled() else self._inference
-        try:
+        with refused_in_one_line():
             return chosen(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())  # without traceback
-            allowed = f"torch can't compile the model ({reason}); False"
-            raise InputError("compile", True, allowed) from error
 
     def __reduce__(self) -> Any:
         """Copies and pickles compile again."""
-        return Compiled, (self._function, self._dynamic)
+        return Compiled, (self._function,)
+
+
+class CompiledGraph:
+    """A graph of operations on tensors of fixed shapes, compiled at its first call.
+
+    Raises:
+        InputError: at a call, if torch can't compile it.
+    """
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        self._compiled = torch.compile(graph, fullgraph=True, backend=BACKEND, dynamic=False)
+
+    def __call__(self, *tensors: Any) -> Any:
+        with refused_in_one_line():
+            return self._compiled(*tensors)
+
+
+@contextmanager
+def refused_in_one_line() -> Iterator[None]:
+    """What torch can't compile in this block is an InputError."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).strip().split("\n\n")[0].split())  # without traceback
+        allowed = f"torch can't compile the model ({reason}); False"
+        raise InputError("compile", True, allowed) from error
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from lowrank_lab.optim.channels import rank_channels
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
 from lowrank_lab.optim.dtensor_optimizer import param_index
-from lowrank_lab.optim.fira import EPS, growth_limiter
+from lowrank_lab.optim.fira import EPS, growth_limiter, limited_norm
 from lowrank_lab.optim.matrix_updates import SEED_STRIDE, each
 from lowrank_lab.optim.projecting import projected_gradient
 from lowrank_lab.optim.projection import (
@@ -129,16 +129,13 @@ class Apollo(ProjectedAdamW):
         # φ = ‖N‖ / (‖R‖ + ε), per channel (over the rank axis) or once for the tensor
         whole = group["scale_type"] == "tensor"
         channels = rank_channels(G, right, self.placement, whole=whole)
-        R_norm, N_norm, G_norm = channels.norms(R, N, G)
-        phi, S_norms = _channel_scales(R_norm, N_norm, G_norm)
-        root = math.sqrt(group["scale"])
-        # S = φ∘G, so that ‖S‖² = Σ φ²‖G‖² over the channels
-        if not group["disable_nl"]:
-            S_norm = channels.total(S_norms)
-            limiter = growth_limiter(state, root * S_norm if group["scale_front"] else S_norm)
-            phi = channels.divided(phi, limiter, phi.dtype)
+        before = None if group["disable_nl"] else limited_norm(state, G)
+        root, front = math.sqrt(group["scale"]), group["scale_front"]
+        phi, norm = _scale_(R, N, G, before, channels, root, front)
+        if norm is not None:
+            state["residual_norm"] = norm
         # W ← W − lr · √scale · φ∘G
-        channels.add_scaled_(W, G, root * phi, alpha=-step_size)
+        channels.add_scaled_(W, G, phi, alpha=-step_size)
 
     def _projections(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Projections:
         """(L, None) or (None, R) of this step; the state's `seed` is that of the current one."""
@@ -165,10 +162,22 @@ class Apollo(ProjectedAdamW):
 
 
 @Chain
-def _channel_scales(R_norm: Tensor, N_norm: Tensor, G_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """φ and φ‖G‖ of each channel."""
+def _scale_(
+    R: Any, N: Any, G: Any, before: Tensor | None, channels: Any, root: float, scale_front: bool
+) -> tuple[Tensor, Tensor | None]:
+    """G ← √scale·φ∘G of stacks; √scale·φ, and the limited norm if there was one before."""
+    R_norm, N_norm, G_norm = channels.norms(R, N, G)
     phi = N_norm / (R_norm + EPS)
-    return phi, phi * G_norm
+    norm = None
+    if before is not None:
+        # S = φ∘G, so that ‖S‖² = Σ φ²‖G‖² over the channels
+        S_norm = channels.total(phi * G_norm)
+        S_norm = root * S_norm if scale_front else S_norm
+        limiter = growth_limiter(S_norm, before)
+        phi, norm = channels.divided(phi, limiter, phi.dtype), S_norm / limiter
+    phi = root * phi
+    channels.scale_(G, phi.to(G.dtype))
+    return phi, norm
 
 
 def random_projection(like: Tensor, side: int, rank: int, left: bool, seed: int) -> Tensor:

@@ -115,7 +115,8 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.refreshed = {}
-        with off_where(self.found_inf), compiled_where(self.compile_chains):
+        graphs = self.__dict__.setdefault("_graphs", {}) if self.compile_chains else None
+        with off_where(self.found_inf), compiled_where(graphs):
             self._step_groups_()
         self.__dict__.pop("_buffers", None)  # buffers are reused within a step, freed after it
         return loss

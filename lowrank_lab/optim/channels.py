@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.placements import REPLICATED, Placement
 from lowrank_lab.optim.stacks import Matrices, Stacks, StackShape, Weights
 
@@ -24,7 +25,7 @@ def channel_norms(X: Tensor, axis: int | None) -> Tensor:
     The axis is the projected one, which is never sharded: the norms need no communication.
     """
     wide = torch.promote_types(X.dtype, torch.float32)
-    if axis != 0:
+    if axis != 0 or prefers_few_kernels(X):
         norms: Tensor = torch.linalg.vector_norm(X, dim=axis, keepdim=True, dtype=wide)
         return norms
     # torch's norm of columns takes four times as long on a CPU
@@ -71,6 +72,9 @@ class Channels:
     def subtract_scaled_(self, N: Tensor, R: Tensor, scale: Tensor) -> None:
         """N ← N − scale∘R, in place."""
         N.addcmul_(R, scale.to(N.dtype), value=-1)
+
+    def scale_(self, X: Tensor, scale: Tensor) -> None:
+        """Nothing: a single matrix is scaled where it is added."""
 
     def add_scaled_(self, W: Tensor, G: Tensor, scale: Tensor, alpha: float) -> None:
         """W ← W + alpha · scale∘G, in place."""
@@ -182,8 +186,7 @@ class StackedChannels:
             n.addcmul_(r, broadcast(scale[channels], n, dim), value=-1)
 
     def add_scaled_(self, W: Weights, G: Stacks, scale: Tensor, alpha: float) -> None:
-        """W ← W + alpha · scale∘G at the end of the update; G is overwritten."""
-        self.scale_(G, scale.to(G.flat.dtype))
+        """W ← W + alpha · G at the end of the update; `scale_` has scaled G."""
         W.factor = alpha
 
     def scale_(self, X: Stacks, scale: Tensor) -> None:

@@ -18,6 +18,7 @@ from lowrank_lab.optim.projection import (
     ONE_SIDED,
     get_projections,
 )
+from lowrank_lab.optim.stacks import Matrices, tensors_of
 from lowrank_lab.optim.subspace_adamw import SubspaceAdamW
 
 NORM_GROWTH_LIMIT = 1.01  # γ
@@ -70,56 +71,60 @@ class Fira(SubspaceAdamW):
         left, right = get_projections(self, state, G, group)
         R = projected_gradient(G, left, right, group)
         N = self.adam_direction(R, state, group)
+        # S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S) = W − lr · (αP (N − R∘φ) + G∘φ)
         alpha, channels = group["alpha"], rank_channels(G, right, self.placement)
-        # φ = ‖N‖ / (‖R‖ + ε) per channel;  S = (G − αP R)∘φ, limited;  W ← W − lr · (αP N + S)
-        R_norm, N_norm, G_norm = channels.norms(R, N, G)
-        rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
-        phi, S_norms = _channel_scales(R_norm, N_norm, G_norm, alpha, rounding)
-        S_norm = channels.total(S_norms)
-        limiter = growth_limiter(state, S_norm, group["forgive_zero"])
-        phi = channels.divided(phi, limiter, N.dtype)
-        # One back-projection: αP N + (G − αP R)∘φ = αP (N − R∘φ) + G∘φ
-        channels.subtract_scaled_(N, R, phi)
+        before, forgives = limited_norm(state, G), group["forgive_zero"]
+        N, phi, norm = _scale_residual_(R, N, G, before, channels, alpha, forgives)
+        state["residual_norm"] = norm
         project_back_add_(W, N, left, right, alpha=-step_size * alpha)
         channels.add_scaled_(W, G, phi, alpha=-step_size)
 
 
 @Chain
-def _channel_scales(
-    R_norm: Tensor, N_norm: Tensor, G_norm: Tensor, alpha: float, rounding: float
-) -> tuple[Tensor, Tensor]:
-    """φ and φ‖G − αP R‖ of each channel."""
+def _scale_residual_(
+    R: Any, N: Any, G: Any, before: Tensor, channels: Any, alpha: float, forgive_zero: bool
+) -> tuple[Any, Tensor, Tensor]:
+    """N ← N − R∘φ, and G ← G∘φ of stacks, with φ = ‖N‖ / (‖R‖ + ε) per channel, limited.
+
+    Returns N, φ and the limited norm of the residual.
+    """
+    R_norm, N_norm, G_norm = channels.norms(R, N, G)
     phi = N_norm / (R_norm + EPS)
     # P has orthonormal columns: ‖G − αP R‖² = ‖G‖² − (2α − α²)‖R‖² per channel. A difference at
     # rounding level means that the gradient lies inside the subspace: the residual is zero.
+    rounding = max(8 * torch.finfo(G_norm.dtype).eps, torch.finfo(G.dtype).eps)
     G_norm_sq = G_norm.square()
     residual_sq = torch.addcmul(G_norm_sq, R_norm, R_norm, value=alpha**2 - 2 * alpha)
     residual_sq *= residual_sq > rounding * G_norm_sq
-    return phi, residual_sq.sqrt_().mul_(phi)
+    S_norm = channels.total(residual_sq.sqrt_().mul_(phi))
+    limiter = growth_limiter(S_norm, before, forgive_zero)
+    phi = channels.divided(phi, limiter, N.dtype)
+    channels.subtract_scaled_(N, R, phi)
+    channels.scale_(G, phi.to(G.dtype))
+    return N, phi, S_norm / limiter
 
 
-def growth_limiter(state: dict[str, Any], norm: Tensor, forgive_zero: bool = True) -> Tensor:
-    """Fira's norm-growth limiter, max(‖S‖ / (‖S_prev‖ + ε), γ) / γ; 1 at the first step.
+def limited_norm(state: Any, G: Matrices) -> Tensor:
+    """‖S_prev‖, the limited norm of the previous step; ∞ at first, which limits nothing.
 
-    ‖S_prev‖, the limited norm of the previous step, is `residual_norm` in the state; ∞: no limit.
+    Of stacks, a vector. It is `residual_norm` in the state.
+    """
+    if "residual_norm" in state:
+        found: Tensor = state["residual_norm"]
+        return found
+    shape = () if isinstance(G, Tensor) else (len(G.tensors),)
+    wide = torch.promote_types(G.dtype, torch.float32)
+    return torch.full(shape, math.inf, dtype=wide, device=tensors_of(G)[0].device)
+
+
+def growth_limiter(norm: Tensor, previous: Tensor, forgive_zero: bool = True) -> Tensor:
+    """Fira's norm-growth limiter, max(‖S‖ / (‖S_prev‖ + ε), γ) / γ; 1 after a norm of ∞.
 
     Args:
-        state: of the parameter, or of many; its `residual_norm` is replaced.
         norm: ‖S‖ (0-dimensional), or that of each parameter (a vector).
+        previous: ‖S_prev‖, the limited norm of the previous step.
         forgive_zero: no limit after a norm up to ε; False is the published rule (see Fira).
     """
-    if "residual_norm" not in state:
-        state["residual_norm"] = norm
-        return torch.ones_like(norm)
-    limiter: Tensor
-    limiter, state["residual_norm"] = _limited(norm, state["residual_norm"], forgive_zero)
-    return limiter
-
-
-@Chain
-def _limited(norm: Tensor, previous: Tensor, forgive_zero: bool) -> tuple[Tensor, Tensor]:
-    """The limiter, and the limited norm."""
     if forgive_zero:
         previous = F.threshold(previous, EPS, math.inf)
-    limiter = (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT
-    return limiter, norm / limiter
+    return (norm / (previous + EPS)).clamp(min=NORM_GROWTH_LIMIT) / NORM_GROWTH_LIMIT

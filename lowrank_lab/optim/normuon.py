@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, _adjust_lr
 
 from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import channels_along
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import is_number, require, require_bool, require_choice, require_int
@@ -124,19 +125,14 @@ class NorMuon(MomentumOptimizer):
         if isinstance(Q, Stacks):
             W.G = Q
         channels: Any = channels_along(Q, 1, self.placement)
-        # v ← β₂v + (1−β₂) mean(Q², 1);  N ← Q / (√v + ε)
-        rms = channels.rms(Q)
-        root = row_averages(state, Q, rms, group["beta2"]).sqrt().add_(group["eps"])
-        # W ← W − lr · a · ‖Q‖ · N / (‖N‖ + ε); both norms have the same factor √n
-        size = channels.total(rms / root).add_(group["eps"])
+        # v ← β₂v + (1−β₂) mean(Q², 1);  N ← Q / (√v + ε);  W ← W − lr · a · ‖Q‖ · N / (‖N‖ + ε)
+        rms = _rms(Q, channels)
+        v = row_averages(state, Q, rms, group["beta2"])
         kept = group["update_scale"] == "preserve_norm"
-        length = channels.total(rms).div_(size) if kept else size.reciprocal_()
-        parts = self._parts(length, Q)
-        factors = [_factor(shape, group) for _, shape in parts]
-        for (part, _), factor in zip(parts, factors, strict=True):
-            if factor != factors[0]:
-                part.mul_(factor / factors[0])
-        scale = channels.over(length, root, Q.dtype)
+        runs = [(1, self.placement.global_shape(Q))] if isinstance(Q, Tensor) else Q.shapes
+        factors = [_factor(shape, group) for _, shape in runs]
+        ratios = [(n, factor / factors[0]) for (n, _), factor in zip(runs, factors, strict=True)]
+        scale = _scale_rows_(Q, rms, v, channels, group["eps"], kept, tuple(ratios))
         if isinstance(Q, Tensor):
             zero_if_off_(scale)
         channels.add_scaled_(W, Q, scale, alpha=-float(group["lr"]) * factors[0])
@@ -154,12 +150,34 @@ class NorMuon(MomentumOptimizer):
         (Q,) = orthogonalized([U], schedule, EPS, dtype)
         return self.placement.local_shard(Q).to(G.dtype)
 
-    def _parts(self, values: Tensor, Q: Matrices) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """Values of tensors by the shape of their tensors."""
-        if isinstance(Q, Tensor):
-            return [(values, self.placement.global_shape(Q))]
-        counts = [count for count, _ in Q.shapes]
-        return list(zip(torch.split(values, counts), [s for _, s in Q.shapes], strict=True))
+
+@Chain
+def _rms(Q: Matrices, channels: Any) -> Tensor:
+    """Root mean square of each row."""
+    rms: Tensor = channels.rms(Q)
+    return rms
+
+
+@Chain
+def _scale_rows_(
+    Q: Matrices, rms: Tensor, v: Tensor, channels: Any, eps: float, keeps_norm: bool,
+    ratios: tuple[tuple[int, float], ...],
+) -> Tensor:  # fmt: skip
+    """‖Q‖ / (‖N‖ + ε) / (√v + ε) of each row, without ‖Q‖ if not `keeps_norm`; stacks are scaled.
+
+    `ratios` are numbers of consecutive tensors, and a factor of theirs.
+    """
+    root = v.sqrt().add_(eps)
+    size = channels.total(rms / root).add_(eps)  # both norms have the same factor √n
+    length = channels.total(rms).div_(size) if keeps_norm else size.reciprocal_()
+    if len(ratios) > 1:
+        parts = torch.split(length, [count for count, _ in ratios])
+        for part, (_, ratio) in zip(parts, ratios, strict=True):
+            if ratio != 1:
+                part.mul_(ratio)
+    scale: Tensor = channels.over(length, root, Q.dtype)
+    channels.scale_(Q, scale)
+    return scale
 
 
 def _factor(shape: tuple[int, ...], group: dict[str, Any]) -> float:

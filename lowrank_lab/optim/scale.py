@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.config import ResolvedConfig
+from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.channels import channels_along
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
@@ -95,10 +96,18 @@ class Scale(MomentumOptimizer):
             else:
                 G = W.G = Stacks.of(averages)
         # W ← W − lr · G / max(rms, 1e-8)
-        inverse = channels.rms(G).clamp_(min=LEAST).reciprocal_()
+        inverse = _normalize_(G, channels)
         if isinstance(G, Tensor):
             zero_if_off_(inverse)
         channels.add_scaled_(W, G, inverse, alpha=-float(group["lr"]))
+
+
+@Chain
+def _normalize_(G: Any, channels: Any) -> Tensor:
+    """1 / max(rms, 1e-8) of each channel, by which stacks are multiplied."""
+    inverse: Tensor = channels.rms(G).clamp_(min=LEAST).reciprocal_()
+    channels.scale_(G, inverse.to(G.dtype))
+    return inverse
 
 
 def scale_states(w: Weight, config: ResolvedConfig) -> int:

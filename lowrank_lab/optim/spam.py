@@ -147,14 +147,16 @@ class Spam(UniformAdam):
 
 def _clipped(g: Tensor | Stacks, vs: list[Tensor], threshold: float) -> Tensor | Stacks:
     """`clip_spikes` of a gradient, or of all of a stack at once."""
-    clipped: Tensor
     if isinstance(g, Tensor):
-        clipped = clip_spikes(g, vs[0], threshold)
-        return clipped
-    return Stacks(g.shapes, clip_spikes(g.flat, Stacks.of(vs).flat, threshold))
+        return clip_spikes(g, vs[0], threshold)
+    return Stacks(g.shapes, _clip_stacks(g, Stacks.of(vs), threshold))
 
 
 @Chain
+def _clip_stacks(g: Stacks, vs: Stacks, threshold: float) -> Tensor:
+    return clip_spikes(g.flat, vs.flat, threshold)
+
+
 def clip_spikes(g: Tensor, exp_avg_sq: Tensor, threshold: float) -> Tensor:
     """g where |g|² ≤ θ·v, otherwise sign(g)·√(θ·v); a new tensor, shaped like g."""
     # |g|² > θ·v  ⇔  |g| > √(θ·v):  g ← sign(g) · min(|g|, √(θ·v))

@@ -17,7 +17,7 @@ from lowrank_lab.optim.chains import Chain
 from lowrank_lab.optim.checked import Shapes
 from lowrank_lab.optim.checks import require
 from lowrank_lab.optim.found_inf import decay_
-from lowrank_lab.optim.stacks import Matrices, StackedStates, State, moments_of, tensors_of
+from lowrank_lab.optim.stacks import Matrices, StackedStates, Stacks, State, moments_of, tensors_of
 from lowrank_lab.optim.state_bytes import SCALAR, Weight
 from lowrank_lab.optim.uniform import UniformAdam
 from lowrank_lab.optim.whole_tensors import tensors_in
@@ -118,47 +118,45 @@ def clip_and_normalize(
         group: has gamma1, gamma2, theta and eps.
         placement: of the gradient, if G is a local shard.
     """
-    m, n, s = _averages(state, G)
-    gamma1, gamma2, theta = group["gamma1"], group["gamma2"], group["theta"]
-    # AdaClip: m ← θm + (1−θ) max|g|;  m̂ = m / (1 − θᵀ);  g ← g · m̂ / max|g| where |g| > m̂
+    averages = _averages(state, G)
+    decays = group["theta"], group["gamma1"], group["gamma2"]
+    corrections = [_number(1 - decay**T, G) for decay in decays]
+    scaled, *new = _clip_and_normalize_(
+        G, *averages, *decays, *corrections, group["eps"], placement
+    )
+    for name, average in zip(AVERAGES, new, strict=True):
+        state[name] = average
+    return Stacks(G.shapes, G.flat) if isinstance(G, Stacks) else scaled
+
+
+@Chain
+def _clip_and_normalize_(
+    G: Matrices, m: Tensor, n: Tensor, s: Tensor, theta: float, gamma1: float, gamma2: float,
+    of_m: float | Tensor, of_n: float | Tensor, of_s: float | Tensor, eps: float,
+    placement: Placement,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The scaled gradient, None of stacks, which are changed; the averages, replaced.
+
+    `of_m`, `of_n` and `of_s` are the bias corrections of the averages.
+    """
+    # AdaClip: m ← θm + (1−θ) max|g|;  m̂ = m / (1 − θᵀ);  g ← g · m̂ / max|g| where |g| > m̂.
+    # The quotient is 0/0 of a zero gradient, in which nothing is larger than m̂.
     each = tensors_in(G, m.dtype)
     peak = placement.all_reduce_max_(each.largest())
-    corrections = [_number(1 - decay**T, G) for decay in (theta, gamma1, gamma2)]
-    m, m_hat, scale = _clipping(m, peak, 1 - theta, corrections[0])
-    each.scale_larger_(m_hat, scale)
+    m = m.lerp(peak, 1 - theta)
+    m_hat = m / of_m
+    each.scale_larger_(m_hat, m_hat / peak)
     # AdaGN: n ← γ₁n + (1−γ₁)‖g‖;  s ← γ₂s + (1−γ₂)‖g‖²;  g ← g/‖g‖ · n̂ / (√ŝ + ε)
     norm = placement.global_norm(each.norm())
-    shares = 1 - gamma1, 1 - gamma2
-    n, s, scale = _normalizing(n, s, norm, *shares, *corrections[1:], group["eps"])
-    for name, average in zip(AVERAGES, (m, n, s), strict=True):
-        state[name] = average
-    return each.scale_(scale)
+    n, s = n.lerp(norm, 1 - gamma1), s.lerp(norm.square(), 1 - gamma2)
+    length = norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    scaled = each.scale_(n / of_n / ((s / of_s).sqrt() + eps) / length)
+    return scaled if isinstance(scaled, Tensor) else None, m, n, s
 
 
 def _number(value: float, G: Matrices) -> float | Tensor:
     """A number that changes in each step: of stacks a tensor, on the CPU, for compiled chains."""
     return value if isinstance(G, Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-@Chain
-def _clipping(
-    m: Tensor, peak: Tensor, share: float, correction: float | Tensor
-) -> tuple[Tensor, ...]:
-    """The new m, m̂, and m̂ / max|g|: of a zero gradient 0/0, but there nothing is larger than m̂."""
-    m = m.lerp(peak, share)
-    m_hat = m / correction
-    return m, m_hat, m_hat / peak
-
-
-@Chain
-def _normalizing(
-    n: Tensor, s: Tensor, norm: Tensor, share1: float, share2: float,
-    correction1: float | Tensor, correction2: float | Tensor, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The new n and s, and n̂ / (√ŝ + ε) / ‖g‖."""
-    n, s = n.lerp(norm, share1), s.lerp(norm.square(), share2)
-    n_hat, s_hat = n / correction1, s / correction2
-    return n, s, n_hat / (s_hat.sqrt() + eps) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def _averages(state: State | StackedStates, G: Matrices) -> list[Tensor]:

@@ -29,7 +29,7 @@ class Stacks:
     Attributes:
         shapes: number and shape of the tensors of each stack.
         tensors: the tensors that were stacked, or views of a buffer that was given.
-        twin: a second buffer of the same layout, for Adam's direction; set by `with_zero_twin`.
+        twin: a second buffer of the same layout, for Adam's direction; set by `around`.
     """
 
     twin: Stacks
@@ -48,9 +48,16 @@ class Stacks:
     @classmethod
     def with_zero_twin(cls, shapes: list[StackShape], like: Tensor, dtype: torch.dtype) -> Stacks:
         """Stacks of zeros with a twin of zeros."""
-        pair = torch.zeros((2, sum(sizes_of(shapes))), dtype=dtype, device=like.device)
-        stacks = cls(shapes, pair[0])
-        stacks.twin, stacks._pair = cls(shapes, pair[1]), pair
+        size = sum(sizes_of(shapes))
+        return cls.around(shapes, torch.zeros((2, size), dtype=dtype, device=like.device))
+
+    @classmethod
+    def around(cls, shapes: list[StackShape], buffer: Tensor) -> Stacks:
+        """Stacks in a buffer (entries), or stacks and their twin in one (2×entries)."""
+        if buffer.ndim == 1:
+            return cls(shapes, buffer)
+        stacks = cls(shapes, buffer[0])
+        stacks.twin, stacks._pair = cls(shapes, buffer[1]), buffer
         return stacks
 
     @property
@@ -64,6 +71,11 @@ class Stacks:
     def with_twin(self) -> Tensor:
         """Both buffers (2×entries)."""
         return self._pair
+
+    @property
+    def whole(self) -> Tensor:
+        """The buffer, or both if there is a twin."""
+        return self._pair if "_pair" in vars(self) else self.flat
 
     @property
     def dtype(self) -> torch.dtype:

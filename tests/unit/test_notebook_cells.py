@@ -57,6 +57,16 @@ def test_no_line_of_a_formula_begins_like_a_list_item(path):
             within = bool(line.strip()) and within != bool(line.count("$") % 2)
 
 
+@every_notebook
+def test_no_sentence_is_broken_where_its_next_line_looks_like_a_list_item(path):
+    """Markdown begins a list there: "even above" and "1. Right after" on the next line."""
+    texts = [source for kind, source in cells_of(path) if kind == "markdown"]
+    for paragraph in re.split(r"\n\s*\n", "\n\n".join(texts)):
+        first, *lines = paragraph.strip().splitlines() or [""]
+        if not re.match(r"(#|[-+*]\s|\d+[.)]\s)", first):
+            assert not [line for line in lines if re.match(r"([-+*]|1[.)])\s", line)], paragraph
+
+
 def test_what_notebooks_and_their_files_import_exists():
     code = [
         source

@@ -80,6 +80,13 @@ def test_loss_curves_name_each_label_with_its_last_value(x):
     ]  # fmt: skip
 
 
+def test_lines_of_one_colour_show_their_style_beside_their_names():
+    ax = figures.loss_curves(runs_table()).axes[0]  # two of the four labels are low-rank's
+    assert sorted(line.get_linestyle() for line in ax.lines) == sorted(["-", "-", "-", "--"] * 2)
+    ax = figures.loss_curves(runs_table(["galore", "fira"])).axes[0]
+    assert len(ax.lines) == 2
+
+
 def test_the_number_of_seeds_is_said():
     title = figures.loss_curves(runs_table()).axes[0].get_title("right")
     assert title == "mean of 3 seeds, 95 % interval"

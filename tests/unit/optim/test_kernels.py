@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.graph_kernels import GRAPH
 from benchmarks.kernels import OPTIMIZERS, step_kernels
 
 LIMITS = {"60m": 40, "350m": 80}
@@ -17,6 +18,11 @@ MORE = {
     "spectron": {"60m": 61, "350m": 61},
     "ldadam": {"60m": 66, "350m": 103},
 }
+# with compiled chains, at 60m
+COMPILED = {
+    "fira": 25, "apollo": 20, "apollo-mini": 17, "spam": 4, "stable-spam": 18, "scale": 31,
+    "normuon": 49,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", LIMITS)
@@ -29,6 +35,15 @@ def test_a_step_with_nothing_due_launches_few_kernels_and_reads_no_value(name, s
     assert 0 < counts.check.total + counts.update.total <= limits[size], counts.update.kernels
     assert counts.norm.total < 10
     assert not any(count.waits for count in counts)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_chains_leave_fewer_kernels(name):
+    """Counted by inductor's scheduler: what it fuses is one kernel."""
+    plain, found = (step_kernels(name, "60m", {}, compiled=c).update for c in (False, True))
+    assert found.kernels[GRAPH] > 0
+    assert found.total <= COMPILED[name] < plain.total, found.kernels
+    assert found.waits == 0
 
 
 @pytest.mark.parametrize("name", ["galore", "fira", "stable-spam", "muon", "loro"])

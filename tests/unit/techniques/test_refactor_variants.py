@@ -1,5 +1,7 @@
 """Refactorization of minimal rotation, and only where factors have become unbalanced."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,24 @@ def test_the_nearest_balance_leaves_balanced_factors_where_they_are():
     torch.testing.assert_close(layer.A.detach(), A)
     refactorize_(layer, basis="singular")
     assert (layer.B.detach() - B).norm() > 0.5 * B.norm()
+
+
+@pytest.mark.parametrize("by", ["Gram matrices", "QR"])
+@pytest.mark.parametrize(("m", "n", "r"), [(40, 24, 6), (24, 40, 24), (5, 7, 1)])
+def test_factors_in_singular_vectors_keep_their_signs(m, n, r, by, monkeypatch):
+    if by == "QR":
+        found_in = sys.modules["lowrank_lab.layers.balance"]
+        monkeypatch.setattr(found_in, "_from_grams", lambda *grams: None)
+    layer = stretched(m, n, r)
+    refactorize_(layer)
+    B, A = (t.detach().clone() for t in layer.factors())
+    for sign in (1, -1):
+        with torch.no_grad():
+            layer.B.copy_(sign * B * 1.1)
+            layer.A.copy_(sign * A / 1.1)
+        refactorize_(layer)
+        torch.testing.assert_close(layer.B.detach(), sign * B)
+        torch.testing.assert_close(layer.A.detach(), sign * A)
 
 
 def test_kept_momentum_still_points_the_same_way_after_the_nearest_balance():

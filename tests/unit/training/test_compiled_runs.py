@@ -13,13 +13,23 @@ from lowrank_lab import METHODS, InputError, RunConfig
 from lowrank_lab.device import cuda_path
 from lowrank_lab.kernels import operators
 from lowrank_lab.models import compiled
-from lowrank_lab.optim import fira
 from lowrank_lab.runs.files import read_jsonl
 from lowrank_lab.training import run_state
 from lowrank_lab.training.loop import train
 
 # each layer kind, with all that its methods do to it, and a projected optimizer
 METHODS_HERE = ("full-rank", "low-rank", "lora", "relora", "sltrain", "cola", "loro", "galore")
+# graphs of chains; GaLore's update is products and fused kernels alone
+CHAINS = {
+    "galore": 0,
+    "fira": 1,
+    "apollo": 1,
+    "spam": 1,
+    "stable-spam": 1,
+    "scale": 1,
+    "normuon": 2,
+}
+ALIKE = ("spam", "stable-spam", "scale")  # whose resets act on all parameters here
 PARTS = 3  # the block, the last norm and the loss, each with gradients and without
 
 
@@ -79,20 +89,43 @@ def test_options_of_a_run_add_no_graph(values, text_corpus, tmp_path):
     assert not counters["graph_break"]
 
 
-def test_on_cudas_path_the_chains_of_the_optimizer_are_graphs_too(text_corpus, tmp_path):
-    for chain in (fira._channel_scales, fira._limited):
-        chain._graph = None  # of earlier tests
+@pytest.mark.parametrize(("method", "chains"), CHAINS.items())
+def test_on_cudas_path_chains_of_the_optimizer_are_graphs_that_no_event_compiles_again(
+    method, chains, text_corpus, tmp_path
+):
+    config = eventful(text_corpus, method, compile=True, weight_decay=0.1, warmup=3)
+    if method == "spam":  # it clips so many steps after a reset
+        config = config.replace(method_options=config.method_options | {"grad_accu_steps": 2})
+    if method in ALIKE:
+        config = config.replace(reset_params="all")
     with cuda_path():
-        config = eventful(text_corpus, "fira", compile=True, weight_decay=0.1)
         run = train(config, tmp_path / "compiled")
-        with_chains = counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == 2 * PARTS + chains
         assert not counters["graph_break"]
         plain = train(config.model_copy(update={"compile": False}), tmp_path / "plain")
     assert losses_of(run) == pytest.approx(losses_of(plain), rel=1e-4)
-    counters.clear()
+
+
+def test_resets_of_the_targets_alone_part_the_stacks_once(text_corpus, tmp_path):
+    """All together, then targets and the rest, until Adam restarts on all of them."""
     with cuda_path():
-        train(eventful(text_corpus, "galore", compile=True), tmp_path / "galore")
-    assert with_chains == counters["stats"]["unique_graphs"] + 2
+        train(eventful(text_corpus, "stable-spam", compile=True), tmp_path / "run")
+    assert counters["stats"]["unique_graphs"] == 2 * PARTS + 3
+
+
+def test_a_resumed_run_compiles_each_part_and_each_chain_once(text_corpus, tmp_path):
+    config = eventful(text_corpus, "fira", compile=True)
+
+    def stop(row):
+        if row["step"] == 7:
+            raise KeyboardInterrupt
+
+    with cuda_path():
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", on_step=stop)
+        counters.clear()
+        train(config, tmp_path / "run")
+    assert counters["stats"]["unique_graphs"] == 2 * PARTS + CHAINS["fira"]
 
 
 def test_kernels_of_a_cpu_break_no_graph_and_replace_that_of_the_loss(
