@@ -23,9 +23,10 @@ from lowrank_lab.figures.page import DARK, LIGHT, image_tag
 Point = tuple[float, float]
 # JupyterLab and Voilà, and the book, say in these attributes which theme they have.
 THEMES = ('body[data-jp-theme-light="false"]', 'html[data-theme="dark"]')
+FRAMELESS = "background: none !important; padding: 0 !important"  # the book has a light frame
 SWITCH = "".join(
     f"{theme} .idea-light {{display: none !important}} "
-    f"{theme} .idea-dark {{display: inline !important}} " for theme in THEMES
+    f"{theme} .idea-dark {{display: inline !important; {FRAMELESS}}} " for theme in THEMES
 )  # fmt: skip
 
 

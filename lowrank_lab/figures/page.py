@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 
-from lowrank_lab.figures.drawing import alt_text, data_uri, png
+from lowrank_lab.figures.drawing import STYLE, alt_text, data_uri, png
 
 LIGHT = {"ink": "#1f2328", "soft": "#6b7280", "page": "#ffffff",
          "blue": "#0072B2", "orange": "#D55E00", "green": "#009E73"}  # fmt: skip
@@ -87,8 +87,9 @@ def darkened(figure: Figure, dark: bool = True) -> Iterator[None]:
     """
     undo: list[Callable[[], Any]] = []
     try:
-        for artist in _parts(figure) if dark else ():
-            _recolour(artist, undo)
+        with mpl.rc_context(STYLE):  # ticks are made here
+            for artist in _parts(figure) if dark else ():
+                _recolour(artist, undo)
         yield
     finally:
         for step in reversed(undo):
@@ -105,14 +106,17 @@ def _recolour(artist: Any, undo: list[Callable[[], Any]]) -> None:
         kind = f"{artist.axis_name}tick.color"
         now = {n: artist.get_tick_params().get(n, RC[default]) for n, default in
                {"color": kind, "labelcolor": kind, "grid_color": "grid.color"}.items()}  # fmt: skip
-        artist.set_tick_params(**{name: seen(colour, MARK) for name, colour in now.items()})
+        artist.set_tick_params(**{name: seen(colour, MARK)[:3] for name, colour in now.items()})
         undo.append(lambda: artist.set_tick_params(**now))
         return
     if isinstance(artist, Text):
         _set(artist, "color", TEXT, undo)
     elif isinstance(artist, Line2D):
-        for part in ("color", "markerfacecolor", "markeredgecolor"):
-            _set(artist, part, MARK, undo)
+        own = [artist.get_markerfacecolor(), artist.get_markeredgecolor()]
+        for part, colour in zip(("markerfacecolor", "markeredgecolor"), own, strict=True):
+            if colour != artist.get_color():  # others follow the line
+                _set(artist, part, MARK, undo)
+        _set(artist, "color", MARK, undo)
     elif isinstance(artist, Patch) or (
         isinstance(artist, Collection) and artist.get_array() is None
     ):

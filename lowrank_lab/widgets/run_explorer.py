@@ -93,8 +93,8 @@ class Dashboard(Controls):
         self.theme.observe(self._changed(self._show), "dark")
         self.folder.observe(self._changed(lambda: self._open(self.folder.value)), "value")
         self.path.observe(self._changed(lambda: self._open(self.path.value.strip())), "value")
-        self.all.on_click(lambda _: self._choose_rows(self.table.rows))
-        self.none.on_click(lambda _: self._choose_rows([]))
+        self.all.on_click(lambda _: self.table.choose(self.table.rows))
+        self.none.on_click(lambda _: self.table.choose([]))
         for kind, button in self.files.items():
             button.on_click(lambda _, kind=kind: self._download(kind))
         self.follow.observe(self._follow, "value")
@@ -154,16 +154,13 @@ class Dashboard(Controls):
             words = f"{len(found)} of {len(self._groups)} rows"
         except InputError as error:
             found, words = self._groups, str(error)
-        column, descending = self.table.sort
-        self._set(lambda: self.table.show(sorted_by(found, column, descending)))
+        rows = sorted_by(found, *self.table.sort)
+        self._set(lambda: self.table.show(rows))
         self._matched = words
         self._count()
 
     def _count(self) -> None:
         self.count.value = html.escape(f"{self._matched}, {len(self.table.selected)} chosen")
-
-    def _choose_rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.table.selected = [row["id"] for row in rows]
 
     def _choose(self) -> None:
         chosen = set(self.table.selected)
@@ -193,8 +190,8 @@ class Dashboard(Controls):
         self.text.value = html.escape(view.line)  # last: the picture is there, too
 
     def _show(self) -> None:
-        figure = self._view.figure
-        self.picture.value = "" if figure is None else live_image(figure, self.theme.dark)
+        shown = self._view.figure
+        self.picture.value = live_image(shown, self.theme.dark) if shown is not None else ""
 
     def _offer_parts(self, view: View) -> None:
         now = view.choice
@@ -236,9 +233,8 @@ class Dashboard(Controls):
         self._stop.set()
         if change["new"]:
             self._stop = threading.Event()
-            threading.Thread(
-                target=_repeat, args=(self.refresh, self._stop, PERIOD), name="follow", daemon=True
-            ).start()
+            repeat = (self.refresh, self._stop, PERIOD)
+            threading.Thread(target=_repeat, args=repeat, name="follow", daemon=True).start()
 
 
 def _offer(widget: Any, options: Sequence[Any], value: Any) -> None:

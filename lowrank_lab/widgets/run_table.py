@@ -43,6 +43,10 @@ class RunTable(anywidget.AnyWidget):
         with self.hold_sync():
             self.columns, self.rows = headings, rows
 
+    def choose(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Choose these rows, and no others."""
+        self.selected = [row["id"] for row in rows]
+
     def download(self, name: str, content: bytes, kind: str) -> None:
         """Hand a file to the browser.
 

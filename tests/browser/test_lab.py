@@ -29,7 +29,7 @@ def test_start_here_trains_and_shows_what_it_says(page, lab):
     open_notebook(page, lab, "00_start_here", parameters)
     run_all(page)
     assert "low-rank + refactor + reset" in outputs(page)
-    images = page.locator(".jp-OutputArea-output img")
+    images = page.locator(".jp-OutputArea-output img:visible")
     assert images.count() == 4  # two drawings, the trade-off and the loss
     assert all(image.evaluate("i => i.naturalWidth") > 300 for image in images.all())
 

@@ -38,6 +38,14 @@ BRIGHTNESS = """element => {
     });
 }"""
 
+# Brightness (0 … 1) of a picture's first pixel.
+CORNER = """image => {
+    const paint = document.createElement('canvas').getContext('2d');
+    paint.drawImage(image, 0, 0);
+    const [r, g, b] = paint.getImageData(0, 0, 1, 1).data;
+    return (0.3 * r + 0.59 * g + 0.11 * b) / 255;
+}"""
+
 
 def test_what_fits_answers_under_voila(page, voila, workplace):
     small = {"model": "tiny", "measured": "tiny", "rank": 4, "batch": 2, "sequence_length": 32}
@@ -123,7 +131,9 @@ def test_three_labels_are_found_among_500_runs_by_keyboard_alone(
 
     assert page.evaluate(RIGHT_END) <= width
     table = page.locator(".runs-table").bounding_box()
-    image = page.locator(".widget-html img:visible").bounding_box()
+    shown = page.locator(".widget-html img:visible")
+    assert (shown.evaluate(CORNER) < 0.5) == (scheme == "dark")
+    image = shown.bounding_box()
     beside = image["x"] > table["x"] + table["width"] - 1
     assert beside == (width > 1000)
     assert image["y"] > table["y"] + table["height"] or beside

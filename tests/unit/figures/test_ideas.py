@@ -1,6 +1,7 @@
 """Drawings of ideas: two variants that say the same, readable on their page, with true numbers."""
 
 import re
+from html import escape
 
 import numpy as np
 import pytest
@@ -77,3 +78,18 @@ def test_the_book_shows_each_idea_on_light_and_on_dark_pages_with_its_alt_text()
         for page in ("light", "dark"):
             block = f"ideas/{name}_{page}.png\n:class: only-{page}\n:alt: {draw(False).alt}\n"
             assert block in pages
+
+
+@pytest.mark.parametrize("name", ideas.IDEAS)
+def test_a_notebook_shows_the_variant_of_its_page_and_the_light_one_without_a_style(name):
+    light = ideas.IDEAS[name](False)
+    html = light._repr_mimebundle_()[0]["text/html"]
+    images = re.findall(r'<img alt="[^"]+" src="data:image/png;base64,([^"]+)" ([^>]+)>', html)
+    (day, of_day), (night, of_night) = images
+    assert day != night
+    assert "only-light" in of_day
+    assert "hidden" not in of_day
+    assert "only-dark" in of_night
+    assert " hidden" in of_night
+    assert html.count(f'alt="{escape(light.alt)}"') == 2
+    assert len(html) < 120_000

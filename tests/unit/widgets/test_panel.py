@@ -61,3 +61,14 @@ def test_a_configuration_that_was_simulated_is_not_simulated_again(monkeypatch):
     assert [one.rank for one in simulated] == [4, 8]
     assert "rank = 4" in texts(shown[0])[0].value
     assert notebook._formula_line(config).startswith("weights + optimizer states = 0.00")
+
+
+def test_a_panel_follows_the_theme_of_its_page():
+    made = panel({"k": ipw.IntText(1)}, lambda values: (Drawing(figsize=(1, 1)), "drawn"))
+    picture, theme = made.children[1].children[1:]
+    light = picture.value
+    theme.dark = True
+    assert picture.value.startswith("<img")
+    assert picture.value != light
+    theme.dark = False
+    assert picture.value == light

@@ -1,16 +1,20 @@
 """The explorer over a folder of runs, driven as a reader drives it, without a browser."""
 
+import gc
 import json
 import re
 import shutil
 import threading
 import time
 
+import pandas as pd
 import pytest
 from many_runs import LAYERS, VARIANTS, grow, write_many
 
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.page import image_tag
+from lowrank_lab.runs import series
+from lowrank_lab.runs.run import Run
 from lowrank_lab.widgets import run_explorer
 from lowrank_lab.widgets.run_explorer import Dashboard
 from lowrank_lab.widgets.run_plots import PLOTS, Choice
@@ -182,6 +186,43 @@ def test_a_picture_is_drawn_once_for_each_change(board, monkeypatch):
     board.search.value = "galore"
     board.rows.value = False
     assert len(drawn) == 3
+
+
+def test_a_dark_page_gets_a_dark_picture_of_the_same_figure(board):
+    figure = board._view.figure
+    board.theme.dark = True
+    assert "dark picture" in board.picture.value
+    choose(board, "fira")
+    assert "dark picture" in board.picture.value
+    board.theme.dark = False
+    assert "light picture" in board.picture.value
+    assert figure is not board._view.figure
+
+
+def test_a_run_is_read_once_and_drawn_without_collecting_garbage(many, monkeypatch):
+    read, enabled = [], []
+    monkeypatch.setattr(series, "_quickly", lambda path: read.append(path))
+    monkeypatch.setattr(run_explorer, "live_image", lambda *_: enabled.append(gc.isenabled()))
+    monkeypatch.setattr(Dashboard, "_show", lambda self: enabled.append(gc.isenabled()))
+    series._metrics.cache_clear()
+    board = Dashboard(Choice(str(many[0])))
+    enabled.clear()
+    for _ in range(2):
+        board.all.click()
+        board.none.click()
+    board.follow.value = False
+    assert len(read) == len(set(read)) <= len(many[1])
+    assert set(enabled) == {False}
+    assert gc.isenabled()
+
+
+def test_a_file_that_is_read_quickly_has_the_same_numbers(few):
+    folder = few[1][0]
+    found = series._quickly(folder / "metrics.jsonl")
+    pd.testing.assert_frame_equal(found, Run(folder).metrics.select_dtypes("number"))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8')
+    assert series._quickly(folder / "metrics.jsonl") is None
 
 
 def test_a_broken_and_a_failed_run_are_a_line_and_the_others_are_shown(board):
