@@ -21,6 +21,7 @@ from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing, canvas, rows_of
 from lowrank_lab.memory.formulas import MIB
 
 RANK = re.compile(r", rank [^,]+")
+MANY_SETTINGS = 3  # at one rate: they would fill a panel's legend
 MOST_IN_A_ROW = 4
 BELOW, ABOVE, UNDECIDED = "#0072B2", "#D55E00", "#8C8C8C"  # verdicts on a difference
 
@@ -130,27 +131,20 @@ def _reach(table: pd.DataFrame) -> tuple[float, float]:
 
 
 def rates(finals: pd.DataFrame) -> Figure:
-    """Validation loss against learning rate: one panel per variant, one line per setting."""
+    """Validation loss against learning rate: one panel per variant, one line per setting.
+
+    Many settings with one rate only are grey dots beside the lines.
+    """
     table = rate_table(finals)
     variants = list(dict.fromkeys(table["variant"]))
     columns = min(MOST_IN_A_ROW, len(variants))
     lines = math.ceil(len(variants) / columns)
     with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=(2.3 * columns, 1.75 * lines), layout="constrained")
+        height = 2.5 if lines == 1 else 1.75 * lines
+        figure = Drawing(figsize=(2.3 * columns, height), layout="constrained")
         axes = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
     for ax, variant in zip(axes, variants, strict=False):
-        part = table[table["variant"] == variant]
-        for colour, (label, line) in zip(PALETTE, part.groupby("label", sort=False), strict=False):
-            line = line.sort_values("lr")
-            setting = str(label).partition(", ")[2]
-            ax.plot(line["lr"], line["mean"], "o-", color=colour, ms=3.5, lw=1.2, label=setting)
-        best = part.loc[part["mean"].idxmin()]
-        ax.plot(best["lr"], best["mean"], "o", ms=9, mfc="none", color="0.2")
-        ax.set_xscale("log", base=2)
-        ax.set_title(variant, loc="left", fontsize=8.5 * min(1, 30 / len(str(variant))))
-        ax.set_ylim(best["mean"] - 0.05, best["mean"] + 0.6)
-        if part["label"].nunique() > 1:
-            ax.legend(fontsize=7, frameon=False)
+        _rates_of(ax, str(variant), table[table["variant"] == variant])
     for ax in axes[len(variants) :]:
         ax.set_axis_off()
     for ax in axes[len(variants) - columns : len(variants)]:  # lowest panel of each column
@@ -163,6 +157,27 @@ def rates(finals: pd.DataFrame) -> Figure:
     figure.supxlabel("peak learning rate", fontsize=9.5)
     figure.supylabel("validation loss (nats per token)", fontsize=9.5)
     return figure
+
+
+def _rates_of(ax: Axes, variant: str, part: pd.DataFrame) -> None:
+    """The panel of a variant; above its lines there is room for their names."""
+    lines = [line.sort_values("lr") for _, line in part.groupby("label", sort=False)]
+    at_one_rate = [line for line in lines if len(line) == 1]
+    if MANY_SETTINGS <= len(at_one_rate) < len(lines):
+        lines = [line for line in lines if len(line) > 1]
+        dots = pd.concat(at_one_rate)
+        ax.plot(dots["lr"], dots["mean"], "o", color="0.6", ms=3.5, label="others, at one rate")
+    for colour, line in zip(PALETTE, lines, strict=False):
+        setting = str(line["label"].iloc[0]).partition(", ")[2]
+        ax.plot(line["lr"], line["mean"], "o-", color=colour, ms=3.5, lw=1.2, label=setting)
+    best = part.loc[part["mean"].idxmin()]
+    ax.plot(best["lr"], best["mean"], "o", ms=9, mfc="none", color="0.2")
+    ax.set_xscale("log", base=2)
+    ax.set_title(variant, loc="left", fontsize=8.5 * min(1, 30 / len(variant)))
+    named = part["label"].nunique() > 1
+    ax.set_ylim(best["mean"] - 0.05, best["mean"] + 0.6 + named * 0.12 * len(ax.lines))
+    if named:
+        ax.legend(fontsize=7, frameon=False, loc="upper left")
 
 
 def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
