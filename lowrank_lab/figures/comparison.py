@@ -170,7 +170,7 @@ def _rates_of(ax: Axes, variant: str, part: pd.DataFrame) -> None:
     for colour, line in zip(PALETTE, lines, strict=False):
         setting = str(line["label"].iloc[0]).partition(", ")[2]
         ax.plot(line["lr"], line["mean"], "o-", color=colour, ms=3.5, lw=1.2, label=setting)
-    best = part.loc[part["mean"].idxmin()]
+    best = part.iloc[int(part["mean"].argmin())]
     ax.plot(best["lr"], best["mean"], "o", ms=9, mfc="none", color="0.2")
     ax.set_xscale("log", base=2)
     ax.set_title(variant, loc="left", fontsize=8.5 * min(1, 30 / len(variant)))
