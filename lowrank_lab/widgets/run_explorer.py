@@ -15,8 +15,9 @@ from lowrank_lab.figures import live_image
 from lowrank_lab.figures.page import DPI
 from lowrank_lab.figures.run_groups import WIDTH
 from lowrank_lab.runs.catalogue import Entry, folders_with_runs, read_catalogue
+from lowrank_lab.widgets.background import read_ahead, repeat
 from lowrank_lab.widgets.explorer_controls import ALL, Controls
-from lowrank_lab.widgets.run_plots import PLOTS, Choice, View
+from lowrank_lab.widgets.run_plots import PLOTS, Choice, View, in_words
 from lowrank_lab.widgets.run_view import FILE_TYPES, MAX_ROWS, file_of, load_view
 from lowrank_lab.widgets.slider import slider
 from lowrank_lab.widgets.theme import uninterrupted
@@ -77,7 +78,7 @@ class Dashboard(Controls):
         self._opened: dict[str, None] = {}
         self._lock = threading.RLock()  # widgets and the follower run in their own threads
         self._filling = False
-        self._stop = threading.Event()
+        self._stop, self._ahead = threading.Event(), threading.Event()
         self._open(choice.folder)
         self._observe()
 
@@ -123,6 +124,8 @@ class Dashboard(Controls):
         training = any(entry.state == "training" for entry in self._entries)
         self._set(lambda: setattr(self.follow, "value", training))
         self._regroup()
+        self._ahead.set()
+        self._ahead = read_ahead(entry for group in self._groups for entry in group.entries)
 
     def _read(self) -> None:
         try:
@@ -213,12 +216,16 @@ class Dashboard(Controls):
         self.table.download(name, content, FILE_TYPES[kind])
 
     def refresh(self) -> None:
-        """Read the folder again; redraw what has changed."""
+        """Read the folder again; redraw what has changed. What can't be read is a line."""
         with self._lock:
             before = {entry.name: entry.stamp for entry in self._entries}
-            self._read()
-            if before != {entry.name: entry.stamp for entry in self._entries}:
-                self._regroup()
+            try:
+                self._read()
+                if before != {entry.name: entry.stamp for entry in self._entries}:
+                    self._regroup()
+            except Exception as error:  # whatever a half written folder leads to, follow on
+                line = f"{self._choice.folder} can't be read: {in_words(error)}"
+                self.text.value = html.escape(line)
 
     def _set(self, change: Callable[[], None]) -> None:
         """Change widgets without acting on their changes."""
@@ -232,9 +239,7 @@ class Dashboard(Controls):
         """Start or stop the thread that reads the folder again; it ends with the kernel."""
         self._stop.set()
         if change["new"]:
-            self._stop = threading.Event()
-            repeat = (self.refresh, self._stop, PERIOD)
-            threading.Thread(target=_repeat, args=repeat, name="follow", daemon=True).start()
+            self._stop = repeat(self.refresh, PERIOD)
 
 
 def _offer(widget: Any, options: Sequence[Any], value: Any) -> None:
@@ -243,8 +248,3 @@ def _offer(widget: Any, options: Sequence[Any], value: Any) -> None:
         widget.options = tuple(options)
     if options and widget.value != value:
         widget.value = value
-
-
-def _repeat(action: Callable[[], None], stop: threading.Event, period: float) -> None:
-    while not stop.wait(period):
-        action()

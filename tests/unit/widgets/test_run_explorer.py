@@ -14,8 +14,10 @@ from many_runs import LAYERS, VARIANTS, grow, write_many
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.page import image_tag
 from lowrank_lab.runs import series
+from lowrank_lab.runs.catalogue import read_catalogue
 from lowrank_lab.runs.run import Run
 from lowrank_lab.widgets import run_explorer
+from lowrank_lab.widgets.background import read_ahead
 from lowrank_lab.widgets.run_explorer import Dashboard
 from lowrank_lab.widgets.run_plots import PLOTS, Choice
 from lowrank_lab.widgets.run_view import MAX_ROWS, file_of, load_view
@@ -36,6 +38,7 @@ def data_of(figure, dark):
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     monkeypatch.setattr(run_explorer, "live_image", data_of)
+    monkeypatch.setattr(run_explorer, "read_ahead", lambda entries: threading.Event())
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,32 @@ def test_a_run_is_read_once_and_drawn_without_collecting_garbage(many, monkeypat
     assert len(read) == len(set(read)) <= len(many[1])
     assert set(enabled) == {False}
     assert gc.isenabled()
+
+
+def test_what_a_choice_may_need_is_read_ahead_and_a_run_that_cannot_be_read_is_passed_over(few):
+    folder, paths = few
+    (paths[0] / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    series._metrics.cache_clear()
+    entries = read_catalogue(str(folder))
+    read_ahead(entries)
+    wait_for(lambda: series._metrics.cache_info().currsize >= len(entries) - 2)
+    before = series._metrics.cache_info().misses
+    series.metrics_of(next(e for e in entries if e.state == "finished" and e.folder != paths[0]))
+    assert series._metrics.cache_info().misses == before
+    read_ahead(entries).set()
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "read ahead"])
+
+
+def test_following_survives_whatever_a_read_raises(monkeypatch, few):
+    monkeypatch.setattr(run_explorer, "PERIOD", 0.05)
+    folder, paths = few
+    board = Dashboard(Choice(str(folder), (paths[-4].name,), over_seeds=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_explorer, "read_catalogue", lambda folder: 1 / 0)
+        wait_for(lambda: "division by zero" in board.text.value)
+    grow(paths[-4], 60)
+    wait_for(lambda: board.text.value.endswith("at step 60"))
+    board.follow.value = False
 
 
 def test_a_file_that_is_read_quickly_has_the_same_numbers(few):
