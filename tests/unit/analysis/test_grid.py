@@ -178,7 +178,7 @@ def test_too_many_maps_for_a_figure_are_refused(table):
 def knobs(table):
     """The panel's widgets by their labels, its text and its picture."""
     box = grid_view.panel(table, "rank", "reset_every")
-    left, (text, picture) = box.children[0].children, box.children[1].children
+    left, (text, picture, _) = box.children[0].children, box.children[1].children
     return {knob.description: knob for knob in left}, text, picture
 
 
