@@ -22,9 +22,13 @@ def fields_of(method):
     return found
 
 
+PARTS = 4  # one would take longer than all other slow tests beside it
+NAMES = [*QUICK, *(["adamw-8bit"] if shutil.which("g++") else [])]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_measure_what_is_simulated_of_each(tmp_path):
-    names = [*QUICK, *(["adamw-8bit"] if shutil.which("g++") else [])]
+@pytest.mark.parametrize("names", [NAMES[part::PARTS] for part in range(PARTS)], ids="-".join)
+def test_two_processes_measure_what_is_simulated_of_each(names, tmp_path):
     jobs = {name: fields_of(name) for name in names}
     measured = measure_all(jobs.items(), tmp_path)
     lines, worst = [], 0.0
