@@ -116,13 +116,21 @@ def _others(firsts: Sequence[Entry]) -> list[str]:
     """For each run: its fields that vary among runs of the same label, model, rank and rate."""
     configs = [{**e.config, **(e.config.get("method_options") or {})} for e in firsts]
     keys = [(e.label, *map(e.config.get, ("model", "rank", "lr"))) for e in firsts]
-    found = []
+    alike: dict[Any, list[dict[str, Any]]] = {}
     for key, config in zip(keys, configs, strict=True):
-        alike = [c for k, c in zip(keys, configs, strict=True) if k == key]
-        names = [n for n in config if n not in ("seed", "method_options")]
-        varying = [n for n in names if any(c.get(n) != config[n] for c in alike)]
-        found.append(", ".join(f"{name} {config[name]}" for name in varying))
-    return found
+        alike.setdefault(key, []).append(config)
+    varying = {
+        key: {n for n in set().union(*found) if any(c.get(n) != found[0].get(n) for c in found)}
+        for key, found in alike.items()
+    }
+    return [
+        ", ".join(
+            f"{name} {value}"
+            for name, value in config.items()
+            if name in varying[key] and name not in ("seed", "method_options")
+        )
+        for key, config in zip(keys, configs, strict=True)
+    ]
 
 
 def _text(name: str, value: Any) -> str:
