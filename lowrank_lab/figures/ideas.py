@@ -24,7 +24,8 @@ Point = tuple[float, float]
 # JupyterLab and Voilà, and the book, say in these attributes which theme they have.
 THEMES = ('body[data-jp-theme-light="false"]', 'html[data-theme="dark"]')
 FRAMELESS = "background: none !important; padding: 0 !important"  # the book has a light frame
-SWITCH = "".join(
+# JupyterLab shows images that are `hidden`, by a rule of its own.
+SWITCH = ".idea-dark {display: none !important} " + "".join(
     f"{theme} .idea-light {{display: none !important}} "
     f"{theme} .idea-dark {{display: inline !important; {FRAMELESS}}} " for theme in THEMES
 )  # fmt: skip
