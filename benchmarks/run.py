@@ -19,8 +19,8 @@ PEERS = ("galore_torch", "fira", "apollo_torch", "pytorch_optimizer", "transform
 TABLE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 KINDS = "<!-- machines -->", "<!-- /machines -->"
 SUITES = (
-    "imports", "study_growth", "corpora", "recording", "layers", "subspaces", "optimizers",
-    "training", "cpu_training", "steps", "steps_60m", "growth", "many_matrices",
+    "imports", "widgets", "study_growth", "corpora", "recording", "layers", "subspaces",
+    "optimizers", "training", "cpu_training", "steps", "steps_60m", "growth", "many_matrices",
 )  # fmt: skip
 
 

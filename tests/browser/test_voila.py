@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from many_runs import write_many
 from pages_in_browser import (
     EXECUTING,
     button,
@@ -20,6 +19,8 @@ from pages_in_browser import (
     wait_for_text,
     with_parameters,
 )
+
+from benchmarks.many_runs import write_many
 
 # The right end of what is farthest right; a table that scrolls in its own box does not count.
 RIGHT_END = """() => Math.max(...[...document.querySelectorAll('.widget-box *')]

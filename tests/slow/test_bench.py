@@ -4,6 +4,6 @@ import pytest
 from benchmarked import assert_rows_of
 
 
-@pytest.mark.parametrize("suite", ["corpora", "subspaces", "optimizers", "steps"])
+@pytest.mark.parametrize("suite", ["corpora", "subspaces", "optimizers", "steps", "widgets"])
 def test_a_suite_runs_and_its_rows_have_what_others_rely_on(suite):
     assert_rows_of(suite)

@@ -6,9 +6,9 @@ import os
 import platform
 
 import pytest
-from many_runs import grow, write_many
 from paths import ROOT
 
+from benchmarks.many_runs import grow, write_many
 from lowrank_lab.config import InputError
 from lowrank_lab.runs import catalogue
 from lowrank_lab.runs.catalogue import folders_with_runs, read_catalogue

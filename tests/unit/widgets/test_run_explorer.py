@@ -9,8 +9,8 @@ import time
 
 import pandas as pd
 import pytest
-from many_runs import LAYERS, VARIANTS, grow, write_many
 
+from benchmarks.many_runs import LAYERS, VARIANTS, grow, write_many
 from lowrank_lab.config import InputError
 from lowrank_lab.figures.page import image_tag
 from lowrank_lab.runs import series
