@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 
 WITHIN = 0.02  # nats per token above the best that still count as good
 DIVERGED = 0.5  # nats per token above the best
+FITTED = 4.0  # a parabola is fitted to the values within this factor of the best
 RATE = re.compile(r", lr [^,]+")
 
 
@@ -60,3 +62,31 @@ def _factor(rates: np.ndarray, losses: np.ndarray, level: float) -> float:
             share = rise if math.isfinite(losses[j]) else 0.0
             return float(np.exp(logs[j - 1] + share * (logs[j] - logs[j - 1])))
     return math.nan
+
+
+def lowest_point(losses: Mapping[float, float]) -> float:
+    """The lowest point of a parabola through losses over the logarithm of a value.
+
+    Values within FITTED of the best count; of diverged ones only those next to it.
+
+    Args:
+        losses: value → loss.
+
+    Raises:
+        ValueError: fewer than three values count, or there is no lowest point between them.
+    """
+    values = sorted(value for value in losses if value > 0)
+    best = min(values, key=losses.__getitem__, default=0.0)
+    near = [
+        v for j, v in enumerate(values)
+        if best / FITTED <= v <= best * FITTED
+        and (abs(j - values.index(best)) <= 1 or losses[v] <= losses[best] + DIVERGED)
+    ]  # fmt: skip
+    if len(near) < 3:
+        raise ValueError("a fit needs three values near it")
+    logs = np.log(near)
+    curvature, slope, _ = np.polyfit(logs, [losses[v] for v in near], 2)
+    lowest = -slope / (2 * curvature) if curvature > 0 else math.inf
+    if not logs[0] <= lowest <= logs[-1]:
+        raise ValueError("the losses have no lowest point between its neighbours")
+    return math.exp(lowest)

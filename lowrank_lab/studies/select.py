@@ -10,7 +10,8 @@ seeds). An option that follows from other fields, as alpha does from the rank, s
 
 around: {lr: [0.5, 1, 2]}   a grid of multiples of the chosen value
 fit: lr                     instead of the best value tried, the lowest point of a parabola through
-                            the losses over its logarithm, at most two doublings from the best
+                            the losses over its logarithm, at most two doublings from the best;
+                            of diverged runs only those next to the best count
 edges: allow                accept best values that are the first or last of those tried; or a
                             list of the fields whose best values may be
 select: {init: kaiming}     in a variant: these values of `by` fields replace the variant's own
@@ -25,8 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lowrank_lab.analysis.rates import lowest_point
 from lowrank_lab.config import InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
@@ -34,7 +34,6 @@ from lowrank_lab.paths import data_folder, kept_study
 from lowrank_lab.runs.run import find_runs
 
 KEYS = ("from", "by", "best", "fit", "around", "edges")
-FITTED = 4.0  # a fit takes the values within this factor of the best
 # Model, text and length of a run.
 SETTING = ("size", "corpus", "sequence_length", "batch", "total_steps")
 Values = tuple[Any, ...]
@@ -116,20 +115,12 @@ class Selection:
     def _fitted(self, place: str, name: str, best: Values, means: dict[Values, float]) -> float:
         """The lowest point of a parabola through the losses near the best, in log(value)."""
         i = self.best.index(name)
-        near = [
-            v for v in self._like(best, means, i)
-            if v[i] > 0 and best[i] / FITTED <= v[i] <= best[i] * FITTED
-        ]  # fmt: skip
-        if len(near) < 3:
-            allowed = f"a fit needs three values near it in {self.source}, with all else equal"
-            raise InputError(f"{place}: fit: {name}", best[i], allowed)
-        logs = [math.log(v[i]) for v in near]
-        curvature, slope, _ = np.polyfit(logs, [means[v] for v in near], 2)
-        lowest = -slope / (2 * curvature) if curvature > 0 else math.inf
-        if not logs[0] <= lowest <= logs[-1]:
-            allowed = f"the losses in {self.source} have no lowest point between its neighbours"
-            raise InputError(f"{place}: fit: {name}", best[i], allowed)
-        return float(f"{math.exp(lowest):.3g}")
+        tried = {v[i]: means[v] for v in self._like(best, means, i)}
+        try:
+            return float(f"{lowest_point(tried):.3g}")
+        except ValueError as error:
+            allowed = f"{error} in {self.source}, with all else equal"
+            raise InputError(f"{place}: fit: {name}", best[i], allowed) from None
 
     def _check_inside(self, place: str, best: Values, tried: Iterable[Values]) -> None:
         """Refuse the smallest or largest of several numbers tried with all else equal."""
