@@ -27,7 +27,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lowrank_lab.device import bf16_products
 from lowrank_lab.training.provenance import cpu_name
+
+NATIVE = ("tiles", "dots")  # bf16 products by instructions of the CPU
 
 
 @dataclass
@@ -219,7 +222,10 @@ def machine(quick: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "gemm_gflops": {
             str(d).removeprefix("torch."): round(gemm_rate(d, quick) / 1e9)
-            for d in (torch.float32, *([torch.bfloat16] if quick or bf16_is_native() else []))
+            for d in (
+                torch.float32,
+                *([torch.bfloat16] if quick or bf16_products() in NATIVE else []),
+            )
         },
         "versions": {name: version(name) for name in packages},
     }
@@ -253,12 +259,6 @@ def machine_kind(facts: Mapping[str, Any]) -> str:
     number = f", family {own['CPU family']} model {own['Model']}" if "Model" in own else ""
     hidden = ", emulated" if own.get("emulated") else ""
     return f"{facts['cpu']}{number} ({facts['capability']}{hidden})"
-
-
-def bf16_is_native() -> bool:
-    """Whether torch computes bf16 products by instructions of this CPU."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and bool({"avx512_bf16", "amx_bf16"} & {*lscpu()["flags"]})
 
 
 def gemm_rate(dtype: torch.dtype, quick: bool = False) -> float:

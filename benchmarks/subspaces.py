@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Row, check, median, ratio, relative_error, take_turns
 from lowrank_lab.config import SIZES, TARGETS, RunConfig
-from lowrank_lab.cpu.onednn_matmul import fast_products
+from lowrank_lab.cpu.products import fast_products
 from lowrank_lab.layers import LowRankLinear, truncated_svd
 from lowrank_lab.methods.build import partition
 from lowrank_lab.models.llama import Llama

@@ -8,7 +8,7 @@ exit_quietly_until_handled()  # before torch, which takes seconds to import
 from lowrank_lab import optim
 from lowrank_lab.analysis.model_spectra import spectra
 from lowrank_lab.config import InputError, RunConfig
-from lowrank_lab.cpu.onednn_matmul import fast_products
+from lowrank_lab.cpu.products import fast_products
 from lowrank_lab.layers import factorization, factorize, to_dense_
 from lowrank_lab.layers.pretrained import load_pretrained
 from lowrank_lab.methods.own import load_own_methods, register_method

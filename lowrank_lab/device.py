@@ -1,7 +1,8 @@
-"""How a computation depends on its device: the size of its pieces, and autocast."""
+"""How a computation depends on its device: the size of its pieces, its dtype, and autocast."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -50,3 +51,18 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     """
     available = torch.amp.is_autocast_available(device) and not torch.compiler.is_compiling()
     return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+def bf16_products() -> str:
+    """What multiplies bfloat16 matrices: "tiles" (AMX), "dots" (AVX-512) or "emulation" (else).
+
+    Other than x86 processors, of which nothing is measured: "unknown".
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "unknown"
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        if torch.cpu._is_amx_tile_supported():
+            return "tiles"
+        if torch.cpu._is_avx512_bf16_supported():
+            return "dots"
+    return "emulation"

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from lowrank_lab.device import prefers_few_kernels
+from lowrank_lab.device import bf16_products, prefers_few_kernels
 from lowrank_lab.kernels.dispatch import PYTHON_BODIES, call
 from lowrank_lab.kernels.library import library
 
 HEAD_SIZE = 16  # head sizes are its multiples
-SMALL_HEAD = 32  # up to it, attention in bfloat16 is computed in float32
 PANEL_DEPTH = 128  # DEPTH in products.cpp
 
 
@@ -26,6 +25,15 @@ PANEL_DEPTH = 128  # DEPTH in products.cpp
 def available() -> bool:
     """Whether the compiled kernels exist on this machine."""
     return library() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def largest_widened_head() -> int:
+    """Up to this size of heads, attention in bfloat16 is computed in float32.
+
+    Products of small heads are far below the rate of bfloat16, where a CPU has one of its own.
+    """
+    return {"dots": 64, "emulation": 1 << 20}.get(bf16_products(), 32)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -47,7 +55,7 @@ def takes_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
     size = q.shape[-1]
     if size % HEAD_SIZE:
         return False
-    if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} and size <= SMALL_HEAD:
+    if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} and size <= largest_widened_head():
         on_cpu = all(t.device.type == "cpu" and t.numel() for t in (q, k, v))
         return on_cpu and not prefers_few_kernels(q) and available()
     return takes(q, k, v)

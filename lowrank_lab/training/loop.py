@@ -10,7 +10,7 @@ from typing import Any
 from lowrank_lab import distributed
 from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.cpu.malloc import keep_freed_memory
-from lowrank_lab.cpu.onednn_matmul import fast_products
+from lowrank_lab.cpu.products import fast_products
 from lowrank_lab.paths import data_folder
 from lowrank_lab.runs.files import locked
 from lowrank_lab.runs.run import Run

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 SUFFIXES = {".py", ".cpp", ".h"}
 # Files and packages whose source decides what a run computes; other changes need no new training.
 TRAINING_SOURCES = (
-    "config.py", "device.py", "distributed", "cpu/onednn_matmul.py", "kernels", "data", "models",
-    "layers", "optim", "techniques", "methods", "training/batches.py", "training/ddp.py",
+    "config.py", "device.py", "distributed", "cpu/products.py", "cpu/widened.py", "kernels", "data",
+    "models", "layers", "optim", "techniques", "methods", "training/batches.py", "training/ddp.py",
     "training/evaluate.py", "training/events.py", "training/extend.py", "training/finite.py",
     "training/fsdp.py", "training/fsdp_layout.py", "training/fsdp_state.py",
     "training/gradients.py", "training/kinds.py", "training/loop.py", "training/preflight.py",

@@ -123,7 +123,7 @@ def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
 
 
 MEASURABLE = 3e11  # FLOPs of a step that takes seconds on a CPU
-EMULATED = 16  # slowdown of bfloat16 products on CPUs that emulate them (15.7 measured)
+EMULATED = 16  # slowdown of bfloat16 products where torch emulates them (15.7 measured)
 
 
 def _step_figure(asked: RunConfig, capacity: int) -> tuple[Figure, str]:
@@ -161,11 +161,10 @@ def _formula_line(asked: RunConfig) -> str:
 
 def _measurable(config: ResolvedConfig) -> bool:
     """Whether a step of the configuration takes this CPU only seconds."""
-    from torch.backends.cpu import get_cpu_capability
-
+    from lowrank_lab.device import bf16_products
     from lowrank_lab.memory.formulas import flops_per_token
 
-    emulated = config.precision != "fp32" and "AVX512" not in get_cpu_capability()
+    emulated = config.precision != "fp32" and bf16_products() == "emulation"
     flops = flops_per_token(config) * config.tokens_per_step
     return flops * (EMULATED if emulated else 1) <= MEASURABLE
 

@@ -97,19 +97,30 @@ def test_attention_of_small_heads_in_bfloat16_is_the_formula_of_the_same_numbers
         assert (found.double() - expected).norm() <= 4e-3 * expected.norm()
 
 
-def test_which_heads_are_taken():
-    def heads(size, dtype=torch.float32):
-        return kernels.takes_heads(*3 * [torch.ones(1, 2, 1, size, dtype=dtype)])
+def takes(size, dtype=torch.float32):
+    return kernels.takes_heads(*3 * [torch.ones(1, 2, 1, size, dtype=dtype)])
 
-    assert heads(16)
-    assert heads(128)
-    assert heads(32, torch.bfloat16)
-    assert not heads(8)
-    assert not heads(64, torch.bfloat16)
-    assert not heads(32, torch.float16)
+
+def test_which_heads_are_taken():
+    assert takes(16)
+    assert takes(128)
+    assert takes(32, torch.bfloat16)
+    assert not takes(8)
+    assert not takes(32, torch.float16)
     q = torch.ones(1, 2, 1, 16)
     assert not kernels.takes_heads(q, q.bfloat16(), q)
     assert not kernels.takes_heads(*3 * [q.bfloat16().to("meta")])
+
+
+@pytest.mark.parametrize(
+    ("products", "largest"), [("tiles", 32), ("dots", 64), ("emulation", 256), ("unknown", 32)]
+)
+def test_heads_in_bfloat16_are_widened_where_products_of_their_size_are_slow(
+    monkeypatch, products, largest
+):
+    monkeypatch.setattr(kernels, "bf16_products", lambda: products)
+    assert max(size for size in (32, 64, 128, 256) if takes(size, torch.bfloat16)) == largest
+    assert takes(256)
 
 
 def test_huge_scores_give_finite_gradients_and_NaN_stays_NaN():

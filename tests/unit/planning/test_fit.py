@@ -124,17 +124,17 @@ def test_measured_bytes_stand_beside_the_simulated_ones():
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision", "model", "batch", "measured"),
+    ("products", "precision", "model", "batch", "measured"),
     [
-        ("AVX512", "bf16", "9m", 16, True), ("AVX2", "fp32", "9m", 16, True),
-        ("AVX2", "bf16", "tiny", 4, True), ("AVX2", "bf16", "9m", 4, False),
-        ("AVX512", "bf16", "9m", 64, False), ("AVX512", "bf16", "60m", 16, False),
+        ("dots", "bf16", "9m", 16, True), ("emulation", "fp32", "9m", 16, True),
+        ("emulation", "bf16", "tiny", 4, True), ("emulation", "bf16", "9m", 4, False),
+        ("tiles", "bf16", "9m", 64, False), ("tiles", "bf16", "60m", 16, False),
     ],
 )  # fmt: skip
 def test_a_step_is_measured_beside_the_sliders_where_it_takes_seconds(
-    capability, precision, model, batch, measured, monkeypatch
+    products, precision, model, batch, measured, monkeypatch
 ):
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("lowrank_lab.device.bf16_products", lambda: products)
     config = RunConfig(model=model, precision=precision, batch=batch)
     assert notebook._measurable(resolve(config)) is measured
 

@@ -9,7 +9,7 @@ import torch
 from written_runs import write_run
 
 from lowrank_lab import InputError, RunConfig, train
-from lowrank_lab.cpu.onednn_matmul import fast_products
+from lowrank_lab.cpu.products import fast_products
 from lowrank_lab.memory.formulas import embedding_bytes
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.files import append_jsonl, cut_jsonl, read_jsonl, write_json

@@ -1,4 +1,4 @@
-"""Float32 matrix products by our own kernel or by oneDNN, where they are faster than torch's."""
+"""Matrix products in faster ways than torch's: our own kernel, oneDNN, or float32 for bfloat16."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_lab.cpu import widened
+from lowrank_lab.device import bf16_products
 from lowrank_lab.kernels import operators as kernels
 
 SMALLEST = 2**18  # multiplications; in smaller products Python's call costs more than it saves
@@ -27,16 +29,18 @@ _library: torch.library.Library | None = None
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Compute float32 matrix products in this block in the fastest way for their shape.
+    """Compute matrix products in this block in the fastest way for their shape.
 
-    Many rows times a small weight: our own kernel (`kernels/products.cpp`). Others: oneDNN on AMD
-    processors with AVX-512, which MKL, torch's library, doesn't use there; else MKL. Replaces `mm`
-    and `addmm` for the whole process, and so in everything built on them, forward and backward;
-    blocks may overlap. Sums are rounded differently, as they are between two machines. Does nothing
-    in compiled code, and without a compiler for our kernel nothing on other processors or with
-    torch.backends.mkldnn switched off.
+    Float32, many rows times a small weight: our own kernel (`kernels/products.cpp`). Others: oneDNN
+    on AMD processors with AVX-512, which MKL, torch's library, doesn't use there; else MKL.
+    Bfloat16 on processors without instructions for it: float32 (`widened`). Replaces `mm` and
+    `addmm` for the whole process, and so in everything built on them, forward and backward; blocks
+    may overlap. Sums are rounded differently, as they are between two machines. Does nothing in
+    compiled code. Without a compiler for our kernel, or with torch.backends.mkldnn switched off,
+    float32 products of other processors stay as they are.
     """
-    if torch.compiler.is_compiling() or not (kernels.available() or mkl_is_slow()):
+    helps = kernels.available() or mkl_is_slow() or bf16_products() == "emulation"
+    if torch.compiler.is_compiling() or not helps:
         yield
         return
     _enter()
@@ -166,10 +170,14 @@ def _in_pieces(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _mm(keys: Any, a: Tensor, b: Tensor) -> Any:
+    if widened.pays(a, b):
+        return widened.multiply_(a.new_empty((a.shape[0], b.shape[1])), a, b)
     return product(a, b) if _pays(a, b) else _usual("mm").call_boxed(keys, a, b)
 
 
 def _mm_out(keys: Any, a: Tensor, b: Tensor, *, out: Tensor) -> Any:
+    if _takes(out, a, b) and widened.pays(a, b):
+        return widened.multiply_(out, a, b)
     if not _takes(out, a, b) or not _pays(a, b):
         return _usual("mm.out").call_boxed(keys, a, b, out=out)
     if _is_ours(a, b) and out.is_contiguous():
@@ -180,6 +188,9 @@ def _mm_out(keys: Any, a: Tensor, b: Tensor, *, out: Tensor) -> Any:
 
 
 def _addmm(keys: Any, base: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if base.dtype is a.dtype and widened.pays(a, b):
+        out = a.new_empty((a.shape[0], b.shape[1]))
+        return widened.multiply_(out, a, b, base if beta else None, beta, alpha)
     if beta not in (0, 1) or base.dtype is not a.dtype or not _pays(a, b):
         return _usual("addmm").call_boxed(keys, base, a, b, beta=beta, alpha=alpha)
     made = product(a, b)
@@ -188,6 +199,8 @@ def _addmm(keys: Any, base: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alph
 
 
 def _addmm_(keys: Any, base: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if _takes(base, a, b) and widened.pays(a, b):
+        return widened.multiply_(base, a, b, base if beta else None, beta, alpha)
     if beta != 1 or not _takes(base, a, b) or not _pays(a, b):
         return _usual("addmm_").call_boxed(keys, base, a, b, beta=beta, alpha=alpha)
     for piece, made in _in_pieces(a, b):

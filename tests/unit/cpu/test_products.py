@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_lab as lab
-from lowrank_lab.cpu import onednn_matmul
+from lowrank_lab.cpu import products
 from lowrank_lab.kernels import operators as kernels
 
 pytestmark = pytest.mark.skipif(
@@ -26,15 +26,15 @@ def calls(monkeypatch):
     """A processor on which MKL is slow, no C++ compiler, and the shapes of oneDNN's calls."""
     found = []
 
-    def recorded(x, W, onednn=onednn_matmul._onednn):
+    def recorded(x, W, onednn=products._onednn):
         found.append((tuple(x.shape), tuple(W.shape)))
         assert W.is_contiguous() or W.T.is_contiguous()  # else it takes a thousand times longer
         return onednn(x, W)
 
-    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(onednn_matmul.kernels, "available", lambda: False)
-    monkeypatch.setattr(onednn_matmul, "SMALL_RESULT", 0)
-    monkeypatch.setattr(onednn_matmul, "_onednn", recorded)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products.kernels, "available", lambda: False)
+    monkeypatch.setattr(products, "SMALL_RESULT", 0)
+    monkeypatch.setattr(products, "_onednn", recorded)
     return found
 
 
@@ -54,7 +54,7 @@ def assert_product(found, a, b, plus=0.0):
 def test_products_are_those_of_float64(calls, m, k, n, transposed):
     a, b = random(m, k, transposed[0]), random(k, n, transposed[1])
     base, wide = torch.randn(m, n), torch.zeros(m, n + 3)
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         assert_product(torch.mm(a, b), a, b)
         assert_product(torch.addmm(base, a, b, alpha=-0.5), -0.5 * a, b, base)
         assert_product(torch.addmm(base.new_zeros(()), a, b, beta=0, alpha=3), 3 * a, b)
@@ -64,20 +64,20 @@ def test_products_are_those_of_float64(calls, m, k, n, transposed):
         torch.mm(a, b, out=wide[:, 3:])
     assert_product(wide[:, 3:].contiguous(), a, b)
     assert not wide[:, :3].any()
-    assert calls if m * k * n >= onednn_matmul.SMALLEST else not calls
+    assert calls if m * k * n >= products.SMALLEST else not calls
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("transposed", [(x, y) for x in (False, True) for y in (False, True)])
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
 def test_products_of_our_kernel_are_those_of_float64(monkeypatch, m, k, n, transposed):
-    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
     calls = []
     ours = kernels.product
     monkeypatch.setattr(kernels, "product", lambda a, b, out: calls.append(a) or ours(a, b, out))
     a, b = random(m, k, transposed[0]), random(k, n, transposed[1])
     base, wide = torch.randn(m, n), torch.zeros(m, n + 3)
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         assert_product(torch.mm(a, b), a, b)
         assert_product(torch.addmm(base, a, b, alpha=-0.5), -0.5 * a, b, base)
         assert_product(base.clone().addmm_(a, b, alpha=2.0), 2 * a, b, base)
@@ -85,16 +85,16 @@ def test_products_of_our_kernel_are_those_of_float64(monkeypatch, m, k, n, trans
         torch.mm(a, b, out=wide[:, 3:])
     assert_product(wide[:, 3:].contiguous(), a, b)
     assert not wide[:, :3].any()
-    few = m * k * n < onednn_matmul.SMALLEST or k * n > onednn_matmul.SMALL_WEIGHT
+    few = m * k * n < products.SMALLEST or k * n > products.SMALL_WEIGHT
     if few or not transposed[0]:
         assert bool(calls) is not few
     assert_product(ours(a, b, torch.full((m, n), torch.nan)), a, b)
 
 
 def test_small_transposed_products_are_left_to_MKL(calls, monkeypatch):
-    monkeypatch.setattr(onednn_matmul, "SMALL_RESULT", 2**16)
+    monkeypatch.setattr(products, "SMALL_RESULT", 2**16)
     x, dY, wide = torch.randn(4096, 64), torch.randn(4096, 176), torch.randn(4096, 2048)
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         dY.T @ x
         assert not calls
         wide.T @ x
@@ -105,7 +105,7 @@ def test_small_transposed_products_are_left_to_MKL(calls, monkeypatch):
 def test_nan_and_infinity_go_through(calls):
     a, b = torch.ones(256, 64), torch.ones(64, 64)
     a[0, 0], a[1, 0] = torch.nan, torch.inf
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         found = a @ b
     assert calls
     assert found[0].isnan().all()
@@ -117,7 +117,7 @@ def test_nan_and_infinity_go_through(calls):
 def test_other_dtypes_are_computed_as_usual(calls, dtype):
     a, b = (torch.randn(128, 128).mul(9).to(dtype) for _ in range(2))
     usual = [a @ b, torch.addmm(a, a, b), a.clone().addmm_(a, b), torch.mm(a, b, out=a.clone())]
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         same = [a @ b, torch.addmm(a, a, b), a.clone().addmm_(a, b), torch.mm(a, b, out=a.clone())]
     assert all(torch.equal(x, y) for x, y in zip(usual, same, strict=True))
     assert not calls
@@ -128,7 +128,7 @@ def test_what_oneDNN_would_not_take_is_computed_as_usual(calls):
     strided, repeated, empty = a[::2, ::2], a[:1].expand(256, 256), a[:0]
     gaps = torch.randn(256, 300)[:, :256]
     square = a[:128].clone()
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         assert torch.allclose(strided @ strided, strided.clone() @ strided.clone(), atol=1e-4)
         assert torch.allclose((repeated @ a)[7], a[0] @ a, atol=1e-4)
         assert torch.allclose(a @ gaps, a @ gaps.clone(), atol=1e-4)
@@ -160,7 +160,7 @@ def test_gradients_and_second_derivatives_go_through(calls):
         return torch.autograd.grad(g.square().sum(), (x, W))
 
     usual = derivatives()
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         found = derivatives()
     assert len(calls) > 4
     for a, b in zip(usual, found, strict=True):
@@ -183,10 +183,10 @@ def test_the_usual_products_are_back_after_the_last_block(calls):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
-            with onednn_matmul.fast_products(), onednn_matmul.fast_products():
+            with products.fast_products(), products.fast_products():
                 a @ a
             assert len(calls) == 1
-            with pytest.raises(ZeroDivisionError), onednn_matmul.fast_products():
+            with pytest.raises(ZeroDivisionError), products.fast_products():
                 1 / 0  # noqa: B018
             a @ a
             assert len(calls) == 1
@@ -198,12 +198,12 @@ def test_a_block_ends_while_another_thread_is_in_its_own(calls):
     inside, leave = threading.Event(), threading.Event()
 
     def other():
-        with onednn_matmul.fast_products():
+        with products.fast_products():
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with onednn_matmul.fast_products():
+    with products.fast_products():
         thread.start()
         assert inside.wait(10)
     a @ a
@@ -215,8 +215,8 @@ def test_a_block_ends_while_another_thread_is_in_its_own(calls):
 
 
 def test_nothing_is_done_where_MKL_is_fast(calls, monkeypatch):
-    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: False)
-    with onednn_matmul.fast_products():
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    with products.fast_products():
         torch.randn(128, 128) @ torch.randn(128, 128)
     assert not calls
 
@@ -229,7 +229,7 @@ def test_MKL_is_slow_on_processors_of_AMD_with_wide_vectors(monkeypatch, capabil
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
-    assert onednn_matmul.mkl_is_slow.__wrapped__() is slow
+    assert products.mkl_is_slow.__wrapped__() is slow
 
 
 def test_training_uses_them_and_learns_the_same(calls, tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_training_uses_them_and_learns_the_same(calls, tmp_path, monkeypatch):
     )  # fmt: skip
     fast = lab.train(config, tmp_path / "fast").metrics
     count = len(calls)
-    monkeypatch.setattr(onednn_matmul, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
     usual = lab.train(config, tmp_path / "usual").metrics
     assert count > 6 * 20
     assert len(calls) == count
