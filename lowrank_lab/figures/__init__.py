@@ -12,7 +12,6 @@ from lowrank_lab.figures.comparison import (
     differences,
     over_ranks,
     rank_table,
-    rates,
 )
 from lowrank_lab.figures.drawing import (
     PALETTE,
@@ -42,6 +41,7 @@ from lowrank_lab.figures.layer_facts import (
     fact_curves,
     layer_facts,
 )
+from lowrank_lab.figures.learning_rates import rates
 from lowrank_lab.figures.memory import (
     CATEGORIES,
     STEP_CATEGORIES,

@@ -1,4 +1,4 @@
-"""Figures of final losses: differences by seed, over learning rates, and over ranks."""
+"""Figures of final losses: differences by seed, and over ranks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowrank_lab.analysis.rates import rate_table
 from lowrank_lab.analysis.stats import mean_interval
 from lowrank_lab.analysis.tables import paired
 from lowrank_lab.config import InputError
-from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing, canvas, rows_of, style_of
+from lowrank_lab.figures.drawing import STYLE, Drawing, canvas, rows_of, style_of
 from lowrank_lab.memory.formulas import MIB
 
 RANK = re.compile(r", rank [^,]+")
-MANY_SETTINGS = 3  # at one rate: they would fill a panel's legend
-MOST_IN_A_ROW = 4
 BELOW, ABOVE, UNDECIDED = "#0072B2", "#D55E00", "#8C8C8C"  # verdicts on a difference
 
 
@@ -128,56 +125,6 @@ def _reach(table: pd.DataFrame) -> tuple[float, float]:
     low = min(0, (table["difference"] - wide).min(), seeds.min(axis=None))
     high = max(0, (table["difference"] + wide).max(), seeds.max(axis=None))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def rates(finals: pd.DataFrame) -> Figure:
-    """Validation loss against learning rate: one panel per variant, one line per setting.
-
-    Many settings with one rate only are grey dots beside the lines.
-    """
-    table = rate_table(finals)
-    variants = list(dict.fromkeys(table["variant"]))
-    columns = min(MOST_IN_A_ROW, len(variants))
-    lines = math.ceil(len(variants) / columns)
-    with mpl.rc_context(STYLE):
-        height = 2.5 if lines == 1 else 1.75 * lines
-        figure = Drawing(figsize=(2.3 * columns, height), layout="constrained")
-        axes = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
-    for ax, variant in zip(axes, variants, strict=False):
-        _rates_of(ax, str(variant), table[table["variant"] == variant])
-    for ax in axes[len(variants) :]:
-        ax.set_axis_off()
-    for ax in axes[len(variants) - columns : len(variants)]:  # lowest panel of each column
-        ax.tick_params(labelbottom=True)
-    axes[0].set_xlim(table["lr"].min() / 1.3, table["lr"].max() * 1.3)
-    tried = sorted(table["lr"].unique())
-    axes[0].set_xticks(tried if len(tried) <= 4 else tried[::2], minor=False)
-    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[0].minorticks_off()
-    figure.supxlabel("peak learning rate", fontsize=9.5)
-    figure.supylabel("validation loss (nats per token)", fontsize=9.5)
-    return figure
-
-
-def _rates_of(ax: Axes, variant: str, part: pd.DataFrame) -> None:
-    """The panel of a variant; above its lines there is room for their names."""
-    lines = [line.sort_values("lr") for _, line in part.groupby("label", sort=False)]
-    at_one_rate = [line for line in lines if len(line) == 1]
-    if MANY_SETTINGS <= len(at_one_rate) < len(lines):
-        lines = [line for line in lines if len(line) > 1]
-        dots = pd.concat(at_one_rate)
-        ax.plot(dots["lr"], dots["mean"], "o", color="0.6", ms=3.5, label="others, at one rate")
-    for colour, line in zip(PALETTE, lines, strict=False):
-        setting = str(line["label"].iloc[0]).partition(", ")[2]
-        ax.plot(line["lr"], line["mean"], "o-", color=colour, ms=3.5, lw=1.2, label=setting)
-    best = part.iloc[int(part["mean"].argmin())]
-    ax.plot(best["lr"], best["mean"], "o", ms=9, mfc="none", color="0.2")
-    ax.set_xscale("log", base=2)
-    ax.set_title(variant, loc="left", fontsize=8.5 * min(1, 30 / len(variant)))
-    named = part["label"].nunique() > 1
-    ax.set_ylim(best["mean"] - 0.05, best["mean"] + 0.6 + named * 0.12 * len(ax.lines))
-    if named:
-        ax.legend(fontsize=7, frameon=False, loc="upper left")
 
 
 def rank_table(finals: pd.DataFrame) -> pd.DataFrame:

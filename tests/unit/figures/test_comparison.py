@@ -110,7 +110,42 @@ def test_the_best_rate_of_each_variant_is_marked():
     assert [ax.get_title(loc="left") for ax in axes[:2]] == ["galore", "muon"]
     rings = [line for line in axes[0].lines if line.get_markersize() == 9]
     assert [(r.get_xdata()[0], r.get_ydata()[0]) for r in rings] == [(0.02, pytest.approx(2.9))]
-    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["scale 0.25", "scale 1.0"]
+    legend = axes[0].get_legend()
+    assert legend.get_title().get_text() == "scale"
+    assert [t.get_text() for t in legend.get_texts()] == ["0.25", "1"]
+
+
+def test_settings_stand_in_the_order_of_their_value_and_rates_of_decades_have_their_numbers():
+    parts = [
+        finals({f"muon, momentum {momentum}, lr {lr:g}": [3.0 + momentum]}, lr=lr)
+        for momentum in (0.8, 0.975, 0.6)
+        for lr in (0.004, 0.01, 0.02, 0.04, 0.08, 0.2)
+    ]
+    figure = figures.rates(pd.concat(parts, ignore_index=True))
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["0.6", "0.8", "0.975"]
+    figure.draw_without_rendering()
+    shown = [t.get_text() for t in ax.get_xticklabels()]
+    assert {"0.01", "0.1"} <= {*shown} <= {"0.001", "0.01", "0.1", "1"}
+    assert len(ax.get_xticks(minor=True)) == 5
+
+
+def test_a_diverged_line_ends_below_the_names_of_settings():
+    table = tuned()
+    table.loc[(table["lr"] == 0.04), "validation_loss"] = 9.0
+    ax = figures.rates(table).axes[0]
+    line = next(line for line in ax.lines if len(line.get_xdata()) == 3)
+    _, top = ax.transData.inverted().transform(line.get_clip_box().max)
+    assert 2.9 < top < ax.get_ylim()[1]
+
+
+def test_settings_of_several_names_are_written_in_full():
+    parts = [finals({f"galore, scale 1, rank {r}, lr {lr}": [3.0]}, lr=lr)
+             for r in (4, 8) for lr in (0.01, 0.02)]  # fmt: skip
+    parts.append(finals({f"galore, alpha 4, lr {lr}": [3.0]}, lr=lr) for lr in (0.01, 0.02))
+    ax = figures.rates(pd.concat([*parts[:-1], *parts[-1]], ignore_index=True)).axes[0]
+    shown = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert shown == ["scale 1, rank 4", "scale 1, rank 8", "alpha 4"]
 
 
 RANKS = {"low-rank, rank 4": [3.4, 3.6], "low-rank": [3.1, 3.2], "full-rank": [3.0]}
