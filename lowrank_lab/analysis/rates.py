@@ -67,7 +67,8 @@ def _factor(rates: np.ndarray, losses: np.ndarray, level: float) -> float:
 def lowest_point(losses: Mapping[float, float]) -> float:
     """The lowest point of a parabola through losses over the logarithm of a value.
 
-    Values within FITTED of the best count; of diverged ones only those next to it.
+    Values within FITTED of the best count, unless they diverged: those would pull it away. Next to
+    one that diverged, it is the best value itself.
 
     Args:
         losses: value → loss.
@@ -77,15 +78,15 @@ def lowest_point(losses: Mapping[float, float]) -> float:
     """
     values = sorted(value for value in losses if value > 0)
     best = min(values, key=losses.__getitem__, default=0.0)
-    near = [
-        v for j, v in enumerate(values)
-        if best / FITTED <= v <= best * FITTED
-        and (abs(j - values.index(best)) <= 1 or losses[v] <= losses[best] + DIVERGED)
-    ]  # fmt: skip
-    if len(near) < 3:
+    near = [v for v in values if best / FITTED <= v <= best * FITTED]
+    good = [v for v in near if losses[v] <= losses[best] + DIVERGED]
+    at = near.index(best) if near else 0
+    if len(near) >= 3 and not {*near[max(0, at - 1) : at + 2]} <= {*good}:
+        return best
+    if len(good) < 3:
         raise ValueError("a fit needs three values near it")
-    logs = np.log(near)
-    curvature, slope, _ = np.polyfit(logs, [losses[v] for v in near], 2)
+    logs = np.log(good)
+    curvature, slope, _ = np.polyfit(logs, [losses[v] for v in good], 2)
     lowest = -slope / (2 * curvature) if curvature > 0 else math.inf
     if not logs[0] <= lowest <= logs[-1]:
         raise ValueError("the losses have no lowest point between its neighbours")

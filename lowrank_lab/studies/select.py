@@ -11,7 +11,7 @@ seeds). An option that follows from other fields, as alpha does from the rank, s
 around: {lr: [0.5, 1, 2]}   a grid of multiples of the chosen value
 fit: lr                     instead of the best value tried, the lowest point of a parabola through
                             the losses over its logarithm, at most two doublings from the best;
-                            of diverged runs only those next to the best count
+                            diverged runs don't count, and next to one the best value is taken
 edges: allow                accept best values that are the first or last of those tried; or a
                             list of the fields whose best values may be
 select: {init: kaiming}     in a variant: these values of `by` fields replace the variant's own
