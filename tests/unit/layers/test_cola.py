@@ -237,7 +237,10 @@ def test_activations_follow_their_formula_to_the_byte(precision, options):
     assert simulate(config).steps["next"].kept.activations == activation_bytes(resolve(config))
 
 
-def test_recomputing_keeps_a_fifth_of_the_activations_at_60m():
+def test_recomputing_keeps_a_fifth_of_the_activations_at_60m(monkeypatch):
+    # heads of 64 keep float32 sums on some CPUs
+    monkeypatch.setattr("lowrank_lab.kernels.operators.largest_widened_head", lambda: 32)
+
     def kept(**options):
         config = run_config(model="60m", precision="bf16", method_options=options)
         return activation_bytes(resolve(config))
