@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import (
-    NATIVE,
     Row,
+    bf16_is_native,
     contestant_apart,
     median,
     ratio,
@@ -28,7 +28,6 @@ from benchmarks.harness import (
 from benchmarks.training import BATCH, LENGTH, LR, pair, some_tokens, their_loss
 from benchmarks.two_runs import two_runs
 from lowrank_lab.config import SIZES, RunConfig, Size
-from lowrank_lab.device import bf16_products
 from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.loop import fast_process
 from lowrank_lab.training.step import update_
@@ -44,7 +43,7 @@ def rows(quick: bool = False) -> list[Row]:
     """Speed of each model, precision and way; then of a study with two runs at a time."""
     models = {"tiny": (SIZES["tiny"], 1)} if quick else MODELS
     shape = (2, 32) if quick else (BATCH, LENGTH)
-    precisions = ["fp32", *(["amp-bf16"] if bf16_products() in NATIVE and not quick else [])]
+    precisions = ["fp32", *(["amp-bf16"] if bf16_is_native() and not quick else [])]
     found = []
     for name, (size, count) in models.items():
         for precision in precisions:

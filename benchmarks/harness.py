@@ -30,8 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 from lowrank_lab.device import bf16_products
 from lowrank_lab.training.provenance import cpu_name
 
-NATIVE = ("tiles", "dots")  # bf16 products by instructions of the CPU
-
 
 @dataclass
 class Row:
@@ -222,10 +220,7 @@ def machine(quick: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "gemm_gflops": {
             str(d).removeprefix("torch."): round(gemm_rate(d, quick) / 1e9)
-            for d in (
-                torch.float32,
-                *([torch.bfloat16] if quick or bf16_products() in NATIVE else []),
-            )
+            for d in (torch.float32, *([torch.bfloat16] if quick or bf16_is_native() else []))
         },
         "versions": {name: version(name) for name in packages},
     }
@@ -259,6 +254,11 @@ def machine_kind(facts: Mapping[str, Any]) -> str:
     number = f", family {own['CPU family']} model {own['Model']}" if "Model" in own else ""
     hidden = ", emulated" if own.get("emulated") else ""
     return f"{facts['cpu']}{number} ({facts['capability']}{hidden})"
+
+
+def bf16_is_native() -> bool:
+    """Whether this CPU has instructions for bf16 products."""
+    return bf16_products() in ("tiles", "dots")
 
 
 def gemm_rate(dtype: torch.dtype, quick: bool = False) -> float:

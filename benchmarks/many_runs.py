@@ -1,6 +1,6 @@
 """A folder of many run folders, as studies over methods, ranks, rates and seeds leave them.
 
-    .venv/bin/python tests/many_runs.py FOLDER [RUNS]
+    .venv/bin/python -m benchmarks.many_runs FOLDER [RUNS]
 
 Nothing is trained: losses and spectra are smooth functions of the configuration.
 """

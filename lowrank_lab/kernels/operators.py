@@ -29,9 +29,9 @@ def available() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def largest_widened_head() -> int:
-    """Up to this size of heads, attention in bfloat16 is computed in float32.
+    """The largest size of heads whose attention in bfloat16 is computed in float32.
 
-    Products of small heads are far below the rate of bfloat16, where a CPU has one of its own.
+    Products of small heads don't reach a CPU's bfloat16 rate; one that emulates has no such rate.
     """
     return {"dots": 64, "emulation": 1 << 20}.get(bf16_products(), 32)
 
@@ -50,7 +50,7 @@ def are_plain(*tensors: Tensor) -> bool:
 def takes_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `rotary_attention` can compute with q, k and v (B, T, H, D), and is the faster way.
 
-    In bfloat16 it is for small heads: products with them are far below that type's rate.
+    In bfloat16 it is up to `largest_widened_head`.
     """
     size = q.shape[-1]
     if size % HEAD_SIZE:

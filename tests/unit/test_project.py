@@ -138,7 +138,7 @@ def test_papermill_can_inspect_each_parameter(path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "most_files", "most_bytes"), [("data/study", 80, 8e6), ("figures", 40, 4e6)]
+    ("folder", "most_files", "most_bytes"), [("data/study", 60, 8e6), ("figures", 40, 4e6)]
 )
 def test_what_git_keeps_of_results_stays_small(folder, most_files, most_bytes):
     files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
