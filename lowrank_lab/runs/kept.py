@@ -1,9 +1,9 @@
-"""Kept studies: the records of finished runs, without weights, in three Parquet files per study.
+"""Kept studies: the records of finished runs, without weights, in two Parquet files per study.
 
-runs.parquet      one row per run: `run` (its id), `label`, the configuration, machine and versions
-                  (`ran_on_*`), results (`final_*`) and bytes (`memory_*`)
-metrics.parquet   one row per run and recorded step, as in metrics.jsonl
-spectra.parquet   one row per run, step and layer, as in spectra.jsonl
+runs.parquet    one row per run: `run` (its id), `label`, the configuration, machine and versions
+                (`ran_on_*`), results (`final_*`) and bytes (`memory_*`)
+steps.parquet   of each run, one row per recorded step, as in metrics.jsonl, then one row per step
+                and `layer`, as in spectra.jsonl; in the former, `layer` is null
 
 If studies in the same folder share a run, only one of them stores its steps and layers. In the
 others' runs.parquet, the column `stored_in` names that study.
@@ -12,7 +12,7 @@ others' runs.parquet, the column `stored_in` names that study.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +25,10 @@ from lowrank_lab.runs.records import Records
 if TYPE_CHECKING:
     import pyarrow as pa
 
-RUNS, METRICS, SPECTRA = FILES = ("runs.parquet", "metrics.parquet", "spectra.parquet")
+RUNS, STEPS = FILES = ("runs.parquet", "steps.parquet")
 PREFIXES = {"result": "final_", "memory": "memory_", "ran_on": "ran_on_"}
 OWN = ("run", "label", "stored_in")
+LAYER = "layer"  # has a value in the rows of spectra.jsonl, and in these alone
 
 
 class KeptRecords:
@@ -48,23 +49,23 @@ class KeptRecords:
 
     @property
     def metrics(self) -> list[Row]:
-        return self._study.rows(METRICS, self._run)
+        return self._study.rows(self._run, of_layers=False)
 
     @property
     def spectra(self) -> list[Row]:
-        return self._study.rows(SPECTRA, self._run)
+        return self._study.rows(self._run, of_layers=True)
 
     @property
     def has_metrics(self) -> bool:
-        return self._study.count(METRICS, self._run) > 0
+        return self._study.table(self._run, of_layers=False).num_rows > 0
 
     @property
     def has_spectra(self) -> bool:
-        return self._study.count(SPECTRA, self._run) > 0
+        return self._study.table(self._run, of_layers=True).num_rows > 0
 
 
 class KeptStudy:
-    """The three tables of a kept study. Use `open_study`, which caches unchanged files."""
+    """The two tables of a kept study. Use `open_study`, which caches unchanged files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,17 +81,25 @@ class KeptStudy:
         """Whether this study's own files have the steps and layers of a run."""
         return run in self.runs and "stored_in" not in self.runs[run]
 
-    def rows(self, file: str, run: str) -> list[Row]:
-        """The rows of a run in METRICS or SPECTRA, from the study that stores them."""
-        from lowrank_lab.runs.parquet import decode
+    def rows(self, run: str, *, of_layers: bool) -> list[Row]:
+        """The recorded steps of a run or, `of_layers`, its layers' rows, without null values."""
+        from lowrank_lab.runs.parquet import decode, without_nulls
 
-        table = self._home(run)._slice(file, run)
-        return [] if table is None else decode(table.drop_columns("run"))
+        return list(map(without_nulls, decode(self.table(run, of_layers=of_layers))))
 
-    def count(self, file: str, run: str) -> int:
-        """The number of rows of a run in METRICS or SPECTRA."""
-        table = self._home(run)._slice(file, run)
-        return 0 if table is None else table.num_rows
+    def table(self, run: str, *, of_layers: bool) -> pa.Table:
+        """The same as a table, from the study that stores them."""
+        import pyarrow.compute as pc
+
+        home = self._home(run)
+        begin, end = home._places.get(run, (0, 0))
+        found = home._steps.slice(begin, end - begin)
+        if LAYER in found.column_names:
+            has_layer = pc.is_valid(found[LAYER])
+            found = found.filter(has_layer if of_layers else pc.invert(has_layer))
+        elif of_layers:
+            found = found.slice(0, 0)
+        return found.select([name for name in found.column_names if name != "run"])
 
     def _home(self, run: str) -> KeptStudy:
         name = self.runs[run].get("stored_in")
@@ -102,23 +111,16 @@ class KeptStudy:
             raise InputError("study", str(self.folder), allowed)
         return found
 
-    def _slice(self, file: str, run: str) -> pa.Table | None:
-        begin, end = self._places[file].get(run, (0, 0))
-        return self._tables[file].slice(begin, end - begin) if end > begin else None
+    @cached_property
+    def _steps(self) -> pa.Table:
+        return self._read(STEPS)
 
     @cached_property
-    def _tables(self) -> dict[str, pa.Table]:
-        return {file: self._read(file) for file in (METRICS, SPECTRA)}
-
-    @cached_property
-    def _places(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """The half-open range of row numbers of each run, in each table."""
-        found: dict[str, dict[str, tuple[int, int]]] = {}
-        for file, table in self._tables.items():
-            runs = table["run"].to_pylist() if table.num_rows else []
-            begins = [i for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
-            found[file] = {runs[a]: (a, b) for a, b in pairwise([*begins, len(runs)])}
-        return found
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """The half-open range of row numbers of each run in steps.parquet."""
+        runs = self._steps["run"].to_pylist() if self._steps.num_rows else []
+        begins = [i for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
+        return {runs[a]: (a, b) for a, b in pairwise([*begins, len(runs)])}
 
     def _read(self, file: str) -> pa.Table:
         from lowrank_lab.runs.parquet import read
@@ -178,8 +180,7 @@ def write_study(folder: Path, records: Mapping[str, Records]) -> dict[str, str]:
     own = {run: record for run, record in sorted(records.items()) if run not in shared}
     contents = {
         RUNS: [_row(run, record, shared.get(run)) for run, record in sorted(records.items())],
-        METRICS: list(_with_run((run, record.metrics) for run, record in own.items())),
-        SPECTRA: list(_with_run((run, record.spectra) for run, record in own.items())),
+        STEPS: [{"run": run, **row} for run, record in own.items() for row in _steps_of(record)],
     }
     try:
         files = {file: to_bytes(encode(rows)) for file, rows in contents.items()}
@@ -207,10 +208,9 @@ def _row(run: str, record: Records, stored_in: str | None) -> Row:
     return row
 
 
-def _with_run(found: Iterable[tuple[str, list[Row]]]) -> Iterator[Row]:
-    for run, rows in found:
-        for row in rows:
-            yield {"run": run, **row}
+def _steps_of(record: Records) -> list[Row]:
+    """A run's rows in steps.parquet."""
+    return [*record.metrics, *record.spectra]
 
 
 def _stored(run: str, record: Records, others: Iterable[KeptStudy]) -> str | None:
@@ -224,10 +224,8 @@ def _stored(run: str, record: Records, others: Iterable[KeptStudy]) -> str | Non
 def _same(one: Records, other: Records) -> bool:
     from lowrank_lab.runs.parquet import without_nulls
 
-    return all(
-        list(map(without_nulls, a)) == list(map(without_nulls, b))
-        for a, b in ((one.metrics, other.metrics), (one.spectra, other.spectra))
-    )
+    a, b = (list(map(without_nulls, _steps_of(record))) for record in (one, other))
+    return a == b
 
 
 def _check_referred(

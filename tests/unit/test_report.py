@@ -258,7 +258,7 @@ def test_a_report_on_unfinished_runs_is_refused_and_writes_nothing(folder, tmp_p
 
 def test_kept_records_are_thin_and_give_the_same_report(folder, tmp_path):
     assert len(report.keep(folder, tmp_path / "kept")) == 6
-    names = {"runs.parquet", "metrics.parquet", "spectra.parquet"}
+    names = {"runs.parquet", "steps.parquet"}
     assert {path.name for path in (tmp_path / "kept").iterdir()} == names
     rows = Run(tmp_path / "kept" / "a0").records.metrics
     assert len(rows) == 201

@@ -16,7 +16,7 @@ from lowrank_lab.config import InputError, RunConfig
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.collect import copy_run, finished_run, merge
 from lowrank_lab.runs.files import append_jsonl, write_json
-from lowrank_lab.runs.kept import FILES, open_study, write_study
+from lowrank_lab.runs.kept import FILES, KeptStudy, open_study, write_study
 from lowrank_lab.runs.parquet import decode, encode, read, to_bytes
 from lowrank_lab.runs.records import FolderRecords
 from lowrank_lab.runs.run import Run, find_runs, momentum_of, spectra_of
@@ -103,6 +103,29 @@ def test_a_kept_study_is_read_as_the_run_folders_are(folder, tmp_path):
     assert set(momentum_of(ours)["seed"]) == {run.config.seed for run in ours}
 
 
+def test_layers_are_told_from_steps_by_one_column(kept):
+    steps = pd.read_parquet(kept / "steps.parquet")
+    metrics, spectra = steps[steps["layer"].isna()], steps[steps["layer"].notna()]
+    assert len(metrics) == sum(len(run.records.metrics) for run in find_runs(kept))
+    assert len(spectra) == sum(len(run.records.spectra) for run in find_runs(kept))
+    assert metrics["loss"].notna().all()
+    assert spectra["loss"].isna().all()
+
+
+def test_runs_without_layers_or_without_steps_are_kept(tmp_path):
+    bare = {"config.json": {"label": "a", "config": {"seed": 0}}, "result.json": {"test_loss": 2.0}}
+    for name, rows in (("steps", [{"step": 1, "loss": 3.0, "events": []}]), ("none", [])):
+        place = tmp_path / "runs" / name
+        place.mkdir(parents=True)
+        for file, facts in bare.items():
+            write_json(place / file, facts)
+        append_jsonl(place / "metrics.jsonl", rows)
+        write_study(tmp_path / name, {"a": FolderRecords(place)})
+        found = KeptStudy(tmp_path / name)
+        assert found.rows("a", of_layers=False) == rows
+        assert found.rows("a", of_layers=True) == []
+
+
 def test_one_run_of_a_kept_study_is_named_like_a_folder(kept, monkeypatch):
     run = Run(kept / "a1")
     assert (run.config.seed, run.finished) == (1, True)
@@ -138,7 +161,7 @@ def test_a_run_that_studies_share_is_stored_once(kept, folder, tmp_path):
     assert done.exit_code == 0, done.output
     assert "4 runs, 3 of them stored in one" in done.stdout
     two = kept.parent / "two"
-    assert pd.read_parquet(two / "metrics.parquet")["run"].unique().tolist() == ["b1"]
+    assert pd.read_parquet(two / "steps.parquet")["run"].unique().tolist() == ["b1"]
     assert [run.label for run in find_runs(two)] == ["renamed", "a", "b", "b"]
     rows = [Run(place / "a0").records.metrics for place in (kept, two)]
     assert rows[0] == rows[1] != []
