@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin
@@ -245,6 +246,27 @@ class KeptRates(MarkdownDirective):
         return markdown_table(head, shown.reset_index().to_numpy().tolist())
 
 
+class KeptRobustness(KeptRates):
+    """Each variant of a kept study at its best setting, and how far its rate may be off there."""
+
+    def lines(self) -> list[str]:
+        from lowrank_lab.analysis.rates import WITHIN, robustness
+        from lowrank_lab.runs.run import final_table, load_runs
+
+        found = robustness(final_table(load_runs(ROOT / "data" / "study" / self.arguments[0])))
+        named = found["label"].str.partition(", ")
+        best = found.assign(variant=named[0], setting=named[2]).drop_duplicates("variant")
+        head = ["variant", "setting", "best rate", "validation loss", f"+{WITHIN:g} at rate ÷",
+                f"+{WITHIN:g} at rate ×", "diverges at"]  # fmt: skip
+        rows = []
+        for _, row in best.iterrows():
+            reach = [row["down"], row["up"], row["diverges at"]]
+            shown = ["" if math.isnan(value) else f"{value:.3g}" for value in reach]
+            found_at = (f"{row['best rate']:g}", f"{row['validation loss']:.3f}")
+            rows.append((row["variant"], row["setting"], *found_at, *shown))
+        return markdown_table(head, rows)
+
+
 def frame(table: pd.DataFrame) -> list[str]:
     """A table of pandas as Markdown."""
     shown = table.astype(object).where(table.notna(), "")
@@ -260,6 +282,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("method-options", MethodOptions)
     app.add_directive("kept-study", KeptStudy)
     app.add_directive("kept-rates", KeptRates)
+    app.add_directive("kept-robustness", KeptRobustness)
     app.connect("autodoc-process-docstring", page_hooks.plain_properties, priority=100)
     app.connect("autodoc-process-docstring", page_hooks.escape_bars, priority=900)
     app.connect("doctree-read", page_hooks.set_alt_texts)
