@@ -33,6 +33,11 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
+def _suffix(x: Tensor) -> str:
+    """Of the name of the kernel for tensors of this dtype."""
+    return "_bf16" if x.dtype == torch.bfloat16 else ""
+
+
 def _strides(*tensors: Tensor) -> Any:
     found = [stride for t in tensors for stride in t.stride()[:3]]
     return (ctypes.c_int64 * len(found))(*found)
@@ -41,20 +46,24 @@ def _strides(*tensors: Tensor) -> Any:
 def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
     """The results, and the scratch memory of all threads."""
     B, T, H, D = q.shape
-    scratch = q.new_empty(torch.get_num_threads() * attention_scratch(T, D, backward=False))
-    return q.new_empty(q.shape), q.new_empty((B, H, T)), scratch
+    floats = torch.get_num_threads() * attention_scratch(T, D, backward=False, dtype=q.dtype)
+    wide = [q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, T), (floats,))]
+    return q.new_empty(q.shape), *wide
 
 
 def _allocate_attention_gradients(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     T, D = q.shape[1], q.shape[3]
-    scratch = q.new_empty(torch.get_num_threads() * attention_scratch(T, D, backward=True))
+    floats = torch.get_num_threads() * attention_scratch(T, D, backward=True, dtype=q.dtype)
+    scratch = q.new_empty(floats, dtype=torch.float32)
     return (*(q.new_empty(q.shape) for _ in range(3)), scratch)
 
 
-def attention_scratch(length: int, size: int, backward: bool) -> int:
-    """Floats that a thread needs, with sequences padded to 48: see attention.h."""
-    padded = (length + 47) // 48 * 48
-    return 9 * padded * size + 24 * padded if backward else 3 * padded * size + 6 * (padded + size)
+def attention_scratch(length: int, size: int, backward: bool, dtype: torch.dtype) -> int:
+    """Floats that a thread needs for a head of `length` tokens."""
+    found = library()
+    assert found is not None
+    name = f"attention_{'backward' if backward else 'forward'}_scratch"
+    return int(getattr(found, name)(length, size, dtype == torch.bfloat16))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,8 +71,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tup
     q, k, v = _rows(q, k, v)
     cos, sin = cos.contiguous(), sin.contiguous()
     call(
-        "attention_forward", q, k, v, cos, sin, out, log_sums, scratch, *q.shape, _strides(q, k, v)
-    )
+        f"attention_forward{_suffix(q)}", q, k, v, cos, sin, out, log_sums, scratch, *q.shape,
+        _strides(q, k, v),
+    )  # fmt: skip
     return out, log_sums
 
 
@@ -74,7 +84,7 @@ def _attention_backward(
     q, k, v, grad = _rows(q, k, v, grad)
     cos, sin = cos.contiguous(), sin.contiguous()
     call(
-        "attention_backward", q, k, v, cos, sin, log_sums, grad, dq, dk, dv, scratch,
+        f"attention_backward{_suffix(q)}", q, k, v, cos, sin, log_sums, grad, dq, dk, dv, scratch,
         *q.shape, _strides(q, k, v, grad),
     )  # fmt: skip
     return dq, dk, dv

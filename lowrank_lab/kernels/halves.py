@@ -57,7 +57,8 @@ def self_attention_scratch(length: int, heads: int, size: int, backward: bool) -
     """Floats of scratch memory: packed weights, a sequence for each thread, partial sums."""
     d = heads * size
     weights, threads = 4 * d * d, torch.get_num_threads()
-    sequence = (5 if backward else 1) * length * d + attention_scratch(length, size, backward)
+    of_a_head = attention_scratch(length, size, backward, torch.float32)
+    sequence = (5 if backward else 1) * length * d + of_a_head
     return weights + threads * sequence + backward * PARTS * (weights + d)
 
 

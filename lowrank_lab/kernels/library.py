@@ -24,7 +24,9 @@ SOURCES = (
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {  # of each function; the number of threads is the last
     "attention_forward": [*8 * [_pointer], *4 * [_long], _pointer, _int],
+    "attention_forward_bf16": [*8 * [_pointer], *4 * [_long], _pointer, _int],
     "attention_backward": [*11 * [_pointer], *4 * [_long], _pointer, _int],
+    "attention_backward_bf16": [*11 * [_pointer], *4 * [_long], _pointer, _int],
     "norm_forward": [*4 * [_pointer], *2 * [_long], _float, _int],
     "norm_backward": [*6 * [_pointer], *3 * [_long], _int],
     "swiglu_forward": [*3 * [_pointer], _long, _int],
@@ -39,6 +41,10 @@ ARGUMENTS = {  # of each function; the number of threads is the last
         _pointer, _long, _long, _pointer, _long, _long, _pointer, _pointer, *3 * [_long], _int,
     ],
 }  # fmt: skip
+SCRATCH = {  # of each function that returns a number of floats
+    "attention_forward_scratch": [_long, _long, _int],
+    "attention_backward_scratch": [_long, _long, _int],
+}
 SWITCH = "LOWRANK_LAB_KERNELS"  # environment variable: 0 leaves the kernels to torch
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno",
@@ -174,6 +180,8 @@ def _cache_folder() -> Path | None:
 
 def _typed(file: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
-    for name, arguments in ARGUMENTS.items():
+    for name, arguments in (ARGUMENTS | SCRATCH).items():
         getattr(found, name).argtypes = arguments
+    for name in SCRATCH:
+        getattr(found, name).restype = _long
     return found

@@ -1,4 +1,6 @@
-"""The compiled kernels as torch operators and autograd functions, for float32 tensors on a CPU.
+"""The compiled kernels as torch operators and autograd functions, on a CPU.
+
+Tensors are float32; those of attention may be bfloat16.
 
 `takes` says whether they can be used; the callers have torch's own operators for everything else.
 Shapes in this file: B = batch, T = sequence, H = heads, D = head size, d = hidden, V = vocabulary.
@@ -28,12 +30,13 @@ def available() -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def largest_widened_head() -> int:
-    """The largest size of heads whose attention in bfloat16 is computed in float32.
+def largest_bf16_head() -> int:
+    """The largest size of heads in bfloat16 whose attention `rotary_attention` computes faster.
 
-    Products of small heads don't reach a CPU's bfloat16 rate; one that emulates has no such rate.
+    It has dot products, or float32 on a CPU without them. Where a CPU has tiles (AMX), torch uses
+    them, which pays for larger heads.
     """
-    return {"dots": 64, "emulation": 1 << 20}.get(bf16_products(), 32)
+    return {"dots": 1 << 20, "emulation": 1 << 20}.get(bf16_products(), 32)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -50,12 +53,12 @@ def are_plain(*tensors: Tensor) -> bool:
 def takes_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `rotary_attention` can compute with q, k and v (B, T, H, D), and is the faster way.
 
-    In bfloat16 it is up to `largest_widened_head`.
+    In bfloat16 it is up to `largest_bf16_head`.
     """
     size = q.shape[-1]
     if size % HEAD_SIZE:
         return False
-    if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} and size <= largest_widened_head():
+    if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} and size <= largest_bf16_head():
         on_cpu = all(t.device.type == "cpu" and t.numel() for t in (q, k, v))
         return on_cpu and not prefers_few_kernels(q) and available()
     return takes(q, k, v)
@@ -64,8 +67,8 @@ def takes_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def rotary_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal attention of rotated q and k; q, k, v (B, T, H, D) → (B, T, H, D).
 
-    cos and sin are (T, D/2). The backward pass computes the probabilities again. bfloat16 is
-    widened for the kernel, and saved as it is.
+    cos and sin are (T, D/2). The backward pass computes the probabilities again. Sums, softmax and
+    rotation of bfloat16 tensors are float32.
     """
     return _apply(_RotaryAttention, q, k, v, cos, sin)
 
@@ -109,17 +112,18 @@ def _apply(function: Any, *args: Any) -> Tensor:
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        wide = (t.float() for t in (q, k, v, cos, sin))
-        out, log_sums = torch.ops.lowrank_lab_cpu.attention(*wide)
+        out, log_sums = torch.ops.lowrank_lab_cpu.attention(q, k, v, cos.float(), sin.float())
         ctx.save_for_backward(q, k, v, cos, sin, log_sums)
-        return out.to(q.dtype)  # type: ignore[no-any-return]
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wide = (t.float() for t in (*ctx.saved_tensors, grad))
-        found = torch.ops.lowrank_lab_cpu.attention_backward(*wide)
-        return (*(t.to(grad.dtype) for t in found), None, None)
+        q, k, v, cos, sin, log_sums = ctx.saved_tensors
+        found = torch.ops.lowrank_lab_cpu.attention_backward(
+            q, k, v, cos.float(), sin.float(), log_sums, grad
+        )
+        return (*found, None, None)
 
 
 class _RMSNorm(torch.autograd.Function):

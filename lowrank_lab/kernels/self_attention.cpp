@@ -8,7 +8,7 @@
 struct Scratch {  // in floats, for each thread
     n_t forward, backward;
     Scratch(n_t T, n_t H, n_t D)
-        : forward(T * H * D + forward_floats(T, D)), backward(5 * T * H * D + backward_floats(T, D)) {}
+        : forward(T * H * D + Memory<float>::forward(T, D)), backward(5 * T * H * D + Memory<float>::backward(T, D)) {}
 };
 
 extern "C" n_t self_attention_scratch(n_t T, n_t H, n_t D, int backward, int threads) {  // floats
@@ -35,8 +35,8 @@ extern "C" void self_attention_forward(const float *x, const float *w, const flo
             for (n_t t = 0; t < T; t++) s[b * T + t] = norm_row(a + t * d, w, n + t * d, d, eps);
             for (int i = 0; i < 3; i++) layer<false>(T, n, d, scratch + i * size, to[i], d);
             for (n_t h = 0, e = 0; h < H; h++, e += D)
-                forward_head({to[0] + e, d}, {to[1] + e, d}, {to[2] + e, d}, cos, sin, m + e, d,
-                             lse + (b * H + h) * T, head_scratch, T, D);
+                forward_head<float, float>({to[0] + e, d}, {to[1] + e, d}, {to[2] + e, d}, cos, sin, m + e, d,
+                                           lse + (b * H + h) * T, head_scratch, T, D);
             memcpy(o, a, 4 * T * d);
             layer<true>(T, m, d, scratch + 3 * size, o, d);
         }
@@ -68,8 +68,8 @@ extern "C" void self_attention_backward(const float *x, const float *w, const fl
                 add_transposed(T, o, d, mixed + b * X, d, sum + 3 * size);
                 for (n_t h = 0; h < H; h++) {
                     n_t e = h * D, i = b * X + e;
-                    backward_head({q + i, d}, {k + i, d}, {v + i, d}, cos, sin, lse + (b * H + h) * T,
-                                  {dm + e, d}, dq + e, dk + e, dv + e, d, head_scratch, T, D);
+                    backward_head<float, float>({q + i, d}, {k + i, d}, {v + i, d}, cos, sin, lse + (b * H + h) * T,
+                                                {dm + e, d}, dq + e, dk + e, dv + e, d, head_scratch, T, D);
                 }
                 const float *grads[] = {dq, dk, dv};
                 for (int i = 0; i < 3; i++) add_transposed(T, grads[i], d, n, d, sum + i * size);

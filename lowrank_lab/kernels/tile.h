@@ -1,26 +1,50 @@
 // A piece of a matrix product whose result stays in registers: 12 vectors, as AVX2 has 16.
 #pragma once
 #include "vectors.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 constexpr int M = 6;      // rows of a tile
-constexpr int N = 2 * W;  // columns of a tile
+constexpr int N = 2 * W;  // columns of a tile of floats
 
-// C (rows×N) = A B, or += with `add`: A[r, k] is A[r·ra + k·ka], B[k] a row of N floats.
-template <int rows, bool add>
-INLINE void tile(n_t K, const float *A, n_t ra, n_t ka, const float *B, n_t ldb, float *C, n_t ldc) {
-    vec c[rows][2] = {};
-    for (n_t k = 0; k < K; k++) {
-        vec b0 = at(B + k * ldb), b1 = at(B + k * ldb + W);
-        for (int r = 0; r < rows; r++) {
-            vec a = splat(A[r * ra + k * ka]);
-            c[r][0] += a * b0;
-            c[r][1] += a * b1;
-        }
+// What a product adds up: floats or, with AVX-512's dot products, pairs of bfloat16.
+template <class G> struct Group;
+
+template <> struct Group<float> {
+    static constexpr int size = 1, lanes = W;
+    typedef vec sums;
+    static inline __attribute__((always_inline)) void add(vec &c, float a, const float *b) { c += splat(a) * at(b); }
+};
+
+#ifdef __AVX512BF16__
+typedef uint32_t pair;  // the first number is the lower half
+
+template <> struct Group<pair> {
+    static constexpr int size = 2, lanes = 16;
+    typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));
+    static inline __attribute__((always_inline)) void add(sums &c, pair a, const pair *b) {
+        c = (sums)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
     }
+};
+#endif
+
+// C (rows×2·lanes) = A B, or += with `add`: A[r, k] is A[r·ra + k·ka], B[k] a row of as many groups.
+template <int rows, bool add, class G>
+INLINE void tile(n_t K, const G *A, n_t ra, n_t ka, const G *B, n_t ldb, float *C, n_t ldc) {
+    typedef typename Group<G>::sums sums;
+    constexpr int lanes = Group<G>::lanes;
+    sums c[rows][2] = {};
+    for (n_t k = 0; k < K; k++)
+        for (int r = 0; r < rows; r++) {
+            G a = A[r * ra + k * ka];
+            Group<G>::add(c[r][0], a, B + k * ldb);
+            Group<G>::add(c[r][1], a, B + k * ldb + lanes);
+        }
     for (int r = 0; r < rows; r++) {
-        float *row = C + r * ldc;
-        at(row) = add ? at(row) + c[r][0] : c[r][0];
-        at(row + W) = add ? at(row + W) + c[r][1] : c[r][1];
+        sums *row = (sums *)(C + r * ldc), *rest = (sums *)(C + r * ldc + lanes);
+        *row = add ? *row + c[r][0] : c[r][0];
+        *rest = add ? *rest + c[r][1] : c[r][1];
     }
 }
 

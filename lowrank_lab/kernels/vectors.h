@@ -1,4 +1,5 @@
 // Vectors of W floats, of which compilers make the registers of any CPU, and their exponential.
+// bfloat16 is the upper half of a float: it is read as one, and written rounded to the nearest.
 #pragma once
 #include <cstdint>
 
@@ -6,12 +7,29 @@ constexpr int W = 8;
 typedef int64_t n_t;
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(2 * W), aligned(2), may_alias));
+struct bf16 {
+    uint16_t bits;
+};
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec splat(float x) { return x - vec{}; }
 INLINE vec &at(float *p) { return *(vec *)p; }
 INLINE const vec &at(const float *p) { return *(const vec *)p; }
 INLINE constexpr n_t up(n_t x, n_t m) { return (x + m - 1) / m * m; }
+
+// The bits of a bfloat16 as the upper half of each number; ties go to the even one, NaN stays.
+INLINE uvec rounded(vec x) {
+    uvec bits = (uvec)x;
+    bits += 0x7fff + (bits >> 16 & 1);
+    return x == x ? bits & 0xffff0000 : uvec{} + 0x7fc00000;
+}
+
+INLINE vec load(const float *p) { return at(p); }
+INLINE vec load(const bf16 *p) { return (vec)(__builtin_convertvector(*(const hvec *)p, uvec) << 16); }
+INLINE void store(float *p, vec x) { at(p) = x; }
+INLINE void store(bf16 *p, vec x) { *(hvec *)p = __builtin_convertvector(rounded(x) >> 16, hvec); }
 
 INLINE float sum_of(vec x) {
     float total = 0;

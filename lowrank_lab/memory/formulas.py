@@ -147,7 +147,7 @@ def _kept_bytes(config: ResolvedConfig, entries: int, copied: int, sums: bool = 
     c = 4 if full else 2
     of_a_block = c * (entries if whole else d)
     size_of_head = d // heads  # small ones have a kernel on a CPU in half precision, too
-    small = size_of_head <= kernels.largest_widened_head() and size_of_head % kernels.HEAD_SIZE == 0
+    small = size_of_head <= kernels.largest_bf16_head() and size_of_head % kernels.HEAD_SIZE == 0
     on_cpu = config.device != "cuda" and kernels.available()
     if (full or (small and on_cpu)) and whole and sums:
         of_a_block += 4 * heads

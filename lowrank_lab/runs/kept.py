@@ -57,11 +57,11 @@ class KeptRecords:
 
     @property
     def has_metrics(self) -> bool:
-        return self._study.table(self._run, of_layers=False).num_rows > 0
+        return bool(self._study.table(self._run, of_layers=False).num_rows)
 
     @property
     def has_spectra(self) -> bool:
-        return self._study.table(self._run, of_layers=True).num_rows > 0
+        return bool(self._study.table(self._run, of_layers=True).num_rows)
 
 
 class KeptStudy:

@@ -17,10 +17,11 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler
 
 @pytest.fixture(scope="module")
 def whole():
-    """The bytes of the library that this process has found or made in the user's cache."""
+    """A library in the user's cache that this process can load; others have other versions."""
     folder = made._cache_folder()
     assert folder is not None
-    return max(folder.glob("kernels-*-*.so"), key=lambda file: file.stat().st_mtime)
+    made.library()
+    return next(f for f in folder.glob("kernels-*-*.so") if made._cached(folder, stem_of(f)))
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_activations_follow_their_formula_to_the_byte(precision, options):
 
 def test_recomputing_keeps_a_fifth_of_the_activations_at_60m(monkeypatch):
     # heads of 64 keep float32 sums on some CPUs
-    monkeypatch.setattr("lowrank_lab.kernels.operators.largest_widened_head", lambda: 32)
+    monkeypatch.setattr("lowrank_lab.kernels.operators.largest_bf16_head", lambda: 32)
 
     def kept(**options):
         config = run_config(model="60m", precision="bf16", method_options=options)
