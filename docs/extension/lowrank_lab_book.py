@@ -227,9 +227,13 @@ def records_of(name: str) -> list[Path]:
 
 
 class KeptRates(MarkdownDirective):
-    """Validation loss over learning rates of a kept study, one row per variant."""
+    """Validation loss over the values of a setting, one row per variant of a kept study.
+
+    The setting is the learning rate; a second argument names another, as it stands in labels.
+    """
 
     required_arguments = 1
+    optional_arguments = 1
 
     def sources(self) -> Iterable[Path]:
         return records_of(self.arguments[0])
@@ -238,11 +242,18 @@ class KeptRates(MarkdownDirective):
         from lowrank_lab.figures import rate_table
         from lowrank_lab.runs.run import final_table, load_runs
 
-        rates = rate_table(final_table(load_runs(ROOT / "data" / "study" / self.arguments[0])))
-        table = rates.pivot_table(index="label", columns="lr", values="mean")
+        name, *setting = self.arguments
+        finals = final_table(load_runs(ROOT / "data" / "study" / name))
+        if setting:
+            parts = finals["label"].str.rpartition(f", {setting[0]} ")
+            table = finals.assign(variant=parts[0], at=parts[2].astype(float)).pivot_table(
+                index="variant", columns="at", values="validation_loss"
+            )
+        else:
+            table = rate_table(finals).pivot_table(index="label", columns="lr", values="mean")
         best, shown = table.min(axis=1), table.map(lambda loss: f"{loss:.3f}")
         shown = shown.where(table.notna(), "").loc[best.sort_values().index]
-        head = ["variant", *(f"{lr:g}" for lr in shown.columns)]
+        head = ["variant", *(f"{value:g}" for value in shown.columns)]
         return markdown_table(head, shown.reset_index().to_numpy().tolist())
 
 
