@@ -1,9 +1,9 @@
 """Several processes: their group and collectives, placements of tensors, and torch's DTensors."""
 
 from lowrank_lab.distributed.processes import (
+    AnyRank,
     all_reduce_mean_,
     all_reduce_sum_,
-    any_rank,
     barrier,
     equal_on_all_ranks,
     is_launched,
@@ -17,9 +17,9 @@ from lowrank_lab.distributed.processes import (
 )
 
 __all__ = [
+    "AnyRank",
     "all_reduce_mean_",
     "all_reduce_sum_",
-    "any_rank",
     "barrier",
     "equal_on_all_ranks",
     "is_launched",

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_lab.config import InputError
+from lowrank_lab.device import prefers_few_kernels
 
 BUCKET_BYTES = 25 << 20  # gradients that are averaged in one all-reduce
 
@@ -132,11 +133,32 @@ def in_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from filling.values()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; the same answer on all of them."""
-    if not dist.is_initialized():
-        return flag
-    return bool(all_reduce_sum_(torch.tensor([int(flag)], device=device)).item())
+class AnyRank:
+    """Asks after each step whether a flag is set on any rank; the same answer on all of them.
+
+    The host does not wait for a CUDA device: the answer is that of the call before, which has
+    arrived when the step in between has been waited for.
+
+    Args:
+        device: where the flags travel.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._answer: Tensor | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Whether a flag is set, here or elsewhere."""
+        if not dist.is_initialized():
+            return flag
+        sent = torch.full((), float(flag), device=self._device)
+        dist.all_reduce(sent)
+        if not prefers_few_kernels(sent):
+            return bool(sent)
+        before, self._answer = self._answer, sent
+        if sent.is_cuda:
+            self._answer = torch.empty((), pin_memory=True).copy_(sent, non_blocking=True)
+        return before is not None and bool(before)
 
 
 def equal_on_all_ranks(value: int) -> bool:

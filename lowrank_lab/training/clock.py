@@ -47,7 +47,8 @@ class StepClock:
     The host waits for a step's loss and gradient norm, but not for its update, which computes while
     the host prepares the next step. So a step's time ends with its numbers (`ready`), and the time
     of its update is added to the next step's, or by `settle`, which waits for it. Work between
-    steps (evaluation, spectra, checkpoints) is not counted if the clock is settled before.
+    steps (evaluation, spectra, checkpoints) is not counted if the clock is settled before. A step
+    waits for the device once: what lies before its numbers has been reached with them.
 
     Args:
         device: of the steps.
@@ -61,6 +62,7 @@ class StepClock:
         self._device, self._new_mark = device, new_mark
         self._from: Mark | None = None  # counted up to here
         self._ready: Mark | None = None
+        self._reached = False  # whether the host has waited for `_ready`
         self._unfinished: tuple[Mark, Mark] | None = None  # an update that isn't counted yet
 
     def start(self) -> None:
@@ -69,20 +71,22 @@ class StepClock:
 
     def ready(self) -> None:
         """The step's loss and gradient norm have been copied to the host when this is reached."""
-        self._ready = self._new_mark(self._device)
+        self._ready, self._reached = self._new_mark(self._device), False
 
     def wait(self) -> None:
         """Wait until loss and gradient norm are on the host."""
         assert self._ready is not None
-        self._ready.synchronize()
+        if not self._reached:
+            self._ready.synchronize()
+            self._reached = True
 
     def stop(self) -> float:
         """A step ends; returns the seconds that it adds."""
         assert self._from is not None
         assert self._ready is not None
         before, end = self.seconds, self._new_mark(self._device)
-        self._ready.synchronize()
-        self.settle()  # the update before this step
+        self.wait()
+        self._count_update()  # the one before this step
         self.seconds += self._from.elapsed_time(self._ready) / 1e3
         self._unfinished = self._ready, end
         if self._device.type != "cuda":
@@ -91,10 +95,14 @@ class StepClock:
 
     def settle(self) -> float:
         """Wait for the last update and count it; returns the seconds that it adds."""
+        if self._unfinished is not None:
+            self._unfinished[1].synchronize()
+        return self._count_update()
+
+    def _count_update(self) -> float:
         if self._unfinished is None:
             return 0.0
         begin, end = self._unfinished
-        end.synchronize()
         self._unfinished = None
         added = begin.elapsed_time(end) / 1e3
         self.seconds += added

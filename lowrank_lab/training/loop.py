@@ -106,13 +106,14 @@ def _loop(
 ) -> None:
     try:
         trainer.resume()
+        asked = distributed.AnyRank(trainer.device)
         with _mirror(trainer, trackers) as mirror:
             while trainer.updates < trainer.config.total_steps:
                 row = trainer.advance()
                 mirror.log(row)
                 if on_step is not None:
                     on_step(row)
-                if distributed.any_rank(stop(), trainer.device):
+                if asked(stop()):
                     trainer.save_checkpoint()
                     after = f"stopped after step {trainer.updates}"
                     raise Terminated(f"{after}; started again, it goes on from there")

@@ -13,7 +13,7 @@ class Device:
     """A queue of work that takes time only when it is waited for."""
 
     def __init__(self):
-        self.queued, self.reached = 0.0, 0.0
+        self.queued, self.reached, self.waits = 0.0, 0.0, 0
 
     def mark(self, device):
         return Mark(self, self.queued)
@@ -27,6 +27,7 @@ class Mark:
 
     def synchronize(self):
         self.device.reached = max(self.device.reached, self.at)
+        self.device.waits += 1
 
     def elapsed_time(self, end):
         assert max(self.at, end.at) <= self.device.reached, "not reached yet"
@@ -59,6 +60,18 @@ def test_a_step_lasts_until_its_numbers_and_its_update_counts_with_the_next(on_c
     assert on_cuda.settle() == 1
     assert on_cuda.settle() == 0
     assert on_cuda.seconds == device.queued == 8
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_step_waits_for_the_device_once(on_cuda, device, waits):
+    for step in range(1, 5):
+        on_cuda.start()
+        device.queued += 3
+        on_cuda.ready()
+        if waits:
+            on_cuda.wait()
+        on_cuda.stop()
+        assert device.waits == step
 
 
 def test_work_between_steps_is_not_counted(on_cuda, device):

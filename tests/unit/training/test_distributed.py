@@ -10,6 +10,7 @@ from finite_steps import QUEUED_FIRST, late_and_not, order_of_step
 from interruptions import assert_same, config_of
 
 from lowrank_lab import InputError, RunConfig, distributed, train
+from lowrank_lab.device import cuda_path
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training import step as stepping
 from lowrank_lab.training.fsdp import ShardedModel
@@ -39,6 +40,16 @@ def test_what_is_not_sound_in_shards_is_refused(fields, refusal):
 def test_how_processes_share_the_work_does_not_change_the_run_id():
     runs = [resolve(RunConfig(parallel=parallel)) for parallel in ("ddp", "fsdp2")]
     assert runs[0].run_id == runs[1].run_id
+
+
+def test_a_flag_of_any_process_is_known_without_waiting_for_cuda(launched):
+    cpu = torch.device("cpu")
+    with distributed.process_group(cpu):
+        assert [distributed.AnyRank(cpu)(flag) for flag in (False, True)] == [False, True]
+        with cuda_path():
+            ask = distributed.AnyRank(cpu)
+            answers = [ask(flag) for flag in (True, False, False)]
+    assert answers == [False, True, False]  # of the call before
 
 
 def test_shards_without_torchrun_are_refused():

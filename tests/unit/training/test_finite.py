@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from finite_steps import QUEUED_FIRST, late_and_not, order_of_step, spoiled
+from finite_steps import QUEUED_FIRST, HostReads, late_and_not, order_of_step, spoiled
 from interruptions import STEPS, assert_same, config_of, rows_of
 from torch import nn
 
@@ -17,7 +17,9 @@ from lowrank_lab.training import step as stepping
 from lowrank_lab.training.finite import FiniteCheck, StatesBefore, checks_on_device, off_where
 from lowrank_lab.training.gradients import clip_
 from lowrank_lab.training.kinds import kind_of
+from lowrank_lab.training.preflight import check
 from lowrank_lab.training.schedule import events
+from lowrank_lab.training.trainer import Trainer
 
 FUSED = ["full-rank", "low-rank", "lora", "relora", "sltrain"]
 OURS = [
@@ -109,6 +111,32 @@ def test_the_host_reads_nothing_of_a_step_until_its_update_is_queued(method, val
         assert found[:5] == QUEUED_FIRST
         assert not found[5:] or events(at + 1, config)  # a refactorization reads
     assert {"first", "next"} <= kinds
+
+
+@pytest.mark.parametrize("method", ["low-rank", "galore", "fira"])
+def test_in_a_whole_step_the_host_reads_once(method, tmp_path):
+    """Data, update, clock and records included."""
+    rare = {"eval_every": STEPS, "spectra_every": STEPS, "checkpoint_every": STEPS}
+    config, corpus = check(config_of(method, reset_every=0, refactor_every=0, **rare))
+    found = []
+    with cuda_path():
+        trainer = Trainer(config, corpus, tmp_path / "run")
+        trainer.resume()
+        for _ in range(3):
+            with HostReads(found):
+                trainer.advance()
+    assert found == 3 * ["tolist"]
+
+
+@pytest.mark.parametrize("name", HostReads.METHODS)
+def test_a_read_without_an_operator_is_seen(name):
+    found = []
+    with HostReads(found):
+        getattr(torch.ones(2), name)()
+    assert name in found
+    assert getattr(torch.Tensor, name)(torch.ones(2)) is not None
+    torch.ones(2).tolist()
+    assert "tolist" not in found[1:]
 
 
 def test_8_bit_moments_of_torchao_are_queued_as_well(monkeypatch):
