@@ -5,7 +5,8 @@ Operators are counted as torch dispatches them, on tensors without values and on
 operator on many tensors counts once, a compiled graph by what inductor's scheduler leaves of it
 (`graph_kernels.py`). `python -m benchmarks.kernels` prints the counts of the loss,
 of a block, and of all that is queued between the backward pass and the next step: the gradient norm
-with its clipping, the check for NaN and infinity, and the optimizer's update.
+with its clipping, the check for NaN and infinity, and the optimizer's update. Weights are bf16;
+`--precision amp-bf16`, `--state-precision` and `--stochastic-rounding` count updates of others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.graph_kernels import GRAPH, counted_graphs
-from lowrank_lab.config import SIZES, RunConfig, Size
+from lowrank_lab.config import SIZES, InputError, RunConfig, Size
 from lowrank_lab.device import cuda_path
 from lowrank_lab.layers import factorize
 from lowrank_lab.methods.build import build
@@ -82,9 +83,11 @@ class KernelCount(TorchDispatchMode):
         return sum(self.kernels.values())
 
 
-def loss_kernels(size: Size, tokens: int, *, gradients: bool = True) -> KernelCount:
-    """Kernels of a bf16 loss of so many tokens on CUDA, with its gradients or without."""
-    empty = partial(torch.empty, dtype=torch.bfloat16, device="meta", requires_grad=True)
+def loss_kernels(
+    size: Size, tokens: int, *, gradients: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> KernelCount:
+    """Kernels of a loss of so many tokens on CUDA, with its gradients or without."""
+    empty = partial(torch.empty, dtype=dtype, device="meta", requires_grad=True)
     hidden, head = empty(tokens, size.hidden_size), empty(size.vocab_size, size.hidden_size)
     targets = torch.empty(tokens, dtype=torch.long, device="meta")
     with cuda_path(), torch.set_grad_enabled(gradients), KernelCount() as count:
@@ -143,7 +146,7 @@ def step_kernels(
     compiled: bool = False,
     **fields: Any,
 ) -> StepKernels:
-    """Kernels of a step in bf16 with nothing due.
+    """Kernels of a step with nothing due.
 
     Args:
         method: a name of METHODS.
@@ -151,12 +154,10 @@ def step_kernels(
         options: of the method.
         stacked: on CUDA's path; False: as off it, one parameter after the other.
         compiled: with `compile`; stacked.
-        fields: further ones of the run's configuration.
+        fields: further ones of the run's configuration; `precision` is bf16 by default.
     """
-    config = RunConfig(
-        model=size, method=method, method_options=options, precision="bf16", corpus="markov",
-        **fields,
-    )  # fmt: skip
+    fields = {"precision": "bf16"} | fields
+    config = RunConfig(model=size, method=method, method_options=options, corpus="markov", **fields)
     resolved = resolve(config).model_copy(update={"vocab_size": SIZES[size].vocab_size})
     with FakeTensorMode(), cuda_path() if stacked else nullcontext(), counted_graphs():
         model, optimizer = build(resolved)
@@ -179,22 +180,40 @@ def step_kernels(
     return counts
 
 
-if __name__ == "__main__":
+@click.command()
+@click.option("--precision", default="bf16", type=click.Choice(["fp32", "bf16", "amp-bf16"]))
+@click.option("--state-precision", default="same", type=click.Choice(["same", "fp32"]))
+@click.option("--stochastic-rounding", is_flag=True)
+def main(**fields: Any) -> None:
+    """Print the kernels of losses, blocks and updates."""
+    usual = fields == {"precision": "bf16", "state_precision": "same", "stochastic_rounding": False}
+    dtype = torch.float32 if fields["precision"] == "fp32" else torch.bfloat16
     for name in COUNTED:
-        counts = (loss_kernels(SIZES[name], 512 * 256, gradients=g).total for g in (True, False))
+        counts = (
+            loss_kernels(SIZES[name], 512 * 256, gradients=g, dtype=dtype).total
+            for g in (True, False)
+        )
         click.echo("{}: {} kernels with gradients, {} without".format(name, *counts))
-        for kind in (None, "low-rank", "lora", "cola", "sltrain"):
+        for kind in (None, "low-rank", "lora", "cola", "sltrain") if usual else ():
             counts = (block_kernels(SIZES[name], kind, merged=m).total for m in (True, False))
             click.echo(
                 "{}, {} block: {} kernels, {} unmerged".format(name, kind or "dense", *counts)
             )
     for label, (method, options) in OPTIMIZERS.items():
         for name in COUNTED:
-            norm, check, now = (c.total for c in step_kernels(method, name, options))
-            single = step_kernels(method, name, options, stacked=False).update.total
-            compiled = step_kernels(method, name, options, compiled=True).update
+            try:
+                norm, check, now = (c.total for c in step_kernels(method, name, options, **fields))
+            except InputError as error:
+                click.echo(f"{label}: {error}")
+                break
+            single = step_kernels(method, name, options, stacked=False, **fields).update.total
+            compiled = step_kernels(method, name, options, compiled=True, **fields).update
             click.echo(
                 f"{label}, {name}: {norm} kernels for norm and clipping, {check} for the check, "
                 f"{now} for the update ({single} one by one; {compiled.total} compiled, of which "
                 f"{compiled.kernels[GRAPH]} in graphs)"
             )
+
+
+if __name__ == "__main__":
+    main()

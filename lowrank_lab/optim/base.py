@@ -15,11 +15,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lowrank_lab.device import prefers_few_kernels
 from lowrank_lab.distributed.dtensors import ANY_DIM, is_dtensor, local_gradient, local_part
 from lowrank_lab.optim.adam import (
     adam_moments,
     adam_update_,
     rounds_stochastically,
+    state_dtype,
     to_state_precision,
 )
 from lowrank_lab.optim.chains import compiled_where
@@ -29,6 +31,11 @@ from lowrank_lab.optim.eight_bit import adamw_step_, direction, quantizes
 from lowrank_lab.optim.found_inf import decay_, off_where
 from lowrank_lab.optim.matrix_updates import MatrixUpdates
 from lowrank_lab.optim.saved_state import load_, prepared
+from lowrank_lab.optim.stacks import StackedStates, Stacks, gather_, moments_of
+
+JOINED = (
+    1 << 20
+)  # entries; on CUDA, smaller weights with precise moments are copied and updated together
 
 
 class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
@@ -183,9 +190,15 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
             )
 
     def _precise_adamw_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """AdamW one by one: for moments of another dtype, or for stochastic rounding."""
+        """AdamW with moments of another dtype, or with stochastic rounding."""
+        together: dict[Any, list[Tensor]] = {}
         for p in params:
             state = self._advanced_state(p, group)
+            if self._joins(p, group):
+                state["step"] += 1
+                rates = (self.step_size_of(state, group), self.eps_of(state, group))
+                together.setdefault((p.dtype, p.device, *rates), []).append(p)
+                continue
             step_size = self.step_size_of(state, group)
             with (
                 self.plain_parts(p, ANY_DIM) as (part, G, parts),
@@ -199,3 +212,25 @@ class ProjectedAdamW(MatrixUpdates, CheckedOptimizer):
                     )
                     W.add_(N, alpha=-step_size)
             state["step"] += 1
+        for (_, _, step_size, eps), batch in together.items():
+            self._joint_adamw_(batch, group, step_size, eps)
+
+    def _joins(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether p is small, and a kernel for many such weights rounds it as one of its own."""
+        one_by_one = is_dtensor(p) or rounds_stochastically(p, group) or quantizes(group, p.numel())
+        assert p.grad is not None
+        alike = p.numel() < JOINED and p.grad.dtype == p.dtype
+        return prefers_few_kernels(p) and alike and not one_by_one
+
+    def _joint_adamw_(
+        self, params: list[Tensor], group: dict[str, Any], step_size: float, eps: float
+    ) -> None:
+        """W ← W − step_size · N with N in the dtype of the moments, rounded once, of copies."""
+        G, W = Stacks.of([cast("Tensor", p.grad) for p in params]), Stacks.of(params)
+        gather_(G, W)
+        R = Stacks.with_zero_twin(G.shapes, G.flat, state_dtype(G.dtype, group))
+        R.flat.copy_(G.flat)
+        ms, vs = moments_of(StackedStates([self.state[p] for p in params]), R)
+        adam_update_(R.twin.items, R.items, ms, vs, step_size=-1.0, betas=group["betas"], eps=eps)
+        new = W.flat.add(R.twin.flat, alpha=-step_size).to(W.dtype)
+        torch._foreach_copy_(params, Stacks(W.shapes, new).items)

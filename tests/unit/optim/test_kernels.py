@@ -37,6 +37,22 @@ def test_a_step_with_nothing_due_launches_few_kernels_and_reads_no_value(name, s
     assert not any(count.waits for count in counts)
 
 
+@pytest.mark.parametrize("size", LIMITS)
+@pytest.mark.parametrize("method", ["galore", "golore"])
+def test_averages_in_float32_take_as_few_kernels(method, size):
+    counts = step_kernels(method, size, {}, state_precision="fp32")
+    assert counts.check.total + counts.update.total <= LIMITS[size], counts.update.kernels
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_of_float32_weights_at_60m_launches_few_kernels(name):
+    """Mixed precision; stacks have a limit in bytes, so that larger models have more of them."""
+    method, options = OPTIMIZERS[name]
+    counts = step_kernels(method, "60m", options, precision="amp-bf16")
+    limit = MORE.get(name, LIMITS)["60m"] + 6
+    assert 0 < counts.check.total + counts.update.total <= limit, counts.update.kernels
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_chains_leave_fewer_kernels(name):
     """Counted by inductor's scheduler: what it fuses is one kernel."""

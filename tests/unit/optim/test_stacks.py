@@ -11,6 +11,7 @@ from small_matrices import assert_equal_states, relative
 from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
+from benchmarks.kernels import KernelCount
 from lowrank_lab.device import cuda_path
 from lowrank_lab.optim import Fira, GaLore, GoLore, LDAdam
 from lowrank_lab.optim import stacks as stacking
@@ -287,3 +288,30 @@ def test_in_bfloat16_the_iteration_is_as_exact_as_torchs(shape):
         for xs in (found, theirs)
     )
     assert ours <= 1.1 * torchs
+
+
+def test_small_weights_with_averages_in_float32_are_updated_together_to_the_last_bit():
+    def weights():
+        chance = torch.Generator().manual_seed(0)
+        shapes = [(48,), (48,), (5, 7), (), (48,)]
+        return [nn.Parameter(torch.randn(s, generator=chance).bfloat16()) for s in shapes]
+
+    ends = []
+    for path in (cuda_path, nullcontext):
+        ps, chance = weights(), torch.Generator().manual_seed(1)
+        optimizer = GaLore(ps, lr=0.05, weight_decay=0.1, state_precision="fp32")
+        for step in range(4):
+            for i, p in enumerate(ps):
+                p.grad = torch.randn(p.shape, generator=chance).bfloat16()
+                if i == step:
+                    p.grad = None  # its own number of steps from now on
+            with path(), KernelCount() as count:
+                optimizer.step()
+        ends.append((ps, [optimizer.state[p] for p in ps], count.kernels["_fused_adamw_"]))
+    (ps, states, joint), (others, other_states, single) = ends
+    assert joint < single
+    assert all(map(torch.equal, ps, others))
+    for a, b in zip(states, other_states, strict=True):
+        assert a["step"] == b["step"]
+        assert a["exp_avg"].dtype == torch.float32
+        assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])

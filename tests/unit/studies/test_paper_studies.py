@@ -70,6 +70,7 @@ def test_every_run_resolves_to_the_papers_recipe_without_a_corpus(size):
         assert (config.batch, config.sequence_length) == (512, 256)
         assert 0 <= tokens - config.total_steps * config.tokens_per_step < config.tokens_per_step
         assert (config.precision, config.weight_decay, config.clip) == ("bf16", 0, 0)
+        assert config.compile  # the hours in the head assume it
         assert (config.warmup, config.schedule, config.min_lr_ratio) == (0.1, "cosine", 0.1)
         assert config.init in ("kaiming", None)
 
