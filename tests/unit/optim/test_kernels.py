@@ -1,4 +1,4 @@
-"""Kernels of an optimizer step on CUDA, counted without a card, reads of the host, and their page."""
+"""Kernels of an optimizer step on CUDA, counted without a card, reads, and the page on GPUs."""
 
 import re
 
