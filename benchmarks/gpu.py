@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,7 +37,8 @@ SECTIONS = {
     "card": 10, "optimizers": 30, "gradients": 75, "runs": 50, "speed": 120, "steps": 45,
     "refreshes": 25, "memory": 40, "training": 45,
 }  # fmt: skip
-SECONDS = 440  # of all sections together; an item that has begun may take longer
+SECONDS = 440  # of all sections together
+LONGER = 30  # seconds by which an item that has begun may pass them; then the check ends
 
 
 def run_section(session: Session, name: str, until: float) -> None:
@@ -52,6 +54,7 @@ def run_section(session: Session, name: str, until: float) -> None:
         results.failed(name, _reason(error))
         return
     for what, run in items:
+        results.item = what
         if time.monotonic() >= until:
             results.unfinished(what)
             continue
@@ -89,6 +92,24 @@ def check_device(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def end_after(seconds: float, results: Results, spent: dict[str, float]) -> threading.Timer:
+    """Ends the process with the table and status 1 unless it is cancelled before: a kernel that
+    never returns can't be interrupted.
+    """
+
+    def end() -> None:
+        results.unfinished(results.item)
+        results.close()
+        click.echo("\n" + "\n".join(table(results.rows, spent)))
+        sys.stdout.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def chosen_device(name: str) -> torch.device:
     """The device to check.
 
@@ -120,12 +141,15 @@ def main(
         sys.exit(2)
     names = [name for name in SECTIONS if not only or name in only]
     results, spent = Results(out, click.echo), dict.fromkeys(names, 0.0)
+    timer = None if tiny or dry_run else end_after(deadline + LONGER, results, spent)
     try:
         check_device(where, tiny or dry_run, names, results, spent, prepared, deadline)
     except InputError as error:
         click.echo(str(error), err=True)
         sys.exit(2)
     finally:  # after an interruption too
+        if timer is not None:
+            timer.cancel()
         results.close()
         click.echo("\n" + "\n".join(table(results.rows, spent)))
     sys.exit(0 if all_passed(results.rows) else 1)

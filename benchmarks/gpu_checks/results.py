@@ -48,7 +48,7 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self._echo, self._started = echo, time.monotonic()
         self._file: TextIO | None = None
-        self.section = ""
+        self.section = self.item = ""  # that are measured now
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", encoding="utf-8")

@@ -8,6 +8,7 @@ import math
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -60,6 +61,19 @@ def test_a_check_compares_its_value_with_its_limit(session, value, limit, status
     session.results.fact("x", value, limit=limit)
     assert session.results.rows[-1]["status"] == status
     assert all_passed(session.results.rows) == (status == "passed")
+
+
+def test_an_item_that_never_ends_ends_the_check(session, monkeypatch, capsys):
+    ended = threading.Event()
+    statuses = []
+    monkeypatch.setattr(gpu.os, "_exit", lambda status: (statuses.append(status), ended.set()))
+    monkeypatch.setattr(card, "items", lambda session: [("stuck", lambda: ended.wait(20))])
+    gpu.end_after(0.2, session.results, {"card": 0.0})
+    gpu.run_section(session, "card", time.monotonic() + 60)
+    assert statuses == [1]
+    assert lines_of(session.scratch / "out.jsonl")[-1]["what"] == "stuck"
+    assert not all_passed(session.results.rows)
+    assert "stuck" in capsys.readouterr().out
 
 
 def test_an_item_that_raises_is_a_failed_check_and_the_next_ones_go_on(session, monkeypatch):
