@@ -24,10 +24,14 @@ from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.gradients import PerLayerUpdates, autocast
 from lowrank_lab.training.step import take_step_
 
-KINDS = {"dense": "full-rank", "low-rank": "low-rank", "lora": "lora", "sltrain": "sltrain"}
+KINDS = {
+    "dense": "full-rank", "low-rank": "low-rank", "lora": "lora", "cola": "cola",
+    "sltrain": "sltrain",
+}  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "amp-bf16")
 COMPILED = {
     "dense": "amp-bf16", "sltrain": "amp-bf16", "low-rank": "bf16", "lora": "fp32",
+    "cola": "amp-bf16",
 }  # fmt: skip
 LIMIT = {"fp32": 1e-5, "bf16": 3e-2, "amp-bf16": 3e-2}
 SHAPE = (4, 64)
