@@ -19,16 +19,11 @@ from lowrank_lab.training.loop import train
 
 # each layer kind, with all that its methods do to it, and a projected optimizer
 METHODS_HERE = ("full-rank", "low-rank", "lora", "relora", "sltrain", "cola", "loro", "galore")
-# graphs of chains; GaLore's update is products and fused kernels alone
+# graphs of chains; of the others, an update is products and fused kernels
 CHAINS = {
-    "galore": 0,
-    "fira": 1,
-    "apollo": 1,
-    "spam": 1,
-    "stable-spam": 1,
-    "scale": 1,
-    "normuon": 2,
-}
+    "fira": 1, "apollo": 1, "apollo-mini": 1, "spam": 1, "stable-spam": 1, "scale": 1, "normuon": 2,
+} | dict.fromkeys(("galore", "golore", "frugal", "ldadam", "muon", "spectron"), 0)  # fmt: skip
+SENSITIVE = ("frugal", "spectron")  # to rounding: a sign; and steps as large as the weights
 ALIKE = ("spam", "stable-spam", "scale")  # whose resets act on all parameters here
 PARTS = 3  # the block, the last norm and the loss, each with gradients and without
 
@@ -103,7 +98,8 @@ def test_on_cudas_path_chains_of_the_optimizer_are_graphs_that_no_event_compiles
         assert counters["stats"]["unique_graphs"] == 2 * PARTS + chains
         assert not counters["graph_break"]
         plain = train(config.model_copy(update={"compile": False}), tmp_path / "plain")
-    assert losses_of(run) == pytest.approx(losses_of(plain), rel=1e-4)
+    error = 1e-3 if method in SENSITIVE else 1e-4
+    assert losses_of(run) == pytest.approx(losses_of(plain), rel=error)
 
 
 def test_resets_of_the_targets_alone_part_the_stacks_once(text_corpus, tmp_path):
