@@ -48,7 +48,7 @@ def rows(quick: bool = False) -> list[Row]:
     for name, (size, count) in models.items():
         for precision in precisions:
             for how in TARGETS:
-                if how == "eager" and precision != "fp32":
+                if (how == "eager" and precision != "fp32") or (how == "compiled" and quick):
                     continue
                 found.append(speed(name, size, count, precision, how, shape, rounds(name, quick)))
     name, (size, _) = next(iter(models.items()))
