@@ -166,11 +166,14 @@ class Dashboard(Controls):
         self.count.value = html.escape(f"{self._matched}, {len(self.table.selected)} chosen")
 
     def _choose(self) -> None:
+        self._note_chosen()
+        self._count()
+        self._draw()
+
+    def _note_chosen(self) -> None:
         chosen = set(self.table.selected)
         runs = [n for group in self._groups if group.names[0] in chosen for n in group.names]
         self._choice = replace(self._choice, runs=tuple(runs))
-        self._count()
-        self._draw()
 
     def _draw(self) -> None:
         """Draw the plot of the choice, and offer what can be chosen for it."""
@@ -222,6 +225,7 @@ class Dashboard(Controls):
             try:
                 self._read()
                 if before != {entry.name: entry.stamp for entry in self._entries}:
+                    self._note_chosen()  # perhaps while this thread had the lock
                     self._regroup()
             except Exception as error:  # whatever a half written folder leads to, follow on
                 line = f"{self._choice.folder} can't be read: {in_words(error)}"

@@ -84,8 +84,8 @@ def many(workplace):
     return workplace / "many"
 
 
-def find_by_keyboard(page, words, count):
-    """Search, and choose the first `count` rows."""
+def find_by_keyboard(page, words, count, chosen):
+    """Search, and choose the first `count` rows; so many are chosen then."""
     page.get_by_label("search", exact=True).focus()
     page.keyboard.press("Control+A")
     page.keyboard.type(words)
@@ -93,6 +93,7 @@ def find_by_keyboard(page, words, count):
     tab_to(page, ".runs-table tbody tr")
     for key in ["Space", *["ArrowDown", "Space"] * (count - 1)]:
         page.keyboard.press(key)
+    wait_for_text(page, f"{count} of 57 rows, {chosen} chosen")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
@@ -110,8 +111,8 @@ def test_three_labels_are_found_among_500_runs_by_keyboard_alone(
     trouble = wait_for_text(page, "1 of 500 broken: ")
     assert "1 of 500 failed: " in trouble
 
-    find_by_keyboard(page, "rank=8 rate=0.003 fira", 1)
-    find_by_keyboard(page, "rank=8 rate=0.003 low-rank", 2)
+    find_by_keyboard(page, "rank=8 rate=0.003 fira", 1, 1)
+    find_by_keyboard(page, "rank=8 rate=0.003 low-rank", 2, 3)
     wait_for_text(page, re.compile(r"^3 configurations \(27 runs\), validation_loss "))
     before = picture(page)
 

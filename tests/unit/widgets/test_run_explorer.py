@@ -366,6 +366,24 @@ def followers():
     return [t for t in threading.enumerate() if t.name == "follow" and t.is_alive()]
 
 
+def test_a_row_that_is_chosen_while_the_folder_is_read_again_stays_chosen(few):
+    """The browser's choice waits for the thread that reads, and which draws the table anew."""
+    folder, paths = few
+    board = Dashboard(Choice(str(folder)))
+    row = board.table.rows[0]["id"]
+    with board._lock:
+        other = threading.Thread(target=setattr, args=(board.table, "selected", [row]))
+        other.start()
+        while board.table.selected != [row]:
+            time.sleep(0.01)
+        grow(paths[-4], 60)
+        board.refresh()
+    other.join()
+    assert board.table.selected == [row]
+    assert "1 chosen" in board.count.value
+    board.follow.value = False
+
+
 def test_follow_reads_again_until_it_is_switched_off(monkeypatch, few):
     monkeypatch.setattr(run_explorer, "PERIOD", 0.05)
     folder, paths = few
