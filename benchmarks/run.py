@@ -67,8 +67,8 @@ def _keep(new: dict[str, Any], part: bool) -> None:
 
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether machine and packages are the same (except for GEMM rates)."""
-    return all(old.get(k) == v for k, v in new.items() if k != "gemm_gflops")
+    """Whether machine and packages are the same, but for GEMM rates and the system's release."""
+    return all(old.get(k) == v for k, v in new.items() if k not in ("gemm_gflops", "system"))
 
 
 def _joined(old: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

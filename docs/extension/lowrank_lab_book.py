@@ -278,6 +278,20 @@ class KeptRobustness(KeptRates):
         return markdown_table(head, rows)
 
 
+class KeptGaps(KeptRates):
+    """Each row's gap to full rank in a kept study of the ladder."""
+
+    def lines(self) -> list[str]:
+        from lowrank_lab.analysis.ladder import gap_table, gaps_of
+
+        table = gap_table(gaps_of([ROOT / "data" / "study" / self.arguments[0]]))
+        rows = [
+            (row["label"], f"{row['gap']:+.3f} ± {row['±']:.3f}", row["n"])
+            for _, row in table.sort_values("gap").iterrows()
+        ]
+        return markdown_table(("row", "gap", "n"), rows)
+
+
 def frame(table: pd.DataFrame) -> list[str]:
     """A table of pandas as Markdown."""
     shown = table.astype(object).where(table.notna(), "")
@@ -294,6 +308,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("kept-study", KeptStudy)
     app.add_directive("kept-rates", KeptRates)
     app.add_directive("kept-robustness", KeptRobustness)
+    app.add_directive("kept-gaps", KeptGaps)
     app.connect("autodoc-process-docstring", page_hooks.plain_properties, priority=100)
     app.connect("autodoc-process-docstring", page_hooks.escape_bars, priority=900)
     app.connect("doctree-read", page_hooks.set_alt_texts)

@@ -26,6 +26,10 @@ from lowrank_lab.config import InputError
     "--keep-rows", type=click.IntRange(0), default=200, show_default=True,
     help="with --keep: training steps per run, besides evaluations and events",
 )  # fmt: skip
+@click.option(
+    "--keep-spectra", type=click.Choice(["all", "one-seed"]), default="all", show_default=True,
+    help="with --keep: one-seed keeps the last step's alone of a label's other seeds",
+)  # fmt: skip
 @click.option("--publish", hidden=True, expose_value=False, callback=lambda *at: _no_pages(at[2]))
 @click.option("--json", "as_json", is_flag=True, help="print the table as JSON")
 def report(
@@ -35,6 +39,7 @@ def report(
     title: str | None,
     keep: Path | None,
     keep_rows: int,
+    keep_spectra: str,
     as_json: bool,
 ) -> None:
     """Write tables, figures and a self-contained HTML page for a folder of finished runs.
@@ -63,7 +68,7 @@ def report(
             out = out or data_folder() / "runs" / "kept" / place.relative_to(kept)
     page = reporting.write_report(folder, title, what, out, figures, pairs)
     if keep is not None:
-        homes = reporting.keep(folder, keep, keep_rows)
+        homes = reporting.keep(folder, keep, keep_rows, one_seed=keep_spectra == "one-seed")
     show_table(folder, as_json, pairs)
     if not as_json:
         click.echo(f"\nreport   {page}")

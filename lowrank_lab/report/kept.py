@@ -15,7 +15,9 @@ from lowrank_lab.runs.run import (
 KEPT_ROWS = 200  # training steps per run that `keep` copies, besides evaluations and events
 
 
-def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> dict[str, str]:
+def keep(
+    folder: Path | str, out: Path | str, rows: int = KEPT_ROWS, *, one_seed: bool = False
+) -> dict[str, str]:
     """Add the records of finished runs, without weights, to a kept study.
 
     Other runs in `out` stay; runs with the same name are replaced.
@@ -24,6 +26,8 @@ def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> dict[str
         out: the folder of the kept study. Steps that a sibling study already stores are not
             stored again.
         rows: training steps to keep per run, besides evaluations and events.
+        one_seed: keep the spectra of all recorded steps of one seed of each label, its first; of
+            the other seeds, those of the last step.
 
     Returns:
         For each run name, the study that stores its steps.
@@ -41,9 +45,13 @@ def keep(folder: Path | str, out: Path | str, rows: int = KEPT_ROWS) -> dict[str
     elif any(out.glob("*/config.json")):
         raise InputError("keep", str(out), "it has run folders; tables need a folder of their own")
     names = [run.folder.resolve().name for run in runs]
+    first: dict[str, int] = {}  # seed of each label
+    for run in runs:
+        first[run.label] = min(run.config.seed, first.get(run.label, run.config.seed))
     for run, name in zip(runs, names, strict=True):
         if names.count(name) > 1:
             raise InputError("keep", str(folder), f"two of its runs have the name {name}")
-        records[name] = Thinned(run.records, rows)
+        last_alone = one_seed and run.config.seed != first[run.label]
+        records[name] = Thinned(run.records, rows, last_alone)
     shared = write_study(out, records)
     return {name: shared.get(name, out.name) for name in names}

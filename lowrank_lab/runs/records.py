@@ -125,6 +125,7 @@ class Thinned:
 
     records: Records
     rows: int  # training steps to keep; evaluations and events are always kept
+    last_spectra: bool = False  # of the recorded spectra, keep those of the last step
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -149,7 +150,10 @@ class Thinned:
 
     @cached_property
     def spectra(self) -> list[Row]:
-        return self.records.spectra
+        found = self.records.spectra
+        last = max((row["step"] for row in found if "event" not in row), default=0)
+        kept = [row for row in found if "event" in row or row["step"] == last]
+        return kept if self.last_spectra else found
 
     @property
     def has_metrics(self) -> bool:

@@ -112,6 +112,21 @@ def test_layers_are_told_from_steps_by_one_column(kept):
     assert spectra["loss"].isna().all()
 
 
+def test_of_further_seeds_the_spectra_of_the_last_step_are_kept(folder, tmp_path):
+    later = [row | {"step": row["step"] + 100} for row in Run(folder / "a1").records.spectra
+             if "event" not in row]  # fmt: skip
+    for seed in (0, 1):
+        append_jsonl(folder / f"a{seed}" / "spectra.jsonl", later)
+    done = CliRunner().invoke(
+        main, ["report", str(folder), "--keep", str(tmp_path / "k"), "--keep-spectra", "one-seed"]
+    )
+    assert done.exit_code == 0, done.output
+    whole, last = (Run(tmp_path / "k" / name).records.spectra for name in ("a0", "a1"))
+    assert whole == FolderRecords(folder / "a0").spectra
+    assert [row for row in last if "event" not in row] == later
+    assert [row for row in last if "event" in row] == EVENTS
+
+
 def test_runs_without_layers_or_without_steps_are_kept(tmp_path):
     bare = {"config.json": {"label": "a", "config": {"seed": 0}}, "result.json": {"test_loss": 2.0}}
     for name, rows in (("steps", [{"step": 1, "loss": 3.0, "events": []}]), ("none", [])):
