@@ -17,7 +17,7 @@ from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.collect import copy_run, finished_run, merge
 from lowrank_lab.runs.files import append_jsonl, write_json
 from lowrank_lab.runs.kept import FILES, KeptStudy, open_study, write_study
-from lowrank_lab.runs.parquet import decode, encode, read, to_bytes
+from lowrank_lab.runs.parquet import decode, encode, read, to_bytes, without_nulls
 from lowrank_lab.runs.records import FolderRecords
 from lowrank_lab.runs.run import Run, find_runs, momentum_of, spectra_of
 from lowrank_lab.studies.plan import plan_study
@@ -122,7 +122,8 @@ def test_of_further_seeds_the_spectra_of_the_last_step_are_kept(folder, tmp_path
     )
     assert done.exit_code == 0, done.output
     whole, last = (Run(tmp_path / "k" / name).records.spectra for name in ("a0", "a1"))
-    assert whole == FolderRecords(folder / "a0").spectra
+    recorded = FolderRecords(folder / "a0").spectra
+    assert list(map(without_nulls, whole)) == list(map(without_nulls, recorded))
     assert [row for row in last if "event" not in row] == later
     assert len([row for row in last if "event" in row]) == len(EVENTS)
 
