@@ -261,14 +261,13 @@ class KeptRobustness(KeptRates):
     """Each variant of a kept study at its best setting, and how far its rate may be off there."""
 
     def lines(self) -> list[str]:
-        from lowrank_lab.analysis.rates import WITHIN, robustness
+        from lowrank_lab.analysis.rates import robustness
         from lowrank_lab.runs.run import final_table, load_runs
 
         found = robustness(final_table(load_runs(ROOT / "data" / "study" / self.arguments[0])))
         named = found["label"].str.partition(", ")
         best = found.assign(variant=named[0], setting=named[2]).drop_duplicates("variant")
-        head = ["variant", "setting", "best rate", "validation loss", f"+{WITHIN:g} at rate ÷",
-                f"+{WITHIN:g} at rate ×", "diverges at"]  # fmt: skip
+        head = ["variant", "setting", "best rate", "validation loss", "÷", "×", "diverges at"]
         rows = []
         for _, row in best.iterrows():
             reach = [row["down"], row["up"], row["diverges at"]]
@@ -286,7 +285,7 @@ class KeptGaps(KeptRates):
 
         table = gap_table(gaps_of([ROOT / "data" / "study" / self.arguments[0]]))
         rows = [
-            (row["label"], f"{row['gap']:+.3f} ± {row['±']:.3f}", row["n"])
+            (row["label"], f"{row['gap']:+.3f} ± {row['±']:.3f}".replace("-", "−"), row["n"])
             for _, row in table.sort_values("gap").iterrows()
         ]
         return markdown_table(("row", "gap", "n"), rows)
