@@ -93,8 +93,9 @@ def check_device(
 
 
 def end_after(seconds: float, results: Results, spent: dict[str, float]) -> threading.Timer:
-    """Ends the process with the table and status 1 unless it is cancelled before: a kernel that
-    never returns can't be interrupted.
+    """End the process after so many seconds, with the table and status 1, unless cancelled.
+
+    A kernel that never returns can't be interrupted.
     """
 
     def end() -> None:

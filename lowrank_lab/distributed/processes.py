@@ -134,13 +134,13 @@ def in_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class AnyRank:
-    """Asks after each step whether a flag is set on any rank; the same answer on all of them.
+    """Whether a flag is set on any rank, asked once per step; all ranks get the same answer.
 
-    The host does not wait for a CUDA device: the answer is that of the call before, which has
-    arrived when the step in between has been waited for.
+    On CUDA the answer is that of the previous call, so that the host does not wait for the device:
+    it is on the host once the step between both calls has been waited for.
 
     Args:
-        device: where the flags travel.
+        device: of the all-reduce.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -151,8 +151,7 @@ class AnyRank:
         """Whether a flag is set, here or elsewhere."""
         if not dist.is_initialized():
             return flag
-        sent = torch.full((), float(flag), device=self._device)
-        dist.all_reduce(sent)
+        sent = all_reduce_sum_(torch.full((), float(flag), device=self._device))
         if not prefers_few_kernels(sent):
             return bool(sent)
         before, self._answer = self._answer, sent

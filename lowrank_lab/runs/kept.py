@@ -82,13 +82,13 @@ class KeptStudy:
         return run in self.runs and "stored_in" not in self.runs[run]
 
     def rows(self, run: str, *, of_layers: bool) -> list[Row]:
-        """The recorded steps of a run or, `of_layers`, its layers' rows, without null values."""
+        """The rows per step of a run, or with `of_layers` per step and layer, without nulls."""
         from lowrank_lab.runs.parquet import decode, without_nulls
 
         return list(map(without_nulls, decode(self.table(run, of_layers=of_layers))))
 
     def table(self, run: str, *, of_layers: bool) -> pa.Table:
-        """The same as a table, from the study that stores them."""
+        """The rows of `rows` as a table, from the study that stores them."""
         import pyarrow.compute as pc
 
         home = self._home(run)

@@ -125,7 +125,7 @@ class Thinned:
 
     records: Records
     rows: int  # training steps to keep; evaluations and events are always kept
-    last_spectra: bool = False  # of the recorded spectra, keep those of the last step
+    last_spectra: bool = False  # keep only the last step's spectra; events are always kept
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -151,9 +151,10 @@ class Thinned:
     @cached_property
     def spectra(self) -> list[Row]:
         found = self.records.spectra
+        if not self.last_spectra:
+            return found
         last = max((row["step"] for row in found if "event" not in row), default=0)
-        kept = [row for row in found if "event" in row or row["step"] == last]
-        return kept if self.last_spectra else found
+        return [row for row in found if "event" in row or row["step"] == last]
 
     @property
     def has_metrics(self) -> bool:

@@ -31,6 +31,7 @@ COMPILED = {
 }  # fmt: skip
 PAGE = (ROOT / "docs" / "how-to" / "gpus.md").read_text()
 ROWS = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.M)
+TEXT = " ".join(PAGE.split())
 OTHERS = {"AdamW, full rank or on factors": "full-rank"}
 
 
@@ -114,17 +115,32 @@ def test_the_compiled_counts_at_60m_are_those_that_the_counting_test_holds():
     assert len(found) == len(COMPILED)
 
 
+def counts_of(method, size, **fields):
+    return f"{step_kernels(method, size, {}, **fields).update.total:,}"
+
+
 @pytest.mark.parametrize(
-    ("fields", "sizes"),
-    [({"state_precision": "fp32"}, ("60m", "350m")), ({"stochastic_rounding": True}, ("60m",))],
+    ("fields", "sentence"),
+    [
+        ({"state_precision": "fp32"}, "takes {} at 60m and {} at 350m"),
+        ({"stochastic_rounding": True}, "as one process: {} and {} kernels"),
+    ],
     ids=str,
 )
-def test_the_text_has_the_counts_of_galore_with_options(fields, sizes):
-    for size in sizes:
-        assert str(step_kernels("galore", size, {}, **fields).update.total) in PAGE
+def test_the_text_has_the_counts_of_galore_with_options(fields, sentence):
+    counts = (counts_of("galore", size, **fields) for size in ("60m", "350m"))
+    assert sentence.format(*counts) in TEXT
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_text_has_the_kernels_of_the_loss(dtype):
-    found = loss_kernels(SIZES["60m"], 131_072, dtype=dtype).total
-    assert f"{found}" in PAGE
+@pytest.mark.parametrize("name", ["Fira", "Muon", "Stable-SPAM", "APOLLO", "GaLore"])
+def test_the_text_has_the_counts_of_float32_weights(name):
+    found = counts_of(method_of(name), "350m", precision="amp-bf16")
+    assert re.search(rf"--precision amp-bf16`\).*?\b{name} {found}\b", TEXT)
+
+
+def test_the_text_has_the_kernels_of_the_loss():
+    half, full = (
+        loss_kernels(SIZES["60m"], 131_072, dtype=dtype).total
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert f"{half} kernels for 131,072 tokens in bf16 and amp-bf16, {full} in fp32" in TEXT

@@ -134,9 +134,9 @@ def test_a_read_without_an_operator_is_seen(name):
     with HostReads(found):
         getattr(torch.ones(2), name)()
     assert name in found
-    assert getattr(torch.Tensor, name)(torch.ones(2)) is not None
-    torch.ones(2).tolist()
-    assert "tolist" not in found[1:]
+    found.clear()
+    getattr(torch.ones(2), name)()
+    assert not found  # the methods are torch's own again
 
 
 def test_8_bit_moments_of_torchao_are_queued_as_well(monkeypatch):
