@@ -202,11 +202,11 @@ class KeptStudy(MarkdownDirective):
     def lines(self) -> list[str]:
         from lowrank_lab.analysis.tables import claims, formatted, structure, summary
         from lowrank_lab.report import asked_in
-        from lowrank_lab.runs.run import complete_runs, final_table, load_runs
+        from lowrank_lab.runs.run import complete_runs
 
         name = self.arguments[0]
         folder = ROOT / "data" / "study" / name
-        finals = final_table(load_runs(folder))
+        finals = finals_of(name)
         what, pairs = asked_in(ROOT / "notebooks" / "studies" / f"{name}.yaml")
         found = [f"`notebooks/studies/{name}.yaml`, {len(finals)} runs. {' '.join(what.split())}"]
         found += ["", "**How each variant ended**", "", *frame(formatted(summary(finals)))]
@@ -217,6 +217,13 @@ class KeptStudy(MarkdownDirective):
         if len(ends.columns) > 1:
             found += ["", "**Recorded layers at the end of training**", "", *frame(formatted(ends))]
         return found
+
+
+def finals_of(name: str) -> pd.DataFrame:
+    """How each run of a kept study ended."""
+    from lowrank_lab.runs.run import final_table, load_runs
+
+    return final_table(load_runs(ROOT / "data" / "study" / name))
 
 
 def records_of(name: str) -> list[Path]:
@@ -240,10 +247,9 @@ class KeptRates(MarkdownDirective):
 
     def lines(self) -> list[str]:
         from lowrank_lab.figures import rate_table
-        from lowrank_lab.runs.run import final_table, load_runs
 
         name, *setting = self.arguments
-        finals = final_table(load_runs(ROOT / "data" / "study" / name))
+        finals = finals_of(name)
         if setting:
             parts = finals["label"].str.rpartition(f", {setting[0]} ")
             table = finals.assign(variant=parts[0], at=parts[2].astype(float)).pivot_table(
@@ -262,9 +268,8 @@ class KeptRobustness(KeptRates):
 
     def lines(self) -> list[str]:
         from lowrank_lab.analysis.rates import robustness
-        from lowrank_lab.runs.run import final_table, load_runs
 
-        found = robustness(final_table(load_runs(ROOT / "data" / "study" / self.arguments[0])))
+        found = robustness(finals_of(self.arguments[0]))
         named = found["label"].str.partition(", ")
         best = found.assign(variant=named[0], setting=named[2]).drop_duplicates("variant")
         head = ["variant", "setting", "best rate", "validation loss", "÷", "×", "diverges at"]
