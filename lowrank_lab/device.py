@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,3 +67,17 @@ def bf16_products() -> str:
         if torch.cpu._is_avx512_bf16_supported():
             return "dots"
     return "emulation"
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this CPU has AVX-512 that oneDNN uses and MKL, which torch calls, does not."""
+    libraries = torch.backends.mkl, torch.backends.mkldnn
+    if not all(library.is_available() for library in libraries):
+        return False
+    if not (hasattr(torch.library, "get_kernel") and hasattr(torch.cpu, "get_capabilities")):
+        return False  # an older torch
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))

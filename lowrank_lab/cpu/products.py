@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.cpu import widened
-from lowrank_lab.device import bf16_products
+from lowrank_lab.device import bf16_products, mkl_is_slow
 from lowrank_lab.kernels import operators as kernels
 
 SMALLEST = 2**18  # multiplications; in smaller products Python's call costs more than it saves
@@ -48,20 +48,6 @@ def fast_products() -> Iterator[None]:
         yield
     finally:
         _leave()
-
-
-@cache
-def mkl_is_slow() -> bool:
-    """Whether this CPU has AVX-512 that oneDNN uses and MKL, which torch calls, does not."""
-    libraries = torch.backends.mkl, torch.backends.mkldnn
-    if not all(library.is_available() for library in libraries):
-        return False
-    if not (hasattr(torch.library, "get_kernel") and hasattr(torch.cpu, "get_capabilities")):
-        return False  # an older torch
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
 def _enter() -> None:

@@ -156,6 +156,14 @@ def refuse(wrong: int, vocabulary: int) -> None:
         raise IndexError(f"targets: {wrong} are not allowed; 0 to {vocabulary - 1}")
 
 
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b)
+
+
+def _allocate_product(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
 def _allocate_nothing(*args: Any) -> None:
     return None
 
@@ -184,6 +192,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], int]] =
         "(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
         _swiglu_backward, _allocate_swiglu_gradients, 2,
     ),
+    "mm": ("(Tensor a, Tensor b) -> Tensor", _mm, _allocate_product, 0),  # see graphs.py
     "losses_": (
         "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, bool slopes) -> ()",
         _losses, _allocate_nothing, 0,

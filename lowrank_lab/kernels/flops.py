@@ -21,6 +21,12 @@ REGISTERED = halves, head  # their operators exist
 _operators: Any = getattr(torch.ops, NAMESPACE)
 
 
+@register_flop_formula(_operators.mm)
+def _mm(a: Any, b: Any, *args: Any, out_shape: Any = None) -> int:
+    """a (m, k), b (k, n)."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
 @register_flop_formula(_operators.attention)
 def _attention(q: Any, *args: Any, out_shape: Any = None) -> int:
     """q (B, T, H, D): scores and their mean of values."""

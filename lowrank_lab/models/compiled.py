@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowrank_lab.config import InputError
+from lowrank_lab.device import mkl_is_slow
 
 BACKEND = "inductor"
 
@@ -30,10 +31,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._training, self._inference = (
-            torch.compile(_with_own_code(function), fullgraph=True, backend=BACKEND)
-            for _ in range(2)
-        )
+        self._training, self._inference = (_compile(_with_own_code(function)) for _ in range(2))
 
     def __call__(self, *args: Any) -> Any:
         chosen = self._training if torch.is_grad_enabled() else self._inference
@@ -53,7 +51,7 @@ class CompiledGraph:
     """
 
     def __init__(self, graph: torch.fx.GraphModule) -> None:
-        self._compiled = torch.compile(graph, fullgraph=True, backend=BACKEND, dynamic=False)
+        self._compiled = _compile(graph, dynamic=False)
 
     def __call__(self, *tensors: Any) -> Any:
         with refused_in_one_line():
@@ -69,6 +67,18 @@ def refused_in_one_line() -> Iterator[None]:
         reason = " ".join(str(error).strip().split("\n\n")[0].split())  # without traceback
         allowed = f"torch can't compile the model ({reason}); False"
         raise InputError("compile", True, allowed) from error
+
+
+def _compile(function: Any, dynamic: bool | None = None) -> Callable[..., Any]:
+    options: dict[str, Any] | None = None
+    if BACKEND == "inductor" and mkl_is_slow():
+        from lowrank_lab.kernels.graphs import ReturnedProducts  # imports the compiler
+
+        options = {"post_grad_custom_post_pass": ReturnedProducts()}
+    made: Callable[..., Any] = torch.compile(
+        function, fullgraph=True, dynamic=dynamic, backend=BACKEND, options=options
+    )
+    return made
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
