@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from lowrank_lab.device import bf16_products, prefers_few_kernels
+from lowrank_lab.device import bf16_products, constant_in_graphs, prefers_few_kernels
 from lowrank_lab.kernels.dispatch import PYTHON_BODIES, call
 from lowrank_lab.kernels.library import library
 
@@ -23,13 +23,13 @@ HEAD_SIZE = 16  # head sizes are its multiples
 PANEL_DEPTH = 128  # DEPTH in products.cpp
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_in_graphs
 def available() -> bool:
     """Whether the compiled kernels exist on this machine."""
     return library() is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_in_graphs
 def largest_bf16_head() -> int:
     """The largest size of heads in bfloat16 whose attention `rotary_attention` computes faster.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from lowrank_lab.optim import ProjectedAdamW
 from lowrank_lab.techniques.states import unwrapped
 
 PLAIN = (int, float, str)
-# Attributes of every optimizer, and those that torch's schedulers and hooks add.
-USUAL = {*vars(torch.optim.SGD([torch.zeros(1)])), "_opt_called", "optimizers"}
 
 
 class OutsideState:
@@ -56,6 +55,12 @@ class OutsideState:
 _MISSING = object()
 
 
+@cache
+def _usual() -> set[str]:
+    """Attributes of every optimizer, and those that torch's schedulers and hooks add."""
+    return {*vars(torch.optim.SGD([torch.zeros(1)])), "_opt_called", "optimizers"}
+
+
 def _attributes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     """Names and values of attributes: numbers as they are, tensors and containers as digests."""
     for place, inner in enumerate(unwrapped(optimizer)):
@@ -63,7 +68,7 @@ def _attributes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
             continue
         weights = {id(p) for group in inner.param_groups for p in group["params"]}
         for name, value in vars(inner).items():
-            if name in USUAL or callable(value):
+            if name in _usual() or callable(value):
                 continue
             if value is None or isinstance(value, PLAIN):
                 yield f"{place}.{name}", value

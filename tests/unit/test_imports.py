@@ -15,7 +15,8 @@ from lowrank_lab.training.provenance import TRAINING_SOURCES
 PACKAGE = Path(lowrank_lab.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 HEAVY = (
-    "matplotlib pandas pyarrow papermill tokenizers seaborn transformers datasets dask distributed"
+    "matplotlib pandas pyarrow papermill tokenizers seaborn transformers datasets dask distributed "
+    "torch._dynamo torch._inductor"
 ).split()
 # What a run writes and keeps, but doesn't compute with.
 RECORDS = {
