@@ -282,18 +282,45 @@ class KeptRobustness(KeptRates):
         return markdown_table(head, rows)
 
 
-class KeptGaps(KeptRates):
-    """Each row's gap to full rank in a kept study of the ladder."""
+class KeptGaps(MarkdownDirective):
+    """Each row's gap to full rank in kept studies of the ladder, one column per size.
+
+    From two sizes on with the slope of the gap over log₁₀ of the parameters, and the p-value of a
+    one-sided test that it is above 0.
+    """
+
+    required_arguments = 1
+    optional_arguments = 3
+
+    def sources(self) -> Iterable[Path]:
+        return [path for name in self.arguments for path in records_of(name)]
 
     def lines(self) -> list[str]:
-        from lowrank_lab.analysis.ladder import gap_table, gaps_of
+        from lowrank_lab.analysis.ladder import gap_table, gaps_of, slopes
 
-        table = gap_table(gaps_of([ROOT / "data" / "study" / self.arguments[0]]))
-        rows = [
-            (row["label"], f"{row['gap']:+.3f} ± {row['±']:.3f}".replace("-", "−"), row["n"])
-            for _, row in table.sort_values("gap").iterrows()
-        ]
-        return markdown_table(("row", "gap", "n"), rows)
+        gaps = gaps_of([ROOT / "data" / "study" / name for name in self.arguments])
+        table = gap_table(gaps)
+        means = table.pivot_table(index="label", columns="parameters", values="gap")
+        table["shown"] = table.apply(
+            lambda row: f"{with_interval(row['gap'], row['±'])} ({row['n']})", axis=1
+        )
+        shown = table.pivot_table(
+            index="label", columns="parameters", values="shown", aggfunc="first"
+        )
+        head = ["row", *(f"{size:,}: gap (n)" for size in shown.columns)]
+        if len(shown.columns) > 1:
+            steep = slopes(gaps).set_index("label")
+            shown["slope"] = steep.apply(lambda x: with_interval(x["slope"], x["±"]), axis=1)
+            shown["p"] = steep["p (above 0)"].map(lambda p: "" if math.isnan(p) else f"{p:.3g}")
+            head += ["per factor of ten", "p (above 0)"]
+        shown = shown.loc[means.iloc[:, 0].sort_values().index].fillna("")
+        return markdown_table(head, shown.reset_index().to_numpy().tolist())
+
+
+def with_interval(mean: float, half_width: float) -> str:
+    """A signed number ± its interval, with minus signs."""
+    width = "" if math.isnan(half_width) else f" ± {half_width:.3f}"
+    return f"{mean:+.3f}{width}".replace("-", "−")
 
 
 def frame(table: pd.DataFrame) -> list[str]:
