@@ -233,6 +233,9 @@ def records_of(name: str) -> list[Path]:
     return [*(p for p in found if p.is_file()), ROOT / "notebooks" / "studies" / f"{name}.yaml"]
 
 
+SHARED = 0.25  # of a table's cells; rows of an emptier one have their own values
+
+
 class KeptRates(MarkdownDirective):
     """Validation loss over the values of a setting, one row per variant of a kept study.
 
@@ -257,10 +260,22 @@ class KeptRates(MarkdownDirective):
             )
         else:
             table = rate_table(finals).pivot_table(index="label", columns="lr", values="mean")
-        best, shown = table.min(axis=1), table.map(lambda loss: f"{loss:.3f}")
-        shown = shown.where(table.notna(), "").loc[best.sort_values().index]
+        table = table.loc[table.min(axis=1).sort_values().index]
+        if table.notna().to_numpy().mean() < SHARED:
+            return self.by_row(table)
+        shown = table.map(lambda loss: f"{loss:.3f}").where(table.notna(), "")
         head = ["variant", *(f"{value:g}" for value in shown.columns)]
         return markdown_table(head, shown.reset_index().to_numpy().tolist())
+
+    @staticmethod
+    def by_row(table: pd.DataFrame) -> list[str]:
+        """The same for rows that share few values: each with its own, in ascending order."""
+        cells = [[f"{loss:.3f} at {value:g}" for value, loss in row.dropna().items()]
+                 for _, row in table.iterrows()]  # fmt: skip
+        most = max(map(len, cells))
+        filled = ([label, *own, *[""] * (most - len(own))]
+                  for label, own in zip(table.index, cells, strict=True))  # fmt: skip
+        return markdown_table(["variant", "lowest", *["…"] * (most - 1)], filled)
 
 
 class KeptRobustness(KeptRates):

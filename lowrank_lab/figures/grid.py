@@ -82,6 +82,8 @@ def heat_maps(
             ax.set_title(setting_label(fixed).replace(", ", "\n"), fontsize=8.5)
     for ax in axes.flat[len(maps) :]:
         ax.set_visible(False)
+    for ax in axes.flat[len(maps) - columns : len(maps)]:  # lowest panel of each column
+        ax.tick_params(labelbottom=True)
     figure.supxlabel(label_of(str(column)), fontsize=9.5)
     figure.supylabel(label_of(str(row)), fontsize=9.5)
     colours = mpl.cm.ScalarMappable(scale, MAP)

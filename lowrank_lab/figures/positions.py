@@ -29,8 +29,8 @@ def position_curves(positions: pd.DataFrame) -> Figure:
         return empty_figure("no run recorded its loss by position")
     labels = list(dict.fromkeys(positions["label"]))[:MOST_PANELS]
     means = positions.groupby(["label", "step", "position"], sort=True)["loss"].mean()
-    columns = min(COLUMNS, len(labels))
-    lines = math.ceil(len(labels) / columns)
+    lines = math.ceil(len(labels) / COLUMNS)
+    columns = math.ceil(len(labels) / lines)
     with mpl.rc_context(STYLE):
         size = (2.2 * columns + 1.0, 2.0 * lines + 0.5)
         figure = Drawing(figsize=size, layout="constrained")
@@ -44,6 +44,8 @@ def position_curves(positions: pd.DataFrame) -> Figure:
         ax.set_title(label, loc="left", fontsize=8.5 * min(1, 26 / len(str(label))))
     for ax in axes.flat[len(labels) :]:
         ax.set_visible(False)
+    for ax in axes.flat[len(labels) - columns : len(labels)]:  # lowest panel of each column
+        ax.tick_params(labelbottom=True)
     ticks = np.sort(positions["position"].unique())[::2]
     axes.flat[0].set_xscale("log", base=2)
     axes.flat[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
