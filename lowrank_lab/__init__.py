@@ -5,6 +5,9 @@ from lowrank_lab.commands.interrupts import exit_quietly_until_handled
 exit_quietly_until_handled()  # before torch, which takes seconds to import
 
 # ruff: noqa: E402
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lowrank_lab import optim
 from lowrank_lab.analysis.model_spectra import spectra
 from lowrank_lab.config import InputError, RunConfig
@@ -13,11 +16,13 @@ from lowrank_lab.layers import factorization, factorize, to_dense_
 from lowrank_lab.layers.pretrained import load_pretrained
 from lowrank_lab.methods.own import load_own_methods, register_method
 from lowrank_lab.methods.registry import METHODS
-from lowrank_lab.planning.simulate import simulate as simulate_memory
 from lowrank_lab.runs.run import Run, load, load_runs
 from lowrank_lab.techniques import refactorize_, reset_momentum_
 from lowrank_lab.training.errors import TrainingError
-from lowrank_lab.training.loop import train
+
+if TYPE_CHECKING:
+    from lowrank_lab.planning.simulate import simulate as simulate_memory
+    from lowrank_lab.training.loop import train
 
 __version__ = "0.1.0"  # read by pyproject.toml; CITATION.cff repeats it
 
@@ -45,3 +50,22 @@ __all__ = [
 ]
 
 load_own_methods()
+
+
+# Imported when they are asked for: they need a quarter of the library.
+_LATER = {
+    "simulate_memory": ("lowrank_lab.planning.simulate", "simulate"),
+    "train": ("lowrank_lab.training.loop", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place, own_name = _LATER[name]
+    globals()[name] = getattr(importlib.import_module(place), own_name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

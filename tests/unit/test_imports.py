@@ -194,4 +194,16 @@ def test_importing_the_library_loads_nothing_it_may_not_need():
 
 def test_every_public_name_is_there():
     assert sorted(lowrank_lab.__all__) == list(dict.fromkeys(sorted(lowrank_lab.__all__)))
+    assert set(lowrank_lab.__all__) <= set(dir(lowrank_lab))
     assert all(hasattr(lowrank_lab, name) for name in lowrank_lab.__all__)
+    assert not hasattr(lowrank_lab, "no_such_name")
+
+
+def test_training_and_planning_are_imported_when_they_are_asked_for():
+    program = (
+        "import sys, lowrank_lab as lab; late = ['lowrank_lab.training.loop', "
+        "'lowrank_lab.planning.simulate']; before = [m in sys.modules for m in late]; "
+        "lab.train, lab.simulate_memory; print(before, [m in sys.modules for m in late])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[False, False] [True, True]\n", "")
