@@ -270,7 +270,7 @@ class KeptRates(MarkdownDirective):
     @staticmethod
     def by_row(table: pd.DataFrame) -> list[str]:
         """The same for rows that share few values: each with its own, in ascending order."""
-        cells = [[f"{loss:.3f} at {value:g}" for value, loss in row.dropna().items()]
+        cells = [[f"{loss:.3f} at {value:.3g}" for value, loss in row.dropna().items()]
                  for _, row in table.iterrows()]  # fmt: skip
         most = max(map(len, cells))
         filled = ([label, *own, *[""] * (most - len(own))]
@@ -293,7 +293,9 @@ class KeptRobustness(KeptRates):
             reach = [row["down"], row["up"], row["diverges at"]]
             shown = ["" if math.isnan(value) else f"{value:.3g}" for value in reach]
             found_at = (f"{row['best rate']:g}", f"{row['validation loss']:.3f}")
-            rows.append((row["variant"], row["setting"], *found_at, *shown))
+            rows.append([row["variant"], row["setting"], *found_at, *shown])
+        if not best["setting"].any():
+            head, rows = head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
         return markdown_table(head, rows)
 
 
@@ -322,12 +324,12 @@ class KeptGaps(MarkdownDirective):
         shown = table.pivot_table(
             index="label", columns="parameters", values="shown", aggfunc="first"
         )
-        head = ["row", *(f"{size:,}: gap (n)" for size in shown.columns)]
+        head = ["row", *(f"{size:,}" for size in shown.columns)]
         if len(shown.columns) > 1:
             steep = slopes(gaps).set_index("label")
             shown["slope"] = steep.apply(lambda x: with_interval(x["slope"], x["±"]), axis=1)
             shown["p"] = steep["p (above 0)"].map(lambda p: "" if math.isnan(p) else f"{p:.3g}")
-            head += ["per factor of ten", "p (above 0)"]
+            head += ["slope", "p"]
         shown = shown.loc[means.iloc[:, 0].sort_values().index].fillna("")
         return markdown_table(head, shown.reset_index().to_numpy().tolist())
 
