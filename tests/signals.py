@@ -4,6 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+
+from lowrank_lab.runs.files import replacing
 
 # In a child: a signal to itself at the first event whose words name the moment.
 HOOK = """
@@ -36,3 +39,10 @@ def run_until(folder, command, moment, number=signal.SIGINT):
 def halves(folder):
     """Hidden files and folders, which were to be renamed when they are complete."""
     return [p for p in folder.rglob(".*") if p.name != ".lock"]
+
+
+def write_slowly(path):
+    """Leave half a file for a minute."""
+    with replacing(path) as partial:
+        partial.write_text("half")
+        time.sleep(60)

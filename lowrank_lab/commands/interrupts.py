@@ -18,12 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_TO_END = 5.0  # of a pool's process, before it is killed
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 
 
@@ -112,7 +114,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """
     ensure_running()  # else the first process starts it, and that unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # processes inherit it
-    pool = ProcessPoolExecutor(count, get_context("spawn"))
+    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_at_sigterm)
     try:
         for _ in range(count):
             pool.submit(int)  # starts a process
@@ -120,12 +122,30 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
         pool.shutdown()
     except BaseException:
-        for child in active_children():
-            child.kill()  # before the pool ends: they would report that its pipes have closed
+        _end(active_children())  # before the pool ends: they would report that its pipes close
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_at_sigterm() -> None:
+    """In a process of the pool, SIGTERM removes half-written files and ends it."""
+    from lowrank_lab.runs.files import remove_partial_files
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        remove_partial_files()
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _end(children: list[BaseProcess]) -> None:
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(SECONDS_TO_END)
+        child.kill()  # what has not ended; the others are gone
 
 
 class _Forgiving(io.FileIO):

@@ -71,6 +71,9 @@ def _hold(path: Path) -> TextIO:
         file.close()  # another process has just removed it: try again
 
 
+_partial: set[Path] = set()  # files that this process is writing
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A hidden file to write beside `path`; it replaces `path` at the end of the block.
@@ -78,10 +81,18 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block fails or is interrupted, it is removed and `path` stays as it is.
     """
     partial = path.with_name(f".{path.name}-{os.getpid()}")
+    _partial.add(partial)
     try:
         yield partial
         partial.replace(path)
     finally:
+        partial.unlink(missing_ok=True)
+        _partial.discard(partial)
+
+
+def remove_partial_files() -> None:
+    """Remove what this process is writing, before it ends without leaving its blocks."""
+    for partial in [*_partial]:
         partial.unlink(missing_ok=True)
 
 

@@ -3,11 +3,13 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from signals import halves, run_until
+from signals import halves, run_until, write_slowly
 
+from lowrank_lab.commands.interrupts import processes
 from lowrank_lab.runs.files import replacing
 
 
@@ -69,3 +71,14 @@ def test_a_command_in_a_notebook_leaves_signals_as_they_were():
         "assert before == [signal.default_int_handler, signal.SIG_DFL]"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_process_of_an_interrupted_pool_removes_the_file_that_it_writes(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), processes(1) as pool:
+        pool.submit(write_slowly, tmp_path / "page")
+        while not any(tmp_path.iterdir()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert not [*tmp_path.iterdir()]
+    assert time.monotonic() - started < 30
