@@ -233,7 +233,7 @@ def records_of(name: str) -> list[Path]:
     return [*(p for p in found if p.is_file()), ROOT / "notebooks" / "studies" / f"{name}.yaml"]
 
 
-SHARED = 0.25  # of a table's cells; rows of an emptier one have their own values
+SHARED = 0.25  # share of filled cells; an emptier table lists each row's own values
 
 
 class KeptRates(MarkdownDirective):
@@ -269,7 +269,7 @@ class KeptRates(MarkdownDirective):
 
     @staticmethod
     def by_row(table: pd.DataFrame) -> list[str]:
-        """The same for rows that share few values: each with its own, in ascending order."""
+        """The table for rows that share few values: each row lists its own, in ascending order."""
         cells = [[f"{loss:.3f} at {value:.3g}" for value, loss in row.dropna().items()]
                  for _, row in table.iterrows()]  # fmt: skip
         most = max(map(len, cells))
@@ -302,8 +302,8 @@ class KeptRobustness(KeptRates):
 class KeptGaps(MarkdownDirective):
     """Each row's gap to full rank in kept studies of the ladder, one column per size.
 
-    From two sizes on with the slope of the gap over log₁₀ of the parameters, and the p-value of a
-    one-sided test that it is above 0.
+    Two or more sizes add the slope of the gap over log₁₀ of the parameters, and the p-value of a
+    one-sided test that the slope is above 0.
     """
 
     required_arguments = 1

@@ -122,7 +122,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
         pool.shutdown()
     except BaseException:
-        _end(active_children())  # before the pool ends: they would report that its pipes close
+        _end(active_children())  # before the pool: else they report closed pipes
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     finally:
@@ -130,7 +130,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _end_at_sigterm() -> None:
-    """In a process of the pool, SIGTERM removes half-written files and ends it."""
+    """Let SIGTERM end this process of the pool, and remove its half-written files."""
     from lowrank_lab.runs.files import remove_partial_files
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
@@ -141,11 +141,12 @@ def _end_at_sigterm() -> None:
 
 
 def _end(children: list[BaseProcess]) -> None:
+    """Terminate the processes; kill those that have not ended after SECONDS_TO_END."""
     for child in children:
         child.terminate()
     for child in children:
         child.join(SECONDS_TO_END)
-        child.kill()  # what has not ended; the others are gone
+        child.kill()  # does nothing to a process that has ended
 
 
 class _Forgiving(io.FileIO):

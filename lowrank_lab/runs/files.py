@@ -91,7 +91,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files() -> None:
-    """Remove what this process is writing, before it ends without leaving its blocks."""
+    """Remove the files of this process's open `replacing` blocks, before os._exit."""
     for partial in [*_partial]:
         partial.unlink(missing_ok=True)
 
