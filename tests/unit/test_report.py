@@ -29,6 +29,12 @@ def folder(tmp_path):
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Reports are written by a thread, which sees what a test replaces."""
+    monkeypatch.setattr(interrupts, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+
+
 def test_how_layers_ended_is_the_mean_over_layers_and_seeds_of_the_last_record(tmp_path):
     for seed, condition in ((0, 2.0), (1, 4.0)):
         write_run(tmp_path / str(seed), "factors", seed, method="low-rank")
@@ -281,6 +287,7 @@ def test_records_can_be_kept_without_training_steps(folder, tmp_path):
     assert all("validation_loss" in row or row["events"] for row in rows)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
     monkeypatch.setattr("lowrank_lab.paths.shipped_folder", lambda: tmp_path / "shipped")
@@ -291,7 +298,6 @@ def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch)
     report.keep(folder, shipped)
     for name in ("one", "two"):
         report.keep(folder, tmp_path / "data" / "study" / name)
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     done = CliRunner().invoke(main, ["report", "--figures", str(tmp_path / "pictures")])
     assert done.exit_code == 0, done.output
     for name in ("one", "two"):
@@ -304,6 +310,7 @@ def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch)
     assert (tmp_path / "data" / "runs" / "kept" / "shipped" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_pictures_that_are_shown_are_renewed_and_no_others_are_put_beside_them(
     folder, tmp_path, monkeypatch
 ):
@@ -318,7 +325,6 @@ def test_pictures_that_are_shown_are_renewed_and_no_others_are_put_beside_them(
     monkeypatch.setattr(
         page, "drawn", lambda *a: (p for p in drawn(*a) if p.name in ("tradeoff", "memory"))
     )
-    monkeypatch.setattr(interrupts, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     assert CliRunner().invoke(main, ["report"]).exit_code == 0
     made = tmp_path / "data" / "runs" / "kept" / "one" / "figures"
     assert {path.name for path in shown.iterdir()} == {"tradeoff.png", "of_old.png"}
