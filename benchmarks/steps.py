@@ -1,7 +1,7 @@
-"""Seconds per step of every method of the study, in turns with full rank on one thread.
+"""Seconds per step of the rows of studies, in turns with full rank on one thread.
 
 Special steps (with a refresh, a merge, a reset) are timed separately, and weighted by their number
-in a run of the study.
+in a run.
 """
 
 from __future__ import annotations
@@ -23,36 +23,44 @@ from lowrank_lab.training.kinds import kind_of, set_clock_
 from lowrank_lab.training.loop import fast_process
 from lowrank_lab.training.step import take_step_
 
-STUDY = Path(__file__).parent.parent / "notebooks" / "studies" / "main.yaml"
+STUDIES = Path(__file__).parent.parent / "notebooks" / "studies"
+TITLES = {  # study file: what its rows are called
+    "main": "step of the study", "ladder_s1": "step at S1", "ladder_s2": "step at S2",
+    "ladder_s3": "step at S3",
+}  # fmt: skip
 TOGETHER = 5  # methods that take turns with full rank
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """One row per method; `ratio` is its time over that of full rank in the same rounds."""
-    variants = configurations()
-    names = [name for name in variants if name != "full-rank"][: 2 if quick else None]
+    """One row per variant of a study; `ratio` is its time over full rank's in the same rounds."""
     found = []
     with threads(1), fast_process():
-        for i in range(0, len(names), TOGETHER):
-            group = ["full-rank", *names[i : i + TOGETHER]]
-            seconds = mean_seconds({name: variants[name] for name in group}, 1 if quick else 15)
-            base = seconds["full-rank"]
-            found += [
-                Row(
-                    f"step of the study, {name}", 1e3 * seconds[name], 1e3 * base, None, "ms",
-                    seconds[name] / base, "", "full-rank",
-                    "one thread; the mean over a run, with what happens in some steps only",
-                )
-                for name in group[1:]
-            ]  # fmt: skip
+        for study in list(TITLES)[: 1 if quick else None]:
+            variants = configurations(study)
+            names = [name for name in variants if name != "full-rank"][: 2 if quick else None]
+            for i in range(0, len(names), TOGETHER):
+                group = ["full-rank", *names[i : i + TOGETHER]]
+                seconds = mean_seconds({name: variants[name] for name in group}, 1 if quick else 15)
+                base = seconds.pop("full-rank")
+                found += [
+                    Row(
+                        f"{TITLES[study]}, {name}", 1e3 * taken, 1e3 * base, None, "ms",
+                        taken / base, "", "full-rank",
+                        "one thread; the mean over a run, with what happens in some steps only",
+                    )
+                    for name, taken in seconds.items()
+                ]  # fmt: skip
     return found
 
 
-def configurations() -> dict[str, RunConfig]:
-    """The runs of the study, at the default learning rates of their methods."""
-    content = yaml.safe_load(STUDY.read_text("utf-8"))
+def configurations(study: str) -> dict[str, RunConfig]:
+    """The runs of a study, at the default learning rates of their methods."""
+    content = yaml.safe_load((STUDIES / f"{study}.yaml").read_text("utf-8"))
     fields = {
-        name: {**content["base"], **{k: v for k, v in changes.items() if k != "seeds"}}
+        name: {
+            **content["base"],
+            **{k: v for k, v in changes.items() if k in RunConfig.model_fields},
+        }
         for name, changes in content["variants"].items()
     }
     return {name: resolve(RunConfig(**given)) for name, given in fields.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+BENCHMARKS = ROOT / "benchmarks" / "results.json"
 
 # Types in signatures that have no entry: those of other libraries, whose documentation lies on a
 # network, and those of modules behind the public names.
@@ -334,6 +336,63 @@ class KeptGaps(MarkdownDirective):
         return markdown_table(head, shown.reset_index().to_numpy().tolist())
 
 
+class KeptCosts(KeptGaps):
+    """Each row of kept ladders against a dense model of the same bytes, FLOPs and time.
+
+    Time is the steps of a run times what `lowrank-lab bench steps` measured; rows that it has not
+    measured have none. At the smallest size there is no smaller dense model: its rows are left out.
+    """
+
+    def sources(self) -> Iterable[Path]:
+        return [*super().sources(), BENCHMARKS]
+
+    def lines(self) -> list[str]:
+        from lowrank_lab.analysis.costs import at_equal_cost, costs_of
+
+        costs = costs_of([ROOT / "data" / "study" / name for name in self.arguments])
+        sizes = dict(zip(costs["parameters"].unique(), self.arguments, strict=True))
+        taken = step_times()
+        costs["time"] = costs["steps"] * [
+            taken.get(f"step at {sizes[size].rpartition('_')[2].upper()}, {label}", math.nan)
+            for label, size in zip(costs["label"], costs["parameters"], strict=True)
+        ]
+        both = costs[["parameters", "label"]].drop_duplicates()
+        both = both[both["parameters"] > min(sizes)]
+        head = ["parameters at full rank", "row"]
+        for cost, title in (("bytes", "bytes"), ("flops", "FLOPs"), ("time", "time")):
+            table = at_equal_cost(costs.dropna(subset=[cost]), cost)
+            shown = {
+                f"share of {title}": table["share"].map("{:.0%}".format),
+                f"A − dense, equal {title}": table.apply(
+                    lambda row: with_interval(row["A − dense"], row["±"]), axis=1
+                ),
+            }
+            head += shown
+            found = table[["label", "parameters"]].assign(**shown)
+            both = both.merge(found, on=["label", "parameters"], how="left")
+        both = both.dropna(subset=head[2:], how="all").fillna("")
+        both["parameters"] = both["parameters"].map("{:,}".format)
+        return markdown_table(head, both[["parameters", "label", *head[2:]]].to_numpy().tolist())
+
+
+def step_times() -> dict[str, float]:
+    """Milliseconds by row of the benchmark `steps`, of the kind of machine that has them.
+
+    Full rank's are the mean over the rounds that it took beside other rows.
+    """
+    kept = json.loads(BENCHMARKS.read_text())
+    found: dict[str, list[float]] = {}
+    for kind in (kept, *kept.get("machines", {}).values()):
+        for row in kind["rows"]:
+            if row["name"].startswith("step at S"):
+                title, _, _ = row["name"].partition(", ")
+                found.setdefault(row["name"], []).append(row["ours"])
+                found.setdefault(f"{title}, full-rank", []).append(row["peer"])
+        if found:
+            break
+    return {name: sum(taken) / len(taken) for name, taken in found.items()}
+
+
 def with_interval(mean: float, half_width: float) -> str:
     """A signed number ± its interval, with minus signs."""
     width = "" if math.isnan(half_width) else f" ± {half_width:.3f}"
@@ -357,6 +416,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("kept-rates", KeptRates)
     app.add_directive("kept-robustness", KeptRobustness)
     app.add_directive("kept-gaps", KeptGaps)
+    app.add_directive("kept-costs", KeptCosts)
     app.connect("autodoc-process-docstring", page_hooks.plain_properties, priority=100)
     app.connect("autodoc-process-docstring", page_hooks.escape_bars, priority=900)
     app.connect("doctree-read", page_hooks.set_alt_texts)

@@ -6,7 +6,7 @@ seed, in nats per token. Sizes are parameters of the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from lowrank_lab.analysis.stats import corrected, mean_interval, p_below
 from lowrank_lab.analysis.tables import intervals, paired
 from lowrank_lab.config import InputError
 from lowrank_lab.paths import kept_folders, located
-from lowrank_lab.runs.run import complete_runs, finals_of
+from lowrank_lab.runs.run import Run, complete_runs, finals_of
 
+REFERENCE = "full-rank"
 FEWEST_SIZES = 3  # for an extrapolation: two sizes determine any line
 
 
-def gaps_of(folders: Iterable[Path | str], reference: str = "full-rank") -> pd.DataFrame:
+def gaps_of(folders: Iterable[Path | str], reference: str = REFERENCE) -> pd.DataFrame:
     """One row per label, size and seed: label, parameters, seed, gap.
 
     Args:
@@ -33,20 +34,33 @@ def gaps_of(folders: Iterable[Path | str], reference: str = "full-rank") -> pd.D
         InputError: a folder lacks the reference or has it in several configurations, or two folders
             have it at the same size.
     """
-    tables: list[pd.DataFrame] = []
+    tables = [
+        _gaps(finals, reference).assign(parameters=parameters)
+        for _, finals, parameters in sizes_of(folders, reference)
+    ]
+    return pd.concat(tables, ignore_index=True)[["label", "parameters", "seed", "gap"]]
+
+
+def sizes_of(
+    folders: Iterable[Path | str], reference: str = REFERENCE
+) -> Iterator[tuple[list[Run], pd.DataFrame, int]]:
+    """The runs of each folder, their `final_table`, and the parameters of its reference.
+
+    Args and errors: those of `gaps_of`.
+    """
     sizes: dict[int, str] = {}
     for folder in folders:
         folder = place if (place := located(folder)).exists() else Path(folder)
-        finals = finals_of(complete_runs(folder), folder)
+        runs = complete_runs(folder)
+        finals = finals_of(runs, folder)
         parameters = _size(finals, reference, folder)
         if parameters in sizes:
             allowed = f"each folder has another size; {sizes[parameters]} has this one"
             raise InputError("folder", str(folder), allowed)
         sizes[parameters] = str(folder)
-        tables.append(_gaps(finals, reference).assign(parameters=parameters))
-    if not tables:
+        yield runs, finals, parameters
+    if not sizes:
         raise InputError("folders", [], "at least one folder of finished runs")
-    return pd.concat(tables, ignore_index=True)[["label", "parameters", "seed", "gap"]]
 
 
 def _size(finals: pd.DataFrame, reference: str, folder: Path) -> int:

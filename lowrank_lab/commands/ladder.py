@@ -18,7 +18,7 @@ from lowrank_lab.config import InputError
     "--to", type=float, default=60e6, show_default=True,
     help="parameters at which the gaps of three or more sizes are extrapolated",
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="also write tables and the figure")
+@click.option("--out", type=click.Path(path_type=Path), help="also write tables and figures")
 @click.option("--json", "as_json", is_flag=True, help="print the tables as JSON")
 def ladder(
     folders: tuple[Path, ...], reference: str, to: float, out: Path | None, as_json: bool
@@ -26,22 +26,36 @@ def ladder(
     """Compare gaps to full rank over model sizes: one FOLDER of finished runs per size.
 
     Prints each label's gap in test loss at each size, then its slope over log10 of the
-    parameters, and the gap that a line predicts at a larger size.
+    parameters, and the gap that a line predicts at a larger size; then the differences to dense
+    models of the same bytes (weights + optimizer states) and of the same training FLOPs.
     """
-    from lowrank_lab import figures
+    from lowrank_lab.analysis.costs import COSTS, at_equal_cost, costs_of
     from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of
     from lowrank_lab.analysis.tables import formatted
+    from lowrank_lab.figures import save
+    from lowrank_lab.report import ladder_pictures
 
     gaps = gaps_of(folders, reference)
     largest = int(gaps["parameters"].max())
     if not to > largest:
         raise InputError("to", to, f"more than the {largest} parameters of the largest size")
     tables = {"gaps": gap_table(gaps), "slopes": extrapolation_table(gaps, to)}
+    costs = costs_of(folders, reference)
+    tables |= {f"equal_{cost}": at_equal_cost(costs, cost, reference) for cost in COSTS}
     if as_json:
         parts = (f'"{name}": {table.to_json(orient="records")}' for name, table in tables.items())
         click.echo("{" + ", ".join(parts) + "}")
     else:
-        click.echo("\n\n".join(formatted(t).to_string(index=False) for t in tables.values()))
+        titles = (
+            f"Gap to {reference}",
+            "Gap over log10(parameters)",
+            f"Less {reference} of as many bytes",
+            f"Less {reference} of as many FLOPs",
+        )
+        for title, table in zip(titles, tables.values(), strict=True):
+            click.echo(f"{title}\n{formatted(table).to_string(index=False)}\n")
     if out is not None:
-        figures.save(figures.gap_over_size(gaps, to), tables["gaps"], out / "gap_over_size")
-        tables["slopes"].to_csv(out / "slopes.csv", index=False)
+        for picture in ladder_pictures(folders, reference, to):
+            save(picture.figure, picture.table, out / picture.name)
+        for name in set(tables) - {"gaps"}:  # which the first figure has
+            tables[name].to_csv(out / f"{name}.csv", index=False)

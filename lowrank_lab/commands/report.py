@@ -104,7 +104,8 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
     independent, so they are drawn in parallel, one process per core.
     """
     from lowrank_lab import report as reporting
-    from lowrank_lab.figures import ideas, refresh
+    from lowrank_lab.analysis.ladder import kept_sizes
+    from lowrank_lab.figures import ideas, refresh, save
     from lowrank_lab.paths import data_folder, kept_folders
     from lowrank_lab.runs.kept import is_study
     from lowrank_lab.studies.local_executor import cores
@@ -130,5 +131,10 @@ def _report_kept(out: Path | None, figures: Path | None) -> None:
             if figures is None:
                 refresh(Path("figures") / folder.name, page.result().parent / "figures")
             show_table(folder, pairs=pairs)
+    sizes = kept_sizes("ladder_s*")
+    drawn = (figures or pages) / "ladder"
+    for picture in reporting.ladder_pictures(sizes) if sizes else ():
+        save(picture.figure, picture.table, drawn / picture.name)
     if figures is None:
+        refresh(Path("figures") / "ladder", drawn)
         ideas.redraw(Path("figures") / "ideas")

@@ -13,6 +13,7 @@ from lowrank_lab.figures.comparison import (
     over_ranks,
     rank_table,
 )
+from lowrank_lab.figures.costs import loss_over_costs
 from lowrank_lab.figures.drawing import (
     PALETTE,
     STYLE,
@@ -109,6 +110,7 @@ __all__ = [
     "layer_facts",
     "live_image",
     "loss_curves",
+    "loss_over_costs",
     "memory_bars",
     "memory_course",
     "memory_course_table",

@@ -2,8 +2,10 @@
 
 from lowrank_lab.report.drawings import Picture, best, memory_of, origins, pictures
 from lowrank_lab.report.kept import keep
+from lowrank_lab.report.ladder import ladder_pictures
 from lowrank_lab.report.page import asked_in, write_report
 
 __all__ = [
-    "Picture", "asked_in", "best", "keep", "memory_of", "origins", "pictures", "write_report",
+    "Picture", "asked_in", "best", "keep", "ladder_pictures", "memory_of", "origins", "pictures",
+    "write_report",
 ]  # fmt: skip

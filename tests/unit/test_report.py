@@ -1,5 +1,6 @@
 """Reports: the table, a page that stands alone and escapes its input, records that are kept."""
 
+import json
 import math
 import re
 import shutil
@@ -17,7 +18,7 @@ from lowrank_lab.cli import main
 from lowrank_lab.commands import interrupts
 from lowrank_lab.config import InputError
 from lowrank_lab.report import drawings, page
-from lowrank_lab.runs.files import append_jsonl, read_jsonl
+from lowrank_lab.runs.files import append_jsonl, read_jsonl, write_json
 from lowrank_lab.runs.run import Run, final_table, find_runs, load_runs
 
 
@@ -308,6 +309,28 @@ def test_all_kept_studies_are_reported_on_at_once(folder, tmp_path, monkeypatch)
     alone = CliRunner().invoke(main, ["report", "--figures", str(tmp_path / "pictures")])
     assert alone.exit_code == 0, alone.output
     assert (tmp_path / "data" / "runs" / "kept" / "shipped" / "report.html").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_kept_ladder_is_drawn_with_the_reports(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("lowrank_lab.paths.shipped_folder", lambda: tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    for size in (1, 2):
+        for label, loss in (("full-rank", 2.0), ("muon", 1.8)):
+            place = tmp_path / "runs" / str(size) / label
+            write_run(place, label, 1, loss)
+            result = json.loads((place / "result.json").read_text())
+            write_json(place / "result.json", result | {"parameters": size * 10**5})
+        report.keep(tmp_path / "runs" / str(size), tmp_path / "data" / "study" / f"ladder_s{size}")
+    shown = tmp_path / "figures" / "ladder" / "loss_over_costs.png"
+    shown.parent.mkdir(parents=True)
+    shown.write_bytes(b"old")
+    done = CliRunner().invoke(main, ["report"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "data" / "runs" / "kept" / "ladder" / "gap_over_size.png").exists()
+    assert shown.read_bytes() != b"old"
+    assert [path.name for path in shown.parent.iterdir()] == [shown.name]
 
 
 @pytest.mark.usefixtures("in_this_process")
