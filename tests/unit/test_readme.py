@@ -11,9 +11,10 @@ import lowrank_lab as lab
 from lowrank_lab.analysis.tables import claims, summary
 from lowrank_lab.cli import main
 from lowrank_lab.config import SIZES
+from lowrank_lab.figures import cosine_table
 from lowrank_lab.models.llama import Llama
 from lowrank_lab.report import asked_in
-from lowrank_lab.runs.run import final_table
+from lowrank_lab.runs.run import complete_runs, final_table, finals_of, momentum_of
 
 README = (ROOT / "README.md").read_text()
 BOOK = "build/docs/notebooks/"
@@ -90,7 +91,8 @@ def test_its_methods_are_those_of_the_library():
 def test_its_table_is_what_the_kept_records_say():
     lines = [line.strip("| ").split(" | ") for line in README.splitlines() if " MiB |" in line]
     assert 0 < len(lines) <= 8
-    table = summary(final_table(lab.load_runs(ROOT / "data" / "study" / "main"))).set_index("label")
+    finals = final_table(lab.load_runs(ROOT / "data" / "study" / "ladder_s1"))
+    table = summary(finals).set_index("label")
     for label, n, loss, perplexity, size in lines:
         row = table.loc[label]
         assert int(n) == row["n"]
@@ -101,12 +103,35 @@ def test_its_table_is_what_the_kept_records_say():
 
 def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
     answers = []
-    for name in ("main", "techniques"):
+    for name in ("ladder_s1", "ladder_s2"):
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         answers.append(claims(final_table(lab.load_runs(ROOT / "data" / "study" / name)), pairs))
     found = pd.concat(answers)
-    known = {f"{abs(m):.3f} ± {w:.3f}" for m, w in zip(found["A − B"], found["±"], strict=True)}
+    known = {f"{m:+.3f} ± {w:.3f}" for m, w in zip(found["A − B"], found["±"], strict=True)}
     findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
-    stated = set(re.findall(r"\d\.\d+ ± \d\.\d+", findings))
+    stated = set(re.findall(r"[+−]?\d\.\d+ ± \d\.\d+", findings))
     assert stated
-    assert stated <= known
+    assert {difference.replace("−", "-") for difference in stated} <= known
+
+
+def test_the_shares_of_full_rank_s_bytes_that_it_states_are_those_of_the_records():
+    finals = final_table(lab.load_runs(ROOT / "data" / "study" / "ladder_s1"))
+    held = (
+        (finals["weight_bytes"] + finals["optimizer_state_bytes"]).groupby(finals["label"]).mean()
+    )
+    shares = {label: f"{held[label] / held['full-rank']:.0%}".replace("%", " %") for label in
+              ("frugal", "fira", "scale", "low-rank")}  # fmt: skip
+    assert list(shares.values()) == ["72 %", "72 %", "40 %", "62 %"]
+    findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
+    assert "at 72 % of its bytes" in findings
+    assert "SCALE, at 40 %, ends below low-rank, at 62 %" in findings
+
+
+def test_the_cosines_that_it_states_are_those_of_the_records():
+    folder = ROOT / "data" / "study" / "ladder_s1"
+    runs = complete_runs(folder)
+    _, pairs = asked_in(NOTEBOOKS / "studies" / "ladder_s1.yaml")
+    table = cosine_table(finals_of(runs, folder), momentum_of(runs), pairs).set_index("A")
+    shown = [f"{table.loc[label, 'cosine']:.2f}" for label in
+             ("low-rank + transport", "low-rank + refactor")]  # fmt: skip
+    assert "has cosine {} with the one before; {} if".format(*shown) in " ".join(README.split())

@@ -58,7 +58,9 @@ def test_a_study_that_is_interrupted_leaves_no_process(tmp_path, study_file):
 
 
 def test_a_report_on_all_kept_studies_ends_its_processes(tmp_path):
-    shutil.copytree(NOTEBOOKS.parent / "data" / "study" / "ladder_s2", tmp_path / "data/study/ladder_s2")
+    shutil.copytree(
+        NOTEBOOKS.parent / "data" / "study" / "ladder_s2", tmp_path / "data/study/ladder_s2"
+    )
     started = time.monotonic()
     status, error = run_until(tmp_path, ["report"], "import multiprocessing.popen_spawn_posix")
     assert (status, error) == (130, "interrupted\n")
