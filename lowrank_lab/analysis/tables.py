@@ -20,7 +20,7 @@ from lowrank_lab.analysis.stats import (
     seed_document_interval,
 )
 from lowrank_lab.memory.formulas import MIB
-from lowrank_lab.runs.run import LAYER_FACTS, Run
+from lowrank_lab.runs.run import LAYER_FACTS, Run, stacked
 
 MARGIN = 0.01  # nats per token
 
@@ -131,10 +131,9 @@ def by_documents(runs: Iterable[Run], pairs: Sequence[tuple[str, str]]) -> pd.Da
     Columns: A, B, seeds, documents, `A − B`, low, high, and `share`, the share of documents on
     which A's loss is lower. Pairs without two common seeds and documents are left out.
     """
-    tables = [
+    rows = stacked(
         run.documents.assign(label=run.label, seed=run.config.seed) for run in runs if run.finished
-    ]
-    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    )
     found: list[tuple[Any, ...]] = []
     for a, b in pairs if len(rows) else ():
         wide = [

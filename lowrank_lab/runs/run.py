@@ -308,26 +308,26 @@ def first_runs(runs: Iterable[Run]) -> list[Run]:
 
 def spectra_of(runs: Iterable[Run], what: str = "singular_values") -> pd.DataFrame:
     """`Run.spectra_of` for several runs in one table, with a label column."""
-    import pandas as pd
-
-    tables = [run.spectra_of(what).assign(label=run.label) for run in runs]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return stacked(run.spectra_of(what).assign(label=run.label) for run in runs)
 
 
 def momentum_of(runs: Iterable[Run]) -> pd.DataFrame:
     """`Run.momentum` for several runs in one table, with columns for label and seed."""
-    import pandas as pd
-
-    tables = [run.momentum.assign(label=run.label, seed=run.config.seed) for run in runs]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return stacked(run.momentum.assign(label=run.label, seed=run.config.seed) for run in runs)
 
 
 def positions_of(runs: Iterable[Run]) -> pd.DataFrame:
     """`Run.by_position` for several runs in one table, with label and seed columns."""
+    return stacked(run.by_position.assign(label=run.label, seed=run.config.seed) for run in runs)
+
+
+def stacked(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Tables below one another. Those without rows are left out: their columns have no type."""
     import pandas as pd
 
-    tables = [run.by_position.assign(label=run.label, seed=run.config.seed) for run in runs]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    tables = list(tables)
+    filled = [table for table in tables if len(table)] or tables[:1]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
 def load_runs(folder: Path | str, strict: bool = True) -> pd.DataFrame:

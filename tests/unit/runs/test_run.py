@@ -22,6 +22,9 @@ from lowrank_lab.runs.run import (
     finals_of,
     find_runs,
     load_runs,
+    momentum_of,
+    positions_of,
+    spectra_of,
 )
 from lowrank_lab.training.preflight import check
 from lowrank_lab.training.trainer import Trainer
@@ -386,3 +389,27 @@ def test_runs_are_found_by_a_relative_path_in_the_data_folder(tmp_path, monkeypa
     write_run(tmp_path / "data" / "study" / "mine" / "a", "a", steps=400)
     assert load_runs("study/mine")["run"].unique().tolist() == ["a"]
     assert load_runs("study")["run"].unique().tolist() == ["mine/a"]
+
+
+@pytest.mark.parametrize(
+    ("table_of_runs", "column", "row"),
+    [
+        (momentum_of, "momentum_cosine", {"event": "reset", "momentum_cosine": 0.5}),
+        (positions_of, "loss", {"validation_loss_by_position": [3.0, 2.0]}),
+        (spectra_of, "singular_value", {"singular_values": [2.0, 1.0]}),
+    ],
+)
+def test_runs_without_such_records_leave_the_numbers_of_the_others_numbers(
+    table_of_runs, column, row, tmp_path
+):
+    for label in ("with", "without"):
+        write_run(tmp_path / label, label)
+        (tmp_path / label / "spectra.jsonl").write_text("")
+    file = "metrics.jsonl" if "validation_loss_by_position" in row else "spectra.jsonl"
+    append_jsonl(tmp_path / "with" / file, [{"step": 1000, "layer": "a", "events": [], **row}])
+    runs = find_runs(tmp_path)
+    table = table_of_runs(runs)
+    assert set(table["label"]) == {"with"}
+    assert table[column].dtype == float
+    assert list(table_of_runs([runs[1]])) == list(table)
+    assert table_of_runs([]).empty
