@@ -144,8 +144,7 @@ def extrapolation_table(gaps: pd.DataFrame, parameters: float) -> pd.DataFrame:
     return slopes(gaps).merge(line.rename(columns={"gap": "predicted"}), on="label", how="left")
 
 
-def kept_sizes(pattern: str, otherwise: Iterable[str] = ()) -> list[Path | str]:
-    """Folders of kept studies whose name matches, one per size; `otherwise` for fewer than two."""
+def kept_sizes(pattern: str) -> list[Path | str]:
+    """Folders of kept studies whose name matches, one per size, sorted by name."""
     named = {path.name: path for place in kept_folders() for path in place.glob(pattern)}
-    found = [path for _, path in sorted(named.items()) if path.is_dir()]
-    return [*found] if len(found) > 1 else [*otherwise]
+    return [path for _, path in sorted(named.items()) if path.is_dir()]
