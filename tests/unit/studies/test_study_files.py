@@ -104,7 +104,7 @@ def test_steps_of_the_same_time_follow_from_the_measured_step_times(chain):
 
 def section(title):
     """A section of the book's page on the study."""
-    page = (NOTEBOOKS.parent / "docs" / "explanation" / "study.md").read_text()
+    page = (NOTEBOOKS.parent / "docs" / "explanation" / "first-study.md").read_text()
     return page.partition(f"\n## What {title} shows")[2].partition("\n## ")[0]
 
 
