@@ -64,6 +64,7 @@ from lowrank_lab.figures.spectra import (
     share_curves,
     spectrum_curves,
 )
+from lowrank_lab.figures.spectrum_maps import spectra_over_training
 from lowrank_lab.figures.training import (
     curve_table,
     loss_curves,
@@ -128,6 +129,7 @@ __all__ = [
     "rows_of",
     "save",
     "share_curves",
+    "spectra_over_training",
     "spectrum_curves",
     "spread",
     "style_of",

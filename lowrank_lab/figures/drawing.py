@@ -25,7 +25,7 @@ from lowrank_lab.runs.files import replacing
 PALETTE = (  # Okabe and Ito's, for what is no method
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000",
 )  # fmt: skip
-OTHER_COLOURS = ("#DDCC77", "#88CCEE", "#AA7744", "#B0B0B0")  # of methods of one's own
+OTHER_COLOURS = ("#DDCC77", "#88CCEE", "#66AA55", "#B0B0B0")  # of methods of one's own
 KINDS = ("png", "svg", "csv")
 STYLE: Any = {
     "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lowrank_lab.runs.run import Run
 
 FACTS = {
+    "largest": "largest singular value σ₁",
     "effective_rank": "effective rank",
     "stable_rank": "stable rank",
     "update_rank": "effective rank of W − W₀",
@@ -79,6 +80,7 @@ def layer_facts(runs: Sequence[Run]) -> pd.DataFrame:
         facts = run.layer_facts.set_index(["step", "layer"])
         facts["condition"] = facts[["condition_B", "condition_A"]].max(axis=1)
         for what, column, summary in (
+            ("singular_values", "largest", torch.max),
             ("singular_values", "effective_rank", effective_rank),
             ("singular_values", "stable_rank", stable_rank),
             ("update", "update_rank", effective_rank),

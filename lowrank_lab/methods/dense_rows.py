@@ -71,7 +71,7 @@ DENSE = (
         needs_full="none",
         states="2mn; with density d < 1 about 2dmn and a mask",
         state_bytes=spam_states,
-        colour="#44AA99",
+        colour="#BB33FF",
     ),
     Method(
         name="stable-spam",
@@ -92,7 +92,7 @@ DENSE = (
         needs_full="none",
         states="2mn + 3",
         state_bytes=stable_spam_states,
-        colour="#117733",
+        colour="#440077",
     ),
     Method(
         name="adamw-8bit",
@@ -107,7 +107,7 @@ DENSE = (
         states="2mn of 1 byte; a scale per block",
         state_bytes=adamw_8bit_states,
         fake_steps=False,
-        colour="#999933",
+        colour="#551144",
     ),
     Method(
         name="muon",
@@ -147,7 +147,7 @@ DENSE = (
         needs_full="none",
         states="0; mn for the head",
         state_bytes=scale_states,
-        colour="#AA6600",
+        colour="#AABB77",
     ),
     Method(
         name="normuon",
@@ -169,6 +169,6 @@ DENSE = (
         needs_full="none",
         states="mn + m; AdamW's 2 for embedding and head",
         state_bytes=normuon_states,
-        colour="#BB5566",
+        colour="#AA7744",
     ),
 )

@@ -122,7 +122,7 @@ FACTORIZED = (
         states="2(r(m+n) + ⌊δmn⌋)",
         eight_bit=True,
         state_bytes=adamw_states,
-        colour="#7F7F7F",
+        colour="#557777",
     ),
     Method(
         name="cola",
@@ -145,7 +145,7 @@ FACTORIZED = (
         states="2r(m+n)",
         eight_bit=True,
         state_bytes=adamw_states,
-        colour="#661100",
+        colour="#552211",
     ),
     Method(
         name="loro",
@@ -169,7 +169,7 @@ FACTORIZED = (
         needs_full="none",
         states="2r(m+n)",
         state_bytes=two_moments,
-        colour="#332288",
+        colour="#1111BB",
     ),
     Method(
         name="spectron",
@@ -196,6 +196,6 @@ FACTORIZED = (
         needs_full="none",
         states="r(m+n) + m + n",
         state_bytes=spectron_states,
-        colour="#004488",
+        colour="#0055CC",
     ),
 )

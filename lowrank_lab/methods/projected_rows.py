@@ -105,7 +105,7 @@ PROJECTED = (
         eight_bit=True,
         state_bytes=limited_states,
         projection_bytes=stored_projections,
-        colour="#882255",
+        colour="#AA0088",
     ),
     Method(
         name="apollo-mini",
@@ -128,7 +128,7 @@ PROJECTED = (
         eight_bit=True,
         state_bytes=limited_states,
         projection_bytes=stored_projections,
-        colour="#AA4499",
+        colour="#BB77FF",
     ),
     Method(
         name="golore",
@@ -151,7 +151,7 @@ PROJECTED = (
         eight_bit=True,
         state_bytes=projected_states,
         projection_bytes=stored_projections,
-        colour="#CC6677",
+        colour="#AA0044",
     ),
     Method(
         name="frugal",
@@ -174,7 +174,7 @@ PROJECTED = (
         states="2r·max(m,n) + r·min(m,n); with columns r in place of r·min(m,n)",
         state_bytes=frugal.frugal_states,
         projection_bytes=frugal.frugal_projections,
-        colour="#DDAA33",
+        colour="#445500",
     ),
     Method(
         name="ldadam",
@@ -200,6 +200,6 @@ PROJECTED = (
         states="2r·max(m,n) + r·min(m,n) + mn; without error_feedback mn less",
         state_bytes=ldadam_states,
         projection_bytes=stored_projections,
-        colour="#6699CC",
+        colour="#0000FF",
     ),
 )

@@ -12,8 +12,8 @@ two (data/study/since_2025). From width 512 on they are those of the authors' sc
 Muon's, which suit steps of the same size, and Spectron guesses: no rate of its pretraining is
 published.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart and which survive print, and
-those that Tol calls muted.
+Colours are Okabe and Ito's, and others chosen to be far from them and from each other, also as
+colour-blind readers see them; a test measures it.
 """
 
 from __future__ import annotations

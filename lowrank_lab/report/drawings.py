@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from lowrank_lab import figures
 from lowrank_lab.analysis import grid
@@ -18,35 +16,24 @@ from lowrank_lab.analysis.tables import (
     summary,
 )
 from lowrank_lab.figures.positions import MOST_PANELS
+from lowrank_lab.report.picture import Picture
+from lowrank_lab.report.spectra import spectra_pictures
 from lowrank_lab.runs.run import (
     Run,
     complete_runs,
     final_table,
     finals_of,
     find_runs,
-    first_runs,
     momentum_of,
     positions_of,
-    spectra_of,
     table_of,
 )
 
 MOST_LABELS = 20  # labels per figure
-MOST_FIGURES = 12  # figures with one label each
 MOST_ROWS = 32  # labels in a figure with one row per label
 FEWEST_RANKS = 3  # ranks per variant, in a study over ranks
 FEWEST_RATES = 3  # learning rates per label, in a study over learning rates
 SPEED = ("device", "threads", "processes")  # seconds are compared only if all runs agree in these
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, its data and its caption."""
-
-    name: str
-    figure: Figure
-    table: pd.DataFrame
-    caption: str
 
 
 def best(runs: pd.DataFrame, most: int = MOST_LABELS) -> pd.DataFrame:
@@ -134,27 +121,7 @@ def drawn(
             "memory_course", figures.memory_course(table), figures.memory_course_table(table),
             "Peak memory of each step, above the weights and states that are held between steps.",
         )  # fmt: skip
-    recorded = first_runs(run for run in ranked if run.has_spectra)
-    spectra = spectra_of(recorded)
-    if spectra.empty:
-        return
-    if len(ranking) > 1:
-        last = figures.last_spectra(spectra)
-        yield Picture(
-            "spectra", figures.compared_spectra(last), last,
-            "Singular values of the weights at the end of training "
-            f"(one layer of each kind; one seed).{which}",
-        )  # fmt: skip
-    if len(ranking) > MOST_FIGURES:
-        return  # too many figures: notebooks show them per run
-    for label, part in spectra.groupby("label", sort=False):
-        name = "".join(c if c.isalnum() else "_" for c in str(label))
-        table = part.drop(columns="label")
-        yield Picture(
-            f"spectra_{name}", figures.spectrum_curves(table), table,
-            f"Singular values of the weights while {label} trains, from light to dark "
-            "(one layer of each kind; one seed).",
-        )  # fmt: skip
+    yield from spectra_pictures(ranked)
 
 
 def _with_peaks(finals: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:

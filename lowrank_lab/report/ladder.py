@@ -8,7 +8,7 @@ from pathlib import Path
 from lowrank_lab import figures
 from lowrank_lab.analysis.costs import costs_of
 from lowrank_lab.analysis.ladder import REFERENCE, gap_table, gaps_of
-from lowrank_lab.report.drawings import Picture
+from lowrank_lab.report.picture import Picture
 
 
 def ladder_pictures(

@@ -21,7 +21,8 @@ from lowrank_lab.analysis.tables import (
     summary,
     verdicts,
 )
-from lowrank_lab.report.drawings import SPEED, Picture, drawn, origins
+from lowrank_lab.report.drawings import SPEED, drawn, origins
+from lowrank_lab.report.picture import Picture
 from lowrank_lab.runs.files import replacing
 from lowrank_lab.runs.run import (
     Run,

@@ -209,13 +209,12 @@ def test_the_page_stands_alone_and_each_picture_has_words(folder, tmp_path):
 
 def test_a_report_reads_only_what_its_figures_show(tmp_path, monkeypatch):
     monkeypatch.setattr(drawings, "MOST_LABELS", 2)
-    monkeypatch.setattr(drawings, "MOST_FIGURES", 2)
     for i in range(4):
         write_run(tmp_path / f"{i}", f"galore {i}", loss=2 + i / 10)
     for i in (2, 3):
         (tmp_path / f"{i}" / "spectra.jsonl").write_text('[{"not": "a spectrum"}]\n')
     found = list(report.pictures(tmp_path))
-    assert [p.name for p in found[4:]] == ["spectra"]  # of many labels, none apart
+    assert [p.name for p in found[4:]] == ["spectra", "spectra_over_training", "spectra_growth"]
     assert found[0].caption.endswith("The 2 best of 4.")
     assert all(set(p.table["label"]) == {"galore 0", "galore 1"} for p in found)
 
@@ -279,6 +278,32 @@ def test_kept_records_are_thin_and_give_the_same_report(folder, tmp_path):
 def test_a_grid_of_one_method_gets_heat_maps(study, names):
     folder = ROOT / "data" / "study" / study
     assert [picture.name for picture in report.pictures(folder, "map")] == names
+
+
+def test_spectra_are_drawn_of_a_few_variants_that_differ(tmp_path):
+    methods = ["galore", "galore", "fira", "low-rank", "low-rank", "muon", "full-rank", "lora"]
+    for i, method in enumerate(methods):
+        write_run(tmp_path / str(i), f"{method} {i}", 1, 2 + i / 10, method=method)
+    drawn = {picture.name: picture for picture in report.pictures(tmp_path, "spectra")}
+    assert set(drawn) == {"spectra", "spectra_over_training", "spectra_growth"}
+    few = ["galore 0", "fira 2", "low-rank 3", "muon 5", "full-rank 6", "lora 7"]
+    assert list(dict.fromkeys(drawn["spectra"].table["label"])) == few
+    assert list(dict.fromkeys(drawn["spectra_over_training"].table["label"])) == few
+    assert "6 of 8 variants" in drawn["spectra_growth"].caption
+    growth = drawn["spectra_growth"].table
+    assert set(growth["largest"]) == {2.0}
+    assert growth["stable_rank"].tolist() == pytest.approx([5 / 4] * len(growth))
+
+
+def test_spectra_of_factors_alone_are_not_drawn_as_those_of_weights(tmp_path):
+    for label in ("weights", "factors"):
+        write_run(tmp_path / label, label)
+    file = tmp_path / "factors" / "spectra.jsonl"
+    rows = [row | {"layer": row["layer"] + "[B]"} for row in read_jsonl(file)]
+    file.unlink()
+    append_jsonl(file, rows)
+    names = [picture.name for picture in report.pictures(tmp_path, "spectra")]
+    assert names == ["spectra_over_training", "spectra_growth"]
 
 
 def test_records_can_be_kept_without_training_steps(folder, tmp_path):
