@@ -1,0 +1,76 @@
+"""The five registered hypotheses (data/study/README.md) and what the kept records answer.
+
+python docs/extension/hypotheses.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lowrank_lab.analysis.ladder import gaps_of
+from lowrank_lab.analysis.stats import corrected, mean_interval, p_below
+from lowrank_lab.analysis.tables import paired
+from lowrank_lab.runs.run import final_table, load_runs
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LADDER = tuple(ROOT / "data" / "study" / f"ladder_s{size}" for size in (1, 2, 3))
+BOTH, TRANSPORT = "low-rank + refactor + reset", "low-rank + transport"
+LEVEL = 0.05  # of all five tests together
+FEWEST_SEEDS = 5
+
+
+def hypotheses(folders: Sequence[Path] = LADDER) -> pd.DataFrame:
+    """One row per hypothesis: statement, estimate, ±, n (seeds), p, p (Holm), verdict.
+
+    Estimates are negative where a hypothesis says *below*, positive where it says *grows* or
+    *shrinks*: differences at the largest size in nats per token, slopes per factor of ten in
+    parameters. The verdict is *yes* (p (Holm) < LEVEL) or *not shown*.
+
+    Args:
+        folders: the ladder's studies, smallest size first.
+
+    Raises:
+        ValueError: a hypothesis has fewer than FEWEST_SEEDS seeds.
+    """
+    finals = final_table(load_runs(folders[-1]))
+    gaps = gaps_of(folders)
+    rows = [
+        _below(finals, BOTH, "low-rank"),
+        _below(finals, TRANSPORT, BOTH),
+        _slope(gaps, "low-rank", "low-rank's gap grows with size"),
+        _slope(gaps, "muon", "Muon's gain shrinks with size"),
+        _below(finals, "full-rank, 64 × 5", "low-rank"),
+    ]
+    names = ["statement", "estimate", "±", "n", "p"]
+    table = pd.DataFrame(rows, columns=names, index=pd.RangeIndex(1, 6, name="hypothesis"))
+    if (table["n"] < FEWEST_SEEDS).any():
+        raise ValueError(f"n: {table['n'].tolist()} is not allowed; {FEWEST_SEEDS} seeds or more")
+    smallest = gaps["parameters"].min()
+    of_muon = gaps[(gaps["label"] == "muon") & (gaps["parameters"] == smallest)]
+    if of_muon["gap"].mean() >= 0:  # no gain that could shrink: counts as not rejected
+        table.loc[4, "p"] = 1.0
+    table["p (Holm)"] = corrected(table["p"].tolist(), "holm")
+    table["verdict"] = np.where(table["p (Holm)"] < LEVEL, "yes", "not shown")
+    return table
+
+
+def _below(finals: pd.DataFrame, a: str, b: str) -> tuple[str, float, float, int, float]:
+    values = paired(finals, [(a, b)]).iloc[0].dropna().tolist()
+    return f"{a} ends below {b}", *mean_interval(values), p_below(values)
+
+
+def _slope(gaps: pd.DataFrame, label: str, words: str) -> tuple[str, float, float, int, float]:
+    """One least-squares slope per seed that all sizes have, over log₁₀ of the parameters."""
+    part = gaps[gaps["label"] == label]
+    wide = part.pivot(index="seed", columns="parameters", values="gap").dropna()
+    found = np.polyfit(np.log10(wide.columns.to_numpy(float)), wide.to_numpy().T, 1)[0].tolist()
+    return words, *mean_interval(found), p_below([-slope for slope in found])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{hypotheses().to_string()}\n")
