@@ -6,6 +6,7 @@ from a straight line over the logarithm of the cost, seed by seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pandas as pd
 
 from lowrank_lab.analysis.ladder import REFERENCE, sizes_of
 from lowrank_lab.analysis.tables import intervals
+from lowrank_lab.config import ResolvedConfig
 from lowrank_lab.memory.formulas import flops_per_token
+from lowrank_lab.methods.registry import METHODS
 
 COSTS = ("bytes", "flops")
 
@@ -23,19 +26,27 @@ def costs_of(folders: Iterable[Path | str], reference: str = REFERENCE) -> pd.Da
     """One row per run: label, parameters (of the reference at its size), seed, steps, loss, COSTS.
 
     `loss` is the test loss, in nats per token; `bytes` are those of weights and optimizer states,
-    `flops` those of all forward and backward passes of training, without the optimizer's.
+    `flops` those of all forward and backward passes of training, without the optimizer's; NaN for
+    a method that is not registered here.
 
     Args and errors: those of `ladder.gaps_of`.
     """
     tables = []
     for runs, finals, parameters in sizes_of(folders, reference):
-        steps = np.array([run.config.total_steps for run in runs])
-        a_step = [flops_per_token(run.config) * run.config.tokens_per_step for run in runs]
+        steps = [run.config.total_steps for run in runs]
+        flops = [_training_flops(run.config) for run in runs]
         held = finals["weight_bytes"] + finals["optimizer_state_bytes"]
-        table = finals.assign(parameters=parameters, steps=steps, flops=a_step * steps, bytes=held)
+        table = finals.assign(parameters=parameters, steps=steps, flops=flops, bytes=held)
         tables.append(table.rename(columns={"test_loss": "loss"}))
     names = ["label", "parameters", "seed", "steps", "loss", *COSTS]
     return pd.concat(tables, ignore_index=True)[names]
+
+
+def _training_flops(config: ResolvedConfig) -> float:
+    """NaN for a method that is not registered here."""
+    if config.method not in METHODS:
+        return math.nan
+    return flops_per_token(config) * config.tokens_per_step * config.total_steps
 
 
 def at_equal_cost(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -104,6 +105,21 @@ def test_seeds_that_the_reference_lacks_do_not_count(folders):
     costs = costs_of(folders)
     costs = costs[(costs["label"] != "full-rank") | (costs["seed"] != 2)]
     assert at_equal_cost(costs)["n"].tolist() == [2]
+
+
+def test_a_method_that_is_not_registered_here_has_bytes_and_no_flops(folders, tmp_path):
+    for folder in folders:
+        shutil.copytree(folder, tmp_path / folder.name)
+        for path in (tmp_path / folder.name).glob("low-rank-*/config.json"):
+            facts = json.loads(path.read_text())
+            facts["config"]["method"] = "mine"
+            write_json(path, facts)
+    places = [str(tmp_path / folder.name) for folder in folders]
+    costs = costs_of(places)
+    assert at_equal_cost(costs, "flops").empty
+    assert at_equal_cost(costs, "bytes")["n"].tolist() == [3]
+    done = CliRunner().invoke(main, ["ladder", *places, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
 
 
 def test_the_command_prints_both_costs_and_draws_them(folders, tmp_path):
