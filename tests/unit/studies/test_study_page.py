@@ -163,3 +163,12 @@ def test_gigabytes_at_1b_are_those_of_the_formulas():
             states = found.weights + found.optimizer_states
             assert held == f"{states / 1e9:.2f}"
             assert with_gradients == f"{(states + found.gradients) / 1e9:.2f}"
+
+
+def test_differences_of_tuning_runs_at_S3_are_those_of_the_best_rates():
+    finals = final_table(load_runs(KEPT / "rates_s3"))
+    best = finals.groupby(finals["label"].str.partition(", lr ")[0])["validation_loss"].min()
+    gain = best["full-rank"] - best["muon"]
+    assert f"put the best Muon {gain:.2f} below the best AdamW" in PAGE
+    techniques = best[["low-rank + refactor + reset", "low-rank + transport"]].max()
+    assert f"end {best['low-rank'] - techniques:.2f} below plain low-rank" in PAGE
