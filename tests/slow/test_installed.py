@@ -108,7 +108,7 @@ def test_a_study_of_ones_own_runs_to_the_report_where_there_is_no_checkout(
 def test_a_study_of_the_library_can_be_planned_by_its_name(installed, mine):
     options = ["--dry-run", "--flops", "1e12", "--json"]
     plan = json.loads(succeeds([installed / "lowrank-lab", "study", "quick", *options], mine))
-    assert len(plan["runs"]) == 6
+    assert len(plan["runs"]) == 7
     assert plan["folder"] == str(mine / "data" / "runs" / "quick")
 
 
