@@ -39,7 +39,7 @@ def book(browser, tmp_path_factory):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install -e '.[docs]'")
     root = tmp_path_factory.mktemp("checkout")
-    for name in ("lowrank_lab", "figures", "data", "notebooks", "pyproject.toml"):
+    for name in ("lowrank_lab", "benchmarks", "figures", "data", "notebooks", "pyproject.toml"):
         (root / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", root / "docs", ignore=shutil.ignore_patterns("*.ipynb"))
     shutil.copytree(
