@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lowrank_lab.analysis.ladder import gaps_of
-from lowrank_lab.analysis.stats import corrected, mean_interval, p_below
-from lowrank_lab.analysis.tables import paired
+from lowrank_lab.analysis.ladder import gaps_of, slopes
+from lowrank_lab.analysis.stats import corrected
+from lowrank_lab.analysis.tables import claims
 from lowrank_lab.runs.run import final_table, load_runs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -59,17 +59,14 @@ def hypotheses(folders: Sequence[Path] = LADDER) -> pd.DataFrame:
     return table
 
 
-def _below(finals: pd.DataFrame, a: str, b: str) -> tuple[str, float, float, int, float]:
-    values = paired(finals, [(a, b)]).iloc[0].dropna().tolist()
-    return f"{a} ends below {b}", *mean_interval(values), p_below(values)
+def _below(finals: pd.DataFrame, a: str, b: str) -> tuple[object, ...]:
+    row = claims(finals, [(a, b)]).iloc[0]
+    return f"{a} ends below {b}", *row[["A − B", "±", "n", "p (A < B)"]]
 
 
-def _slope(gaps: pd.DataFrame, label: str, words: str) -> tuple[str, float, float, int, float]:
-    """One least-squares slope per seed that all sizes have, over log₁₀ of the parameters."""
-    part = gaps[gaps["label"] == label]
-    wide = part.pivot(index="seed", columns="parameters", values="gap").dropna()
-    found = np.polyfit(np.log10(wide.columns.to_numpy(float)), wide.to_numpy().T, 1)[0].tolist()
-    return words, *mean_interval(found), p_below([-slope for slope in found])
+def _slope(gaps: pd.DataFrame, label: str, words: str) -> tuple[object, ...]:
+    row = slopes(gaps).set_index("label").loc[label]
+    return words, *row[["slope", "±", "n", "p (above 0)"]]
 
 
 if __name__ == "__main__":

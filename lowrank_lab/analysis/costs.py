@@ -52,7 +52,7 @@ def _training_flops(config: ResolvedConfig) -> float:
 def at_equal_cost(
     costs: pd.DataFrame, cost: str = "flops", reference: str = REFERENCE
 ) -> pd.DataFrame:
-    """Each label's loss less that of a dense model of the same cost, seed by seed.
+    """Each label's loss minus that of a dense model of the same cost, seed by seed.
 
     Columns: label, parameters, share (the label's cost over that of the reference at its size),
     dense (mean loss of the dense model), `A − dense` (mean), ± (95 %, Student's t) and n. Labels

@@ -49,8 +49,8 @@ def ladder(
         titles = (
             f"Gap to {reference}",
             "Gap over log10(parameters)",
-            f"Less {reference} of as many bytes",
-            f"Less {reference} of as many FLOPs",
+            f"Minus {reference} of the same bytes",
+            f"Minus {reference} of the same FLOPs",
         )
         for title, table in zip(titles, tables.values(), strict=True):
             click.echo(f"{title}\n{formatted(table).to_string(index=False)}\n")

@@ -20,7 +20,7 @@ UNITS = {"bytes": MIB, "flops": 1e12}
 def loss_over_costs(costs: pd.DataFrame, reference: str = REFERENCE) -> Figure:
     """Test loss against bytes and against FLOPs: a line through the sizes of each label.
 
-    The reference's line is the control: below it, a label beats a dense model of the same cost.
+    The reference's line is the control: a label below it beats the reference at the same cost.
     Labels at one size alone are left out if others are at several.
 
     Args:
@@ -50,7 +50,7 @@ def loss_over_costs(costs: pd.DataFrame, reference: str = REFERENCE) -> Figure:
         ax.set_xlabel(f"{AXES[cost]} (logarithmic)")
     axes[0].set_ylabel("test loss (nats per token)")
     axes[0].set_title(
-        "thick: dense models; mean of seeds, 95 % interval", loc="left", color="0.4", fontsize=8
+        f"thick: {reference}; mean of seeds, 95 % interval", loc="left", color="0.4", fontsize=8
     )
     last = means.drop_duplicates("label", keep="last")
     ends = [(row["mean"], row["label"], *style_of(str(row["label"]), labels)[::2])

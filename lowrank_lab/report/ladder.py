@@ -28,5 +28,5 @@ def ladder_pictures(
     costs = costs_of(folders, reference)
     yield Picture(
         "loss_over_costs", figures.loss_over_costs(costs, reference), costs,
-        f"Test loss over bytes and FLOPs; the line of {reference} is the dense control.",
+        f"Test loss over bytes and FLOPs; the thick line is {reference}.",
     )  # fmt: skip

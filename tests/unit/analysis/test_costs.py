@@ -131,7 +131,7 @@ def test_the_command_prints_both_costs_and_draws_them(folders, tmp_path):
         assert (out / f"equal_{cost}.csv").exists()
     assert (out / "loss_over_costs.svg").exists()
     shown = CliRunner().invoke(main, ["ladder", *map(str, folders)]).output
-    assert "Less full-rank of as many FLOPs" in shown
+    assert "Minus full-rank of the same FLOPs" in shown
     text = figures.alt_text(figures.loss_over_costs(costs_of(folders)))
     assert "training FLOPs" in text
     assert "low-rank" in text
