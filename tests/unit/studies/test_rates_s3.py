@@ -38,4 +38,15 @@ def test_the_rates_of_S3_lie_around_a_power_law_in_the_width(best):
         step = 1 if row in SAME_WIDTH else (at_s2 / best["S1"][row]) ** exponent
         exponents = [math.log2(rate / (at_s2 * step)) for rate in fields["grid"]["lr"]]
         first, last = min(-1, round(exponents[0])), max(1, round(exponents[-1]))
-        assert exponents == pytest.approx([*range(first, last + 1)], abs=0.015), row
+        assert exponents == pytest.approx([*range(first, last + 1)], abs=math.log2(1.01)), row
+
+
+def test_a_grid_goes_on_only_where_its_edge_was_the_best():
+    tried = of_study("rates_s3").groupby(["row", "lr"])["validation_loss"].mean()
+    for row, part in tried.groupby("row"):
+        losses = part.droplevel("row").sort_index()
+        ends = set(losses.index) - {losses.index[0], losses.index[-1]}
+        assert losses.idxmin() in ends, row  # inside of its grid
+        if len(losses) > 3:  # an end was added beside the best of those that were there
+            position = losses.index.get_loc(losses.idxmin())
+            assert position == 1 or position >= len(losses) - 3, row
