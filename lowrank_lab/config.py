@@ -189,7 +189,8 @@ class RunConfig(BaseModel):
     )
     rest_lr: float | None = help_field(
         None,
-        "peak learning rate of what is no target: embedding, head, norms; default: lr",
+        "peak learning rate of what is no target: embedding, head, norms; default: lr if given,"
+        " else the method's at this width",
         gt=0,
         le=100,
     )

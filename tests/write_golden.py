@@ -11,18 +11,21 @@ from short import QUICK, short_options, usual_rate
 
 from lowrank_lab.config import RunConfig
 from lowrank_lab.methods.build import build
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.training.gradients import gradients
 from lowrank_lab.training.step import update_
 
 STEPS = 20
 TECHNIQUES = {"refactor_every": 5, "reset_every": 5, "recovery_steps": 3}
-# Options that decide golden losses, instead of defaults that tuning may change.
-SCALES = {
+# Options that decide golden losses, instead of defaults that tuning may change; β₂ is 0.999.
+OPTIONS = {
     "galore": {"scale": 0.25}, "golore": {"scale": 0.25}, "fira": {"alpha": 1.0},
     "apollo": {"scale": 1.0}, "apollo-mini": {"scale": 128.0},
     "lora": {"alpha": 32}, "relora": {"alpha": 32}, "sltrain": {"alpha": 32},
-    "normuon": {"ns_precision": "fp32"}, "spectron": {"ns_precision": "fp32"},
+    "low-rank": {"alpha": 32}, "loro": {"alpha": 32}, "ldadam": {"beta2": 0.99, "rho": 0.908},
+    "muon": {"momentum": 0.95}, "normuon": {"ns_precision": "fp32", "momentum": 0.95},
+    "spectron": {"ns_precision": "fp32"},
 }  # fmt: skip
 
 
@@ -34,10 +37,12 @@ def tiny(method="full-rank", **values):
 def golden_configs():
     """File name → configuration, each small enough to run often, each with a second projection."""
     short = {"batch": 8, "sequence_length": 32}
-    configs = {"low-rank-refactor-reset": tiny("low-rank", lr=5e-3, **TECHNIQUES, **short)}
+    configs = {}
     for name in QUICK:
-        options = short_options(name, 9) | SCALES.get(name, {})
+        options = {"beta2": 0.999} if "beta2" in METHODS[name].options else {}
+        options |= short_options(name, 9) | OPTIONS.get(name, {})
         configs[name] = tiny(name, lr=usual_rate(name), method_options=options, **short)
+    configs["low-rank-refactor-reset"] = configs["low-rank"].replace(**TECHNIQUES)
     return configs
 
 

@@ -167,16 +167,15 @@ class MoreMethods(MarkdownDirective):
 
 
 class MethodOptions(MarkdownDirective):
-    """The options of every method, with defaults at the widths 64 and 512."""
+    """The options of every method, with learning rates at the widths 48 and 512."""
 
     def lines(self) -> list[str]:
         rows = []
         for m in built_in():
-            rates = [f"{m.lr.at(width):g}" for width in (64, 512)]
-            rates[0] += " (short)" if m.short_tuning else ""
+            rates = [f"{m.lr.at(width):g}" for width in (48, 512)]
             options = ", ".join(f"`{name}`" for name in m.options)
             rows.append((f"`{m.name}`", *rates, options))
-        return markdown_table(("method", "lr, width 64", "lr, width 512", "options"), rows)
+        return markdown_table(("method", "lr, width 48", "lr, width 512", "options"), rows)
 
 
 def built_in() -> list[Any]:

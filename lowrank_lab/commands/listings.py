@@ -49,15 +49,14 @@ def _facts(m: Method) -> dict[str, Any]:
         "layers": m.layers or "dense",
         "states": m.states,
         "lr": m.lr.plain,
-        "short_tuning": m.short_tuning,
         "spectral_lr": m.spectral_lr,
+        "rest_lr": m.rest_lr,
         "options": {name: option.default for name, option in m.options.items()},
     }
 
 
 def _described(m: Method) -> str:
     facts = _facts(m)
-    short = "; at width 64 from a short tuning" if m.short_tuning else ""
     spectral = f" (init spectral: {m.spectral_lr})" if m.spectral_lr else ""
     options = [f"    {k} {v}" for k, v in facts["options"].items() if v is not None]
     lines = [
@@ -66,7 +65,8 @@ def _described(m: Method) -> str:
         *([f"  year     {m.year}"] if m.year else []),
         f"  weights  {facts['layers']}",
         f"  states   {m.states or 'not known'} (elements, of an m×n weight)",
-        f"  lr       {m.lr}{spectral}{short}",
+        f"  lr       {m.lr}{spectral}",
+        *([f"  rest_lr  {m.rest_lr}; lr from width 512"] if m.rest_lr else []),
         *([f"  use      {m.use}"] if m.use else []),
         *(["  options"] if options else []),
     ]

@@ -14,13 +14,18 @@ from lowrank_lab.layers.padded import padded_linear, zero_padded
 from lowrank_lab.layers.svd import truncated_svd
 
 
+def usual_alpha(init: str | None, rank: int) -> float:
+    """The default α of factors alone: r, a scale of 1; for `kaiming` at most the paper's 32."""
+    return float(min(rank, 32) if init == "kaiming" else rank)
+
+
 class LowRankLinear(FactorizedLinear):
     """y = (α/r) · B (A x) + bias, without a dense weight.
 
     Args:
         linear: the dense layer to replace; only `init="spectral"` uses its weight (m×n).
         rank: r, from 1 to min(m, n).
-        alpha: α; default 32 for `kaiming` as in the paper's code, r (a scale of 1) for `spectral`.
+        alpha: α; default `usual_alpha`.
         init: `kaiming` draws both factors Kaiming-uniform(a=√5), as the paper's code does;
             `spectral` splits the truncated SVD of the dense initial weight evenly.
         decompose_on: device on which `spectral` computes this SVD; default: that of the weight.
@@ -45,7 +50,7 @@ class LowRankLinear(FactorizedLinear):
         decompose_on: torch.device | str | None = None,
     ) -> None:
         if alpha is None:
-            alpha = 32.0 if init == "kaiming" else float(rank)
+            alpha = usual_alpha(init, rank)
         super().__init__(linear, rank, alpha)
         if init not in ("kaiming", "spectral"):
             raise ValueError(f"init: {init!r} is not allowed; kaiming or spectral")

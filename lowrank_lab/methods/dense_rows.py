@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from lowrank_lab.methods.method import Method
+from lowrank_lab.methods.method import REST_LR, Method
 from lowrank_lab.methods.optimizers import (
     adamw,
     adamw_8bit,
@@ -31,7 +31,7 @@ from lowrank_lab.optim.state_bytes import (
     adamw_states,
 )
 
-_DENSE_LR = ByWidth({64: 5e-3, 96: 5e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})
+_DENSE_LR = ByWidth({48: 6.19e-3, 64: 3.54e-3, 96: 1.47e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4})
 
 FULL_RANK = Method(
     name="full-rank",
@@ -41,7 +41,8 @@ FULL_RANK = Method(
     use="the baseline: when memory is no limit",
     optimizer=adamw,
     lr=_DENSE_LR,
-    options=adam_options(eps=1e-8),
+    rest_lr=REST_LR,
+    options=adam_options(eps=1e-8, beta2=0.99),
     needs_full="none",
     states="2mn",
     state_bytes=adamw_states,
@@ -103,7 +104,8 @@ DENSE = (
         use="a quarter of AdamW's states, no other hyperparameter",
         optimizer=adamw_8bit,
         lr=_DENSE_LR,
-        options=adam_options(eps=1e-8),
+        rest_lr=REST_LR,
+        options=adam_options(eps=1e-8, beta2=0.99),
         states="2mn of 1 byte; a scale per block",
         state_bytes=adamw_8bit_states,
         fake_steps=False,
@@ -116,10 +118,11 @@ DENSE = (
         year=2024,
         use="half of AdamW's states, if each matrix fits on a device",
         optimizer=muon,
-        lr=ByWidth({64: 1e-2, 512: 2e-3, 2048: 1e-3}),
+        lr=ByWidth({48: 1.84e-2, 64: 1.37e-2, 96: 8.87e-3, 512: 2e-3, 2048: 1e-3}),
+        rest_lr=REST_LR,
         options={
-            **adam_options(eps=1e-8),
-            "momentum": Option.number(0.95, 0, 0.999999),
+            **adam_options(eps=1e-8, beta2=0.6),
+            "momentum": Option.number(ByWidth({96: 0.8, 512: 0.95}), 0, 0.999999),
         },
         needs_full="targets",
         states="mn; AdamW's 2 for embedding and head: 56 % of the weights of 60m, 10 % of 1b",
@@ -134,8 +137,8 @@ DENSE = (
         parent="full-rank",
         use="nearly no optimizer states with dense weights",
         optimizer=scale,
-        lr=ByWidth({64: 2.5e-3, 512: 1e-3, 1024: 1e-3, 2048: 2e-4, 4096: 1e-4}),
-        short_tuning=True,
+        lr=ByWidth({48: 5.13e-3, 512: 1e-3, 1024: 1e-3, 2048: 2e-4, 4096: 1e-4}),
+        rest_lr=REST_LR,
         options={
             **adam_options(eps=1e-8),
             "momentum": Option.number(0.9, 0, 0.999999),
@@ -157,11 +160,11 @@ DENSE = (
         parent="muon",
         use="Muon where some outputs would dominate the update",
         optimizer=normuon,
-        lr=ByWidth({64: 2e-2, 512: 2e-3, 2048: 1e-3}),
-        short_tuning=True,
+        lr=ByWidth({48: 1.76e-2, 512: 2e-3, 2048: 1e-3}),
+        rest_lr=REST_LR,
         options={
-            **adam_options(eps=1e-8),
-            "momentum": Option.number(0.95, 0, 0.999999),
+            **adam_options(eps=1e-8, beta2=0.99),
+            "momentum": Option.number(ByWidth({48: 0.8, 512: 0.95}), 0, 0.999999),
             "row_beta2": Option.number(0.95, 0, 0.999999),
             "update_scale": Option.choice("match_rms", UPDATE_SCALES),
             "ns_precision": Option.choice("bf16", NS_PRECISIONS),

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from lowrank_lab.methods.method import Method
+from lowrank_lab.methods.method import REST_LR, Method
 from lowrank_lab.methods.optimizers import (
     adamw,
     loro,
@@ -25,7 +25,7 @@ from lowrank_lab.optim.state_bytes import (
 )
 
 _LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
-_SPECTRAL_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
+_SPECTRAL_LR = ByWidth({48: 9.72e-3, 64: 4.81e-3, 96: 3.1e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
 FACTORIZED = (
     Method(
@@ -36,8 +36,9 @@ FACTORIZED = (
         parent="full-rank",
         use="when the weights themselves must be small",
         optimizer=adamw,
-        lr=ByWidth({64: 2.5e-3, 512: 1.5e-3, 768: 1.5e-3, 1024: 1e-3}),
+        lr=ByWidth({64: 5e-3, 512: 1.5e-3, 768: 1.5e-3, 1024: 1e-3}),
         spectral_lr=_SPECTRAL_LR,
+        rest_lr=REST_LR,
         layers="low-rank",
         halve_lr_at_high_rank=True,
         uses_rank=True,
@@ -105,14 +106,15 @@ FACTORIZED = (
         parent="low-rank",
         use="low-rank with a sparse part for what rank r misses",
         optimizer=adamw,
-        lr=ByWidth({64: 1e-2, 512: 3e-3}),
+        lr=ByWidth({48: 1e-2, 512: 3e-3}),
+        rest_lr=REST_LR,
         layers="sltrain",
         uses_rank=True,
         init="kaiming",
         options={
-            **_LORA,
+            **adam_options(eps=1e-8, beta2=0.99),
             "alpha": Option.number(
-                ByWidth({64: 8.0, 512: 32.0, 768: 16.0, 1024: 16.0, 2048: 8.0}), 1e-6, 1e6
+                ByWidth({48: 24.0, 512: 32.0, 768: 16.0, 1024: 16.0, 2048: 8.0}), 1e-6, 1e6
             ),
             "sparsity": Option.number(0.03, 0, 1),
             "keep_weight": Option.flag(False),
@@ -132,8 +134,8 @@ FACTORIZED = (
         parent="low-rank",
         use="small weights and activations; no export as a LLaMA",
         optimizer=adamw,
-        lr=ByWidth({64: 5e-3, 512: 6e-3, 768: 3e-3, 1024: 3e-3, 2048: 2e-3, 4096: 1e-3}),
-        short_tuning=True,
+        lr=ByWidth({48: 1e-2, 512: 6e-3, 768: 3e-3, 1024: 3e-3, 2048: 2e-3, 4096: 1e-3}),
+        rest_lr=REST_LR,
         layers="cola",
         uses_rank=True,
         options={
@@ -179,13 +181,13 @@ FACTORIZED = (
         parent="low-rank",
         use="half of low-rank's states, and updates as Muon's",
         optimizer=spectron,
-        lr=ByWidth({64: 1e-1, 512: 2e-2, 2048: 1e-2}),
-        short_tuning=True,
+        lr=ByWidth({48: 2.5e-2, 512: 2e-2, 2048: 1e-2}),
+        rest_lr=REST_LR,
         layers="low-rank",
         uses_rank=True,
         init="spectral",
         options={
-            **adam_options(eps=1e-8),
+            **adam_options(eps=1e-8, beta2=0.9999),
             "alpha": Option.number(None, 1e-6, 1e6),
             "momentum": Option.number(0.9, 0, 0.999999),
             "ns_precision": Option.choice("bf16", NS_PRECISIONS),

@@ -13,6 +13,8 @@ from lowrank_lab.optim.eight_bit import EIGHT_BIT
 from lowrank_lab.optim.state_bytes import StateRule, adamw_8bit_states
 
 FullWeights = Literal["none", "targets", "all"]
+# Of what is no target layer: the study's shared rate (data/study/README.md, "Tuning", rule 1).
+REST_LR = ByWidth({48: 6.9e-3, 64: 5.0e-3, 96: 3.1e-3})
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Method:
         parent: the method that it grew out of, by name.
         use: when to use it, in one line.
         lr: default peak learning rate.
-        short_tuning: whether that at width 64 is the best of a few short runs only (the study
-            since_2025), and not of runs at full length.
         spectral_lr: the same for factors that start from an SVD.
+        rest_lr: default peak learning rate of what is no target layer, where `lr` is the default,
+            too; from there to the next wider model of `lr` it turns into that. None: `lr`.
         halve_lr_at_high_rank: halve the default learning rate when rank ≥ width / 2 (of factors:
             `spectral_lr` only).
         layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
@@ -56,8 +58,8 @@ class Method:
     year: int | None = None
     parent: str | None = None
     use: str = ""
-    short_tuning: bool = False
     spectral_lr: ByWidth | None = None
+    rest_lr: ByWidth | None = None
     halve_lr_at_high_rank: bool = False
     layers: str | None = None
     uses_rank: bool = False
@@ -91,7 +93,18 @@ class Method:
 
     def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
         """The default peak learning rate for a model of this hidden size."""
-        lr = (init == "spectral" and self.spectral_lr) or self.lr
+        lr = self._rates(init)
         halved = self.halve_lr_at_high_rank and (self.layers is None or lr is self.spectral_lr)
         high = halved and rank is not None and 2 * rank >= width
         return lr.at(width) * (0.5 if high else 1.0)
+
+    def rest_rate(self, width: int, init: str | None) -> float | None:
+        """The default of `rest_lr` beside the default learning rate; None: the same rate."""
+        if self.rest_lr is None:
+            return None
+        tuned = max(self.rest_lr)
+        wider = {w: lr for w, lr in self._rates(init).items() if w > tuned}
+        return None if width >= min(wider) else ByWidth({**self.rest_lr, **wider}).at(width)
+
+    def _rates(self, init: str | None) -> ByWidth:
+        return (init == "spectral" and self.spectral_lr) or self.lr

@@ -37,12 +37,16 @@ class ByWidth(dict[int, float]):
     __repr__ = __str__
 
 
-class FlagByWidth(ByWidth):
-    """A flag that changes at some widths (hidden size → flag, ascending)."""
+class StepByWidth(ByWidth):
+    """A number that changes at some widths, and is constant between them."""
 
-    def at(self, width: int) -> bool:
-        """The flag of the largest width up to this one, or of the smallest."""
-        return bool(self[max((w for w in self if w <= width), default=min(self))])
+    def at(self, width: int) -> float:
+        """The number of the largest width up to this one, or of the smallest."""
+        return self[max((w for w in self if w <= width), default=min(self))]
+
+
+class FlagByWidth(StepByWidth):
+    """A flag that changes at some widths (hidden size → flag, ascending)."""
 
     def __str__(self) -> str:
         return ", ".join(f"{bool(value)} from width {width}" for width, value in self.items())
@@ -108,11 +112,12 @@ class Option:
         return cls(default, f"like {default!r}", lambda value: isinstance(value, type(default)))
 
 
-def adam_options(eps: float) -> dict[str, Option]:
-    """Adam's β₁, β₂ and ε."""
+def adam_options(eps: float, beta2: float = 0.999) -> dict[str, Option]:
+    """Adam's β₁, β₂ (the study's below width 512, 0.999 from there on) and ε."""
+    second = 0.999 if beta2 == 0.999 else StepByWidth({48: beta2, 512: 0.999})
     return {
         "beta1": Option.number(0.9, 0, 0.999999),
-        "beta2": Option.number(0.999, 1e-6, 0.999999),
+        "beta2": Option.number(second, 1e-6, 0.999999),
         "eps": Option.number(eps, 1e-30, 1),
     }
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from lowrank_lab.methods.method import Method
+from lowrank_lab.methods.method import REST_LR, Method
 from lowrank_lab.methods.optimizers import (
     projected,
 )
@@ -38,8 +38,9 @@ _APOLLO = {
 }
 _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
 _SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
-_GALORE_LR = ByWidth({64: 1e-2, 96: 5e-3, 512: 1e-2})
-_GALORE_SCALE = ByWidth({64: 1.0, 96: 1.0, 512: 0.25})
+_GALORE_LR = ByWidth({48: 1.13e-2, 512: 1e-2})
+_GALORE_SCALE = ByWidth({48: 1.0, 512: 0.25})
+_GALORE_ADAM = adam_options(eps=1e-6, beta2=0.95)
 
 PROJECTED = (
     Method(
@@ -51,10 +52,11 @@ PROJECTED = (
         use="dense weights with small states, for an SVD now and then",
         optimizer=projected(GaLore, *_SUBSPACE_KEYS, "scale", "spread_refresh"),
         lr=_GALORE_LR,
+        rest_lr=REST_LR,
         halve_lr_at_high_rank=True,
         uses_rank=True,
         options={
-            **adam_options(eps=1e-6),
+            **_GALORE_ADAM,
             **projection_options(PROJ_TYPES, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
         },
@@ -73,13 +75,14 @@ PROJECTED = (
         parent="galore",
         use="GaLore's states, with an update of full rank",
         optimizer=projected(Fira, *_SUBSPACE_KEYS, "alpha", "spread_refresh"),
-        lr=ByWidth({64: 1e-2}),
+        lr=ByWidth({48: 2.04e-2, 512: 1e-2}),
+        rest_lr=REST_LR,
         uses_rank=True,
         options={
             **adam_options(eps=1e-6),
             **projection_options(ONE_SIDED, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "alpha": Option.number(
-                ByWidth({64: 0.5, 96: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
+                ByWidth({48: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
             ),
         },
         needs_full="none",
@@ -97,7 +100,8 @@ PROJECTED = (
         parent="fira",
         use="small states without an SVD",
         optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
-        lr=ByWidth({64: 4e-2, 512: 1e-2}),
+        lr=ByWidth({48: 4.42e-2, 512: 1e-2}),
+        rest_lr=REST_LR,
         uses_rank=True,
         options=_APOLLO,
         needs_full="none",
@@ -139,9 +143,10 @@ PROJECTED = (
         use="GaLore when gradients are mostly noise, late in training",
         optimizer=projected(GoLore, *_SUBSPACE_KEYS, "scale", "switch", seeded=True),
         lr=_GALORE_LR,
+        rest_lr=REST_LR,
         uses_rank=True,
         options={
-            **adam_options(eps=1e-6),
+            **_GALORE_ADAM,
             **projection_options(PROJ_TYPES, REFRESHES, on_refresh=GoLore.on_refresh),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
             "switch": Option.integer(0, 0),
@@ -161,8 +166,8 @@ PROJECTED = (
         parent="galore",
         use="GaLore's states, with signs outside of the subspace",
         optimizer=projected(Frugal, *_SUBSPACE_KEYS, "proj", "inactive_lr_scale", seeded=True),
-        lr=ByWidth({64: 5e-3, 512: 1e-3}),
-        short_tuning=True,
+        lr=ByWidth({48: 4.72e-3, 512: 1e-3}),
+        rest_lr=REST_LR,
         uses_rank=True,
         options={
             **adam_options(eps=1e-8),
@@ -184,14 +189,14 @@ PROJECTED = (
         parent="galore",
         use="no period to tune; GaLore's states without feedback",
         optimizer=projected(LDAdam, "rho", "proj_type", "error_feedback", "refresh"),
-        lr=ByWidth({64: 1e-2, 512: 1e-3, 1024: 1e-3, 2048: 5e-4}),
-        short_tuning=True,
+        lr=ByWidth({48: 7.77e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4}),
+        rest_lr=REST_LR,
         uses_rank=True,
         options={
             **adam_options(eps=1e-8),
             "beta1": Option.number(0.908, 0, 0.999999),
             "beta2": Option.number(0.99, 1e-6, 0.999999),
-            "rho": Option.number(0.908, 0, 0.999999),
+            "rho": Option.number(ByWidth({48: 0.8, 512: 0.908}), 0, 0.999999),
             "proj_type": Option.choice("std", ONE_SIDED),
             "error_feedback": Option.flag(True),
             "refresh": Option.choice("auto", REFRESHES),

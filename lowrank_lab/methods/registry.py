@@ -1,16 +1,16 @@
 """METHODS: one row per method, the only home of its facts and defaults, in the file of its family.
 
-Learning rates and scales at width 64 are the best of the study at rank 16 and 20 tokens per
-parameter (data/study/README.md: stage 2 of tuning); those at width 96 the best of its larger model
-(GoLore has GaLore's). From width 512 on they are those of notebooks/studies/paper_*.yaml, which
-name the script or guess behind each; other methods scale their learning rate with width as full
-rank does. Over ranks (data/study/ranks and ranks_rates) the best rate is the same up to a quarter
-of the width, and half of it at half the width.
+Below width 512 learning rates (`lr`, `rest_lr`), β₂, momenta and scales are those that the study's
+tuning found (data/study/README.md): at width 48 rates_s1 and betas_s1, at widths 64 and 96 rates_s2
+and rates_s3 for the rows that a hypothesis names; of Kaiming low-rank those of its controls. Not
+tuned there are LoRA, ReLoRA, LORO, APOLLO-Mini, SPAM and Stable-SPAM: theirs at width 64 are those
+of the first study, one rate for all weights. AdamW in 8 bits has AdamW's, GoLore GaLore's.
 
-Rates at width 64 of rows with `short_tuning` are the best of 200 steps and two seeds, in factors of
-two (data/study/since_2025). From width 512 on they are those of the authors' scripts; NorMuon has
-Muon's, which suit steps of the same size, and Spectron guesses: no rate of its pretraining is
-published.
+From width 512 on they are those of notebooks/studies/paper_*.yaml, which name the script or guess
+behind each, or of the authors' scripts; others scale their learning rate with width as full rank
+does. NorMuon has Muon's there, which suit steps of the same size, and Spectron guesses: no rate of
+its pretraining is published. Over ranks (data/study/ranks and ranks_rates) the best rate is the
+same up to a quarter of the width, and half of it at half the width.
 
 Colours are Okabe and Ito's, and others chosen to be far from them and from each other, also as
 colour-blind readers see them; a test measures it.

@@ -10,6 +10,7 @@ import torch
 from lowrank_lab.config import TARGETS, InputError, ResolvedConfig, RunConfig, Size, nearest
 from lowrank_lab.data.prepare import vocabulary
 from lowrank_lab.layers import target_layers
+from lowrank_lab.layers.low_rank import usual_alpha
 from lowrank_lab.methods.method import Method
 from lowrank_lab.methods.optimizers import (
     ADAMS,
@@ -49,9 +50,11 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     if method.layers is not None:
         changes["init"] = config.init or method.init
     changes["rank"] = rank = _checked_rank(config, method)
-    rate = method.learning_rate(config.size.hidden_size, changes.get("init"), rank)
-    changes["lr"] = config.lr or rate
-    if config.rest_lr == changes["lr"]:
+    width, init = config.size.hidden_size, changes.get("init")
+    changes["lr"] = config.lr or method.learning_rate(width, init, rank)
+    if config.lr is None and config.rest_lr is None and config.optimizer is None:
+        changes["rest_lr"] = method.rest_rate(width, init)
+    if changes.get("rest_lr", config.rest_lr) == changes["lr"]:
         changes["rest_lr"] = None
     changes["method_options"] = options = _checked_options(config, method, changes)
     if config.per_layer and options.get("error_feedback"):
@@ -232,7 +235,7 @@ def _checked_options(config: RunConfig, method: Method, changes: dict[str, Any])
     if options.get("recompute"):
         _check_recompute(config)
     if "alpha" in options and options["alpha"] is None:
-        options["alpha"] = 32.0 if changes["init"] == "kaiming" else float(changes["rank"])
+        options["alpha"] = usual_alpha(changes["init"], changes["rank"])
     if "merge_every" in options and "merge_every" not in given:  # short runs merge as well
         options["merge_every"] = min(options["merge_every"], max(1, config.total_steps // 5))
     for name in ("merge_every", "warm_start"):

@@ -131,52 +131,77 @@ def test_resolve_fills_everything_a_run_needs(name):
     assert None not in config.method_options.values()
 
 
-def best_of_tuning():
-    """Width, method, initialisation → (rate, scale) of the least loss in the kept tuning."""
-    found = {}
-    for run in (run for name in ("tune", "tune_larger_full") for run in find_runs(KEPT / name)):
-        config = run.config
-        if not config.refactor_every:
-            options = config.method_options
-            scale = options.get("scale", options.get("alpha"))
-            key = config.hidden_size or 64, config.method, config.init
-            found.setdefault(key, []).append((run.result["validation_loss"], config.lr, scale))
-    return {key: min(tried)[1:] for key, tried in found.items()}
+# The ladder's studies and the rows of each whose rates are tuned at its size.
+NAMED = ("full-rank", "muon", "low-rank")
+LADDER = {"ladder_s1": (), "ladder_s2": NAMED, "ladder_s3": NAMED}
+TUNED = ("beta2", "alpha", "momentum", "rho", "inactive_lr_scale")
 
 
-@pytest.mark.parametrize("key", best_of_tuning(), ids=str)
-def test_defaults_at_the_studys_widths_are_what_tuning_found_best(key):
-    width, method, init = key
-    config = resolve(RunConfig(method=method, init=init, hidden_size=width))
-    options = config.method_options
-    assert (config.lr, options.get("scale", options.get("alpha"))) == best_of_tuning()[key]
+def tuned_rows():
+    """The rows of the ladder without a technique: (study, label) → configuration."""
+    for name, only in LADDER.items():
+        path = ROOT / "notebooks" / "studies" / f"{name}.yaml"
+        for label, config in load_study(path, corpora=False, seeds=[11], only=only).runs.values():
+            if not config.refactor_every and config.method_options.get("on_refresh") != "transport":
+                yield pytest.param(config, id=f"{name}, {label}")
 
 
-@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.short_tuning])
-def test_a_rate_from_the_short_tuning_is_its_best_and_inside_of_its_grid(name):
-    losses = {}
-    for run in find_runs(KEPT / "since_2025"):
-        if run.config.method == name and run.label.startswith(f"{name}, lr"):
-            losses.setdefault(run.config.lr, []).append(run.result["validation_loss"])
-    assert {len(found) for found in losses.values()} == {2}  # seeds
-    best = min(losses, key=lambda lr: sum(losses[lr]))
-    assert min(losses) < best < max(losses)
-    assert resolve(RunConfig(method=name)).lr == best
+@pytest.mark.parametrize("tuned", list(tuned_rows()))
+def test_defaults_at_the_ladders_widths_are_those_that_its_tuning_found_best(tuned):
+    config = resolve(RunConfig(method=tuned.method, init=tuned.init, hidden_size=tuned.hidden_size))
+    assert config.lr == pytest.approx(tuned.lr, rel=0.01)  # parabolas have three digits
+    assert config.rest_lr == tuned.rest_lr
+    for name in TUNED:
+        assert config.method_options.get(name) == tuned.method_options.get(name), name
 
 
-@pytest.mark.parametrize(
-    ("method", "init", "rank", "best"),
-    [("low-rank", "spectral", 4, 1e-2), ("low-rank", "spectral", 8, 1e-2),
-     ("low-rank", "spectral", 32, 5e-3), ("galore", None, 32, 5e-3)],
-)  # fmt: skip
-def test_the_default_rate_is_what_the_study_found_best_at_a_rank(method, init, rank, best):
-    losses = {}
-    for run in (run for name in ("ranks", "ranks_rates") for run in find_runs(KEPT / name)):
-        if run.folder.name.startswith(f"micro-{method}-r{rank}-lr"):
-            losses.setdefault(run.config.lr, []).append(run.result["validation_loss"])
-    assert len(losses) > 1
-    assert min(losses, key=lambda lr: sum(losses[lr]) / len(losses[lr])) == best
-    assert resolve(RunConfig(method=method, init=init, rank=rank)).lr == best
+def test_the_default_rate_and_alpha_of_kaiming_factors_are_the_best_of_their_controls():
+    losses = {
+        (run.config.lr, run.config.method_options["alpha"]): run.result["validation_loss"]
+        for run in find_runs(KEPT / "controls")
+        if run.label.startswith("low-rank (Kaiming)")
+    }
+    assert len(losses) == 16
+    config = resolve(RunConfig(method="low-rank", hidden_size=64))
+    assert config.init == "kaiming"
+    assert (config.lr, config.method_options["alpha"]) == min(losses, key=losses.__getitem__)
+
+
+@pytest.mark.parametrize("method", ["low-rank", "galore"])
+def test_the_default_rate_halves_at_half_the_width_as_the_study_found_it(method):
+    best = {}
+    for rank in (16, 32):
+        losses = {}
+        for run in (run for name in ("ranks", "ranks_rates") for run in find_runs(KEPT / name)):
+            if run.folder.name.startswith(f"micro-{method}-r{rank}-lr"):
+                losses.setdefault(run.config.lr, []).append(run.result["validation_loss"])
+        best[rank] = min(losses, key=lambda lr: sum(losses[lr]) / len(losses[lr]))
+    init = "spectral" if method == "low-rank" else None
+    rates = {r: resolve(RunConfig(method=method, init=init, rank=r)).lr for r in (16, 32)}
+    assert rates[32] / rates[16] == best[32] / best[16] == 0.5
+
+
+def test_a_rate_that_is_given_holds_for_all_weights_and_the_default_has_one_for_the_rest():
+    muon = resolve(RunConfig(method="muon", hidden_size=64))
+    assert (muon.lr, muon.rest_lr) == (1.37e-2, 5e-3)
+    assert resolve(RunConfig(method="muon", hidden_size=64, lr=1.37e-2)).rest_lr is None
+    assert resolve(RunConfig(method="muon", hidden_size=64, rest_lr=1e-3)).rest_lr == 1e-3
+    assert resolve(muon) == muon
+    wide = RunConfig(method="muon", hidden_size=512, intermediate_size=1376, num_heads=8)
+    assert (resolve(wide).lr, resolve(wide).rest_lr) == (2e-3, None)
+    assert resolve(RunConfig(hidden_size=64, optimizer="torch.optim.NAdam")).rest_lr is None
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.rest_lr])
+def test_the_rate_of_the_rest_turns_into_the_methods_between_the_study_and_the_papers_sizes(name):
+    method = METHODS[name]
+    for init in (None, "spectral"):
+        rest = [method.rest_rate(width, init) for width in (32, 96, 256, 511, 512, 2048)]
+        assert rest[:2] == [6.9e-3, 3.1e-3]
+        assert rest[4:] == [None, None]
+        end = method.learning_rate(512, init, None)
+        assert rest[3] == pytest.approx(end, rel=0.02)
+        assert min(3.1e-3, end) <= rest[2] <= max(3.1e-3, end)
 
 
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
@@ -227,10 +252,11 @@ def test_a_reset_that_never_happens_leaves_no_trace(name, values):
 
 
 @pytest.mark.parametrize(
-    ("init", "rank", "alpha"), [(None, 4, 32.0), ("kaiming", 4, 32.0), ("spectral", 4, 4.0)]
+    ("init", "rank", "alpha"),
+    [(None, 4, 4.0), ("kaiming", 4, 4.0), ("kaiming", 64, 32.0), ("spectral", 4, 4.0)],
 )
 def test_alpha_follows_the_initialisation(init, rank, alpha):
-    config = resolve(tiny("low-rank", init=init, rank=rank))
+    config = resolve(tiny("low-rank", init=init, rank=rank, hidden_size=64))
     assert config.method_options["alpha"] == alpha
 
 
