@@ -91,8 +91,9 @@ def test_kaiming_init_is_uniform_within_one_over_the_root_of_the_fan_in():
         assert values.std() == pytest.approx(1 / math.sqrt(3), rel=0.05)
 
 
-def test_the_default_scale_is_the_paper_s_for_kaiming_and_one_for_spectral():
-    assert LowRankLinear(dense(8, 8), 4).scale == 32 / 4
+def test_the_default_scale_is_one_and_for_kaiming_at_most_that_of_the_papers_alpha():
+    assert LowRankLinear(dense(8, 8), 4).scale == 1
+    assert LowRankLinear(dense(48, 48), 48).scale == 32 / 48
     assert LowRankLinear(dense(8, 8), 4, init="spectral").scale == 1
     assert LowRankLinear(dense(8, 8), 4, alpha=6).scale == 1.5
 
