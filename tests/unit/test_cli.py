@@ -81,16 +81,16 @@ def test_report_prints_the_table_as_json_too(trained, tmp_path):
 
 
 def test_a_kept_study_is_reported_with_its_questions_and_stays_as_it_is(tmp_path, monkeypatch):
-    here = NOTEBOOKS.parent / "data" / "study" / "larger"
-    shutil.copytree(here, tmp_path / "study" / "larger")
+    here = NOTEBOOKS.parent / "data" / "study" / "ladder_s2"
+    shutil.copytree(here, tmp_path / "study" / "ladder_s2")
     monkeypatch.setenv("LOWRANK_LAB_DATA", str(tmp_path))
     before = sorted((tmp_path / "study").rglob("*"))
-    done = run("report", tmp_path / "study" / "larger")
+    done = run("report", tmp_path / "study" / "ladder_s2")
     assert done.exit_code == 0, done.output
     assert "p (A < B)" in done.stdout
     assert run("report", tmp_path / "study").exit_code == 0  # all that is kept as one
     assert sorted((tmp_path / "study").rglob("*")) == before
-    page = tmp_path / "runs" / "kept" / "larger" / "report.html"
+    page = tmp_path / "runs" / "kept" / "ladder_s2" / "report.html"
     assert "Is A below B?" in page.read_text()
 
 

@@ -1,6 +1,5 @@
 """The files of the study (data/study/README.md) follow from one another."""
 
-import json
 import math
 import re
 
@@ -14,8 +13,7 @@ from lowrank_lab.runs.files import write_json
 from lowrank_lab.runs.run import final_table, load_runs
 from lowrank_lab.studies.study_file import load_study
 
-CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks",
-         "tune_larger", "tune_larger_full", "larger", "larger_rate", "equal_time")  # fmt: skip
+CHAIN = ("tune_short", "tune", "main", "techniques", "ranks", "ranks_rates", "tune_ranks")
 # the fields that tuning decides or that only say what is recorded
 FREE = {"lr", "seed", "steps", "eval_every", "test_tokens", "spectra_every", "spectra_layers",
         "checkpoint_every"}  # fmt: skip
@@ -55,8 +53,6 @@ def variants(runs):
     [
         ("tune_short", "tune"),
         ("tune", "main"),
-        ("tune_larger", "tune_larger_full"),
-        ("tune_larger_full", "larger"),
     ],
 )
 def test_what_is_compared_was_tuned_with_the_same_settings(chain, earlier, later):
@@ -85,21 +81,13 @@ def test_a_headline_has_five_seeds_and_every_row_of_the_comparison_three(chain):
 
 
 def test_all_lengths_are_twenty_tokens_a_parameter(chain):
-    for name in ("main", "techniques", "larger"):
+    for name in ("main", "techniques"):
         full = next(c for _, c in chain[name] if c.method == "full-rank")
         size = full.size
         layer = 4 * size.hidden_size**2 + 3 * size.hidden_size * size.intermediate_size
         count = 2 * size.vocab_size * size.hidden_size + size.num_layers * layer
         for _, config in chain[name]:
             assert config.steps * config.tokens_per_step / count == pytest.approx(20, rel=0.01)
-
-
-def test_steps_of_the_same_time_follow_from_the_measured_step_times(chain):
-    rows = json.loads((NOTEBOOKS.parent / "benchmarks" / "results.json").read_text())["rows"]
-    ratios = {row["name"].removeprefix("step of the study, "): row["ratio"] for row in rows}
-    ratios["full-rank"] = 1  # what the others are measured against
-    for label, config in variants(chain["equal_time"]).items():
-        assert config.steps == pytest.approx(1300 / ratios[label], rel=0.02), label
 
 
 def section(title):
@@ -110,7 +98,7 @@ def section(title):
 
 @pytest.mark.parametrize(
     ("name", "title"),
-    [("main", "the study"), ("larger", "the larger model"), ("quick", "the quick study")],
+    [("main", "the study"), ("quick", "the quick study")],
 )
 def test_the_tables_of_the_book_are_what_the_kept_records_say(name, title):
     part = section(title).partition("\n### ")[0].partition("\n| A − B |")[0]
@@ -136,8 +124,7 @@ def claimed(name):
 
 
 STUDIES = {
-    "the study": ["main", "techniques", "equal_time", "larger", "larger_rate"],
-    "the larger model": ["larger", "larger_rate"],
+    "the study": ["main", "techniques"],
     "the quick study": ["quick"],
 }
 
