@@ -164,7 +164,7 @@ DENSE = (
         rest_lr=REST_LR,
         options={
             **adam_options(eps=1e-8, beta2=0.99),
-            "momentum": Option.number(ByWidth({48: 0.8, 512: 0.95}), 0, 0.999999),
+            "momentum": Option.number(ByWidth({96: 0.8, 512: 0.95}), 0, 0.999999),
             "row_beta2": Option.number(0.95, 0, 0.999999),
             "update_scale": Option.choice("match_rms", UPDATE_SCALES),
             "ns_precision": Option.choice("bf16", NS_PRECISIONS),

@@ -114,7 +114,7 @@ FACTORIZED = (
         options={
             **adam_options(eps=1e-8, beta2=0.99),
             "alpha": Option.number(
-                ByWidth({48: 24.0, 512: 32.0, 768: 16.0, 1024: 16.0, 2048: 8.0}), 1e-6, 1e6
+                ByWidth({96: 24.0, 512: 32.0, 768: 16.0, 1024: 16.0, 2048: 8.0}), 1e-6, 1e6
             ),
             "sparsity": Option.number(0.03, 0, 1),
             "keep_weight": Option.flag(False),

@@ -39,7 +39,7 @@ _APOLLO = {
 _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
 _SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
 _GALORE_LR = ByWidth({48: 1.13e-2, 512: 1e-2})
-_GALORE_SCALE = ByWidth({48: 1.0, 512: 0.25})
+_GALORE_SCALE = ByWidth({96: 1.0, 512: 0.25})
 _GALORE_ADAM = adam_options(eps=1e-6, beta2=0.95)
 
 PROJECTED = (
@@ -82,7 +82,7 @@ PROJECTED = (
             **adam_options(eps=1e-6),
             **projection_options(ONE_SIDED, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "alpha": Option.number(
-                ByWidth({48: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
+                ByWidth({96: 0.5, 512: 0.25, 1024: 0.25, 2048: 0.0625}), 0, 1000
             ),
         },
         needs_full="none",
@@ -196,7 +196,7 @@ PROJECTED = (
             **adam_options(eps=1e-8),
             "beta1": Option.number(0.908, 0, 0.999999),
             "beta2": Option.number(0.99, 1e-6, 0.999999),
-            "rho": Option.number(ByWidth({48: 0.8, 512: 0.908}), 0, 0.999999),
+            "rho": Option.number(ByWidth({96: 0.8, 512: 0.908}), 0, 0.999999),
             "proj_type": Option.choice("std", ONE_SIDED),
             "error_feedback": Option.flag(True),
             "refresh": Option.choice("auto", REFRESHES),

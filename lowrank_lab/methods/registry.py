@@ -1,10 +1,11 @@
 """METHODS: one row per method, the only home of its facts and defaults, in the file of its family.
 
 Below width 512 learning rates (`lr`, `rest_lr`), β₂, momenta and scales are those that the study's
-tuning found (data/study/README.md): at width 48 rates_s1 and betas_s1, at widths 64 and 96 rates_s2
-and rates_s3 for the rows that a hypothesis names; of Kaiming low-rank those of its controls. Not
-tuned there are LoRA, ReLoRA, LORO, APOLLO-Mini, SPAM and Stable-SPAM: theirs at width 64 are those
-of the first study, one rate for all weights. AdamW in 8 bits has AdamW's, GoLore GaLore's.
+tuning found (data/study/README.md): at width 48 rates_s1 and betas_s1; at widths 64 and 96, with
+the same scales and β₂, rates_s2 and rates_s3 for the rows that a hypothesis names; of Kaiming
+low-rank those of its controls. Not tuned there are LoRA, ReLoRA, LORO, APOLLO-Mini, SPAM and
+Stable-SPAM: theirs at width 64 are those of the first study, one rate for all weights. AdamW in 8
+bits has AdamW's, GoLore GaLore's.
 
 From width 512 on they are those of notebooks/studies/paper_*.yaml, which name the script or guess
 behind each, or of the authors' scripts; others scale their learning rate with width as full rank

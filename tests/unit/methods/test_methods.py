@@ -134,7 +134,7 @@ def test_resolve_fills_everything_a_run_needs(name):
 # The ladder's studies and the rows of each whose rates are tuned at its size.
 NAMED = ("full-rank", "muon", "low-rank")
 LADDER = {"ladder_s1": (), "ladder_s2": NAMED, "ladder_s3": NAMED}
-TUNED = ("beta2", "alpha", "momentum", "rho", "inactive_lr_scale")
+TUNED = ("beta2", "alpha", "scale", "momentum", "rho", "inactive_lr_scale")
 
 
 def tuned_rows():
@@ -179,6 +179,14 @@ def test_the_default_rate_halves_at_half_the_width_as_the_study_found_it(method)
     init = "spectral" if method == "low-rank" else None
     rates = {r: resolve(RunConfig(method=method, init=init, rank=r)).lr for r in (16, 32)}
     assert rates[32] / rates[16] == best[32] / best[16] == 0.5
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.rest_lr])
+def test_what_the_ladder_tunes_at_its_smallest_size_alone_is_the_same_at_the_others(name):
+    """`rates_s2` and `rates_s3` try rates, with the scales and β₂ of S1."""
+    for option, value in METHODS[name].options.items():
+        if isinstance(value.default, ByWidth):
+            assert len({value.default.at(width) for width in (48, 64, 96)}) == 1, option
 
 
 def test_a_rate_that_is_given_holds_for_all_weights_and_the_default_has_one_for_the_rest():
