@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
-from hypotheses import LADDER, hypotheses
+from hypotheses import LADDER, LEVEL, hypotheses
 from markdown_directive import ROOT, MarkdownDirective, markdown_table
 from sphinx.application import Sphinx
+
+if TYPE_CHECKING:
+    from lowrank_lab.runs.run import Run
 
 BENCHMARKS = ROOT / "benchmarks" / "results.json"
 # Gaps of perplexities to AdamW at 60m on C4, as differences of their logarithms. Muon: the table of
@@ -29,23 +32,37 @@ class KeptStudy(MarkdownDirective):
         return records_of(self.arguments[0])
 
     def lines(self) -> list[str]:
-        from lowrank_lab.analysis.tables import claims, formatted, structure, summary
+        from lowrank_lab.analysis.tables import formatted, structure, summary
         from lowrank_lab.report import asked_in
         from lowrank_lab.runs.run import complete_runs
 
         name = self.arguments[0]
-        folder = ROOT / "data" / "study" / name
+        runs = complete_runs(ROOT / "data" / "study" / name)
         finals = finals_of(name)
         what, pairs = asked_in(ROOT / "notebooks" / "studies" / f"{name}.yaml")
         found = [f"`notebooks/studies/{name}.yaml`, {len(finals)} runs. {' '.join(what.split())}"]
         found += ["", "**How each variant ended**", "", *frame(formatted(summary(finals)))]
         if pairs:
             found += ["", "**Differences in test loss, A − B, seed by seed**", ""]
-            found += frame(formatted(claims(finals, pairs)))
-        ends = structure(complete_runs(folder))
+            found += frame(formatted(answers(runs, finals, pairs)))
+        ends = structure(runs)
         if len(ends.columns) > 1:
             found += ["", "**Recorded layers at the end of training**", "", *frame(formatted(ends))]
         return found
+
+
+def answers(runs: list[Run], finals: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
+    """The verdicts on a study's pairs that have runs, and their bootstrap intervals."""
+    from lowrank_lab.analysis.tables import by_documents, verdicts
+
+    table = verdicts(finals, pairs, how="fdr_bh")
+    table = table[table["n"] > 0]
+    drawn = by_documents(runs, pairs)
+    if drawn.empty:
+        return table
+    ends = drawn[["low", "high"]].map("{:+.3f}".format).replace("-", "−", regex=True)
+    drawn["over seeds and documents"] = ends["low"] + " to " + ends["high"]
+    return table.merge(drawn[["A", "B", "over seeds and documents"]], on=["A", "B"], how="left")
 
 
 def finals_of(name: str) -> pd.DataFrame:
@@ -116,10 +133,11 @@ class KeptRobustness(KeptRates):
         found = robustness(finals_of(self.arguments[0]))
         named = found["label"].str.partition(", ")
         best = found.assign(variant=named[0], setting=named[2]).drop_duplicates("variant")
-        head = ["variant", "setting", "best rate", "validation loss", "÷", "×", "diverges at"]
+        head = ["variant", "setting", "best rate", "validation loss"]
+        head += ["÷", "×", "width", "diverges at"]
         rows = []
         for _, row in best.iterrows():
-            reach = [row["down"], row["up"], row["diverges at"]]
+            reach = [row["down"], row["up"], row["width"], row["diverges at"]]
             shown = ["" if math.isnan(value) else f"{value:.3g}" for value in reach]
             found_at = (f"{row['best rate']:g}", f"{row['validation loss']:.3f}")
             rows.append([row["variant"], row["setting"], *found_at, *shown])
@@ -131,8 +149,9 @@ class KeptRobustness(KeptRates):
 class KeptGaps(MarkdownDirective):
     """Each row's gap to full rank in kept studies of the ladder, one column per size.
 
-    Two or more sizes add the slope of the gap over log₁₀ of the parameters, and the p-value of a
-    one-sided test that the slope is above 0.
+    A star marks gaps that differ from 0 after Benjamini and Hochberg's correction over the rows of
+    a size. Two or more sizes add the slope of the gap over log₁₀ of the parameters, and the p-value
+    of a one-sided test that the slope is above 0, uncorrected and corrected over the rows.
     """
 
     required_arguments = 1
@@ -148,7 +167,11 @@ class KeptGaps(MarkdownDirective):
         table = gap_table(gaps)
         means = table.pivot_table(index="label", columns="parameters", values="gap")
         table["shown"] = table.apply(
-            lambda row: f"{with_interval(row['gap'], row['±'])} ({row['n']})", axis=1
+            lambda row: (
+                f"{with_interval(row['gap'], row['±'])} ({row['n']})"
+                + (" *" if row["p (BH)"] < LEVEL else "")
+            ),
+            axis=1,
         )
         shown = table.pivot_table(
             index="label", columns="parameters", values="shown", aggfunc="first"
@@ -157,8 +180,9 @@ class KeptGaps(MarkdownDirective):
         if len(shown.columns) > 1:
             steep = slopes(gaps).set_index("label")
             shown["slope"] = steep.apply(lambda x: with_interval(x["slope"], x["±"]), axis=1)
-            shown["p"] = steep["p (above 0)"].map(lambda p: "" if math.isnan(p) else f"{p:.3g}")
-            head += ["slope", "p"]
+            for name in ("p (above 0)", "p (BH)"):
+                shown[name] = steep[name].map(lambda p: "" if math.isnan(p) else f"{p:.3g}")
+            head += ["slope", "p", "p (BH)"]
         shown = shown.loc[means.iloc[:, 0].sort_values().index].fillna("")
         return markdown_table(head, shown.reset_index().to_numpy().tolist())
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lowrank_lab.analysis.stats import corrected, mean_interval, p_below
+from lowrank_lab.analysis.stats import corrected, mean_interval, p_below, p_differs
 from lowrank_lab.analysis.tables import intervals, paired
 from lowrank_lab.config import InputError
 from lowrank_lab.paths import kept_folders, located
@@ -82,8 +82,17 @@ def _gaps(finals: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:
-    """One row per label and size: label, parameters, gap (mean), ± (95 %, Student's t), n."""
-    return intervals(gaps, ["label", "parameters"], "gap").rename(columns={"mean": "gap"})
+    """One row per label and size: label, parameters, gap (mean), ± (95 %, Student's t), n, p (BH).
+
+    The last is that of a two-sided t-test that the gap isn't 0, corrected by Benjamini and Hochberg
+    over the labels of a size.
+    """
+    table = intervals(gaps, ["label", "parameters"], "gap").rename(columns={"mean": "gap"})
+    tests = gaps.groupby(["label", "parameters"], sort=False)["gap"].agg(lambda x: p_differs([*x]))
+    table["p (BH)"] = [tests[label, size] for label, size in table[["label", "parameters"]].values]
+    by_size = table.groupby("parameters")["p (BH)"]
+    table["p (BH)"] = by_size.transform(lambda p: corrected(p.tolist(), "fdr_bh"))
+    return table
 
 
 def slopes(gaps: pd.DataFrame) -> pd.DataFrame:

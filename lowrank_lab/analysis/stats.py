@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+Correction = Literal["holm", "fdr_bh"]
+
+
 def p_below(differences: Sequence[float]) -> float:
     """p-value of a one-sided paired t-test of A < B; NaN for fewer than two differences.
 
@@ -43,7 +46,13 @@ def p_within(differences: Sequence[float], margin: float) -> float:
         return float(DescrStatsW(np.asarray(differences)).ttost_mean(-margin, margin)[0])
 
 
-def corrected(p_values: Sequence[float], how: Literal["holm", "fdr_bh"]) -> list[float]:
+def p_differs(differences: Sequence[float]) -> float:
+    """p-value of a two-sided t-test that the mean isn't 0; NaN for fewer than two differences."""
+    below = p_below(differences)
+    return 2 * min(below, 1 - below)
+
+
+def corrected(p_values: Sequence[float], how: Correction) -> list[float]:
     """p-values corrected for their number; NaN stays NaN and doesn't count.
 
     Args:

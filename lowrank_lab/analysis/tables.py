@@ -12,6 +12,7 @@ import torch
 
 from lowrank_lab.analysis.spectra import effective_rank, is_factor
 from lowrank_lab.analysis.stats import (
+    Correction,
     corrected,
     mean_interval,
     mean_intervals,
@@ -100,23 +101,28 @@ def claims(finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
 
 
 def verdicts(
-    finals: pd.DataFrame, pairs: Sequence[tuple[str, str]], margin: float = MARGIN
+    finals: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    margin: float = MARGIN,
+    how: Correction = "holm",
 ) -> pd.DataFrame:
-    """`claims`, corrected for their number by Holm's method, with an equivalence test of each.
+    """`claims`, corrected for their number, with an equivalence test of each.
 
-    Further columns: `p (Holm)`, of A < B; `p (equal)`, by two one-sided tests within ±margin; and
-    `verdict`: *below* (p (Holm) < 0.05), *equal* (p (equal) < 0.05), *above* (the interval lies
-    above 0; both uncorrected), or *open*.
+    Further columns: `p (Holm)` or `p (BH)`, of A < B; `p (equal)`, by two one-sided tests within
+    ±margin; and `verdict`: *below* (corrected p < 0.05), *equal* (p (equal) < 0.05), *above* (the
+    interval lies above 0; both uncorrected), or *open*.
 
     Args:
         margin: nats per token within which two losses count as equal.
+        how: the correction, as of `stats.corrected`.
     """
     table = claims(finals, pairs)
     values = [row[~np.isnan(row)].tolist() for row in paired(finals, pairs).to_numpy()]
-    table["p (Holm)"] = corrected(table["p (A < B)"].tolist(), "holm")
+    name = {"holm": "p (Holm)", "fdr_bh": "p (BH)"}[how]
+    table[name] = corrected(table["p (A < B)"].tolist(), how)
     table["p (equal)"] = [p_within(row, margin) for row in values]
     kinds = [
-        (table["p (Holm)"] < 0.05, "below"),
+        (table[name] < 0.05, "below"),
         (table["p (equal)"] < 0.05, "equal"),
         (table["A − B"] > table["±"], "above"),
     ]

@@ -133,6 +133,13 @@ def fact_curves(facts: pd.DataFrame, names: Sequence[str] | None = None) -> Figu
             ax.set_ylim(bottom=0)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
+    if rows == 1:
+        last = axes.flat[len(shown) - 1]
+        label_ends(last, [
+            (line.get_ydata()[-1], line.get_label(), line.get_color(), line.get_marker())
+            for line in last.get_lines()
+        ], digits=1, gap=0.09)  # fmt: skip
+        return figure
     lines = {
         text: line
         for ax in axes.flat

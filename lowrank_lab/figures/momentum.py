@@ -50,7 +50,9 @@ def momentum_bars(momentum: pd.DataFrame) -> Figure:
 def cosine_table(
     finals: pd.DataFrame, momentum: pd.DataFrame, pairs: Iterable[tuple[str, str]]
 ) -> pd.DataFrame:
-    """`claim_table` and the mean cosine of A's momentum, for pairs (A, B) without events in B.
+    """`claim_table` with the mean cosines of A's and B's momentum across their events.
+
+    Pairs (A, B) of one method alone, with events in A; the cosine of B is NaN where it has none.
 
     Args:
         finals: `runs.final_table`, one run per label and seed.
@@ -59,14 +61,18 @@ def cosine_table(
     if momentum.empty:
         return pd.DataFrame()
     cosines = momentum.groupby("label")["momentum_cosine"].mean()
-    plain = [(a, b) for a, b in pairs if a in cosines.index and b not in cosines.index]
-    table = claim_table(finals, plain)
-    table = table.assign(cosine=table["A"].map(cosines).astype(float))
+    methods = finals.drop_duplicates("label").set_index("label")["method"]
+    alike = [(a, b) for a, b in pairs if a in cosines.index and methods.get(a) == methods.get(b)]
+    table = claim_table(finals, alike)
+    for name, label in (("cosine", "A"), ("cosine of B", "B")):
+        table[name] = table[label].map(cosines).astype(float)
     return table.sort_values("cosine", ignore_index=True)
 
 
 def cosine_beside_gain(table: pd.DataFrame) -> Figure:
     """The cosine of A's momentum across its events, beside its difference in test loss to B.
+
+    A hollow marker is the cosine of B's, where it has events.
 
     Args:
         table: `cosine_table`, one row each.
@@ -79,8 +85,10 @@ def cosine_beside_gain(table: pd.DataFrame) -> Figure:
         width = 4.6 + 0.065 * max(map(len, names))
         figure = Drawing(figsize=(width, 1.0 + 0.24 * len(table)), layout="constrained")
         cosine, loss = figure.subplots(1, 2, sharey=True)
-    for y, row in enumerate(rows_of(table)):
+    for y, (row, of_b) in enumerate(zip(rows_of(table), table["cosine of B"], strict=True)):
         colour = style_of(row.A, labels)[0]
+        if not math.isnan(of_b):
+            cosine.plot(of_b, y, "o", color=colour, ms=6, mfc="white")
         half = None if math.isnan(row.half_width) else row.half_width
         cosine.plot([0, row.cosine], [y, y], color=colour, lw=2.5, alpha=0.4)
         cosine.plot(row.cosine, y, "o", color=colour, ms=6)
@@ -91,6 +99,6 @@ def cosine_beside_gain(table: pd.DataFrame) -> Figure:
     cosine.set_yticks(range(len(table)), names)
     cosine.set_ylim(len(table) - 0.5, -0.5)
     cosine.set_xlim(-0.3, 1.05)
-    cosine.set_xlabel("cosine of the momentum\nbefore and after an event")
+    cosine.set_xlabel("cosine of the momentum before and\nafter an event: A filled, B hollow")
     loss.set_xlabel("difference in test loss\n(nats, 95 % over seeds)")
     return figure

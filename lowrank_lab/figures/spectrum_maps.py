@@ -20,6 +20,7 @@ from lowrank_lab.figures.run_groups import SMALLEST, WIDTH
 if TYPE_CHECKING:
     from lowrank_lab.runs.series import Spectra
 
+DARKEST = 300.0  # a few values near 0 would take most of the colours from the others
 NARROW = 5.0  # inches; narrower figures have two panels beside each other, wider ones three
 
 
@@ -50,6 +51,8 @@ def spectrum_table(layers: Sequence[tuple[str, Spectra]]) -> pd.DataFrame:
 def spectra_over_training(table: pd.DataFrame, layer: str, width: float = WIDTH) -> Figure:
     """Heat maps of a layer's singular values over steps, one panel per title, one colour scale.
 
+    Values below the largest / DARKEST have the darkest colour.
+
     Args:
         table: `spectrum_table`.
         width: in inches.
@@ -66,6 +69,7 @@ def spectra_over_training(table: pd.DataFrame, layer: str, width: float = WIDTH)
     table = table.assign(value=table["singular_value"].clip(lower=SMALLEST))
     above = table.loc[table["value"] > SMALLEST, "value"]
     low, high = (float(above.min()), float(above.max())) if len(above) else (SMALLEST, 1.0)
+    low = max(low, high / DARKEST)
     for place, (ax, title) in enumerate(zip(axes.flat, titles, strict=False)):
         shown = _panel(ax, table, title, LogNorm(low, max(high, 1.001 * low)))
         ax.set_title(_wrapped(title, (width - 1.5) / columns), loc="left", fontsize=8, pad=3, y=1.0)

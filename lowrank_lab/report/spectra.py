@@ -55,15 +55,20 @@ def spectra_pictures(ranked: Sequence[Run]) -> Iterator[Picture]:
 def _few(runs: Sequence[Run]) -> list[Run]:
     """At most MOST_SPECTRA runs in their order, as different as they can be.
 
-    Full rank goes first, then one run of each kind of layer, one of each method, and the others.
+    Full rank goes first, then one run of each kind of layer, one of each method, and the others;
+    runs without refactorizations and resets before those with them.
     """
-    methods = [run.config.method for run in runs]
+    plain_first = sorted(
+        runs, key=lambda run: run.config.refactor_every + run.config.reset_every > 0
+    )
+    methods = [run.config.method for run in plain_first]
     kinds = [METHODS[name].layers if name in METHODS else name for name in methods]
     places = sorted(
         range(len(runs)),
         key=lambda i: (methods[i] != "full-rank", kinds[i] in kinds[:i], methods[i] in methods[:i]),
     )
-    return [runs[i] for i in sorted(places[:MOST_SPECTRA])]
+    chosen = [plain_first[i] for i in places[:MOST_SPECTRA]]
+    return [run for run in runs if run in chosen]
 
 
 def _has_weights(run: Run) -> bool:

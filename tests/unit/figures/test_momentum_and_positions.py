@@ -9,8 +9,13 @@ from lowrank_lab import figures
 
 def finals():
     rows = [
-        {"label": label, "seed": seed, "test_loss": loss + seed / 10}
-        for label, loss in (("plain", 3.0), ("refactor", 2.9), ("transport", 2.8))
+        {"label": label, "method": method, "seed": seed, "test_loss": loss + seed / 10}
+        for label, method, loss in (
+            ("plain", "low-rank", 3.0),
+            ("refactor", "low-rank", 2.9),
+            ("transport", "low-rank", 2.8),
+            ("muon", "muon", 2.0),
+        )
         for seed in (1, 2, 3)
     ]
     return pd.DataFrame(rows)
@@ -21,12 +26,15 @@ def momentum():
     return pd.DataFrame(rows, columns=["label", "momentum_cosine"])
 
 
-def test_cosines_stand_beside_differences_to_labels_without_events():
-    pairs = [("transport", "plain"), ("transport", "refactor"), ("refactor", "plain")]
+def test_cosines_stand_beside_differences_to_labels_of_the_same_method():
+    pairs = [("transport", "plain"), ("transport", "refactor"), ("refactor", "plain"),
+             ("plain", "refactor"), ("transport", "muon")]  # fmt: skip
     table = figures.cosine_table(finals(), momentum(), pairs)
-    assert table["A"].tolist() == ["refactor", "transport"]
-    assert table["cosine"].tolist() == pytest.approx([0.0, 0.85])
-    assert table["difference"].tolist() == pytest.approx([-0.1, -0.2])
+    assert table["A"].tolist() == ["refactor", "transport", "transport"]
+    assert table["B"].tolist() == ["plain", "plain", "refactor"]
+    assert table["cosine"].tolist() == pytest.approx([0.0, 0.85, 0.85])
+    assert table["cosine of B"].tolist() == pytest.approx([np.nan, np.nan, 0.0], nan_ok=True)
+    assert table["difference"].tolist() == pytest.approx([-0.1, -0.2, -0.1])
     text = figures.alt_text(figures.cosine_beside_gain(table))
     assert "transport − plain" in text
 
