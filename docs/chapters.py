@@ -35,8 +35,7 @@ SHORT: Mapping[str, dict[str, Any]] = {
     "06_memory": {"model": "130m", "rank": 256},
     "08_your_own_method": {"steps": 150, "folder": "{work}/runs"},
     "solutions/02_run": {"folder": "{work}/runs"},
-    "solutions/05_spectra": {"steps": 80, "folder": "{work}/runs"},
-    "solutions/06_memory": {"model": "1b", "card": "8GB"},
+    "solutions/05_spectra": {"folder": "{work}/runs"},
 }
 AT_ONCE = 2
 

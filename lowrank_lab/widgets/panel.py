@@ -12,7 +12,8 @@ from lowrank_lab.config import InputError
 from lowrank_lab.figures import live_image
 from lowrank_lab.widgets.theme import Theme, uninterrupted
 
-UNSQUEEZED = {"flex": "0 0 auto"}  # controls keep their width beside a wide picture
+# Controls keep their width beside a wide picture; narrow pages have the picture below them.
+UNSQUEEZED = {"flex": "0 0 auto", "max_width": "100%"}
 Draw = Callable[[dict[str, Any]], tuple[Figure, str]]
 
 
@@ -46,6 +47,7 @@ def panel(
             text.value = html.escape(words)  # last: when the text has changed, the picture has too
 
     for knob in knobs.values():
+        knob.layout.max_width = "100%"
         knob.observe(show, "value")
     theme.observe(show, "dark")
     show()
@@ -53,4 +55,5 @@ def panel(
         row = ipw.HBox(list(knobs.values()), layout={"flex_flow": "row wrap"})
         return ipw.VBox([row, picture, text, theme])
     left = ipw.VBox(list(knobs.values()), layout=UNSQUEEZED)
-    return ipw.HBox([left, ipw.VBox([text, picture, theme])])
+    right = ipw.VBox([text, picture, theme], layout={"max_width": "100%"})
+    return ipw.HBox([left, right], layout={"flex_flow": "row wrap"})

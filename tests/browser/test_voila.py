@@ -22,6 +22,9 @@ from pages_in_browser import (
 
 from benchmarks.many_runs import write_many
 
+NARROW = 390
+SMALL = {"model": "tiny", "measured": "tiny", "rank": 4, "batch": 2, "sequence_length": 32}
+
 # The right end of what is farthest right; a table that scrolls in its own box does not count.
 RIGHT_END = """() => Math.max(...[...document.querySelectorAll('.widget-box *')]
     .filter(e => e.offsetParent && !e.closest('.runs-table .rows'))
@@ -49,10 +52,9 @@ CORNER = """image => {
 
 
 def test_what_fits_answers_under_voila(page, voila, workplace):
-    small = {"model": "tiny", "measured": "tiny", "rank": 4, "batch": 2, "sequence_length": 32}
     folder = workplace / "notebooks"
     made = with_parameters(
-        folder / "06_memory.ipynb", {**small, "headless": False}, folder / "app.ipynb"
+        folder / "06_memory.ipynb", {**SMALL, "headless": False}, folder / "app.ipynb"
     )
     page.goto(voila(made), timeout=EXECUTING)
     wait_for_text(page, "rank = 4", timeout=EXECUTING)
@@ -65,6 +67,22 @@ def test_what_fits_answers_under_voila(page, voila, workplace):
     drag(page, slider(page, "batch"), 0.0)
     wait_for_text(page, "galore, tiny, batch 1 × 32, rank = 8")
     wait_for_other_picture(page, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("01_one_matrix", {}), ("04_rank_and_reset", {}), ("05_spectra", {}), ("06_memory", SMALL)],
+)
+def test_controls_and_pictures_fit_a_narrow_dark_page(page, voila, workplace, name, parameters):
+    folder = workplace / "notebooks"
+    made = with_parameters(
+        folder / f"{name}.ipynb", {**parameters, "headless": False}, folder / f"narrow-{name}.ipynb"
+    )
+    page.set_viewport_size({"width": NARROW, "height": 900})
+    page.goto(f"{voila(made)}?theme=dark", timeout=EXECUTING)
+    page.locator(".widget-html img:visible").first.wait_for(timeout=EXECUTING)
+    assert page.evaluate(RIGHT_END) <= NARROW
+    assert page.locator(".widget-html img:visible").first.evaluate(CORNER) < 0.5
 
 
 def test_the_explorer_answers_under_voila(page, voila, workplace):
