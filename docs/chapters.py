@@ -20,6 +20,7 @@ import nbformat
 from lowrank_lab.studies.job import Job, parameter_names
 from lowrank_lab.studies.local_executor import execute
 from lowrank_lab.studies.progress import View
+from lowrank_lab.studies.shipped import PICTURE
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "notebooks"
@@ -92,7 +93,7 @@ def chapter(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode
     cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     for cell in cells:
         if cell.cell_type == "markdown":
-            cell.source = linked(cell.source)
+            cell.source = linked(PICTURE.sub("", cell.source))  # a chapter has outputs
         elif cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("data", {}).get("text/markdown") != ""]
     cells.insert(1, nbformat.v4.new_markdown_cell(how_it_ran(name), id="how-it-ran"))

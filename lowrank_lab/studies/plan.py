@@ -92,7 +92,7 @@ def comparison_job(study: Study, folder: Path, todo: list[Job]) -> Job:
         "out": str(folder),
         "results": hashlib.sha256(json.dumps(results).encode()).hexdigest()[:16],
     }
-    if study.pairs:
+    if study.pairs or "pairs" in parameter_names(study.compare):  # whose own value isn't meant
         parameters["pairs"] = [list(pair) for pair in study.pairs]
     known_parameters(study.compare, parameters)
     return Job("comparison", folder / "comparison", study.compare, parameters)

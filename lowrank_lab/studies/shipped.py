@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_lab.config import InputError, nearest
 from lowrank_lab.paths import DATA, data_folder, in_checkout, shipped_notebooks
 
+PICTURE = re.compile(r"^!\[[^\]]*\]\((?:\.\./)+figures/[^)]*\)\n\n?", re.MULTILINE)
 COPIED = ("*.ipynb", "*.py", "solutions/*.ipynb", "studies/*.yaml")
 
 
@@ -62,6 +63,8 @@ class Copied:
 def copy_notebooks(folder: Path) -> Copied:
     """Copy the library's notebooks, their solutions, own_method.py and the study files.
 
+    Links to pictures in the checkout are left out.
+
     Outside a checkout the data folder is created as well, so that the notebooks and the command
     line share it.
 
@@ -77,13 +80,24 @@ def copy_notebooks(folder: Path) -> Copied:
             raise InputError("folder", str(folder), f"it has {name} already; name a new folder")
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
+        text = (source / name).read_text("utf-8")
+        if name.suffix == ".ipynb":
+            text = _without_pictures(text)
+        (folder / name).write_text(text, "utf-8")
     data = data_folder()
     if not in_checkout() and not os.environ.get(DATA):
         if not folder.resolve().is_relative_to(data.resolve().parent):
             data = folder / "data"
         (data / "corpora").mkdir(parents=True, exist_ok=True)
     return Copied([folder / name for name in names], data)
+
+
+def _without_pictures(notebook: str) -> str:
+    """A notebook without its links to pictures of the checkout, which a copy would not find."""
+    content = json.loads(notebook)
+    for cell in content["cells"]:
+        cell["source"] = PICTURE.sub("", "".join(cell["source"])).splitlines(keepends=True)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def titles() -> dict[Path, str]:

@@ -48,6 +48,19 @@ def test_what_a_cell_shows_has_been_announced(path):
 
 
 @every_notebook
+def test_its_pictures_are_there_and_have_alternative_texts(path):
+    for _, source in cells_of(path):
+        for alt, target in re.findall(r"!\[(.*?)\]\((.*?)\)", source):
+            assert len(alt) > 30
+            assert (path.parent / target).is_file()
+
+
+def test_a_code_host_shows_what_the_ideas_look_like():
+    shown = {path.stem for path in NOTEBOOKS if "(../figures/" in cells_of(path)[0][1]}
+    assert {"00_start_here", "01_one_matrix", "03_compare", "05_spectra", "09_why_reset"} <= shown
+
+
+@every_notebook
 def test_no_line_of_a_formula_begins_like_a_list_item(path):
     """Markdown ends the formula there: `$a` and `- b$` on two lines become text and a bullet."""
     for kind, source in cells_of(path):

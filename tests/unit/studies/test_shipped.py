@@ -1,6 +1,7 @@
 """Studies and notebooks that come with the library: by name, and copied."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -84,7 +85,11 @@ def test_notebooks_are_copied_with_all_that_they_use(tmp_path):
     assert len([name for name in copied if name[0] == "0"]) == 10
     assert "studies/quick.yaml" in copied
     for name in copied:
-        assert (tmp_path / "mine" / name).read_bytes() == (NOTEBOOKS / name).read_bytes()
+        mine, source = ((place / name).read_text() for place in (tmp_path / "mine", NOTEBOOKS))
+        if name.endswith(".ipynb"):
+            assert "../figures/" not in mine  # pictures of the checkout, which a copy has not
+            source = re.sub(r'    "!\[.*?\]\(.*?\)\\n",\n    "\\n",\n', "", source)
+        assert mine == source
 
 
 def test_a_file_that_is_there_is_not_overwritten_and_nothing_is_copied(tmp_path):
