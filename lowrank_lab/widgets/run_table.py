@@ -1,4 +1,7 @@
-"""A table of runs: rows are chosen and sorted by mouse or keyboard, without leaving the page."""
+"""A table of runs: rows are chosen and sorted by mouse or keyboard, without leaving the page.
+
+Rows are HTML, on anywidget: ipydatagrid draws on a canvas, which screen readers can't read.
+"""
 
 from __future__ import annotations
 
