@@ -8,7 +8,8 @@ from typing import Any, ClassVar, get_args, get_origin
 
 import kept_studies
 import page_hooks
-from markdown_directive import MarkdownDirective, markdown_table
+from markdown_directive import MarkdownDirective
+from markdown_tables import markdown_table
 from sphinx.application import Sphinx
 
 # Types in signatures that have no entry: those of other libraries, whose documentation lies on a

@@ -1,8 +1,8 @@
-"""A Sphinx directive whose content is Markdown, and tables for it."""
+"""A Sphinx directive whose content is Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,16 +11,6 @@ from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a table in Markdown."""
-    cells = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(_cell(c) for c in row)} |" for row in cells]
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ").replace("*", "\\*")
 
 
 class MarkdownDirective(SphinxDirective):

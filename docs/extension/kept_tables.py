@@ -1,0 +1,242 @@
+"""Tables of kept studies, as lines of Markdown: what the directives of `kept_studies` write."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from hypotheses import LEVEL, hypotheses
+from markdown_tables import markdown_table
+
+from lowrank_lab.analysis.costs import at_equal_cost, costs_of
+from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of, slopes
+from lowrank_lab.analysis.rates import rate_table, robustness
+from lowrank_lab.analysis.tables import by_documents, formatted, structure, summary, verdicts
+from lowrank_lab.report import asked_in
+from lowrank_lab.runs.run import Run, complete_runs, final_table, load_runs
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEPT = ROOT / "data" / "study"
+BENCHMARKS = ROOT / "benchmarks" / "results.json"
+SHARED = 0.25  # share of filled cells; an emptier table lists each row's own values
+TO = 60e6  # parameters at which published gaps stand beside extrapolated ones
+SIZES = ("60m", "130m", "350m", "1b")
+# Published perplexities on C4 at these sizes, and those of AdamW beside them: of low-rank (random
+# factors) from GaLore's paper, of the others from the table in SCALE's repository.
+_ADAMW = (30.05, 23.13, 18.77, 16.52)
+PUBLISHED = {
+    "muon": ((28.86, 22.20, 16.70, 14.18), _ADAMW),
+    "galore": ((34.58, 25.31, 19.37, 15.57), _ADAMW),
+    "fira": ((30.34, 22.96, 16.82, 15.10), _ADAMW),
+    "apollo": ((30.94, 22.93, 16.75, 14.20), _ADAMW),
+    "scale": ((30.81, 22.57, 16.32, 14.25), _ADAMW),
+    "low-rank": ((78.18, 45.51, 37.41, 142.53), (34.06, 25.08, 18.80, 15.56)),
+}
+
+
+def study(name: str) -> list[str]:
+    """A study's rows, the answers to its questions, its recorded layers."""
+    runs, finals = complete_runs(KEPT / name), finals_of(name)
+    what, pairs = asked_in(ROOT / "notebooks" / "studies" / f"{name}.yaml")
+    found = [f"`notebooks/studies/{name}.yaml`, {len(finals)} runs. {' '.join(what.split())}"]
+    found += ["", "**How each variant ended**", "", *frame(formatted(summary(finals)))]
+    if pairs:
+        found += ["", "**Differences in test loss, A − B, seed by seed**", ""]
+        found += frame(formatted(answers(runs, finals, pairs)))
+    ends = structure(runs)
+    if len(ends.columns) > 1:
+        found += ["", "**Recorded layers at the end of training**", "", *frame(formatted(ends))]
+    return found
+
+
+def answers(
+    runs: Sequence[Run], finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]
+) -> pd.DataFrame:
+    """The verdicts on a study's pairs that have runs, and their bootstrap intervals."""
+    table = verdicts(finals, pairs, how="fdr_bh")
+    table = table[table["n"] > 0]
+    drawn = by_documents(runs, pairs)
+    if drawn.empty:
+        return table
+    ends = drawn[["low", "high"]].map(signed)
+    drawn["over seeds and documents"] = ends["low"] + " to " + ends["high"]
+    return table.merge(drawn[["A", "B", "over seeds and documents"]], on=["A", "B"], how="left")
+
+
+def rates(name: str, setting: str = "") -> list[str]:
+    """Validation loss over learning rates, or over another setting, as it stands in labels."""
+    finals = finals_of(name)
+    if setting:
+        parts = finals["label"].str.rpartition(f", {setting} ")
+        table = finals.assign(variant=parts[0], at=parts[2].astype(float)).pivot_table(
+            index="variant", columns="at", values="validation_loss"
+        )
+    else:
+        table = rate_table(finals).pivot_table(index="label", columns="lr", values="mean")
+    table = table.loc[table.min(axis=1).sort_values().index]
+    if table.notna().to_numpy().mean() < SHARED:
+        return _by_row(table)
+    shown = table.map(lambda loss: f"{loss:.3f}").where(table.notna(), "")
+    head = ["variant", *(f"{value:g}" for value in shown.columns)]
+    return markdown_table(head, shown.reset_index().to_numpy().tolist())
+
+
+def _by_row(table: pd.DataFrame) -> list[str]:
+    """The table for rows that share few values: each row lists its own, in ascending order."""
+    cells = [[f"{loss:.3f} at {value:.3g}" for value, loss in row.dropna().items()]
+             for _, row in table.iterrows()]  # fmt: skip
+    most = max(map(len, cells))
+    filled = ([label, *own, *[""] * (most - len(own))]
+              for label, own in zip(table.index, cells, strict=True))  # fmt: skip
+    return markdown_table(["variant", "lowest", *["…"] * (most - 1)], filled)
+
+
+def robust(name: str) -> list[str]:
+    """Each variant at its best setting, and how far its rate may be off there."""
+    found = robustness(finals_of(name))
+    named = found["label"].str.partition(", ")
+    best = found.assign(variant=named[0], setting=named[2]).drop_duplicates("variant")
+    head = ["variant", "setting", "best rate", "validation loss", "÷", "×", "width", "diverges at"]
+    rows = []
+    for _, row in best.iterrows():
+        reach = [row[column] for column in ("down", "up", "width", "diverges at")]
+        shown = ["" if math.isnan(value) else f"{value:.3g}" for value in reach]
+        found_at = (f"{row['best rate']:g}", f"{row['validation loss']:.3f}")
+        rows.append([row["variant"], row["setting"], *found_at, *shown])
+    if not best["setting"].any():
+        head, rows = head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
+    return markdown_table(head, rows)
+
+
+def gaps(*names: str) -> list[str]:
+    """Each row's gap to full rank, one column per size, and its slope from two sizes on.
+
+    A star marks gaps that differ from 0 after Benjamini and Hochberg's correction over the rows of
+    a size. The slope is that over log₁₀ of the parameters; its p-values are those of a one-sided
+    test that it is above 0, uncorrected and corrected over the rows.
+    """
+    every = gaps_of([KEPT / name for name in names])
+    table = gap_table(every)
+    means = table.pivot_table(index="label", columns="parameters", values="gap")
+    stars = np.where(table["p (BH)"] < LEVEL, " *", "")
+    table["shown"] = [
+        f"{with_interval(row['gap'], row['±'])} ({row['n']}){star}"
+        for row, star in zip(table.to_dict("records"), stars, strict=True)
+    ]
+    shown = table.pivot_table(index="label", columns="parameters", values="shown", aggfunc="first")
+    head = ["row", *(f"{size:,}" for size in shown.columns)]
+    if len(shown.columns) > 1:
+        steep = slopes(every).set_index("label")
+        shown["slope"] = steep.apply(lambda x: with_interval(x["slope"], x["±"]), axis=1)
+        for column in ("p (above 0)", "p (BH)"):
+            shown[column] = steep[column].map(lambda p: "" if math.isnan(p) else f"{p:.3g}")
+        head += ["slope", "p", "p (BH)"]
+    shown = shown.loc[means.iloc[:, 0].sort_values().index].fillna("")
+    return markdown_table(head, shown.reset_index().to_numpy().tolist())
+
+
+def registered() -> list[str]:
+    """The registered tests (`hypotheses.py`), as the kept ladders answer them."""
+    table = hypotheses()
+    table.insert(1, "measured", list(map(with_interval, table["estimate"], table["±"])))
+    for name in ("p", "p (Holm)"):
+        table[name] = table[name].map("{:.3g}".format)
+    return frame(table.drop(columns=["estimate", "±"]).reset_index())
+
+
+def extrapolation(*names: str) -> list[str]:
+    """The gap at 60 M parameters that a line through three sizes predicts, and published ones."""
+    table = extrapolation_table(gaps_of([KEPT / name for name in names]), TO)
+    table = table.dropna(subset=["predicted"])
+    rows = [
+        (
+            row["label"],
+            with_interval(row["slope"], row["±"]),
+            signed(row["predicted"]),
+            f"{signed(row['low'])} to {signed(row['high'])}",
+            *published(row["label"]),
+        )
+        for row in table.to_dict("records")
+    ]
+    head = ("row", "slope", "at 60 M", "95 % prediction interval")
+    return markdown_table((*head, *(f"published, {size}" for size in SIZES)), rows)
+
+
+def published(label: str) -> list[str]:
+    """Gaps in nats per token that were published for a method, one per size; empty if none were."""
+    if label not in PUBLISHED:
+        return [""] * len(SIZES)
+    return [signed(math.log(own / adamw)) for own, adamw in zip(*PUBLISHED[label], strict=True)]
+
+
+def equal_costs(*names: str) -> list[str]:
+    """Each row against a dense model of the same bytes, FLOPs and time.
+
+    Time is the steps of a run times what `lowrank-lab bench steps` measured; rows that it has not
+    measured have none. At the smallest size there is no smaller dense model: its rows are left out.
+    """
+    costs = costs_of([KEPT / name for name in names])
+    sizes = dict(zip(costs["parameters"].unique(), names, strict=True))
+    taken = step_times()
+    costs["time"] = costs["steps"] * [
+        taken.get(f"step at {sizes[size].rpartition('_')[2].upper()}, {label}", math.nan)
+        for label, size in zip(costs["label"], costs["parameters"], strict=True)
+    ]
+    both = costs[["parameters", "label"]].drop_duplicates()
+    both = both[both["parameters"] > min(sizes)]
+    head = ["parameters at full rank", "row"]
+    for cost, title in (("bytes", "bytes"), ("flops", "FLOPs"), ("time", "time")):
+        table = at_equal_cost(costs.dropna(subset=[cost]), cost)
+        shown = {
+            f"share of {title}": table["share"].map("{:.0%}".format),
+            f"A − dense, equal {title}": list(map(with_interval, table["A − dense"], table["±"])),
+        }
+        head += shown
+        found = table[["label", "parameters"]].assign(**shown)
+        both = both.merge(found, on=["label", "parameters"], how="left")
+    both = both.dropna(subset=head[2:], how="all").fillna("")
+    both["parameters"] = both["parameters"].map("{:,}".format)
+    return markdown_table(head, both[["parameters", "label", *head[2:]]].to_numpy().tolist())
+
+
+def step_times() -> dict[str, float]:
+    """Milliseconds by row of the benchmark `steps`, of the kind of machine that has them.
+
+    Full rank's are the mean over the rounds that it took beside other rows.
+    """
+    kept = json.loads(BENCHMARKS.read_text())
+    found: dict[str, list[float]] = {}
+    for kind in (kept, *kept.get("machines", {}).values()):
+        for row in kind["rows"]:
+            if row["name"].startswith("step at S"):
+                title, _, _ = row["name"].partition(", ")
+                found.setdefault(row["name"], []).append(row["ours"])
+                found.setdefault(f"{title}, full-rank", []).append(row["peer"])
+        if found:
+            break
+    return {name: sum(taken) / len(taken) for name, taken in found.items()}
+
+
+def finals_of(name: str) -> pd.DataFrame:
+    """How each run of a kept study ended."""
+    return final_table(load_runs(KEPT / name))
+
+
+def signed(value: float) -> str:
+    """A number with its sign, a minus sign where it is below 0."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def with_interval(mean: float, half_width: float) -> str:
+    """A signed number ± its interval, if there is one."""
+    return signed(mean) + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
+
+
+def frame(table: pd.DataFrame) -> list[str]:
+    """A table of pandas as Markdown."""
+    shown = table.astype(object).where(table.notna(), "")
+    return markdown_table([str(c) for c in shown.columns], shown.to_numpy().tolist())

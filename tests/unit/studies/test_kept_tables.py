@@ -1,0 +1,92 @@
+"""Tables of the book: what the kept records say, in Markdown."""
+
+import sys
+
+import pytest
+from paths import ROOT
+
+from lowrank_lab.analysis.ladder import gap_table, gaps_of
+from lowrank_lab.analysis.rates import robustness
+from lowrank_lab.analysis.tables import verdicts
+from lowrank_lab.report import asked_in
+from lowrank_lab.runs.run import final_table, load_runs
+
+KEPT = ROOT / "data" / "study"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    sys.path.insert(0, str(ROOT / "docs" / "extension"))
+    try:
+        import kept_tables
+    finally:
+        sys.path.pop(0)
+    return kept_tables
+
+
+def rows_of(lines):
+    """The cells of a table by its first cell, and its head."""
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells[2:]}, cells[0]
+
+
+def test_gaps_have_a_star_where_they_differ_from_0_after_correction(tables):
+    names = ["ladder_s1", "ladder_s2"]
+    rows, head = rows_of(tables.gaps(*names))
+    assert head[:3] == ["row", "132,432", "266,816"]
+    table = gap_table(gaps_of([KEPT / name for name in names]))
+    for label, size, gap, width, n, p in table.to_numpy():
+        cell = rows[label][[132_432, 266_816].index(size)]
+        assert cell.startswith(f"{gap:+.3f} ± {width:.3f} ({n})".replace("-", "−"))
+        assert cell.endswith("*") == (p < 0.05), (label, size)
+    assert {label for label, cells in rows.items() if cells[0].endswith("*")} > {"muon", "low-rank"}
+    assert not rows["fira"][0].endswith("*")
+
+
+def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(tables):
+    lines = tables.study("ladder_s2")
+    asked = [line for line in lines if line.startswith("| low-rank + transport | low-rank |")]
+    finals = final_table(load_runs(KEPT / "ladder_s2"))
+    _, pairs = asked_in(ROOT / "notebooks" / "studies" / "ladder_s2.yaml")
+    table = verdicts(finals, pairs, how="fdr_bh").set_index(["A", "B"])
+    row = table.loc[("low-rank + transport", "low-rank")]
+    assert f"| {row['p (BH)']:.2g} |" in asked[0]
+    assert f"| {row['verdict']} |" in asked[0]
+    assert asked[0].count(" to ") == 1  # of the bootstrap over seeds and documents
+    assert not [line for line in lines if line.startswith("| fira | galore |")]
+
+
+def test_robustness_has_the_width_of_what_was_tried(tables):
+    rows, head = rows_of(tables.robust("rates_s1"))
+    found = robustness(final_table(load_runs(KEPT / "rates_s1"))).set_index("label")
+    assert rows["low-rank"][head.index("width") - 1] == f"{found.loc['low-rank', 'width']:.3g}"
+    assert rows["low-rank"][head.index("diverges at") - 1] == "0.04"
+
+
+def test_published_gaps_are_differences_of_the_logarithms_of_perplexities(tables):
+    assert tables.published("muon") == ["−0.040", "−0.041", "−0.117", "−0.153"]
+    assert tables.published("low-rank")[0] == "+0.831"
+    assert tables.published("low-rank + transport") == [""] * 4
+
+
+def test_times_at_equal_cost_are_those_of_the_benchmarks(tables):
+    rows = [line for line in tables.equal_costs("ladder_s1", "ladder_s2") if "| low-rank |" in line]
+    assert len(rows) == 1
+    share = float(rows[0].split("|")[7].strip().rstrip("%")) / 100
+    taken = tables.step_times()
+    assert share == pytest.approx(
+        taken["step at S2, low-rank"] / taken["step at S2, full-rank"], abs=0.006
+    )
+
+
+@pytest.mark.parametrize("setting", ["", "beta2"])
+def test_rates_are_validation_losses_by_row(tables, setting):
+    name = "betas_s1" if setting else "rates_s2"
+    rows, _ = rows_of(tables.rates(name, setting))
+    finals = final_table(load_runs(KEPT / name))
+    best = (
+        finals[finals["label"].str.startswith("muon,")]["validation_loss"].min()
+        if setting
+        else (finals[finals["method"] == "muon"].groupby("lr")["validation_loss"].mean().min())
+    )
+    assert f"{best:.3f}" in " ".join(rows["muon"])
