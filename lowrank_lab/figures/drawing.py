@@ -205,19 +205,23 @@ def label_ends(
         ax: with a linear or logarithmic y axis, whose limits are final.
         ends: (last value, name, colour) of each curve, and optionally its marker or line style.
         digits: decimal places of the values.
-        gap: minimum distance between two names, as a share of the axis.
+        gap: minimum distance between two names, as a share of the axis; less if they need more
+            than the axis.
     """
     if not ends:
         return
     ends, (low, high) = sorted(ends, key=lambda end: end[:2]), ax.get_ylim()
     scale = ax.yaxis.get_transform().transform
     bottom, top, *places = scale([low, high, *(max(value, low) for value, *_ in ends)])
+    gap = min(gap, 0.95 / max(1, len(ends) - 1))
     heights = spread([(place - bottom) / (top - bottom) for place in places], gap)
-    lift = max(0.0, 0.03 - heights[0])  # keeps clear of the x axis's labels
-    lift -= max(0.0, min(heights[-1] - 0.98, heights[0] - 0.03))  # and below the top
+    for i in range(len(heights)):  # clear of the x axis's labels
+        heights[i] = max(heights[i], heights[i - 1] + gap if i else 0.03)
+    for i in reversed(range(len(heights))):  # and below the top
+        heights[i] = min(heights[i], heights[i + 1] - gap if i + 1 < len(heights) else 0.98)
     beside = offset_copy(ax.transAxes, ax.get_figure(root=True), x=10, units="points")
-    for height, (value, label, colour, *shape) in zip(heights, ends, strict=True):
-        at, line = height + lift, shape and shape[0] in ("-", "--", ":", "-.")
+    for at, (value, label, colour, *shape) in zip(heights, ends, strict=True):
+        line = shape and shape[0] in ("-", "--", ":", "-.")
         x, where = ([1.015, 1.06], ax.transAxes) if line else ([1.0], beside)
         for style in shape:
             ax.plot(x, [at] * len(x), style, ms=6, color=colour, transform=where, clip_on=False)

@@ -1,5 +1,6 @@
 """Figures show what is in the table: the right numbers, colours and names, and no missing seed."""
 
+import itertools
 from itertools import pairwise
 
 import matplotlib as mpl
@@ -209,6 +210,18 @@ def test_saving_leaves_a_figure_as_it_was_and_cuts_nothing_off(tmp_path):
         drawn.savefig(tmp_path / "plain.png", bbox_inches="tight", metadata={"Software": None})
     assert png.read_bytes() == (tmp_path / "plain.png").read_bytes()
     assert "<svg" in svg.read_text()
+
+
+def test_names_beside_curves_stay_within_the_height_of_the_axis():
+    figure, ax = figures.drawing.canvas(4, 3)
+    ends = [(15 + 0.1 * i, f"row {i}", "black") for i in range(17)]
+    ax.set_ylim(10, 50)
+    figures.drawing.label_ends(ax, [*ends, (42.0, "far", "black")])
+    heights = sorted(text.xy[1] for text in ax.texts)
+    assert heights[0] >= 0.03
+    assert heights[-1] <= 0.98
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.05
+    assert figure.get_axes() == [ax]
 
 
 def test_labels_that_would_overlap_are_pushed_apart():
