@@ -1,0 +1,124 @@
+"""Typed numbers of the book's tables of the ladder (docs/results/ladder.md) and of the controls."""
+
+import re
+
+import numpy as np
+import pytest
+from paths import NOTEBOOKS, ROOT
+
+from lowrank_lab.analysis.ladder import gap_table, gaps_of
+from lowrank_lab.analysis.rates import robustness
+from lowrank_lab.analysis.tables import claims
+from lowrank_lab.figures import cosine_table, layer_facts
+from lowrank_lab.report import asked_in
+from lowrank_lab.runs.run import (
+    complete_runs,
+    final_table,
+    finals_of,
+    first_runs,
+    load_runs,
+    momentum_of,
+)
+
+KEPT = ROOT / "data" / "study"
+
+
+def page(name):
+    return " ".join((ROOT / "docs" / "results" / f"{name}.md").read_text().split())
+
+
+LADDER = page("ladder")
+
+
+def finals(name):
+    return final_table(load_runs(KEPT / name))
+
+
+def shown(mean, half_width):
+    return f"{mean:+.3f} ± {half_width:.3f}".replace("-", "−")
+
+
+def test_every_interval_is_a_gap_or_an_answer():
+    known = set()
+    for name in ("ladder_s1", "ladder_s2"):
+        _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
+        asked = claims(finals(name), pairs).dropna(subset=["±"])
+        known |= {shown(*row) for row in asked[["A − B", "±"]].to_numpy()}
+    gaps = gap_table(gaps_of([KEPT / "ladder_s1", KEPT / "ladder_s2"]))
+    known |= {shown(*row) for row in gaps[["gap", "±"]].to_numpy()}
+    unsigned = {interval.lstrip("+−") for interval in known}
+    stated = re.findall(r"([+−]?)(\d\.\d+ ± \d\.\d+)", LADDER)
+    assert len(stated) >= 4
+    for sign, interval in stated:
+        assert (sign + interval in known) if sign else (interval in unsigned), interval
+
+
+def test_cosines_are_those_of_the_records():
+    cosines = {}
+    for name in ("ladder_s1", "ladder_s2"):
+        runs = complete_runs(KEPT / name)
+        _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
+        table = cosine_table(finals_of(runs, KEPT / name), momentum_of(runs), pairs)
+        cosines[name] = table.drop_duplicates("A").set_index("A")["cosine"]
+        if name == "ladder_s1":
+            galore = table.set_index("A").loc["galore + transport"]
+    small, larger = cosines["ladder_s1"], cosines["ladder_s2"]
+    transport = (larger["low-rank + transport"], small["low-rank + transport"])
+    assert "direction (cosine {:.2f} at S2, {:.2f} at S1)".format(*transport) in LADDER
+    assert f"kept moments {small['low-rank + refactor']:.2f} of it (S1)" in LADDER
+    rises = f"rises from {galore['cosine of B']:.2f} to {galore['cosine']:.2f}"
+    assert rises.replace("-", "−") in LADDER
+
+
+def test_widths_of_rates_are_those_of_the_tuning():
+    found = robustness(finals("rates_s1"))
+    best = found.assign(variant=found["label"].str.partition(", ")[0]).drop_duplicates("variant")
+    best = best.set_index("variant")
+    widths = best["width"].sort_values()
+    assert set(widths.index[:2]) == {"cola", "muon"}
+    assert widths.index[-1] == "galore + transport"
+    assert f"of {widths.iloc[0]:.1f} (CoLA, Muon) to {widths.iloc[-1]:.1f} (GaLore" in LADDER
+    low, full = widths["low-rank"], widths["full-rank"]
+    assert f"low-rank ({low:.1f}) is not narrower than full rank ({full:.1f})" in LADDER
+    words = ["nine", "ten", "eleven"]
+    assert f"{words[best['diverges at'].isna().sum() - 9]} rows did not diverge" in LADDER
+
+
+def test_stable_ranks_are_those_of_one_seed():
+    facts = layer_facts(first_runs(complete_runs(KEPT / "ladder_s1")))
+    last = facts[facts["step"] == facts["step"].max()].groupby("label")["stable_rank"].mean()
+    dense = sorted(last[["muon", "normuon"]])
+    assert "highest stable rank ({:.0f} to {:.0f} of 48)".format(*dense) in LADDER
+    assert last.idxmax() in ("muon", "normuon")
+    low = last[["low-rank", "sltrain"]]
+    assert set(last.sort_values().index[:5]) >= {"low-rank"}
+    assert f"({low['low-rank']:.0f} and {low['sltrain']:.0f})" in LADDER
+
+
+def test_losses_in_sentences_are_those_of_the_runs():
+    spectron = finals("rates_s1").query("method == 'spectron'")["validation_loss"]
+    momenta = finals("rates_s1").query("method == 'spectron'")
+    best = momenta.groupby(momenta["label"].str.extract(r"momentum ([\d.]+)")[0])[
+        "validation_loss"
+    ].min()
+    assert f"ends at {spectron.min():.2f} with four of five momenta" in LADDER
+    assert int(np.isclose(best, spectron.min(), atol=0.05).sum()) >= 4
+    alone = finals("spectron_rest_s1")["validation_loss"]
+    assert f"the best of twelve runs ends at {alone.min():.2f}" in LADDER
+    assert len(alone) == 12
+
+
+def test_the_controls_of_the_start_are_those_of_the_runs():
+    table = finals("controls").set_index("label")["validation_loss"]
+    kaiming = table[table.index.str.startswith("low-rank (Kaiming)")].min()
+    spectral = table[table.index.str.match(r"low-rank, lr [\d.e-]+$")].min()
+    assert f"({kaiming:.3f} and {spectral:.3f}, one seed)" in page("controls")
+
+
+@pytest.mark.parametrize("size", ["rates_s2", "rates_s3"])
+def test_no_best_rate_is_the_first_or_last_that_was_tried(size):
+    table = finals(size)
+    names = table["label"].str.partition(", lr")[0]
+    for _, part in table.groupby(names):
+        losses = part.groupby("lr")["validation_loss"].mean()
+        assert losses.index.min() < losses.idxmin() < losses.index.max()
