@@ -1,5 +1,9 @@
 """Peaks that the chapter on the study and the README print are those of the simulation."""
 
+import re
+
+import nbformat
+import papermill
 from paths import ROOT
 
 import lowrank_lab as lab
@@ -23,3 +27,36 @@ def test_peaks_at_1b_are_those_of_the_simulation():
     readme = " ".join((ROOT / "README.md").read_text().split())
     shown_peaks = "a step on CUDA peaks at {low-rank:.1f}, {galore:.1f} and {full-rank:.1f} GB"
     assert shown_peaks.format(**peaks) in readme
+
+
+def test_peaks_of_the_table_are_those_of_the_simulation():
+    page = (ROOT / "docs" / "explanation" / "study.md").read_text()
+    rows = re.findall(r"^\| ([a-z, -]+)(?: \(AdamW\))? \| .* \| (\S+) \| (\S+) \|$", page, re.M)
+    shown = [row for row in rows if row[0].split(", ")[0] in METHODS and "±" not in row[2]]
+    assert len(shown) == 5
+    for methods, *peaks in shown:
+        method = methods.split(", ")[0]
+        rank = {"rank": 512} if METHODS[method].uses_rank else {}
+        config = RunConfig(
+            model="1b", method=method, precision="bf16", batch=16, steps=LONG,
+            vocab_size=32_000, corpus="markov", **rank,
+        )  # fmt: skip
+        for recomputed, peak in zip((False, True), peaks, strict=True):
+            found = lab.simulate_memory(config.replace(activation_checkpointing=recomputed), "cuda")
+            assert peak == f"{found.peak.total / 1e9:.1f}", (method, recomputed)
+
+
+def test_gains_on_the_linear_teacher_are_those_of_its_notebook(tmp_path):
+    made = tmp_path / "theory.ipynb"
+    papermill.execute_notebook(ROOT / "notebooks" / "10_theory.ipynb", made, cwd=made.parent)
+    outputs = [o for cell in nbformat.read(made, 4).cells for o in cell.get("outputs", [])]
+    texts = [o.get("data", {}).get("text/plain", "") for o in outputs]
+    table = next(text for text in texts if text.startswith("imbalance") and "adam, keep" in text)
+    gains = {}
+    for way in ("keep", "transport", "reset"):
+        line = next(line for line in table.splitlines() if line.startswith(f"adam, {way}"))
+        gains[way] = re.findall(r"([\d.]+) ± ([\d.]+)", line)[2]  # at an imbalance of 100
+    shown = [f"{float(mean):.1f} ± {float(width):.1f}" for mean, width in gains.values()]
+    page = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
+    words = "by {} orders of magnitude with kept, {} with transported and {} with reset moments"
+    assert words.format(*shown) in page

@@ -1,12 +1,15 @@
 """The numbers of the chapter on the study (docs/explanation/study.md) are those of the records."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 from paths import NOTEBOOKS, ROOT
 
 from lowrank_lab.analysis.costs import COSTS, at_equal_cost, costs_of
 from lowrank_lab.analysis.ladder import gap_table, gaps_of
+from lowrank_lab.analysis.rates import lowest_point
 from lowrank_lab.analysis.stats import corrected
 from lowrank_lab.analysis.tables import claims, structure, verdicts
 from lowrank_lab.config import RunConfig
@@ -155,7 +158,7 @@ def test_the_peak_of_a_step_is_what_was_measured():
 
 def test_gigabytes_at_1b_are_those_of_the_formulas():
     rows = re.findall(r"\| ([a-z, -]+)(?: \(AdamW\))? \| (\d\.\d+) \| (\d+\.\d+) \|", PAGE)
-    assert len(rows) == 5
+    assert len(rows) == 5  # test_peaks_of_the_table in tests/slow has the other columns
     for methods, held, with_gradients in rows:
         for method in methods.split(", "):
             rank = {"rank": 512} if METHODS[method].uses_rank else {}
@@ -173,3 +176,44 @@ def test_differences_of_tuning_runs_at_S3_are_those_of_the_best_rates():
     assert f"put the best Muon {gain:.2f} below the best AdamW" in PAGE
     techniques = best[["low-rank + refactor + reset", "low-rank + transport"]].max()
     assert f"end {best['low-rank'] - techniques:.2f} below plain low-rank" in PAGE
+
+
+def test_the_table_of_moments_has_cosines_and_differences_of_the_records(answers):
+    runs = complete_runs(SIZES["S1"])
+    table = cosine_table(finals_of(runs, SIZES["S1"]), momentum_of(runs), pairs_of(SIZES["S1"]))
+    cosines = table.set_index(["A", "B"])
+    rows = {
+        "refactorization, moments kept": ("low-rank + refactor", "low-rank"),
+        "refactorization and reset": ("low-rank + refactor + reset", "low-rank"),
+        "refactorization, moments transported": ("low-rank + transport", "low-rank"),
+        "GaLore's refresh, moments transported (kept: −0.04)": ("galore + transport", "galore"),
+    }
+    for words, pair in rows.items():
+        cosine, n = cosines.loc[pair, "cosine"], cosines.loc[pair, "n"]
+        assert f"| {words} | {cosine:.2f} | {answers['S1'][0][pair]} | {n} |" in PAGE
+    assert f"{cosines.loc[('galore + transport', 'galore'), 'cosine of B']:.2f}" == "-0.04"
+    beta2 = max(
+        run.config.method_options["beta2"]
+        for run in runs
+        if run.config.method == "low-rank" and run.config.refactor_every
+    )
+    assert math.ceil(math.log(0.5) / math.log(beta2)) == 14
+
+
+def test_the_test_text_has_as_many_documents_as_it_says():
+    documents = next(iter(complete_runs(SIZES["S2"]))).documents
+    share = documents["tokens"].max() / documents["tokens"].sum()
+    assert (
+        f"{len(documents)} documents, the largest of which is {share:.0%}".replace("%", " %")
+        in PAGE
+    )
+
+
+def test_the_parabola_of_full_rank_at_S3_costs_what_it_says():
+    losses = final_table(load_runs(KEPT / "rates_s3")).query(
+        "label.str.startswith('full-rank, lr')"
+    )
+    losses = losses.set_index("lr")["validation_loss"].sort_index()
+    chosen = lowest_point(dict(losses))
+    between = np.interp(np.log(chosen), np.log(losses.index), losses)
+    assert f"would end {between - losses.min():.2f} above the best rate" in PAGE
