@@ -29,7 +29,8 @@ def hypotheses(folders: Sequence[Path] = LADDER) -> pd.DataFrame:
 
     Estimates are negative where a hypothesis says *below*, positive where it says *grows* or
     *shrinks*: differences at the largest size in nats per token, slopes per factor of ten in
-    parameters. The verdict is *yes* (p (Holm) < LEVEL) or *not shown*.
+    parameters. The verdict is *yes* (p (Holm) < LEVEL) or *not shown*; *not trained* where the
+    largest size lacks a row, which counts as a p of 1 in the correction of the others.
 
     Args:
         folders: the ladder's studies, smallest size first.
@@ -48,24 +49,30 @@ def hypotheses(folders: Sequence[Path] = LADDER) -> pd.DataFrame:
     ]
     names = ["statement", "estimate", "±", "n", "p"]
     table = pd.DataFrame(rows, columns=names, index=pd.RangeIndex(1, 6, name="hypothesis"))
-    if (table["n"] < FEWEST_SEEDS).any():
+    trained = table["n"] > 0
+    if (table.loc[trained, "n"] < FEWEST_SEEDS).any():
         raise ValueError(f"n: {table['n'].tolist()} is not allowed; {FEWEST_SEEDS} seeds or more")
     smallest = gaps["parameters"].min()
     of_muon = gaps[(gaps["label"] == "muon") & (gaps["parameters"] == smallest)]
     if of_muon["gap"].mean() >= 0:  # no gain that could shrink: counts as not rejected
         table.loc[4, "p"] = 1.0
-    table["p (Holm)"] = corrected(table["p"].tolist(), "holm")
+    table["p (Holm)"] = corrected(table["p"].fillna(1.0).tolist(), "holm")
     table["verdict"] = np.where(table["p (Holm)"] < LEVEL, "yes", "not shown")
+    table.loc[~trained, ["p (Holm)", "verdict"]] = [np.nan, "not trained"]
     return table
 
 
 def _below(finals: pd.DataFrame, a: str, b: str) -> tuple[object, ...]:
+    if not {a, b} <= {*finals["label"]}:
+        return f"{a} ends below {b}", np.nan, np.nan, 0, np.nan
     row = claims(finals, [(a, b)]).iloc[0]
     return f"{a} ends below {b}", *row[["A − B", "±", "n", "p (A < B)"]]
 
 
 def _slope(gaps: pd.DataFrame, label: str, words: str) -> tuple[object, ...]:
     row = slopes(gaps).set_index("label").loc[label]
+    if row["sizes"] < gaps["parameters"].nunique():
+        return words, np.nan, np.nan, 0, np.nan
     return words, *row[["slope", "±", "n", "p (above 0)"]]
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_p_values_are_those_of_scipy_and_holm_s_are_corrected_over_five(hypothes
 def test_without_a_gain_at_the_smallest_size_nothing_can_shrink(hypotheses, tmp_path):
     table = hypotheses.hypotheses(ladder(tmp_path, muon=(0.01, 0.2, 0.4)))
     assert (table.loc[4, "p"], table.loc[4, "verdict"]) == (1, "not shown")
+
+
+def test_a_row_that_is_not_trained_yet_has_no_verdict_and_makes_no_other_stronger(
+    hypotheses, tmp_path
+):
+    folders = ladder(tmp_path)
+    complete = hypotheses.hypotheses(folders)
+    for run in folders[-1].glob("1-*"):  # Muon's
+        shutil.rmtree(run)
+    table = hypotheses.hypotheses(folders)
+    assert table["verdict"].tolist() == ["yes", "not shown", "yes", "not trained", "not shown"]
+    assert math.isnan(table.loc[4, "p (Holm)"])
+    rest = [1, 2, 3, 5]
+    assert (table.loc[rest, "p (Holm)"] >= complete.loc[rest, "p (Holm)"] - 1e-12).all()
 
 
 def test_fewer_seeds_than_registered_are_refused(hypotheses, tmp_path):
