@@ -94,6 +94,15 @@ def test_a_row_that_is_not_trained_yet_has_no_verdict_and_makes_no_other_stronge
     assert (table.loc[rest, "p (Holm)"] >= complete.loc[rest, "p (Holm)"] - 1e-12).all()
 
 
+def test_without_full_rank_at_the_largest_size_there_are_no_slopes(hypotheses, tmp_path):
+    folders = ladder(tmp_path)
+    for i in (0, 1):  # full rank's and Muon's
+        for run in folders[-1].glob(f"{i}-*"):
+            shutil.rmtree(run)
+    verdicts = hypotheses.hypotheses(folders)["verdict"].tolist()
+    assert verdicts == ["yes", "not shown", "not trained", "not trained", "not shown"]
+
+
 def test_fewer_seeds_than_registered_are_refused(hypotheses, tmp_path):
     with pytest.raises(ValueError, match="5 seeds or more"):
         hypotheses.hypotheses(ladder(tmp_path, seeds=SEEDS[:4]))

@@ -1,5 +1,6 @@
 """Tables of the book: what the kept records say, in Markdown."""
 
+import importlib
 import sys
 
 import pytest
@@ -16,12 +17,12 @@ KEPT = ROOT / "data" / "study"
 
 @pytest.fixture(scope="module")
 def tables():
-    sys.path.insert(0, str(ROOT / "docs" / "extension"))
+    extension = str(ROOT / "docs" / "extension")
+    sys.path.insert(0, extension)
     try:
-        import kept_tables
+        return importlib.import_module("kept_tables")
     finally:
-        sys.path.pop(0)
-    return kept_tables
+        sys.path.remove(extension)
 
 
 def rows_of(lines):
