@@ -103,7 +103,7 @@ def test_its_table_is_what_the_kept_records_say():
 
 def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
     answers = []
-    for name in ("ladder_s1", "ladder_s2"):
+    for name in ("ladder_s1", "ladder_s2", "hypotheses_s3"):
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         if name == "ladder_s1":
             pairs += [("scale", "low-rank"), ("frugal", "full-rank"), ("fira", "full-rank")]

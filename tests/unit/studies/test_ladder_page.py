@@ -40,7 +40,7 @@ def shown(mean, half_width):
 
 def test_every_interval_is_a_gap_or_an_answer():
     known = set()
-    for name in ("ladder_s1", "ladder_s2"):
+    for name in ("ladder_s1", "ladder_s2", "hypotheses_s3"):
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         asked = claims(finals(name), pairs).dropna(subset=["±"])
         known |= {shown(*row) for row in asked[["A − B", "±"]].to_numpy()}

@@ -11,7 +11,7 @@ from lowrank_lab.analysis.costs import COSTS, at_equal_cost, costs_of
 from lowrank_lab.analysis.ladder import gap_table, gaps_of
 from lowrank_lab.analysis.rates import lowest_point
 from lowrank_lab.analysis.stats import corrected
-from lowrank_lab.analysis.tables import claims, structure, verdicts
+from lowrank_lab.analysis.tables import claims, paired, structure, verdicts
 from lowrank_lab.config import RunConfig
 from lowrank_lab.figures import cosine_table
 from lowrank_lab.memory.formulas import by_formula
@@ -22,6 +22,7 @@ from lowrank_lab.runs.run import complete_runs, final_table, finals_of, load_run
 
 KEPT = ROOT / "data" / "study"
 SIZES = {"S1": KEPT / "ladder_s1", "S2": KEPT / "ladder_s2"}
+THIRD = KEPT / "hypotheses_s3"
 PAGE = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
 INTERVAL = re.compile(r"[+−]\d\.\d+ ± \d\.\d+")
 
@@ -58,9 +59,16 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
     for of_pairs, of_gaps in answers.values():
         known |= {*of_pairs.values(), *of_gaps.values()}
     known.add(first_study("low-rank + refactor + reset", "low-rank"))
+    known |= {*third().values()}
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
     assert stated <= known
+
+
+def third():
+    """A − B of each pair at S3."""
+    asked = claims(final_table(load_runs(THIRD)), pairs_of(THIRD)).to_dict("records")
+    return {(row["A"], row["B"]): shown(row["A − B"], row["±"]) for row in asked}
 
 
 def first_study(a, b):
@@ -76,7 +84,7 @@ def test_the_techniques_table_has_each_size_in_its_column(answers):
         "low-rank with transport − with refactorization and reset": (transport, both),
     }
     for words, pair in rows.items():
-        cells = [answers[size][0][pair] for size in SIZES]
+        cells = [*(answers[size][0][pair] for size in SIZES), third()[pair]]
         assert f"| {words} | {' | '.join(cells)} |" in PAGE
 
 
@@ -169,13 +177,31 @@ def test_gigabytes_at_1b_are_those_of_the_formulas():
             assert with_gradients == f"{(states + found.gradients) / 1e9:.2f}"
 
 
-def test_differences_of_tuning_runs_at_S3_are_those_of_the_best_rates():
+def test_the_best_tuning_runs_at_S3_differ_as_it_says():
     finals = final_table(load_runs(KEPT / "rates_s3"))
     best = finals.groupby(finals["label"].str.partition(", lr ")[0])["validation_loss"].min()
     gain = best["full-rank"] - best["muon"]
     assert f"put the best Muon {gain:.2f} below the best AdamW" in PAGE
-    techniques = best[["low-rank + refactor + reset", "low-rank + transport"]].max()
-    assert f"end {best['low-rank'] - techniques:.2f} below plain low-rank" in PAGE
+
+
+def test_seeds_at_S3_scatter_as_it_says():
+    finals = final_table(load_runs(THIRD))
+    losses = finals[finals["label"] == "low-rank"]["test_loss"]
+    assert f"over seeds, from {losses.min():.2f} to {losses.max():.2f}," in PAGE
+    table = claims(finals, [("low-rank + transport", "low-rank")]).iloc[0]
+    assert f"p {table['p (A < B)']:.2g} one-sided and uncorrected" in PAGE
+    wide = paired(finals, [("low-rank + transport", "low-rank")])
+    assert (wide.to_numpy() < 0).all()  # with all five seeds
+    falls = {}
+    for run in complete_runs(THIRD):
+        positions = run.by_position
+        last = positions[positions["step"] == positions["step"].max()]
+        at = last.groupby("position")["loss"].mean()
+        falls.setdefault(run.label, []).append(at[16] - at[128])
+    ends = {label: f"{min(found):.2f} to {max(found):.2f}" for label, found in falls.items()}
+    assert f"falls by {ends['low-rank']} in plain" in PAGE
+    assert f"by {ends['low-rank + refactor + reset']} with both" in PAGE
+    assert f"With transport it is {ends['low-rank + transport']}" in PAGE
 
 
 def test_the_table_of_moments_has_cosines_and_differences_of_the_records(answers):
