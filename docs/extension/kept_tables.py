@@ -22,6 +22,7 @@ from lowrank_lab.runs.run import Run, complete_runs, final_table, load_runs
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ROOT / "data" / "study"
 BENCHMARKS = ROOT / "benchmarks" / "results.json"
+NO_BREAK = "\u00a0"
 SHARED = 0.25  # share of filled cells; an emptier table lists each row's own values
 TO = 60e6  # parameters at which published gaps stand beside extrapolated ones
 SIZES = ("60m", "130m", "350m", "1b")
@@ -124,7 +125,7 @@ def gaps(*names: str) -> list[str]:
     means = table.pivot_table(index="label", columns="parameters", values="gap")
     stars = np.where(table["p (BH)"] < LEVEL, " *", "")
     table["shown"] = [
-        f"{with_interval(row['gap'], row['±'])} ({row['n']}){star}"
+        f"{with_interval(row['gap'], row['±'])} ({row['n']}){star}".replace(" ", NO_BREAK)
         for row, star in zip(table.to_dict("records"), stars, strict=True)
     ]
     shown = table.pivot_table(index="label", columns="parameters", values="shown", aggfunc="first")
@@ -142,9 +143,11 @@ def gaps(*names: str) -> list[str]:
 def registered() -> list[str]:
     """The registered tests (`hypotheses.py`), as the kept ladders answer them."""
     table = hypotheses()
-    table.insert(1, "measured", list(map(with_interval, table["estimate"], table["±"])))
+    there = table["n"] > 0
+    found = map(with_interval, table["estimate"], table["±"])
+    table.insert(1, "measured", np.where(there, list(found), ""))
     for name in ("p", "p (Holm)"):
-        table[name] = table[name].map("{:.3g}".format)
+        table[name] = table[name].map("{:.3g}".format).where(there, "")
     return frame(table.drop(columns=["estimate", "±"]).reset_index())
 
 

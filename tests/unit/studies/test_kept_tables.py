@@ -37,7 +37,7 @@ def test_gaps_have_a_star_where_they_differ_from_0_after_correction(tables):
     assert head[:3] == ["row", "132,432", "266,816"]
     table = gap_table(gaps_of([KEPT / name for name in names]))
     for label, size, gap, width, n, p in table.to_numpy():
-        cell = rows[label][[132_432, 266_816].index(size)]
+        cell = rows[label][[132_432, 266_816].index(size)].replace("\u00a0", " ")
         assert cell.startswith(f"{gap:+.3f} ± {width:.3f} ({n})".replace("-", "−"))
         assert cell.endswith("*") == (p < 0.05), (label, size)
     assert {label for label, cells in rows.items() if cells[0].endswith("*")} > {"muon", "low-rank"}
@@ -91,3 +91,13 @@ def test_rates_are_validation_losses_by_row(tables, setting):
         else (finals[finals["method"] == "muon"].groupby("lr")["validation_loss"].mean().min())
     )
     assert f"{best:.3f}" in " ".join(rows["muon"])
+
+
+def test_registered_tests_without_runs_are_empty_and_not_trained(tables):
+    rows, head = rows_of(tables.registered())
+    assert head == ["hypothesis", "statement", "measured", "n", "p", "p (Holm)", "verdict"]
+    assert len(rows) == 5
+    for cells in rows.values():
+        empty = cells[-1] == "not trained"
+        assert (cells[1] == "") == empty == (cells[2] == "0")
+    assert "nan" not in "".join(tables.registered())
