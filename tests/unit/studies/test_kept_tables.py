@@ -1,6 +1,7 @@
 """Tables of the book: what the kept records say, in Markdown."""
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -101,3 +102,16 @@ def test_registered_tests_without_runs_are_empty_and_not_trained(tables):
         empty = cells[-1] == "not trained"
         assert (cells[1] == "") == empty == (cells[2] == "0")
     assert "nan" not in "".join(tables.registered())
+
+
+def test_the_hours_of_the_registration_are_those_of_the_records():
+    text = (KEPT / "README.md").read_text().partition("## Hours used")[2].partition("\n## ")[0]
+    rows = re.findall(r"\| `(\w+)` \| (\d+) \| ([\d.]+) \|", text)
+    assert len(rows) >= 10
+    hours = []
+    for name, runs, shown in rows:
+        finals = final_table(load_runs(KEPT / name))
+        hours.append(finals["seconds"].sum() / 2 / 3600)
+        assert (int(runs), shown) == (len(finals), f"{hours[-1]:.1f}"), name
+    whole = sum(int(runs) for _, runs, _ in rows)
+    assert f"| all | {whole} | {sum(hours):.1f} |" in text
