@@ -11,7 +11,9 @@ from pathlib import Path
 from lowrank_lab.config import InputError, nearest
 from lowrank_lab.paths import DATA, data_folder, in_checkout, shipped_notebooks
 
-PICTURE = re.compile(r"^!\[[^\]]*\]\((?:\.\./)+figures/[^)]*\)\n\n?", re.MULTILINE)
+# HTML and not Markdown: Voilà reads the files of Markdown's pictures, and hangs at those outside
+# its folder.
+PICTURE = re.compile(r'^<img [^>]*src="(?:\.\./)+figures/[^>]*>\n\n?', re.MULTILINE)
 COPIED = ("*.ipynb", "*.py", "solutions/*.ipynb", "studies/*.yaml")
 
 

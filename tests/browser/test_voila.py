@@ -71,7 +71,7 @@ def test_what_fits_answers_under_voila(page, voila, workplace):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("04_rank_and_reset", {}), ("06_memory", SMALL)],
+    [("01_one_matrix", {}), ("04_rank_and_reset", {}), ("05_spectra", {}), ("06_memory", SMALL)],
 )
 def test_controls_and_pictures_fit_a_narrow_dark_page(page, voila, workplace, name, parameters):
     folder = workplace / "notebooks"
