@@ -15,7 +15,7 @@ from lowrank_lab.layers.svd import truncated_svd
 
 
 def usual_alpha(init: str | None, rank: int) -> float:
-    """The default α of factors alone: r, a scale of 1; for `kaiming` at most the paper's 32."""
+    """The default α of factors without a dense weight: r; for `kaiming` at most the paper's 32."""
     return float(min(rank, 32) if init == "kaiming" else rank)
 
 

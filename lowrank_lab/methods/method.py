@@ -13,7 +13,7 @@ from lowrank_lab.optim.eight_bit import EIGHT_BIT
 from lowrank_lab.optim.state_bytes import StateRule, adamw_8bit_states
 
 FullWeights = Literal["none", "targets", "all"]
-# Of what is no target layer: the study's shared rate (data/study/README.md, "Tuning", rule 1).
+# Learning rate of what is no target layer, shared by all methods: the study's (data/study/README.md, "Tuning", rule 1).
 REST_LR = ByWidth({48: 6.9e-3, 64: 5.0e-3, 96: 3.1e-3})
 
 
@@ -28,8 +28,8 @@ class Method:
         use: when to use it, in one line.
         lr: default peak learning rate.
         spectral_lr: the same for factors that start from an SVD.
-        rest_lr: default peak learning rate of what is no target layer, where `lr` is the default,
-            too; from there to the next wider model of `lr` it turns into that. None: `lr`.
+        rest_lr: default peak learning rate of what is no target layer, used with the default `lr`.
+            Above its largest width it is interpolated to `lr` at the next wider one. None: `lr`.
         halve_lr_at_high_rank: halve the default learning rate when rank ≥ width / 2 (of factors:
             `spectral_lr` only).
         layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
