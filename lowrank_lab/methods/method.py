@@ -13,7 +13,8 @@ from lowrank_lab.optim.eight_bit import EIGHT_BIT
 from lowrank_lab.optim.state_bytes import StateRule, adamw_8bit_states
 
 FullWeights = Literal["none", "targets", "all"]
-# Learning rate of what is no target layer, shared by all methods: the study's (data/study/README.md, "Tuning", rule 1).
+# Learning rate of what is no target layer, shared by all methods (data/study/README.md, "Tuning",
+# rule 1).
 REST_LR = ByWidth({48: 6.9e-3, 64: 5.0e-3, 96: 3.1e-3})
 
 
