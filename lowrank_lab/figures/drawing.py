@@ -213,7 +213,7 @@ def label_ends(
     ends, (low, high) = sorted(ends, key=lambda end: end[:2]), ax.get_ylim()
     scale = ax.yaxis.get_transform().transform
     bottom, top, *places = scale([low, high, *(max(value, low) for value, *_ in ends)])
-    gap = min(gap, 0.95 / max(1, len(ends) - 1))
+    gap = min(gap, 0.94 / max(1, len(ends) - 1))  # from 0.03 to 0.98, with room for rounding
     heights = spread([(place - bottom) / (top - bottom) for place in places], gap)
     for i in range(len(heights)):  # clear of the x axis's labels
         heights[i] = max(heights[i], heights[i - 1] + gap if i else 0.03)
