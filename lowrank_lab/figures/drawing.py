@@ -217,8 +217,8 @@ def label_ends(
     heights = spread([(place - bottom) / (top - bottom) for place in places], gap)
     for i in range(len(heights)):  # clear of the x axis's labels
         heights[i] = max(heights[i], heights[i - 1] + gap if i else 0.03)
-    for i in reversed(range(len(heights))):  # and below the top
-        heights[i] = min(heights[i], heights[i + 1] - gap if i + 1 < len(heights) else 0.98)
+    for above, i in enumerate(reversed(range(len(heights)))):  # and below the top
+        heights[i] = min(heights[i], 0.98 - above * gap)
     beside = offset_copy(ax.transAxes, ax.get_figure(root=True), x=10, units="points")
     for at, (value, label, colour, *shape) in zip(heights, ends, strict=True):
         line = shape and shape[0] in ("-", "--", ":", "-.")
