@@ -4,9 +4,9 @@ In a study file:
 
     select: {from: tune, by: [method, init], best: [lr, method_options.scale]}
 
-Each variant is compared with the runs of the study `tune` that have the same values of the `by`
-fields, and gets the values of the `best` fields with the lowest validation loss (the mean over
-seeds). An option that follows from other fields, as alpha does from the rank, stays the variant's.
+Each variant is compared with the runs of the study `tune`, or of a list of studies, that have the
+same `by` fields, and gets the `best` fields with the lowest validation loss (the mean over seeds).
+An option that follows from other fields, as alpha does from the rank, stays the variant's.
 
 around: {lr: [0.5, 1, 2]}   a grid of multiples of the chosen value
 fit: lr                     instead of the best value tried, the lowest point of a parabola through
@@ -44,7 +44,7 @@ class Selection:
     """The `select` of a study file, checked, and the runs to choose from."""
 
     place: str  # in the study file, for messages
-    source: str
+    sources: tuple[str, ...]  # names of studies
     by: tuple[str, ...]
     best: tuple[str, ...]
     fit: tuple[str, ...] = ()
@@ -103,8 +103,8 @@ class Selection:
                 first.setdefault(values, run)
         if not losses:
             words = ", ".join(f"{n} {v}" for n, v in zip(self.by, own, strict=True))
-            nowhere = f"no such run in {self.source}{_why_ignored(self.source)}"
-            raise InputError(place, words, nowhere)
+            ignored = "".join(map(_why_ignored, self.sources))
+            raise InputError(place, words, f"no such run in {', '.join(self.sources)}{ignored}")
         return {values: math.fsum(found) / len(found) for values, found in losses.items()}, first
 
     def _like(self, best: Values, tried: Iterable[Values], i: int) -> list[Values]:
@@ -119,7 +119,7 @@ class Selection:
         try:
             return float(f"{lowest_point(tried):.3g}")
         except ValueError as error:
-            allowed = f"{error} in {self.source}, with all else equal"
+            allowed = f"{error} in {', '.join(self.sources)}, with all else equal"
             raise InputError(f"{place}: fit: {name}", best[i], allowed) from None
 
     def _check_inside(self, place: str, best: Values, tried: Iterable[Values]) -> None:
@@ -131,8 +131,9 @@ class Selection:
                 and len(numbers) >= 2
                 and best[i] in (numbers[0], numbers[-1])
             ):
-                allowed = f"it lies at the edge of the values in {self.source}, {numbers[0]:g} to "
-                allowed += f"{numbers[-1]:g}: try values beyond, or set edges: allow"
+                allowed = f"it lies at the edge of the values in {', '.join(self.sources)}, "
+                allowed += f"{numbers[0]:g} to {numbers[-1]:g}: "
+                allowed += "try values beyond, or set edges: allow"
                 raise InputError(f"{place}: {name}", best[i], allowed)
 
 
@@ -157,10 +158,13 @@ def read_selection(content: Any, place: str) -> Selection:
     """Check the `select` of a study file, and read the results of the study that it names.
 
     Raises:
-        InputError: an error in it, or no finished study of that name.
+        InputError: an error in it, or no finished study of a name in it.
     """
-    if not isinstance(content, dict) or not isinstance(content.get("from"), str):
-        raise InputError(place, content, "a mapping with from (a study's name), by and best")
+    given = content.get("from") if isinstance(content, dict) else None
+    sources = tuple(given) if isinstance(given, list) else (given,)
+    if not sources or not all(isinstance(name, str) for name in sources):
+        allowed = "a mapping with from (a study's name, or a list of names), by and best"
+        raise InputError(place, content, allowed)
     for name in content:
         if name not in KEYS:
             raise InputError(f"{place}: {name}", content[name], nearest(str(name), KEYS))
@@ -185,8 +189,8 @@ def read_selection(content: Any, place: str) -> Selection:
     else:
         allowed = f"refuse, allow, or a list of fields of best: {', '.join(best)}"
         raise InputError(f"{place}: edges", edges, allowed)
-    tried = _results(content["from"], f"{place}: from", by)
-    return Selection(place, content["from"], by, best, fit, around, free, tried)
+    tried = [found for name in sources for found in _results(name, f"{place}: from", by)]
+    return Selection(place, sources, by, best, fit, around, free, tried)
 
 
 def _is_factor(value: Any) -> bool:

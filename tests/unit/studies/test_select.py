@@ -50,6 +50,33 @@ def test_each_variant_takes_the_rate_with_the_lowest_validation_loss(study_file,
     ]  # fmt: skip
 
 
+def test_variants_may_take_what_is_best_in_any_of_several_studies(study_file, tried, data):
+    name = tried((low_rank(1e-3), 1.0))
+    other = tried(({"method": "galore", "lr": 2e-3}, 1.0), place="runs/other")
+    path = study_file(
+        select={"from": [name, f"other/{other}"]},
+        variants={"a": {"method": "low-rank"}, "b": {"method": "galore"}},
+    )
+    with pytest.raises(InputError, match="without folders"):
+        load_study(path)
+    (data / "runs" / "other" / other).rename(data / "runs" / "later")
+    path = study_file(
+        select={"from": [name, "later"]},
+        variants={"a": {"method": "low-rank"}, "b": {"method": "galore"}},
+    )
+    assert [c.lr for _, c in load_study(path).runs.values()] == [1e-3, 2e-3]
+    path = study_file(select={"from": [name, "later"]}, variants={"a": {"method": "apollo"}})
+    with pytest.raises(InputError, match=f"no such run in {name}, later"):
+        load_study(path)
+
+
+@pytest.mark.parametrize("wrong", [[], [1], ["a", None], 3, None])
+def test_a_source_that_is_no_name_is_refused(study_file, wrong):
+    path = study_file(select={"from": wrong}, variants={"a": {"method": "galore"}})
+    with pytest.raises(InputError, match="a study's name, or a list of names"):
+        load_study(path)
+
+
 def test_each_point_of_a_grid_takes_what_is_best_for_it(study_file, tried):
     name = tried((low_rank(1e-3), 1.0), ({"method": "galore", "lr": 2e-3}, 1.0))
     path = study_file(select={"from": name}, grid={"method": ["low-rank", "galore"]})
