@@ -20,6 +20,7 @@ from lowrank_lab.figures.drawing import STYLE, Drawing, canvas, rows_of, style_o
 from lowrank_lab.memory.formulas import MIB
 
 RANK = re.compile(r", rank [^,]+")
+WIDTH = re.compile(r", width ([0-9]+)")  # of dense models beside low ranks
 BELOW, ABOVE, UNDECIDED = "#0072B2", "#D55E00", "#8C8C8C"  # verdicts on a difference
 
 
@@ -128,14 +129,24 @@ def _reach(table: pd.DataFrame) -> tuple[float, float]:
 
 
 def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
-    """Test loss over ranks: variant (label without its rank), rank, MiB, mean, half_width, n.
+    """Test loss over ranks: variant, rank, width, MiB, mean, half_width, n.
+
+    A variant is a label without its rank, or without ", width N" where it has no rank: narrower
+    dense models are a line, too.
 
     Args:
         finals: `runs.final_table`; its column `peak_bytes`, if present, becomes `peak_mib`.
     """
+    ranks = [math.nan if rank is None else float(rank) for rank in finals["rank"]]
+    widths = [
+        float(found[1]) if math.isnan(rank) and (found := WIDTH.search(label)) else math.nan
+        for label, rank in zip(finals["label"], ranks, strict=True)
+    ]
+    names = finals["label"].str.replace(RANK, "", regex=True)
     table = finals.assign(
-        variant=[RANK.sub("", label) for label in finals["label"]],
-        rank=[math.nan if rank is None else float(rank) for rank in finals["rank"]],
+        variant=names.where(np.isnan(widths), names.str.replace(WIDTH, "", regex=True)),
+        rank=ranks,
+        width=widths,
         weights_and_states_mib=(finals["weight_bytes"] + finals["optimizer_state_bytes"]) / MIB,
     )
     sizes = ["weights_and_states_mib"]
@@ -143,10 +154,11 @@ def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
         table["peak_mib"] = finals["peak_bytes"] / MIB
         sizes.append("peak_mib")
     rows = []
-    for (variant, rank), group in table.groupby(["variant", "rank"], sort=False, dropna=False):
+    by = ["variant", "rank", "width"]
+    for place, group in table.groupby(by, sort=False, dropna=False):
         loss = mean_interval(group["test_loss"].tolist())
-        rows.append((variant, rank, *(group[size].mean() for size in sizes), *loss))
-    return pd.DataFrame(rows, columns=["variant", "rank", *sizes, "mean", "half_width", "n"])
+        rows.append((*place, *(group[size].mean() for size in sizes), *loss))
+    return pd.DataFrame(rows, columns=[*by, *sizes, "mean", "half_width", "n"])
 
 
 def over_ranks(finals: pd.DataFrame) -> Figure:
@@ -167,23 +179,25 @@ def over_ranks(finals: pd.DataFrame) -> Figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, size in zip(axes, panels, strict=True):
         for variant, line in table.groupby("variant", sort=False):
-            line = line.sort_values("rank")
+            line = line.sort_values(["rank", "width"])
             colour, style, marker = style_of(str(variant), variants)
             ax.errorbar(
                 line[size], line["mean"], yerr=line["half_width"].fillna(0), fmt=marker + style,
                 color=colour, ms=5, lw=1.2, capsize=2.5, label=variant,
             )  # fmt: skip
-            for point in rows_of(line[line["rank"].notna()]):
+            number = line["rank"].fillna(line["width"])
+            for point in rows_of(line.assign(number=number)[number.notna()]):
                 ax.annotate(
-                    f"{point.rank:g}", (getattr(point, size), point.mean), xytext=(4, 5),
+                    f"{point.number:g}", (getattr(point, size), point.mean), xytext=(4, 5),
                     textcoords="offset points", color=colour, fontsize=7.5,
                 )  # fmt: skip
         ax.set_xlabel(titles[size])
     axes[0].set_ylabel("test loss (nats per token)")
     low, high = int(table["n"].min()), int(table["n"].max())
     count = f"{high}" if low == high else f"{low} to {high}"
+    dense = ", of dense models widths" if table["width"].notna().any() else ""
     axes[0].set_title(
-        f"numbers are ranks; {count} seeds, mean and 95 % interval",
+        f"numbers are ranks{dense}; {count} seeds, mean and 95 % interval",
         loc="left", color="0.4", fontsize=8,
     )  # fmt: skip
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)

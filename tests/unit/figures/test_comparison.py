@@ -169,6 +169,20 @@ def test_ranks_of_one_variant_are_one_line_and_a_method_without_rank_a_point():
     assert {text.get_text() for text in ax.texts} == {"4", "16"}
 
 
+def test_dense_models_of_several_widths_are_one_line_beside_the_ranks():
+    losses = {"low-rank, rank 4": [3.5], "low-rank, rank 16": [3.1],
+              "full-rank, width 24": [3.4], "full-rank, width 32": [3.2]}  # fmt: skip
+    table = finals(losses)
+    ranks = {"low-rank, rank 4": 4, "low-rank, rank 16": 16}
+    table["rank"] = table["label"].map(ranks).astype(object)
+    table["rank"] = table["rank"].where(table["rank"].notna(), None)
+    (ax,) = figures.over_ranks(table.assign(weight_bytes=2**20, optimizer_state_bytes=2**21)).axes
+    lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+    assert lines == {"low-rank": [3.5, 3.1], "full-rank": [3.4, 3.2]}
+    assert {text.get_text() for text in ax.texts} == {"4", "16", "24", "32"}
+    assert "widths" in ax.get_title(loc="left")
+
+
 def test_a_peak_gets_a_panel_of_its_own():
     states, peak = figures.over_ranks(with_ranks(peak_bytes=2**24)).axes
     assert "states" in states.get_xlabel()
