@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from lowrank_lab.analysis.ladder import extrapolated, gap_table
-from lowrank_lab.figures.drawing import canvas, label_ends, style_of
+from lowrank_lab.figures.drawing import STYLE, Drawing, style_of
+
+MOST_IN_A_ROW = 4
+MILLION = 1e6
 
 
 def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
-    """Gap to full rank against parameters: mean, 95 % interval and seeds of each label.
+    """Gap to full rank against parameters, one panel per label: mean, 95 % interval, seeds.
 
-    From three sizes on, with the line through them up to `to` parameters and its 95 % prediction
-    band. Labels at one size alone are left out if others are at several.
+    From three sizes on, with the line through them up to `to` parameters, its value there, and its
+    95 % prediction band. Labels at one size alone are left out if others are at several.
 
     Args:
         gaps: `analysis.ladder.gaps_of`.
@@ -26,31 +34,62 @@ def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
     labels = list(dict.fromkeys(table["label"]))
     first, last = table["parameters"].min(), table["parameters"].max()
     line = extrapolated(gaps, np.geomspace(first, max(to, last), 60).tolist())
-    figure, ax = canvas(7.2, 3.8)
-    ax.set_xscale("log")
-    ax.axhline(0, color="0.4", lw=1)
-    ends = []
-    for index, (label, points) in enumerate(table.groupby("label", sort=True)):
-        colour, style, marker = style_of(str(label), labels)
-        aside = 1 + 0.012 * (index - len(labels) / 2)  # intervals don't hide each other
-        seeds = gaps[gaps["label"] == label]
-        ax.plot(seeds["parameters"] * aside, seeds["gap"], ".", color=colour, ms=3.5, alpha=0.6)
-        width = points["±"].fillna(0)
-        ax.errorbar(points["parameters"] * aside, points["gap"], yerr=width, fmt=marker,
-                    color=colour, ms=5.5, capsize=2.5, lw=1.2)  # fmt: skip
-        own = line[line["label"] == label]
-        ax.plot(own["parameters"], own["gap"], ls=style, color=colour, lw=1.1)
-        ax.fill_between(own["parameters"].astype(float), own["low"].astype(float),
-                        own["high"].astype(float), color=colour, alpha=0.1, lw=0)  # fmt: skip
-        end = own["gap"].iloc[-1] if len(own) else points["gap"].iloc[-1]
-        ends.append((end, str(label), colour))
+    columns = min(MOST_IN_A_ROW, len(labels))
+    rows = math.ceil(len(labels) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(2.3 * columns + 0.4, 2.1 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax, label in zip(axes, labels, strict=False):
+        points, seeds, own = (part[part["label"] == label] for part in (table, gaps, line))
+        _panel(ax, str(label), style_of(str(label), labels), points, seeds, own)
     sizes = sorted(table["parameters"].unique())
-    ticks = [*sizes, *([to] if len(line) and to > last else [])]
-    ax.set_xticks(ticks, [f"{size / 1e6:.3g} M" for size in ticks])
-    ax.minorticks_off()
-    ax.set_xlabel("parameters at full rank (logarithmic)")
-    ax.set_ylabel("gap to full rank (nats per token)")
+    _axis(axes[0], [*sizes, *([to] if len(line) and to > last else [])])
+    for ax in axes[len(labels) :]:
+        ax.set_axis_off()
+    for ax in axes[max(0, len(labels) - columns) : len(labels)]:  # lowest panel of each column
+        ax.tick_params(labelbottom=True)
     what = "line with its 95 % prediction band" if len(line) else "fewer than three sizes: no line"
-    ax.set_title(f"mean, 95 % interval and seeds; {what}", loc="left", color="0.4", fontsize=8)
-    label_ends(ax, ends)
+    figure.suptitle(f"mean, 95 % interval and seeds; {what}", color="0.4", fontsize=8, x=0.01,
+                    ha="left")  # fmt: skip
+    figure.supxlabel("million parameters at full rank (logarithmic)", fontsize=9.5)
+    figure.supylabel("gap to full rank (nats per token)", fontsize=9.5)
     return figure
+
+
+def _panel(
+    ax: Axes,
+    label: str,
+    style: tuple[str, str, str],
+    points: pd.DataFrame,
+    seeds: pd.DataFrame,
+    line: pd.DataFrame,
+) -> None:
+    """The measured gaps of a label, and its line."""
+    colour, _, marker = style
+    ax.axhline(0, color="0.4", lw=1)
+    ax.plot(seeds["parameters"], seeds["gap"], ".", color="0.45", ms=3, alpha=0.7)
+    ax.errorbar(points["parameters"], points["gap"], yerr=points["±"].fillna(0), fmt=marker,
+                color=colour, ms=5, capsize=2.5, lw=1.2)  # fmt: skip
+    if len(line):
+        ax.plot(line["parameters"], line["gap"], color=colour, lw=1.1)
+        ax.fill_between(line["parameters"].astype(float), line["low"].astype(float),
+                        line["high"].astype(float), color=colour, alpha=0.15, lw=0)  # fmt: skip
+        end = line.iloc[-1]
+        words = f"{end['gap']:+.2f}\n({end['low']:+.2f} to {end['high']:+.2f})"
+        at, side = (0.02, "bottom") if end["gap"] >= 0 else (0.98, "top")  # beside the band
+        ax.annotate(words.replace("-", "−"), (1, at), xycoords="axes fraction", fontsize=7.5,
+                    color=colour, ha="right", va=side)  # fmt: skip
+    ax.set_title(label, loc="left", fontsize=8.5 * min(1, 30 / len(label)))
+
+
+def _axis(ax: Axes, sizes: list[float]) -> None:
+    """A logarithmic axis of sizes; of those that are too near to each other, one has a number."""
+    ax.set_xscale("log")
+    span = math.log(sizes[-1] / sizes[0])
+    shown: list[float] = []
+    for size in [sizes[-1], *sizes[:-1]]:
+        if all(abs(math.log(size / other)) > 0.16 * span for other in shown):
+            shown.append(size)
+    names = [f"{size / MILLION:.2g}" if size in shown else "" for size in sizes]
+    ax.set_xticks(sizes, names)
+    ax.xaxis.set_minor_locator(NullLocator())
