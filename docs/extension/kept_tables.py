@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from hypotheses import KEPT, LEVEL, ROOT, hypotheses
+from hypotheses import KEPT, LEVEL, ROOT, TRENDS, TRIED, hypotheses
 from markdown_tables import markdown_table
 
 from lowrank_lab.analysis.costs import at_equal_cost, costs_of
@@ -136,13 +136,17 @@ def gaps(*names: str) -> list[str]:
 
 
 def registered() -> list[str]:
-    """The registered tests (`hypotheses.py`), as the kept ladders answer them."""
-    table = hypotheses()
-    there = table["n"] > 0
-    found = map(with_interval, table["estimate"], table["±"])
-    table.insert(1, "measured", np.where(there, list(found), ""))
+    """The registered tests (`hypotheses.py`), and the trends with another full rank at S3."""
+    beside = f"With gaps to *{TRIED}* at the largest size, the best rate that was tried there:"
+    trends = hypotheses(at_largest=TRIED).loc[TRENDS]
+    return [*_tests(hypotheses()), "", beside, "", *_tests(trends)]
+
+
+def _tests(table: pd.DataFrame) -> list[str]:
+    table["n"] = table["n"].astype(int)
+    table.insert(1, "measured", list(map(with_interval, table["estimate"], table["±"])))
     for name in ("p", "p (Holm)"):
-        table[name] = table[name].map("{:.3g}".format).where(there, "")
+        table[name] = table[name].map("{:.3g}".format)
     return frame(table.drop(columns=["estimate", "±"]).reset_index())
 
 

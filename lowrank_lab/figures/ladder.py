@@ -75,7 +75,8 @@ def _panel(
         ax.fill_between(line["parameters"].astype(float), line["low"].astype(float),
                         line["high"].astype(float), color=colour, alpha=0.15, lw=0)  # fmt: skip
         end = line.iloc[-1]
-        words = f"{end['gap']:+.2f}\n({end['low']:+.2f} to {end['high']:+.2f})"
+        at_end, low, high = (f"{round(end[name], 2) + 0.0:+.2f}" for name in ("gap", "low", "high"))
+        words = f"{at_end}\n({low} to {high})"
         at, side = (0.02, "bottom") if end["gap"] >= 0 else (0.98, "top")  # beside the band
         ax.annotate(words.replace("-", "−"), (1, at), xycoords="axes fraction", fontsize=7.5,
                     color=colour, ha="right", va=side)  # fmt: skip

@@ -45,6 +45,16 @@ def test_gaps_have_a_star_where_they_differ_from_0_after_correction(tables):
     assert not rows["fira"][0].endswith("*")
 
 
+def test_the_differences_at_equal_time_that_the_chapter_states_are_those_of_the_table(tables):
+    lines = tables.equal_costs("ladder_s1", "ladder_s2", "ladder_s3")
+    of_low_rank = [line.strip("| ").split(" | ") for line in lines if "| low-rank |" in line]
+    at_equal_time = [cells[-1] for cells in of_low_rank]
+    chapter = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
+    assert "time of low-rank on one core it would end lower, by {} and {} (".format(
+        *(difference.removeprefix("+") for difference in at_equal_time)
+    ) in chapter  # fmt: skip
+
+
 def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(tables):
     lines = tables.study("ladder_s2")
     asked = [line for line in lines if line.startswith("| low-rank + transport | low-rank |")]
@@ -94,14 +104,20 @@ def test_rates_are_validation_losses_by_row(tables, setting):
     assert f"{best:.3f}" in " ".join(rows["muon"])
 
 
-def test_registered_tests_without_runs_are_empty_and_not_trained(tables):
-    rows, head = rows_of(tables.registered())
+def test_the_registered_tests_have_their_seeds_and_verdicts_and_the_trends_another_reference(
+    tables,
+):
+    lines = tables.registered()
+    between = next(i for i, line in enumerate(lines) if "full-rank at 8.05e-4" in line)
+    rows, head = rows_of(lines[:between])
     assert head == ["hypothesis", "statement", "measured", "n", "p", "p (Holm)", "verdict"]
-    assert len(rows) == 5
-    for cells in rows.values():
-        empty = cells[-1] == "not trained"
-        assert (cells[1] == "") == empty == (cells[2] == "0")
-    assert "nan" not in "".join(tables.registered())
+    assert [*rows] == list("12345")
+    assert {cells[2] for cells in rows.values()} == {"5"}
+    assert {cells[-1] for cells in rows.values()} <= {"yes", "not shown"}
+    trends, _ = rows_of(lines[between:])
+    assert [*trends] == list("34")
+    assert all(trends[i][1] != rows[i][1] for i in trends)
+    assert "nan" not in "".join(lines)
 
 
 def test_the_hours_of_the_registration_are_those_of_the_records():

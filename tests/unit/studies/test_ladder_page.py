@@ -21,6 +21,7 @@ from lowrank_lab.runs.run import (
 )
 
 KEPT = ROOT / "data" / "study"
+SIZES = ("ladder_s1", "ladder_s2", "ladder_s3")
 
 
 def page(name):
@@ -40,11 +41,11 @@ def shown(mean, half_width):
 
 def test_every_interval_is_a_gap_or_an_answer():
     known = set()
-    for name in ("ladder_s1", "ladder_s2", "hypotheses_s3"):
+    for name in SIZES:
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         asked = claims(finals(name), pairs).dropna(subset=["±"])
         known |= {shown(*row) for row in asked[["A − B", "±"]].to_numpy()}
-    gaps = gap_table(gaps_of([KEPT / "ladder_s1", KEPT / "ladder_s2"]))
+    gaps = gap_table(gaps_of([KEPT / name for name in SIZES]))
     known |= {shown(*row) for row in gaps[["gap", "±"]].to_numpy()}
     unsigned = {interval.lstrip("+−") for interval in known}
     stated = re.findall(r"([+−]?)(\d\.\d+ ± \d\.\d+)", LADDER)
