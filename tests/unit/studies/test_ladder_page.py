@@ -123,3 +123,12 @@ def test_no_best_rate_is_the_first_or_last_that_was_tried(size):
     for _, part in table.groupby(names):
         losses = part.groupby("lr")["validation_loss"].mean()
         assert losses.index.min() < losses.idxmin() < losses.index.max()
+
+
+def test_intervals_of_how_techniques_are_applied_are_answers_of_their_study():
+    _, pairs = asked_in(NOTEBOOKS / "studies" / "techniques_s1.yaml")
+    answers = claims(finals("techniques_s1"), pairs)
+    known = {shown(*row) for row in answers[["A − B", "±"]].to_numpy()}
+    stated = re.findall(r"[+−]\d\.\d+ ± \d\.\d+", page("techniques"))
+    assert len(stated) == 3
+    assert set(stated) <= known
