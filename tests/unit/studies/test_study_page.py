@@ -8,9 +8,9 @@ import pytest
 from paths import NOTEBOOKS, ROOT
 
 from lowrank_lab.analysis.costs import COSTS, at_equal_cost, costs_of
-from lowrank_lab.analysis.ladder import gap_table, gaps_of
+from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of, slopes
 from lowrank_lab.analysis.rates import lowest_point
-from lowrank_lab.analysis.stats import corrected
+from lowrank_lab.analysis.stats import corrected, mean_interval
 from lowrank_lab.analysis.tables import claims, paired, structure, verdicts
 from lowrank_lab.config import RunConfig
 from lowrank_lab.figures import cosine_table
@@ -57,6 +57,8 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
     known = {shown(row["A − dense"], row["±"]) for t in tables for row in t.to_dict("records")}
     for of_pairs, of_gaps in answers.values():
         known |= {*of_pairs.values(), *of_gaps.values()}
+    trends = slopes(gaps_of(SIZES.values()))
+    known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()}
     known.add(first_study("low-rank + refactor + reset", "low-rank"))
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
@@ -66,6 +68,42 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
 def first_study(a, b):
     table = claims(final_table(load_runs(KEPT / "main")), [(a, b)])
     return shown(*table.loc[0, ["A − B", "±"]])
+
+
+def test_trends_and_what_lines_say_at_60_M_are_those_of_the_gaps():
+    gaps = gaps_of(SIZES.values())
+    table = extrapolation_table(gaps, 60e6).set_index("label")
+    names = ("low-rank", "low-rank + refactor + reset", "low-rank + transport")
+    ends = [table.loc[name, "predicted"] for name in names]
+    assert "say {:+.2f} at 60 M for low-rank, {:+.2f} with both techniques, {:+.2f} with".format(
+        *ends
+    ) in PAGE  # fmt: skip
+    assert abs(table.loc["muon", "predicted"]) < 0.005
+    assert f"slope per factor of ten in parameters is {trend(table, 'low-rank')} (n 5)" in PAGE
+    assert f"gain shrinks with size (slope {trend(table, 'muon')})" in PAGE
+    widths = {name: line_per_seed(gaps, name)[1] for name in (*names, "muon")}
+    assert f"interval of ±{min(widths.values()):.2f} to ±{max(widths.values()):.2f} there" in PAGE
+    ladder = " ".join((ROOT / "docs" / "results" / "ladder.md").read_text().split())
+    mean, width, _ = line_per_seed(gaps, "low-rank")
+    assert f"line per seed gives {mean:+.2f} ± {width:.2f} for low-rank" in ladder
+    assert f"and 0.00 ± {widths['muon']:.2f} for Muon" in ladder
+
+
+def trend(table, label):
+    return shown(*table.loc[label, ["slope", "±"]])
+
+
+def line_per_seed(gaps, label):
+    """What a straight line through each seed's gaps says at 60 M: mean, half the interval, n."""
+    wide = gaps[gaps["label"] == label].pivot(index="seed", columns="parameters", values="gap")
+    sizes = np.log10(wide.columns.to_numpy(float))
+    slope, height = np.polyfit(sizes, wide.dropna().to_numpy().T, 1)
+    return mean_interval((height + slope * np.log10(60e6)).tolist())
+
+
+def test_gaps_of_Muon_at_S3_by_seed_are_what_it_says():
+    wide = paired(final_table(load_runs(SIZES["S3"])), [("muon", "full-rank")]).to_numpy()
+    assert f"end lower, by {-wide.max():.2f} to {-wide.min():.2f}." in PAGE
 
 
 def test_the_techniques_table_has_each_size_in_its_column(answers):
