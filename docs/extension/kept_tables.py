@@ -143,7 +143,7 @@ def registered() -> list[str]:
 
 
 def _tests(table: pd.DataFrame) -> list[str]:
-    table["n"] = table["n"].astype(int)
+    table = table.assign(n=table["n"].astype(int))
     table.insert(1, "measured", list(map(with_interval, table["estimate"], table["±"])))
     for name in ("p", "p (Holm)"):
         table[name] = table[name].map("{:.3g}".format)

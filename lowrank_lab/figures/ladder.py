@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from lowrank_lab.analysis.ladder import extrapolated, gap_table
-from lowrank_lab.figures.drawing import STYLE, Drawing, style_of
+from lowrank_lab.figures.drawing import style_of
+from lowrank_lab.figures.panels import panels
 
-MOST_IN_A_ROW = 4
 MILLION = 1e6
 
 
@@ -34,20 +33,14 @@ def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
     labels = list(dict.fromkeys(table["label"]))
     first, last = table["parameters"].min(), table["parameters"].max()
     line = extrapolated(gaps, np.geomspace(first, max(to, last), 60).tolist())
-    columns = min(MOST_IN_A_ROW, len(labels))
-    rows = math.ceil(len(labels) / columns)
-    with mpl.rc_context(STYLE):
-        figure = Drawing(figsize=(2.3 * columns + 0.4, 2.1 * rows + 0.5), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for ax, label in zip(axes, labels, strict=False):
+    figure, axes = panels(
+        len(labels), lambda columns, rows: (2.3 * columns + 0.4, 2.1 * rows + 0.5), sharey=True
+    )
+    for ax, label in zip(axes, labels, strict=True):
         points, seeds, own = (part[part["label"] == label] for part in (table, gaps, line))
         _panel(ax, str(label), style_of(str(label), labels), points, seeds, own)
     sizes = sorted(table["parameters"].unique())
     _axis(axes[0], [*sizes, *([to] if len(line) and to > last else [])])
-    for ax in axes[len(labels) :]:
-        ax.set_axis_off()
-    for ax in axes[max(0, len(labels) - columns) : len(labels)]:  # lowest panel of each column
-        ax.tick_params(labelbottom=True)
     what = "line with its 95 % prediction band" if len(line) else "fewer than three sizes: no line"
     figure.suptitle(f"mean, 95 % interval and seeds; {what}", color="0.4", fontsize=8, x=0.01,
                     ha="left")  # fmt: skip

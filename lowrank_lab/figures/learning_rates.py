@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,10 +13,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from lowrank_lab.analysis.rates import rate_table
-from lowrank_lab.figures.drawing import PALETTE, STYLE, Drawing
+from lowrank_lab.figures.drawing import PALETTE
+from lowrank_lab.figures.panels import panels
 
 MANY_SETTINGS = 3  # at one rate: they would fill a panel's legend
-MOST_IN_A_ROW = 4
 SHOWN = 0.6  # nats above the best: lines end there, below the names of their settings
 NAME_AND_VALUE = re.compile(r"(.+) ([\d.e+-]+)")  # of a setting, as `momentum 0.9`
 
@@ -30,18 +29,11 @@ def rates(finals: pd.DataFrame) -> Figure:
     """
     table = rate_table(finals)
     variants = list(dict.fromkeys(table["variant"]))
-    columns = min(MOST_IN_A_ROW, len(variants))
-    lines = math.ceil(len(variants) / columns)
-    with mpl.rc_context(STYLE):
-        height = 2.5 if lines == 1 else 1.75 * lines
-        figure = Drawing(figsize=(2.3 * columns, height), layout="constrained")
-        axes = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
-    for ax, variant in zip(axes, variants, strict=False):
+    figure, axes = panels(
+        len(variants), lambda columns, rows: (2.3 * columns, 2.5 if rows == 1 else 1.75 * rows)
+    )
+    for ax, variant in zip(axes, variants, strict=True):
         _panel(ax, str(variant), table[table["variant"] == variant])
-    for ax in axes[len(variants) :]:
-        ax.set_axis_off()
-    for ax in axes[len(variants) - columns : len(variants)]:  # lowest panel of each column
-        ax.tick_params(labelbottom=True)
     _ticks(axes[0], sorted(table["lr"].unique()))
     figure.supxlabel("peak learning rate", fontsize=9.5)
     figure.supylabel("validation loss (nats per token)", fontsize=9.5)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lowrank_lab.figures.drawing import STYLE, Drawing, empty_figure
+from lowrank_lab.figures.drawing import empty_figure
+from lowrank_lab.figures.panels import panels
 
 MOST_PANELS = 8
-COLUMNS = 4
 
 
 def position_curves(positions: pd.DataFrame) -> Figure:
@@ -29,26 +27,19 @@ def position_curves(positions: pd.DataFrame) -> Figure:
         return empty_figure("no run recorded its loss by position")
     labels = list(dict.fromkeys(positions["label"]))[:MOST_PANELS]
     means = positions.groupby(["label", "step", "position"], sort=True)["loss"].mean()
-    lines = math.ceil(len(labels) / COLUMNS)
-    columns = math.ceil(len(labels) / lines)
-    with mpl.rc_context(STYLE):
-        size = (2.2 * columns + 1.0, 2.0 * lines + 0.5)
-        figure = Drawing(figsize=size, layout="constrained")
-        axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes = panels(
+        len(labels), lambda columns, rows: (2.2 * columns + 1.0, 2.0 * rows + 0.5), sharey=True
+    )
     last = int(positions["step"].max())
     shades = sns.color_palette("crest", as_cmap=True)
-    for ax, label in zip(axes.flat, labels, strict=False):
+    for ax, label in zip(axes, labels, strict=True):
         for step, line in means[label].groupby(level="step"):
             values = line.droplevel("step")
             ax.plot(values.index, values, color=shades(float(step) / last), lw=1.3)
         ax.set_title(label, loc="left", fontsize=8.5 * min(1, 26 / len(str(label))))
-    for ax in axes.flat[len(labels) :]:
-        ax.set_visible(False)
-    for ax in axes.flat[len(labels) - columns : len(labels)]:  # lowest panel of each column
-        ax.tick_params(labelbottom=True)
     ticks = np.sort(positions["position"].unique())[::2]
-    axes.flat[0].set_xscale("log", base=2)
-    axes.flat[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     mappable = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, last), shades)
     figure.colorbar(mappable, ax=axes, label="step", pad=0.01)
     figure.supxlabel("position in the window (first of 1, 2–3, 4–7, …)", fontsize=9.5)

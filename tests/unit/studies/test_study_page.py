@@ -23,6 +23,7 @@ from lowrank_lab.runs.run import complete_runs, final_table, finals_of, load_run
 KEPT = ROOT / "data" / "study"
 SIZES = {size: KEPT / f"ladder_{size.lower()}" for size in ("S1", "S2", "S3")}
 PAGE = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
+LADDER = " ".join((ROOT / "docs" / "results" / "ladder.md").read_text().split())
 INTERVAL = re.compile(r"[+−]\d\.\d+ ± \d\.\d+")
 
 
@@ -83,10 +84,9 @@ def test_trends_and_what_lines_say_at_60_M_are_those_of_the_gaps():
     assert f"gain shrinks with size (slope {trend(table, 'muon')})" in PAGE
     widths = {name: line_per_seed(gaps, name)[1] for name in (*names, "muon")}
     assert f"interval of ±{min(widths.values()):.2f} to ±{max(widths.values()):.2f} there" in PAGE
-    ladder = " ".join((ROOT / "docs" / "results" / "ladder.md").read_text().split())
     mean, width, _ = line_per_seed(gaps, "low-rank")
-    assert f"line per seed gives {mean:+.2f} ± {width:.2f} for low-rank" in ladder
-    assert f"and 0.00 ± {widths['muon']:.2f} for Muon" in ladder
+    assert f"line per seed gives {mean:+.2f} ± {width:.2f} for low-rank" in LADDER
+    assert f"and 0.00 ± {widths['muon']:.2f} for Muon" in LADDER
 
 
 def trend(table, label):
@@ -103,7 +103,9 @@ def line_per_seed(gaps, label):
 
 def test_gaps_of_Muon_at_S3_by_seed_are_what_it_says():
     wide = paired(final_table(load_runs(SIZES["S3"])), [("muon", "full-rank")]).to_numpy()
-    assert f"end lower, by {-wide.max():.2f} to {-wide.min():.2f}." in PAGE
+    reach = f"{-wide.max():.2f} to {-wide.min():.2f}."
+    assert f"end lower, by {reach}" in PAGE
+    assert f"where seeds reach from {reach}" in LADDER
 
 
 def test_the_techniques_table_has_each_size_in_its_column(answers):
@@ -223,7 +225,7 @@ def test_gigabytes_at_1b_are_those_of_the_formulas():
 def test_seeds_at_S3_scatter_as_it_says():
     finals = final_table(load_runs(SIZES["S3"]))
     losses = finals[finals["label"] == "low-rank"]["test_loss"]
-    assert f"over seeds, from {losses.min():.2f} to {losses.max():.2f}," in PAGE
+    assert f"at S3 end between {losses.min():.2f} and {losses.max():.2f}," in PAGE
     table = claims(finals, [("low-rank + transport", "low-rank")]).iloc[0]
     every = verdicts(finals, pairs_of(SIZES["S3"]), how="fdr_bh").set_index(["A", "B"])
     after = every.loc[("low-rank + transport", "low-rank"), "p (BH)"]
