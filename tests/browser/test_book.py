@@ -9,10 +9,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pages_in_browser import drag, press, slider, wait_for_text
-from paths import ROOT
+from paths import ROOT, docs_module
 
 from lowrank_lab.figures import Drawing
 from lowrank_lab.widgets import slider as sliders
+
+chapters = docs_module("chapters")
 
 WIDTHS = (1280, 390)
 
@@ -42,12 +44,12 @@ def book(browser, tmp_path_factory):
     for name in ("lowrank_lab", "benchmarks", "figures", "data", "notebooks", "pyproject.toml"):
         (root / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", root / "docs", ignore=shutil.ignore_patterns("*.ipynb"))
-    shutil.copytree(
-        ROOT / "notebooks", root / "docs" / "notebooks", dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("*.py", "*.yaml", ".*", "studies", "__pycache__"),
-    )  # fmt: skip
-    first = root / "docs" / "notebooks" / "00_start_here.ipynb"
-    nbformat.write(chapter_with_a_slider(), first)
+    written = root / "docs" / "notebooks"
+    (written / "solutions").mkdir(parents=True, exist_ok=True)
+    for name in chapters.names():
+        notebook = nbformat.read(chapters.SOURCES / f"{name}.ipynb", as_version=4)
+        nbformat.write(chapters.chapter(notebook, name), written / f"{name}.ipynb")
+    nbformat.write(chapter_with_a_slider(), written / "00_start_here.ipynb")
     out = root / "build" / "docs"
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", str(out)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

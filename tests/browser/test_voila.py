@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from pages_in_browser import (
+    ANSWERING,
     EXECUTING,
     button,
     drag,
@@ -42,12 +43,16 @@ BRIGHTNESS = """element => {
     });
 }"""
 
-# Brightness (0 … 1) of a picture's first pixel.
-CORNER = """image => {
+# Whether the first pixel of the first picture is dark. It is light until its page has told the
+# kernel which theme it has.
+IS_DARK = """() => {
+    const visible = picture => picture.offsetParent !== null;
+    const image = [...document.querySelectorAll('.widget-html img')].find(visible);
+    if (!image?.complete) return false;
     const paint = document.createElement('canvas').getContext('2d');
     paint.drawImage(image, 0, 0);
     const [r, g, b] = paint.getImageData(0, 0, 1, 1).data;
-    return (0.3 * r + 0.59 * g + 0.11 * b) / 255;
+    return (0.3 * r + 0.59 * g + 0.11 * b) / 255 < 0.5;
 }"""
 
 
@@ -82,7 +87,7 @@ def test_controls_and_pictures_fit_a_narrow_dark_page(page, voila, workplace, na
     page.goto(f"{voila(made)}?theme=dark", timeout=EXECUTING)
     page.locator(".widget-html img:visible").first.wait_for(timeout=EXECUTING)
     assert page.evaluate(RIGHT_END) <= NARROW
-    assert page.locator(".widget-html img:visible").first.evaluate(CORNER) < 0.5
+    page.wait_for_function(IS_DARK, timeout=ANSWERING)
 
 
 def test_the_explorer_answers_under_voila(page, voila, workplace):
@@ -152,7 +157,7 @@ def test_three_labels_are_found_among_500_runs_by_keyboard_alone(
     assert page.evaluate(RIGHT_END) <= width
     table = page.locator(".runs-table").bounding_box()
     shown = page.locator(".widget-html img:visible")
-    assert (shown.evaluate(CORNER) < 0.5) == (scheme == "dark")
+    assert page.evaluate(IS_DARK) == (scheme == "dark")
     image = shown.bounding_box()
     beside = image["x"] > table["x"] + table["width"] - 1
     assert beside == (width > 1000)
