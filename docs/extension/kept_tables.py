@@ -151,20 +151,19 @@ def _tests(table: pd.DataFrame) -> list[str]:
 
 
 def extrapolation(*names: str) -> list[str]:
-    """The gap at 60 M parameters that a line through three sizes predicts, and published ones."""
+    """The gap at 60 M parameters that lines through three sizes predict, and published ones."""
     table = extrapolation_table(gaps_of([KEPT / name for name in names]), TO)
     table = table.dropna(subset=["predicted"])
     rows = [
         (
             row["label"],
             with_interval(row["slope"], row["±"]),
-            signed(row["predicted"]),
-            f"{signed(row['low'])} to {signed(row['high'])}",
+            with_interval(row["predicted"], row["± predicted"]),
             *published(row["label"]),
         )
         for row in table.to_dict("records")
     ]
-    head = ("row", "slope", "at 60 M", "95 % prediction interval")
+    head = ("row", "slope", "at 60 M")
     return markdown_table((*head, *(f"published, {size}" for size in SIZES)), rows)
 
 

@@ -6,6 +6,7 @@ seed, in nats per token. Sizes are parameters of the reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,61 +97,62 @@ def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:
 
 
 def slopes(gaps: pd.DataFrame) -> pd.DataFrame:
-    """How each label's gap changes with size: one least-squares slope per seed, and their mean.
+    """How each label's gap changes with size: one least-squares line per seed, and their slopes.
 
     Columns: label, sizes, n (seeds that are there at all of the label's sizes), slope (nats per
     factor of ten in parameters), ±, `p (above 0)` of a one-sided t-test over the seeds, and the
     same corrected by Benjamini and Hochberg. Labels with a single size are left out.
     """
     rows: list[tuple[Any, ...]] = []
-    for label, part in gaps.groupby("label", sort=False):
-        wide = part.pivot(index="seed", columns="parameters", values="gap").dropna()
-        if wide.shape[1] < 2 or wide.empty:
-            continue
-        sizes = np.log10(wide.columns.to_numpy(float))
-        found = np.polyfit(sizes, wide.to_numpy().T, 1)[0].tolist()
+    for label, sizes, lines in _lines(gaps, fewest_sizes=2):
+        found = lines[0].tolist()
         mean, half_width, n = mean_interval(found)
-        rows.append((label, len(sizes), n, mean, half_width, p_below([-s for s in found])))
+        rows.append((label, sizes, n, mean, half_width, p_below([-s for s in found])))
     names = ["label", "sizes", "n", "slope", "±", "p (above 0)"]
     table = pd.DataFrame(rows, columns=names)
     return table.assign(**{"p (BH)": corrected(table["p (above 0)"].tolist(), "fdr_bh")})
 
 
-def extrapolated(gaps: pd.DataFrame, parameters: Sequence[float]) -> pd.DataFrame:
-    """A straight line of the gap over log₁₀(parameters), with its 95 % prediction interval.
+def _lines(gaps: pd.DataFrame, fewest_sizes: int) -> Iterator[tuple[Any, int, np.ndarray]]:
+    """For each label that is at so many sizes: label, sizes, and a line for each seed.
 
-    Columns: label, parameters, gap, low, high. Labels at fewer than FEWEST_SIZES sizes have no
-    rows. The interval covers the scatter of seeds around the line, and not that the law may be
-    another one.
+    Lines are straight over log₁₀(parameters): an array (2, seeds) of slopes and of heights at one
+    parameter. A seed that is missing at one of the label's sizes has none.
+    """
+    for label, part in gaps.groupby("label", sort=False):
+        wide = part.pivot(index="seed", columns="parameters", values="gap").dropna()
+        if wide.shape[1] >= fewest_sizes and not wide.empty:
+            sizes = np.log10(wide.columns.to_numpy(float))
+            yield label, len(sizes), np.polyfit(sizes, wide.to_numpy().T, 1)
+
+
+def extrapolated(gaps: pd.DataFrame, parameters: Sequence[float]) -> pd.DataFrame:
+    """Straight lines of the gap over log₁₀(parameters), one per seed: their mean, and ± (95 %).
+
+    Columns: label, parameters, gap, ± (Student's t over the seeds). Labels at fewer than
+    FEWEST_SIZES sizes have no rows. The interval is that of the mean line; it does not cover that
+    the law may be another one.
 
     Args:
         gaps: returned by `gaps_of`.
-        parameters: sizes for which the line is computed.
+        parameters: sizes for which the lines are computed.
     """
-    from statsmodels.api import OLS, add_constant
-
-    names = {"mean": "gap", "obs_ci_lower": "low", "obs_ci_upper": "high"}
-    at = add_constant(np.log10(np.asarray(parameters, float)), has_constant="add")
-    tables = []
-    for label, part in gaps.groupby("label", sort=False):
-        if part["parameters"].nunique() < FEWEST_SIZES:
-            continue
-        fit = OLS(part["gap"].to_numpy(), add_constant(np.log10(part["parameters"].to_numpy())))
-        found = fit.fit().get_prediction(at).summary_frame(alpha=0.05).rename(columns=names)
-        tables.append(found.assign(label=label, parameters=parameters))
-    columns = ["label", "parameters", *names.values()]
-    return (
-        pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
-    )
+    rows: list[tuple[Any, ...]] = []
+    for label, _, (slope, height) in _lines(gaps, FEWEST_SIZES):
+        for size in parameters:
+            mean, half_width, _ = mean_interval((height + slope * math.log10(size)).tolist())
+            rows.append((label, size, mean, half_width))
+    return pd.DataFrame(rows, columns=["label", "parameters", "gap", "±"])
 
 
 def extrapolation_table(gaps: pd.DataFrame, parameters: float) -> pd.DataFrame:
-    """`slopes`, with the gap that is predicted at one size: predicted, low, high (95 %).
+    """`slopes`, with the gap that lines say at one size, `predicted`, and its ± (95 %).
 
     NaN where there are fewer than FEWEST_SIZES sizes.
     """
     line = extrapolated(gaps, [parameters]).drop(columns="parameters")
-    return slopes(gaps).merge(line.rename(columns={"gap": "predicted"}), on="label", how="left")
+    line = line.rename(columns={"gap": "predicted", "±": "± predicted"})
+    return slopes(gaps).merge(line, on="label", how="left")
 
 
 def kept_sizes(pattern: str) -> list[Path | str]:

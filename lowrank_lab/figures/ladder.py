@@ -20,8 +20,8 @@ MILLION = 1e6
 def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
     """Gap to full rank against parameters, one panel per label: mean, 95 % interval, seeds.
 
-    From three sizes on, with the line through them up to `to` parameters, its value there, and its
-    95 % prediction band. Labels at one size alone are left out if others are at several.
+    From three sizes on, with the mean of one straight line per seed up to `to` parameters, its
+    value there, and its 95 % band. Labels at one size alone are left out if others are at several.
 
     Args:
         gaps: `analysis.ladder.gaps_of`.
@@ -41,7 +41,11 @@ def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
         _panel(ax, str(label), style_of(str(label), labels), points, seeds, own)
     sizes = sorted(table["parameters"].unique())
     _axis(axes[0], [*sizes, *([to] if len(line) and to > last else [])])
-    what = "line with its 95 % prediction band" if len(line) else "fewer than three sizes: no line"
+    what = (
+        "mean line of the seeds with its 95 % band"
+        if len(line)
+        else "fewer than three sizes: no line"
+    )
     figure.suptitle(f"mean, 95 % interval and seeds; {what}", color="0.4", fontsize=8, x=0.01,
                     ha="left")  # fmt: skip
     figure.supxlabel("million parameters at full rank (logarithmic)", fontsize=9.5)
@@ -65,11 +69,10 @@ def _panel(
                 color=colour, ms=5, capsize=2.5, lw=1.2)  # fmt: skip
     if len(line):
         ax.plot(line["parameters"], line["gap"], color=colour, lw=1.1)
-        ax.fill_between(line["parameters"].astype(float), line["low"].astype(float),
-                        line["high"].astype(float), color=colour, alpha=0.15, lw=0)  # fmt: skip
+        low, high = line["gap"] - line["±"], line["gap"] + line["±"]
+        ax.fill_between(line["parameters"], low, high, color=colour, alpha=0.15, lw=0)
         end = line.iloc[-1]
-        at_end, low, high = (f"{round(end[name], 2) + 0.0:+.2f}" for name in ("gap", "low", "high"))
-        words = f"{at_end}\n({low} to {high})"
+        words = f"{round(end['gap'], 2) + 0.0:+.2f}\n± {end['±']:.2f}"
         at, side = (0.02, "bottom") if end["gap"] >= 0 else (0.98, "top")  # beside the band
         ax.annotate(words.replace("-", "−"), (1, at), xycoords="axes fraction", fontsize=7.5,
                     color=colour, ha="right", va=side)  # fmt: skip

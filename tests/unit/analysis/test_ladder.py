@@ -1,4 +1,4 @@
-"""Gaps over sizes: seed by seed, slopes against a plain fit, and bands against the textbook's."""
+"""Gaps over sizes: seed by seed, slopes and bands against plain fits to each seed."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from pandas.testing import assert_frame_equal
 from scipy import stats
 from written_runs import write_run
 
@@ -76,17 +77,24 @@ def test_seeds_that_are_missing_at_a_size_do_not_count_in_a_slope(folders):
     assert slopes(table).set_index("label").loc["low-rank", "n"] == 2
 
 
-def test_the_band_is_the_textbooks_prediction_interval(folders):
+def test_the_band_is_that_of_one_line_per_seed(folders):
     part = gaps_of(folders).query("label == 'low-rank'")
-    x, y = np.log10(part["parameters"].to_numpy()), part["gap"].to_numpy()
-    fit, n, at = stats.linregress(x, y), len(x), np.log10(60e6)
-    spread = np.sqrt(((y - fit.intercept - fit.slope * x) ** 2).sum() / (n - 2))
-    width = spread * np.sqrt(1 + 1 / n + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
-    width *= stats.t.ppf(0.975, n - 2)
-    (band,) = extrapolated(gaps_of(folders), [60e6]).itertuples()
-    expected = fit.intercept + fit.slope * at
-    assert band.gap == pytest.approx(expected)
-    assert (band.low, band.high) == pytest.approx((expected - width, expected + width))
+    ends = []
+    for _, seed in part.groupby("seed"):
+        fit = stats.linregress(np.log10(seed["parameters"].to_numpy()), seed["gap"].to_numpy())
+        ends.append(fit.intercept + fit.slope * np.log10(60e6))
+    _, high = stats.t.interval(0.95, len(ends) - 1, np.mean(ends), stats.sem(ends))
+    line = extrapolated(gaps_of(folders), [60e6]).set_index("label").loc["low-rank"]
+    assert line["gap"] == pytest.approx(np.mean(ends))
+    assert line["±"] == pytest.approx(high - np.mean(ends))
+
+
+def test_seeds_that_are_missing_at_a_size_have_no_line_to_extrapolate(folders):
+    table = gaps_of(folders)
+    without = table[(table["parameters"] != SIZES[1]) | (table["seed"] != 2)]
+    assert_frame_equal(
+        extrapolated(without, [60e6]), extrapolated(table[table["seed"] != 2], [60e6])
+    )
 
 
 def test_two_sizes_are_not_extrapolated(folders):
@@ -121,7 +129,7 @@ def test_a_reference_that_is_missing_twice_there_or_of_equal_size_is_refused(fol
 def test_the_figure_names_each_label_and_the_command_prints_both_tables(folders, tmp_path):
     text = figures.alt_text(figures.gap_over_size(gaps_of(folders), 60e6))
     assert "low-rank" in text
-    assert "prediction band" in text
+    assert "mean line of the seeds" in text
     out = tmp_path / "out"
     done = CliRunner().invoke(main, ["ladder", *map(str, folders), "--json", "--out", str(out)])
     tables = json.loads(done.output)

@@ -8,9 +8,9 @@ import pytest
 from paths import NOTEBOOKS, ROOT
 
 from lowrank_lab.analysis.costs import COSTS, at_equal_cost, costs_of
-from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of, slopes
+from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of
 from lowrank_lab.analysis.rates import lowest_point
-from lowrank_lab.analysis.stats import corrected, mean_interval
+from lowrank_lab.analysis.stats import corrected
 from lowrank_lab.analysis.tables import claims, paired, structure, verdicts
 from lowrank_lab.config import RunConfig
 from lowrank_lab.figures import cosine_table
@@ -27,8 +27,11 @@ LADDER = " ".join((ROOT / "docs" / "results" / "ladder.md").read_text().split())
 INTERVAL = re.compile(r"[+−]\d\.\d+ ± \d\.\d+")
 
 
-def shown(mean, half_width):
-    return f"{mean:+.3f} ± {half_width:.3f}".replace("-", "−")
+TECHNIQUES = ("low-rank + refactor + reset", "low-rank + transport")
+
+
+def shown(mean, half_width, digits=3):
+    return f"{mean:+.{digits}f} ± {half_width:.{digits}f}".replace("-", "−")
 
 
 def pairs_of(folder):
@@ -58,8 +61,9 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
     known = {shown(row["A − dense"], row["±"]) for t in tables for row in t.to_dict("records")}
     for of_pairs, of_gaps in answers.values():
         known |= {*of_pairs.values(), *of_gaps.values()}
-    trends = slopes(gaps_of(SIZES.values()))
+    trends = extrapolation_table(gaps_of(SIZES.values()), 60e6)
     known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()}
+    known |= {shown(*row, digits=2) for row in trends[["predicted", "± predicted"]].to_numpy()}
     known.add(first_study("low-rank + refactor + reset", "low-rank"))
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
@@ -72,33 +76,19 @@ def first_study(a, b):
 
 
 def test_trends_and_what_lines_say_at_60_M_are_those_of_the_gaps():
-    gaps = gaps_of(SIZES.values())
-    table = extrapolation_table(gaps, 60e6).set_index("label")
-    names = ("low-rank", "low-rank + refactor + reset", "low-rank + transport")
-    ends = [table.loc[name, "predicted"] for name in names]
-    assert "say {:+.2f} at 60 M for low-rank, {:+.2f} with both techniques, {:+.2f} with".format(
-        *ends
-    ) in PAGE  # fmt: skip
-    assert abs(table.loc["muon", "predicted"]) < 0.005
+    table = extrapolation_table(gaps_of(SIZES.values()), 60e6).set_index("label")
+    ends = table[["predicted", "± predicted"]].agg(lambda row: shown(*row, digits=2), axis=1)
+    low_rank, both, transport, muon = (ends[name] for name in ("low-rank", *TECHNIQUES, "muon"))
+    assert (
+        f"say {low_rank} at 60 M for low-rank, {both} with both techniques, {transport} with "
+        f"transport and {muon[1:]} for Muon"
+    ) in PAGE
     assert f"slope per factor of ten in parameters is {trend(table, 'low-rank')} (n 5)" in PAGE
     assert f"gain shrinks with size (slope {trend(table, 'muon')})" in PAGE
-    widths = {name: line_per_seed(gaps, name)[1] for name in (*names, "muon")}
-    assert f"interval of ±{min(widths.values()):.2f} to ±{max(widths.values()):.2f} there" in PAGE
-    mean, width, _ = line_per_seed(gaps, "low-rank")
-    assert f"line per seed gives {mean:+.2f} ± {width:.2f} for low-rank" in LADDER
-    assert f"and 0.00 ± {widths['muon']:.2f} for Muon" in LADDER
 
 
 def trend(table, label):
     return shown(*table.loc[label, ["slope", "±"]])
-
-
-def line_per_seed(gaps, label):
-    """What a straight line through each seed's gaps says at 60 M: mean, half the interval, n."""
-    wide = gaps[gaps["label"] == label].pivot(index="seed", columns="parameters", values="gap")
-    sizes = np.log10(wide.columns.to_numpy(float))
-    slope, height = np.polyfit(sizes, wide.dropna().to_numpy().T, 1)
-    return mean_interval((height + slope * np.log10(60e6)).tolist())
 
 
 def test_gaps_of_Muon_at_S3_by_seed_are_what_it_says():
@@ -109,7 +99,7 @@ def test_gaps_of_Muon_at_S3_by_seed_are_what_it_says():
 
 
 def test_the_techniques_table_has_each_size_in_its_column(answers):
-    both, transport = "low-rank + refactor + reset", "low-rank + transport"
+    both, transport = TECHNIQUES
     rows = {
         "low-rank with refactorization and reset − low-rank": (both, "low-rank"),
         "low-rank with transport − low-rank": (transport, "low-rank"),
