@@ -72,10 +72,10 @@ def _panel(
         low, high = line["gap"] - line["±"], line["gap"] + line["±"]
         ax.fill_between(line["parameters"], low, high, color=colour, alpha=0.15, lw=0)
         end = line.iloc[-1]
-        words = f"{round(end['gap'], 2) + 0.0:+.2f}\n± {end['±']:.2f}"
-        at, side = (0.02, "bottom") if end["gap"] >= 0 else (0.98, "top")  # beside the band
-        ax.annotate(words.replace("-", "−"), (1, at), xycoords="axes fraction", fontsize=7.5,
-                    color=colour, ha="right", va=side)  # fmt: skip
+        where = f"at {end['parameters'] / MILLION:.2g} M: "
+        words = f"{where}{round(end['gap'], 2) + 0.0:+.2f} ± {end['±']:.2f}".replace("-", "−")
+        ax.annotate(words, (0.03, 0.98), xycoords="axes fraction", fontsize=7.5, color=colour,
+                    va="top")  # fmt: skip
     ax.set_title(label, loc="left", fontsize=8.5 * min(1, 30 / len(label)))
 
 
