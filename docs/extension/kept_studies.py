@@ -39,6 +39,7 @@ TABLES = {
     "kept-rates": kept_tables.rates,
     "kept-robustness": kept_tables.robust,
     "kept-gaps": kept_tables.gaps,
+    "kept-trends": kept_tables.trends,
     "kept-costs": kept_tables.equal_costs,
     "kept-hypotheses": kept_tables.registered,
     "kept-extrapolation": kept_tables.extrapolation,

@@ -109,14 +109,12 @@ def robust(name: str) -> list[str]:
 
 
 def gaps(*names: str) -> list[str]:
-    """Each row's gap to full rank, one column per size, and its slope from two sizes on.
+    """Each row's gap to full rank, one column per size.
 
     A star marks gaps that differ from 0 after Benjamini and Hochberg's correction over the rows of
-    a size. The slope is that over log₁₀ of the parameters; its p-values are those of a one-sided
-    test that it is above 0, uncorrected and corrected over the rows.
+    a size.
     """
-    every = gaps_of([KEPT / name for name in names])
-    table = gap_table(every)
+    table = gap_table(gaps_of([KEPT / name for name in names]))
     means = table.pivot_table(index="label", columns="parameters", values="gap")
     stars = np.where(table["p (BH)"] < LEVEL, " *", "")
     table["shown"] = [
@@ -125,14 +123,23 @@ def gaps(*names: str) -> list[str]:
     ]
     shown = table.pivot_table(index="label", columns="parameters", values="shown", aggfunc="first")
     head = ["row", *(f"{size:,}" for size in shown.columns)]
-    if len(shown.columns) > 1:
-        steep = slopes(every).set_index("label")
-        shown["slope"] = steep.apply(lambda x: with_interval(x["slope"], x["±"]), axis=1)
-        for column in ("p (above 0)", "p (BH)"):
-            shown[column] = steep[column].map(lambda p: "" if math.isnan(p) else f"{p:.3g}")
-        head += ["slope", "p", "p (BH)"]
     shown = shown.loc[means.iloc[:, 0].sort_values().index].fillna("")
     return markdown_table(head, shown.reset_index().to_numpy().tolist())
+
+
+def trends(*names: str) -> list[str]:
+    """The slope of each row's gap over log₁₀ of the parameters, from two sizes on.
+
+    Its p-values are those of a one-sided test that it is above 0, uncorrected and corrected over
+    the rows.
+    """
+    table = slopes(gaps_of([KEPT / name for name in names]))
+    rows = [
+        (row["label"], with_interval(row["slope"], row["±"]), row["n"],
+         f"{row['p (above 0)']:.3g}", f"{row['p (BH)']:.3g}")
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+    return markdown_table(("row", "slope", "n", "p (above 0)", "p (BH)"), rows)
 
 
 def registered() -> list[str]:
@@ -157,13 +164,12 @@ def extrapolation(*names: str) -> list[str]:
     rows = [
         (
             row["label"],
-            with_interval(row["slope"], row["±"]),
             with_interval(row["predicted"], row["± predicted"]),
             *published(row["label"]),
         )
         for row in table.to_dict("records")
     ]
-    head = ("row", "slope", "at 60 M")
+    head = ("row", "at 60 M")
     return markdown_table((*head, *(f"published, {size}" for size in SIZES)), rows)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from lowrank_lab.analysis.ladder import gap_table, gaps_of
+from lowrank_lab.analysis.ladder import gap_table, gaps_of, slopes
 from lowrank_lab.analysis.rates import robustness
 from lowrank_lab.analysis.tables import verdicts
 from lowrank_lab.report import asked_in
@@ -43,6 +43,16 @@ def test_gaps_have_a_star_where_they_differ_from_0_after_correction(tables):
         assert cell.endswith("*") == (p < 0.05), (label, size)
     assert {label for label, cells in rows.items() if cells[0].endswith("*")} > {"muon", "low-rank"}
     assert not rows["fira"][0].endswith("*")
+
+
+def test_trends_are_the_slopes_with_their_tests(tables):
+    names = ["ladder_s1", "ladder_s2"]
+    rows, _ = rows_of(tables.trends(*names))
+    table = slopes(gaps_of([KEPT / name for name in names])).set_index("label")
+    assert list(rows) == list(table.index)
+    slope, width, n, p = table.loc["muon", ["slope", "±", "n", "p (above 0)"]].tolist()
+    assert rows["muon"][:2] == [f"{slope:+.3f} ± {width:.3f}".replace("-", "−"), f"{n:g}"]
+    assert float(rows["muon"][2]) == pytest.approx(p, rel=0.01)
 
 
 def test_the_differences_at_equal_time_that_the_chapter_states_are_those_of_the_table(tables):
