@@ -24,8 +24,8 @@ from lowrank_lab.training.loop import fast_process
 from lowrank_lab.training.step import take_step_
 
 STUDIES = Path(__file__).parent.parent / "notebooks" / "studies"
-TITLES = {  # study file: what its rows are called
-    "main": "step of the study", "ladder_s1": "step at S1", "ladder_s2": "step at S2",
+TITLES = {  # study file: what its rows are called; a row that two files have is timed once
+    "ladder_s1": "step at S1", "others_s1": "step at S1", "ladder_s2": "step at S2",
     "ladder_s3": "step at S3",
 }  # fmt: skip
 TOGETHER = 5  # methods that take turns with full rank
@@ -33,11 +33,16 @@ TOGETHER = 5  # methods that take turns with full rank
 
 def rows(quick: bool = False) -> list[Row]:
     """One row per variant of a study; `ratio` is its time over full rank's in the same rounds."""
-    found = []
+    found: list[Row] = []
     with threads(1), fast_process():
         for study in list(TITLES)[: 1 if quick else None]:
             variants = configurations(study)
-            names = [name for name in variants if name != "full-rank"][: 2 if quick else None]
+            timed = {row.name for row in found}
+            names = [
+                name
+                for name in variants
+                if name != "full-rank" and f"{TITLES[study]}, {name}" not in timed
+            ][: 2 if quick else None]
             for i in range(0, len(names), TOGETHER):
                 group = ["full-rank", *names[i : i + TOGETHER]]
                 seconds = mean_seconds({name: variants[name] for name in group}, 1 if quick else 15)

@@ -40,7 +40,6 @@ FACTORIZED = (
         spectral_lr=_SPECTRAL_LR,
         rest_lr=REST_LR,
         layers="low-rank",
-        halve_lr_at_high_rank=True,
         uses_rank=True,
         init="kaiming",
         options={**adam_options(eps=1e-8), "alpha": Option.number(None, 1e-6, 1e6)},

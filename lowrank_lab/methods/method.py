@@ -31,8 +31,6 @@ class Method:
         spectral_lr: the same for factors that start from an SVD.
         rest_lr: default peak learning rate of what is no target layer, used with the default `lr`.
             Above its largest width it is interpolated to `lr` at the next wider one. None: `lr`.
-        halve_lr_at_high_rank: halve the default learning rate when rank ≥ width / 2 (of factors:
-            `spectral_lr` only).
         layers: kind of factorised layer (`layers.KINDS`), None for dense weights.
         rank: default rank; None is a quarter of the hidden size.
         init: default initialisation of the factors; None: they have one alone, or there are none.
@@ -61,7 +59,6 @@ class Method:
     use: str = ""
     spectral_lr: ByWidth | None = None
     rest_lr: ByWidth | None = None
-    halve_lr_at_high_rank: bool = False
     layers: str | None = None
     uses_rank: bool = False
     rank: int | None = None
@@ -92,12 +89,9 @@ class Method:
             fake_steps=False,
         )  # fmt: skip
 
-    def learning_rate(self, width: int, init: str | None, rank: int | None) -> float:
+    def learning_rate(self, width: int, init: str | None) -> float:
         """The default peak learning rate for a model of this hidden size."""
-        lr = self._rates(init)
-        halved = self.halve_lr_at_high_rank and (self.layers is None or lr is self.spectral_lr)
-        high = halved and rank is not None and 2 * rank >= width
-        return lr.at(width) * (0.5 if high else 1.0)
+        return self._rates(init).at(width)
 
     def rest_rate(self, width: int, init: str | None) -> float | None:
         """The default of `rest_lr` beside the default learning rate; None: the same rate."""

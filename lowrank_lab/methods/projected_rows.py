@@ -53,7 +53,6 @@ PROJECTED = (
         optimizer=projected(GaLore, *_SUBSPACE_KEYS, "scale", "spread_refresh"),
         lr=_GALORE_LR,
         rest_lr=REST_LR,
-        halve_lr_at_high_rank=True,
         uses_rank=True,
         options={
             **_GALORE_ADAM,

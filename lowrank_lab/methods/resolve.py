@@ -49,9 +49,9 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     _check_techniques(config, method)
     if method.layers is not None:
         changes["init"] = config.init or method.init
-    changes["rank"] = rank = _checked_rank(config, method)
+    changes["rank"] = _checked_rank(config, method)
     width, init = config.size.hidden_size, changes.get("init")
-    changes["lr"] = config.lr or method.learning_rate(width, init, rank)
+    changes["lr"] = config.lr or method.learning_rate(width, init)
     if config.lr is None and config.rest_lr is None and config.optimizer is None:
         changes["rest_lr"] = method.rest_rate(width, init)
     if changes.get("rest_lr", config.rest_lr) == changes["lr"]:

@@ -64,15 +64,9 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
     trends = extrapolation_table(gaps_of(SIZES.values()), 60e6)
     known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()}
     known |= {shown(*row, digits=2) for row in trends[["predicted", "± predicted"]].to_numpy()}
-    known.add(first_study("low-rank + refactor + reset", "low-rank"))
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
     assert stated <= known
-
-
-def first_study(a, b):
-    table = claims(final_table(load_runs(KEPT / "main")), [(a, b)])
-    return shown(*table.loc[0, ["A − B", "±"]])
 
 
 def test_trends_and_what_lines_say_at_60_M_are_those_of_the_gaps():
@@ -127,8 +121,6 @@ def test_gaps_in_sentences_belong_to_their_rows_and_sizes(answers):
         ("muon", "Muon minus AdamW is {} at S1, {} at S2 and {} at S3"),
     ):
         assert words.format(*(answers[size][1][label] for size in SIZES)) in PAGE
-    earlier = first_study("low-rank + refactor + reset", "low-rank")
-    assert f"measured {earlier} for both techniques at S2's size" in PAGE
     costs = costs_of(SIZES.values())
     by_cost = [at_equal_cost(costs, cost).set_index(["label", "parameters"]) for cost in COSTS]
     of_bytes, of_flops = (

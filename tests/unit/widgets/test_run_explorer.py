@@ -288,7 +288,7 @@ def test_a_folder_without_runs_is_one_line(board, tmp_path, name):
 
 
 def test_folders_are_chosen_from_those_that_hold_runs(board, many):
-    assert {"study/quick", "study/main", str(many[0])} <= set(board.folder.options)
+    assert {"study/quick", "study/ladder_s1", str(many[0])} <= set(board.folder.options)
     board.folder.value = "study/quick"
     assert "low-rank" in labels(board)
     assert "configurations" in board.text.value
