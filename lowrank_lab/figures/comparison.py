@@ -164,6 +164,9 @@ def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
 def over_ranks(finals: pd.DataFrame) -> Figure:
     """Test loss against memory, one line per variant through its ranks: the best at equal memory.
 
+    Where more rank or width needs no more memory, there is no line. Points of equal rank and memory
+    share a number.
+
     Args:
         finals: as for `rank_table`; peaks get a panel of their own.
     """
@@ -182,15 +185,18 @@ def over_ranks(finals: pd.DataFrame) -> Figure:
             line = line.sort_values(["rank", "width"])
             colour, style, marker = style_of(str(variant), variants)
             ax.errorbar(
-                line[size], line["mean"], yerr=line["half_width"].fillna(0), fmt=marker + style,
-                color=colour, ms=5, lw=1.2, capsize=2.5, label=variant,
+                line[size], line["mean"], yerr=line["half_width"].fillna(0), color=colour, ms=5,
+                fmt=marker + (style if line[size].is_monotonic_increasing else ""), lw=1.2,
+                capsize=2.5, label=variant,
             )  # fmt: skip
-            number = line["rank"].fillna(line["width"])
-            for point in rows_of(line.assign(number=number)[number.notna()]):
-                ax.annotate(
-                    f"{point.number:g}", (getattr(point, size), point.mean), xytext=(4, 5),
-                    textcoords="offset points", color=colour, fontsize=7.5,
-                )  # fmt: skip
+        number = table["rank"].fillna(table["width"])
+        once = table.assign(number=number).dropna(subset="number").drop_duplicates(["number", size])
+        for point in rows_of(once):
+            ax.annotate(
+                f"{point.number:g}", (getattr(point, size), point.mean), xytext=(4, 5),
+                textcoords="offset points", color=style_of(str(point.variant), variants)[0],
+                fontsize=7.5,
+            )  # fmt: skip
         ax.set_xlabel(titles[size])
     axes[0].set_ylabel("test loss (nats per token)")
     low, high = int(table["n"].min()), int(table["n"].max())

@@ -4,14 +4,14 @@ Below width 512 learning rates (`lr`, `rest_lr`), β₂, momenta and scales are 
 tuning found (data/study/README.md): at width 48 rates_s1 and betas_s1; at widths 64 and 96, with
 the same scales and β₂, rates_s2 and rates_s3 for the rows that a hypothesis names; of Kaiming
 low-rank those of its controls. Not tuned there are LoRA, ReLoRA, LORO, APOLLO-Mini, SPAM and
-Stable-SPAM: theirs at width 64 are those of the first study, one rate for all weights. AdamW in 8
-bits has AdamW's, GoLore GaLore's.
+Stable-SPAM: theirs at width 64 are those of an earlier study, one rate for all weights. AdamW in 8
+bits has AdamW's, GoLore GaLore's. From a sixteenth to half of the width as rank, the best rate
+stays within a factor of two (ranks_rates_s1).
 
 From width 512 on they are those of notebooks/studies/paper_*.yaml, which name the script or guess
 behind each, or of the authors' scripts; others scale their learning rate with width as full rank
 does. NorMuon has Muon's there, which suit steps of the same size, and Spectron guesses: no rate of
-its pretraining is published. Over ranks (data/study/ranks and ranks_rates) the best rate is the
-same up to a quarter of the width, and half of it at half the width.
+its pretraining is published.
 
 Colours are Okabe and Ito's, and others chosen to be far from them and from each other, also as
 colour-blind readers see them; a test measures it.
