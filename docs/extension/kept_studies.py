@@ -1,4 +1,4 @@
-"""Sphinx directives that write the tables of kept studies (`kept_tables`)."""
+"""Sphinx directives that write the tables of kept studies (`kept_tables`, `cost_tables`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
+import cost_tables
 import kept_tables
-from hypotheses import LADDER
-from kept_tables import BENCHMARKS, KEPT, ROOT
+from hypotheses import KEPT, LADDER, ROOT
 from markdown_directive import MarkdownDirective
 from sphinx.application import Sphinx
 
@@ -25,7 +25,8 @@ class KeptTable(MarkdownDirective):
     def sources(self) -> Iterable[Path]:
         names = self.arguments or [folder.name for folder in LADDER]
         found = [path for name in names if (KEPT / name).is_dir() for path in records_of(name)]
-        return [*found, BENCHMARKS] if type(self).table is kept_tables.equal_costs else found
+        timed = type(self).table is cost_tables.equal_costs
+        return [*found, cost_tables.BENCHMARKS] if timed else found
 
 
 def records_of(name: str) -> list[Path]:
@@ -40,7 +41,8 @@ TABLES = {
     "kept-robustness": kept_tables.robust,
     "kept-gaps": kept_tables.gaps,
     "kept-trends": kept_tables.trends,
-    "kept-costs": kept_tables.equal_costs,
+    "kept-costs": cost_tables.equal_costs,
+    "kept-equal-bytes": cost_tables.equal_bytes,
     "kept-hypotheses": kept_tables.registered,
     "kept-extrapolation": kept_tables.extrapolation,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 
@@ -11,14 +10,12 @@ import pandas as pd
 from hypotheses import KEPT, LEVEL, ROOT, TRENDS, TRIED, hypotheses
 from markdown_tables import markdown_table
 
-from lowrank_lab.analysis.costs import at_equal_cost, costs_of
 from lowrank_lab.analysis.ladder import REFERENCE, extrapolation_table, gap_table, gaps_of, slopes
 from lowrank_lab.analysis.rates import rate_table, robustness
 from lowrank_lab.analysis.tables import by_documents, formatted, structure, summary, verdicts
 from lowrank_lab.report import asked_in
 from lowrank_lab.runs.run import Run, complete_runs, final_table, load_runs
 
-BENCHMARKS = ROOT / "benchmarks" / "results.json"
 NO_BREAK = "\u00a0"
 SHARED = 0.25  # share of filled cells; an emptier table lists each row's own values
 TO = 60e6  # parameters at which published gaps stand beside extrapolated ones
@@ -136,7 +133,7 @@ def trends(*names: str) -> list[str]:
     table = slopes(gaps_of([KEPT / name for name in names]))
     rows = [
         (row["label"], with_interval(row["slope"], row["±"]), row["n"],
-         f"{row['p (above 0)']:.3g}", f"{row['p (BH)']:.3g}")
+         *("" if math.isnan(row[p]) else f"{row[p]:.3g}" for p in ("p (above 0)", "p (BH)")))
         for row in table.to_dict("records")
     ]  # fmt: skip
     return markdown_table(("row", "slope", "n", "p (above 0)", "p (BH)"), rows)
@@ -179,54 +176,6 @@ def published(label: str) -> list[str]:
         return [""] * len(SIZES)
     both = zip(PUBLISHED[label], PUBLISHED[REFERENCE], strict=True)
     return [signed(math.log(own / adamw)) for own, adamw in both]
-
-
-def equal_costs(*names: str) -> list[str]:
-    """Each row against a dense model of the same bytes, FLOPs and time.
-
-    Time is the steps of a run times what `lowrank-lab bench steps` measured; rows that it has not
-    measured have none. At the smallest size there is no smaller dense model: its rows are left out.
-    """
-    costs = costs_of([KEPT / name for name in names])
-    sizes = dict(zip(costs["parameters"].unique(), names, strict=True))
-    taken = step_times()
-    costs["time"] = costs["steps"] * [
-        taken.get(f"step at {sizes[size].rpartition('_')[2].upper()}, {label}", math.nan)
-        for label, size in zip(costs["label"], costs["parameters"], strict=True)
-    ]
-    both = costs[["parameters", "label"]].drop_duplicates()
-    both = both[both["parameters"] > min(sizes)]
-    head = ["parameters at full rank", "row"]
-    for cost, title in (("bytes", "bytes"), ("flops", "FLOPs"), ("time", "time")):
-        table = at_equal_cost(costs.dropna(subset=[cost]), cost)
-        shown = {
-            f"share of {title}": table["share"].map("{:.0%}".format),
-            f"A − dense, equal {title}": list(map(with_interval, table["A − dense"], table["±"])),
-        }
-        head += shown
-        found = table[["label", "parameters"]].assign(**shown)
-        both = both.merge(found, on=["label", "parameters"], how="left")
-    both = both.dropna(subset=head[2:], how="all").fillna("")
-    both["parameters"] = both["parameters"].map("{:,}".format)
-    return markdown_table(head, both[["parameters", "label", *head[2:]]].to_numpy().tolist())
-
-
-def step_times() -> dict[str, float]:
-    """Milliseconds by row of the benchmark `steps`, of the kind of machine that has them.
-
-    Full rank's are the mean over the rounds that it took beside other rows.
-    """
-    kept = json.loads(BENCHMARKS.read_text())
-    found: dict[str, list[float]] = {}
-    for kind in (kept, *kept.get("machines", {}).values()):
-        for row in kind["rows"]:
-            if row["name"].startswith("step at S"):
-                title, _, _ = row["name"].partition(", ")
-                found.setdefault(row["name"], []).append(row["ours"])
-                found.setdefault(f"{title}, full-rank", []).append(row["peer"])
-        if found:
-            break
-    return {name: sum(taken) / len(taken) for name, taken in found.items()}
 
 
 def finals_of(name: str) -> pd.DataFrame:

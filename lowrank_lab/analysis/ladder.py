@@ -129,9 +129,9 @@ def _lines(gaps: pd.DataFrame, fewest_sizes: int) -> Iterator[tuple[Any, int, np
 def extrapolated(gaps: pd.DataFrame, parameters: Sequence[float]) -> pd.DataFrame:
     """Straight lines of the gap over log₁₀(parameters), one per seed: their mean, and ± (95 %).
 
-    Columns: label, parameters, gap, ± (Student's t over the seeds). Labels at fewer than
-    FEWEST_SIZES sizes have no rows. The interval is that of the mean line; it does not cover that
-    the law may be another one.
+    Columns: label, parameters, gap, ± (Student's t over the seeds). Labels without a seed at all of
+    their sizes, or at fewer than FEWEST_SIZES, have no rows. The interval is that of the mean line;
+    it does not cover that the law may be another one.
 
     Args:
         gaps: returned by `gaps_of`.
@@ -148,7 +148,7 @@ def extrapolated(gaps: pd.DataFrame, parameters: Sequence[float]) -> pd.DataFram
 def extrapolation_table(gaps: pd.DataFrame, parameters: float) -> pd.DataFrame:
     """`slopes`, with the gap that lines say at one size, `predicted`, and its ± (95 %).
 
-    NaN where there are fewer than FEWEST_SIZES sizes.
+    NaN where `extrapolated` has no row.
     """
     line = extrapolated(gaps, [parameters]).drop(columns="parameters")
     line = line.rename(columns={"gap": "predicted", "±": "± predicted"})

@@ -244,7 +244,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
         "best rate": "g", "validation loss": ".4f", "down": ".2f", "up": ".2f", "width": ".2f",
         "diverges at": "g", "dense": ".4f", "A − dense": "+.4f",
         "gap": "+.4f", "slope": "+.4f", "predicted": "+.3f",
-        "low": "+.4f", "high": "+.4f", "share": ".0%",
+        "± predicted": ".3f", "share": ".0%",
         "test perplexity": ".3f", "seconds": ".0f",
         "weights + states (MiB)": ".2f", "without embeddings (MiB)": ".2f",
         "parameters": ",", "without embeddings": ",", "tokens": ",",

@@ -164,7 +164,7 @@ def rank_table(finals: pd.DataFrame) -> pd.DataFrame:
 def over_ranks(finals: pd.DataFrame) -> Figure:
     """Test loss against memory, one line per variant through its ranks: the best at equal memory.
 
-    Where more rank or width needs no more memory, there is no line. Points of equal rank and memory
+    Where more rank or width needs less memory, there is no line. Points of equal rank and memory
     share a number.
 
     Args:

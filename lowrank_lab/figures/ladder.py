@@ -44,7 +44,7 @@ def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
     what = (
         "mean line of the seeds with its 95 % band"
         if len(line)
-        else "fewer than three sizes: no line"
+        else "no seed at three sizes: no line"
     )
     figure.suptitle(f"mean, 95 % interval and seeds; {what}", color="0.4", fontsize=8, x=0.01,
                     ha="left")  # fmt: skip
@@ -73,7 +73,8 @@ def _panel(
         ax.fill_between(line["parameters"], low, high, color=colour, alpha=0.15, lw=0)
         end = line.iloc[-1]
         where = f"at {end['parameters'] / MILLION:.2g} M: "
-        words = f"{where}{round(end['gap'], 2) + 0.0:+.2f} ± {end['±']:.2f}".replace("-", "−")
+        width = "" if math.isnan(end["±"]) else f" ± {end['±']:.2f}"
+        words = f"{where}{round(end['gap'], 2) + 0.0:+.2f}{width}".replace("-", "−")
         ax.annotate(words, (0.03, 0.98), xycoords="axes fraction", fontsize=7.5, color=colour,
                     va="top")  # fmt: skip
     ax.set_title(label, loc="left", fontsize=8.5 * min(1, 30 / len(label)))

@@ -5,8 +5,9 @@ tuning found (data/study/README.md): at width 48 rates_s1 and betas_s1; at width
 the same scales and β₂, rates_s2 and rates_s3 for the rows that a hypothesis names; of Kaiming
 low-rank those of its controls. Not tuned there are LoRA, ReLoRA, LORO, APOLLO-Mini, SPAM and
 Stable-SPAM: theirs at width 64 are those of an earlier study, one rate for all weights. AdamW in 8
-bits has AdamW's, GoLore GaLore's. From a sixteenth to half of the width as rank, the best rate
-stays within a factor of two (ranks_rates_s1).
+bits has AdamW's, GoLore GaLore's. At width 48 the best rate moves within a factor of two from a
+rank of a sixteenth to half of the width; at half, low-rank diverges at twice the default
+(ranks_rates_s1, one seed).
 
 From width 512 on they are those of notebooks/studies/paper_*.yaml, which name the script or guess
 behind each, or of the authors' scripts; others scale their learning rate with width as full rank

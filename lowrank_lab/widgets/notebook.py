@@ -17,6 +17,7 @@ from lowrank_lab.widgets.slider import slider
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lowrank_lab.planning.memory_report import MemoryReport
     from lowrank_lab.runs.run import Run
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -56,17 +57,21 @@ def progress(config: RunConfig, headless: bool = True) -> Iterator[OnStep]:
         box.close()
 
 
-def what_fits(config: RunConfig, capacity: int, headless: bool = True) -> Any:
+def what_fits(
+    config: RunConfig, capacity: int, headless: bool = True, account: MemoryReport | None = None
+) -> Any:
     """The simulated step of a configuration, and whether it fits; live, with controls.
 
     Headless, a slider over three batch sizes shows steps simulated in advance.
 
     Args:
         capacity: memory of the card, in bytes.
+        account: `simulate_memory(config, "cuda")`, if it is there already.
     """
     if headless:
         batches = sorted({max(1, config.batch // 4), config.batch, 4 * config.batch})
-        steps = {n: _step_figure(config.replace(batch=n), capacity) for n in batches}
+        known = {config.batch: account}
+        steps = {n: _step_figure(config.replace(batch=n), capacity, known.get(n)) for n in batches}
         return slider(
             {n: figure for n, (figure, _) in steps.items()}, "batch", start=config.batch,
             say=lambda n: steps[n][1],
@@ -126,14 +131,16 @@ MEASURABLE = 3e11  # FLOPs of a step that takes seconds on a CPU
 EMULATED = 16  # slowdown of bfloat16 products where torch emulates them (15.7 measured)
 
 
-def _step_figure(asked: RunConfig, capacity: int) -> tuple[Figure, str]:
+def _step_figure(
+    asked: RunConfig, capacity: int, account: MemoryReport | None = None
+) -> tuple[Figure, str]:
     """The timeline of an ordinary step, and its peak in one line."""
     from lowrank_lab import figures
     from lowrank_lab.methods.resolve import resolve
     from lowrank_lab.planning.simulate import measure, simulate
 
     config = resolve(asked)
-    account = simulate(config, "cuda")
+    account = account or simulate(config, "cuda")
     peak = account.peak.total
     name = f"{config.method}, {config.model}, batch {config.batch} × {config.sequence_length}"
     rank = f"rank = {config.rank}" if config.rank else "no rank"

@@ -112,7 +112,7 @@ def test_kept_studies_of_several_sizes_are_found_by_name(tmp_path, monkeypatch):
 
 def test_the_figure_says_whether_a_line_is_drawn(folders):
     two = gaps_of(folders[:2])
-    assert "fewer than three sizes: no line" in figures.alt_text(figures.gap_over_size(two))
+    assert "no seed at three sizes: no line" in figures.alt_text(figures.gap_over_size(two))
 
 
 def test_a_reference_that_is_missing_twice_there_or_of_equal_size_is_refused(folders, tmp_path):

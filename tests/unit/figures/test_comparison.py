@@ -183,6 +183,24 @@ def test_dense_models_of_several_widths_are_one_line_beside_the_ranks():
     assert "widths" in ax.get_title(loc="left")
 
 
+def test_variants_of_equal_rank_and_memory_share_a_number():
+    losses = {"a, rank 4": [3.5], "a, rank 16": [3.1], "b, rank 4": [3.6], "b, rank 16": [3.0]}
+    table = finals(losses)
+    table["rank"] = table["label"].str.extract(r"rank (\d+)")[0].astype(int)
+    (ax,) = figures.over_ranks(table.assign(weight_bytes=2**20, optimizer_state_bytes=2**21)).axes
+    assert sorted(text.get_text() for text in ax.texts) == ["16", "4"]
+
+
+def test_sizes_whose_memory_falls_are_points_without_a_line():
+    losses = {"low-rank, rank 4": [3.5], "low-rank, rank 16": [3.1]}
+    table = finals(losses).assign(rank=[4, 16], optimizer_state_bytes=2**21)
+    lines = {}
+    for name, sizes in {"growing": [2**20, 2**22], "falling": [2**22, 2**20]}.items():
+        (ax,) = figures.over_ranks(table.assign(weight_bytes=sizes)).axes
+        lines[name] = ax.containers[0].lines[0].get_linestyle()
+    assert (lines["growing"] != "None", lines["falling"]) == (True, "None")
+
+
 def test_a_peak_gets_a_panel_of_its_own():
     states, peak = figures.over_ranks(with_ranks(peak_bytes=2**24)).axes
     assert "states" in states.get_xlabel()

@@ -169,7 +169,9 @@ def test_the_default_rate_and_alpha_of_kaiming_factors_are_the_best_of_their_con
 
 
 @pytest.mark.parametrize("method", ["low-rank", "galore"])
-def test_the_default_rate_is_within_a_factor_of_two_of_what_is_best_at_other_ranks(method):
+def test_the_default_rate_is_one_for_all_ranks_and_within_a_factor_of_two_of_the_best_of_each(
+    method,
+):
     for rank in (3, 6, 24):
         losses = {
             run.config.lr: run.result["validation_loss"]
@@ -179,6 +181,7 @@ def test_the_default_rate_is_within_a_factor_of_two_of_what_is_best_at_other_ran
         init = "spectral" if method == "low-rank" else None
         given = {"method": method, "hidden_size": 48, "init": init, "rank": rank}
         default = resolve(RunConfig(**given)).lr
+        assert default == resolve(RunConfig(**given | {"rank": 12})).lr
         assert 0.5 <= default / min(losses, key=losses.__getitem__) <= 2
 
 

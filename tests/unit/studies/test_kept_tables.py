@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 
+import numpy as np
 import pytest
 from paths import ROOT
 
@@ -16,14 +17,24 @@ from lowrank_lab.runs.run import final_table, load_runs
 KEPT = ROOT / "data" / "study"
 
 
-@pytest.fixture(scope="module")
-def tables():
+def of_the_book(name):
+    """A module of the book's extension."""
     extension = str(ROOT / "docs" / "extension")
     sys.path.insert(0, extension)
     try:
-        return importlib.import_module("kept_tables")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(extension)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return of_the_book("kept_tables")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return of_the_book("cost_tables")
 
 
 def rows_of(lines):
@@ -55,8 +66,8 @@ def test_trends_are_the_slopes_with_their_tests(tables):
     assert float(rows["muon"][2]) == pytest.approx(p, rel=0.01)
 
 
-def test_the_differences_at_equal_time_that_the_chapter_states_are_those_of_the_table(tables):
-    lines = tables.equal_costs("ladder_s1", "ladder_s2", "ladder_s3")
+def test_the_differences_at_equal_time_that_the_chapter_states_are_those_of_the_table(costs):
+    lines = costs.equal_costs("ladder_s1", "ladder_s2", "ladder_s3")
     of_low_rank = [line.strip("| ").split(" | ") for line in lines if "| low-rank |" in line]
     at_equal_time = [cells[-1] for cells in of_low_rank]
     chapter = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
@@ -91,14 +102,36 @@ def test_published_gaps_are_differences_of_the_logarithms_of_perplexities(tables
     assert tables.published("low-rank + transport") == [""] * 4
 
 
-def test_times_at_equal_cost_are_those_of_the_benchmarks(tables):
-    rows = [line for line in tables.equal_costs("ladder_s1", "ladder_s2") if "| low-rank |" in line]
+def test_times_at_equal_cost_are_those_of_the_benchmarks(costs):
+    rows = [line for line in costs.equal_costs("ladder_s1", "ladder_s2") if "| low-rank |" in line]
     assert len(rows) == 1
     share = float(rows[0].split("|")[7].strip().rstrip("%")) / 100
-    taken = tables.step_times()
+    taken = costs.step_times()
     assert share == pytest.approx(
         taken["step at S2, low-rank"] / taken["step at S2, full-rank"], abs=0.006
     )
+
+
+def test_differences_at_equal_bytes_are_read_from_the_dense_models_of_a_study(costs):
+    rows, _ = rows_of(costs.equal_bytes("ranks_s1"))
+    table = final_table(load_runs(KEPT / "ranks_s1"))
+    table["log bytes"] = np.log(table["weight_bytes"] + table["optimizer_state_bytes"])
+    found = []
+    for _, seed in table.groupby("seed"):
+        dense = seed[seed["method"] == "full-rank"].sort_values("log bytes")
+        (own,) = seed[seed["label"] == "low-rank, rank 3"].to_dict("records")
+        at = np.interp(own["log bytes"], dense["log bytes"], dense["test_loss"])
+        found.append(own["test_loss"] - at)
+    assert rows["low-rank, rank 3"][1].startswith(f"{np.mean(found):+.3f} ± ")
+    above = {
+        row for row, cells in rows.items() if row.startswith("low-rank, ") and separated(cells[1])
+    }
+    assert above == {"low-rank, rank 3", "low-rank, rank 24"}  # as the page says
+
+
+def separated(interval):
+    mean, width = (float(number) for number in interval.replace("−", "-").split(" ± "))
+    return mean > width
 
 
 @pytest.mark.parametrize("setting", ["", "beta2"])

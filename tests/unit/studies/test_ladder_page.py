@@ -125,11 +125,15 @@ def test_no_best_rate_is_the_first_or_last_that_was_tried(size):
         assert losses.index.min() < losses.idxmin() < losses.index.max()
 
 
-@pytest.mark.parametrize("name", ["techniques", "ranks"])
-def test_intervals_of_an_exploratory_page_are_answers_of_its_study(name):
-    _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}_s1.yaml")
-    answers = claims(finals(f"{name}_s1"), pairs)
-    known = {shown(*row) for row in answers[["A − B", "±"]].to_numpy()}
+@pytest.mark.parametrize(
+    ("name", "studies"), [("techniques", ["techniques_s1"]), ("ranks", ["ranks_s1", "ladder_s1"])]
+)
+def test_intervals_of_an_exploratory_page_are_answers_of_its_studies(name, studies):
+    known = set()
+    for study in studies:
+        _, pairs = asked_in(NOTEBOOKS / "studies" / f"{study}.yaml")
+        answers = claims(finals(study), pairs)
+        known |= {shown(*row) for row in answers[["A − B", "±"]].to_numpy()}
     stated = re.findall(r"[+−]\d\.\d+ ± \d\.\d+", page(name))
     assert len(stated) >= 3
     assert set(stated) <= known

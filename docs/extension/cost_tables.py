@@ -1,0 +1,84 @@
+"""Tables of kept studies at equal cost, as lines of Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from hypotheses import KEPT, ROOT
+from kept_tables import finals_of, with_interval
+from markdown_tables import markdown_table
+
+from lowrank_lab.analysis.costs import at_equal_cost, costs_of
+from lowrank_lab.analysis.ladder import REFERENCE
+
+BENCHMARKS = ROOT / "benchmarks" / "results.json"
+
+
+def equal_costs(*names: str) -> list[str]:
+    """Each row against a dense model of the same bytes, FLOPs and time.
+
+    Time is the steps of a run times what `lowrank-lab bench steps` measured; rows that it has not
+    measured have none. At the smallest size there is no smaller dense model: its rows are left out.
+    """
+    costs = costs_of([KEPT / name for name in names])
+    sizes = dict(zip(costs["parameters"].unique(), names, strict=True))
+    taken = step_times()
+    costs["time"] = costs["steps"] * [
+        taken.get(f"step at {sizes[size].rpartition('_')[2].upper()}, {label}", math.nan)
+        for label, size in zip(costs["label"], costs["parameters"], strict=True)
+    ]
+    both = costs[["parameters", "label"]].drop_duplicates()
+    both = both[both["parameters"] > min(sizes)]
+    head = ["parameters at full rank", "row"]
+    for cost, title in (("bytes", "bytes"), ("flops", "FLOPs"), ("time", "time")):
+        table = at_equal_cost(costs.dropna(subset=[cost]), cost)
+        shown = {
+            f"share of {title}": table["share"].map("{:.0%}".format),
+            f"A − dense, equal {title}": list(map(with_interval, table["A − dense"], table["±"])),
+        }
+        head += shown
+        found = table[["label", "parameters"]].assign(**shown)
+        both = both.merge(found, on=["label", "parameters"], how="left")
+    both = both.dropna(subset=head[2:], how="all").fillna("")
+    both["parameters"] = both["parameters"].map("{:,}".format)
+    return markdown_table(head, both[["parameters", "label", *head[2:]]].to_numpy().tolist())
+
+
+def equal_bytes(name: str) -> list[str]:
+    """Each row minus a dense model of the same bytes of weights and states, on the same tokens.
+
+    The dense models are the study's own, of several widths; between two of them the loss is read
+    from a straight line over the logarithm of the bytes.
+    """
+    finals = finals_of(name).rename(columns={"test_loss": "loss"})
+    dense = finals["method"] == REFERENCE
+    costs = finals.assign(
+        label=finals["label"].where(~dense, REFERENCE),
+        parameters=finals["parameters"].where(dense, finals.loc[dense, "parameters"].max()),
+        bytes=finals["weight_bytes"] + finals["optimizer_state_bytes"],
+    )
+    table = at_equal_cost(costs, "bytes")
+    rows = [
+        (row["label"], f"{row['share']:.0%}", with_interval(row["A − dense"], row["±"]), row["n"])
+        for row in table.to_dict("records")
+    ]
+    return markdown_table(("row", "share of full rank's bytes", "A − dense", "n"), rows)
+
+
+def step_times() -> dict[str, float]:
+    """Milliseconds by row of the benchmark `steps`, of the kind of machine that has them.
+
+    Full rank's are the mean over the rounds that it took beside other rows.
+    """
+    kept = json.loads(BENCHMARKS.read_text())
+    found: dict[str, list[float]] = {}
+    for kind in (kept, *kept.get("machines", {}).values()):
+        for row in kind["rows"]:
+            if row["name"].startswith("step at S"):
+                title, _, _ = row["name"].partition(", ")
+                found.setdefault(row["name"], []).append(row["ours"])
+                found.setdefault(f"{title}, full-rank", []).append(row["peer"])
+        if found:
+            break
+    return {name: sum(taken) / len(taken) for name, taken in found.items()}
