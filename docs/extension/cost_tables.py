@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 from hypotheses import KEPT, ROOT
 from kept_tables import finals_of, with_interval
@@ -59,9 +60,13 @@ def equal_bytes(name: str) -> list[str]:
         bytes=finals["weight_bytes"] + finals["optimizer_state_bytes"],
     )
     table = at_equal_cost(costs, "bytes")
+
+    def by_row_and_share(row: dict[str, Any]) -> tuple[str, float]:
+        return row["label"].partition(",")[0], row["share"]
+
     rows = [
         (row["label"], f"{row['share']:.0%}", with_interval(row["A − dense"], row["±"]), row["n"])
-        for row in table.to_dict("records")
+        for row in sorted(table.to_dict("records"), key=by_row_and_share)
     ]
     return markdown_table(("row", "share of full rank's bytes", "A − dense", "n"), rows)
 
