@@ -1,6 +1,7 @@
 """Gaps over sizes: seed by seed, slopes and bands against plain fits to each seed."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -136,6 +137,15 @@ def test_the_figure_names_each_label_and_the_command_prints_both_tables(folders,
     assert [row["label"] for row in tables["slopes"]] == ["low-rank", "muon"]
     assert len(tables["gaps"]) == 5
     assert {file.name for file in out.iterdir()} >= {"gap_over_size.png", "slopes.csv"}
+
+
+def test_the_command_prints_predictions_with_three_digits_and_none_of_a_single_seed(folders):
+    said = CliRunner().invoke(main, ["ladder", *map(str, folders)]).output
+    assert re.search(r"low-rank +3 +3 .* [+-]\d\.\d{3} +\d\.\d{3}\n", said)
+    one = gaps_of(folders).query("seed == 1")
+    assert extrapolated(one, [60e6])["±"].isna().all()
+    assert "nan" not in figures.alt_text(figures.gap_over_size(one))
+    assert all("nan" not in t.get_text() for a in figures.gap_over_size(one).axes for t in a.texts)
 
 
 def test_a_size_to_extrapolate_to_is_beyond_those_that_are_there(folders):
