@@ -69,3 +69,14 @@ def test_a_size_has_twenty_tokens_per_parameter_of_its_full_rank_model(name):
     for run in runs:
         tokens = run.config.steps * run.config.tokens_per_step
         assert tokens / parameters == pytest.approx(20, rel=0.005), run.label
+
+
+def test_ranks_at_the_ladders_rank_and_width_are_the_ladders_runs():
+    ladder = {run.folder.name for run in find_runs(KEPT / "ladder_s1")}
+    shared = [
+        run.folder.name
+        for run in find_runs(KEPT / "ranks_s1")
+        if run.config.size.hidden_size == 48 and run.config.rank in (12, None)
+    ]
+    assert len(shared) == 12
+    assert set(shared) <= ladder
