@@ -32,17 +32,13 @@ TOGETHER = 5  # methods that take turns with full rank
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """One row per variant of a study; `ratio` is its time over full rank's in the same rounds."""
+    """One row per variant of each study; `ratio` is its time over full rank's beside it."""
     found: list[Row] = []
     with threads(1), fast_process():
         for study in list(TITLES)[: 1 if quick else None]:
             variants = configurations(study)
-            timed = {row.name for row in found}
-            names = [
-                name
-                for name in variants
-                if name != "full-rank" and f"{TITLES[study]}, {name}" not in timed
-            ][: 2 if quick else None]
+            timed = {"full-rank", *(row.name.removeprefix(f"{TITLES[study]}, ") for row in found)}
+            names = [name for name in variants if name not in timed][: 2 if quick else None]
             for i in range(0, len(names), TOGETHER):
                 group = ["full-rank", *names[i : i + TOGETHER]]
                 seconds = mean_seconds({name: variants[name] for name in group}, 1 if quick else 15)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 from hypotheses import KEPT, ROOT
 from kept_tables import finals_of, with_interval
@@ -59,14 +58,11 @@ def equal_bytes(name: str) -> list[str]:
         parameters=finals["parameters"].where(dense, finals.loc[dense, "parameters"].max()),
         bytes=finals["weight_bytes"] + finals["optimizer_state_bytes"],
     )
-    table = at_equal_cost(costs, "bytes")
-
-    def by_row_and_share(row: dict[str, Any]) -> tuple[str, float]:
-        return row["label"].partition(",")[0], row["share"]
-
+    found = at_equal_cost(costs, "bytes").to_dict("records")
+    found.sort(key=lambda row: (row["label"].partition(",")[0], row["share"]))
     rows = [
         (row["label"], f"{row['share']:.0%}", with_interval(row["A − dense"], row["±"]), row["n"])
-        for row in sorted(table.to_dict("records"), key=by_row_and_share)
+        for row in found
     ]
     return markdown_table(("row", "share of full rank's bytes", "A − dense", "n"), rows)
 

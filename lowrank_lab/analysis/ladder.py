@@ -146,7 +146,7 @@ def extrapolated(gaps: pd.DataFrame, parameters: Sequence[float]) -> pd.DataFram
 
 
 def extrapolation_table(gaps: pd.DataFrame, parameters: float) -> pd.DataFrame:
-    """`slopes`, with the gap that lines say at one size, `predicted`, and its ± (95 %).
+    """`slopes`, with the mean line's gap at one size: `predicted`, and its ± (95 %).
 
     NaN where `extrapolated` has no row.
     """

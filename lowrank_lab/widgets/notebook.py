@@ -66,7 +66,7 @@ def what_fits(
 
     Args:
         capacity: memory of the card, in bytes.
-        account: `simulate_memory(config, "cuda")`, if it is there already.
+        account: `simulate_memory(config, "cuda")`, which headless is not simulated again.
     """
     if headless:
         batches = sorted({max(1, config.batch // 4), config.batch, 4 * config.batch})

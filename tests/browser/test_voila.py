@@ -43,18 +43,17 @@ BRIGHTNESS = """element => {
     });
 }"""
 
-# Whether the first pixel of the first picture is dark, or light. It is light until its page has
-# told the kernel which theme it has.
-_CORNER = """() => {
+# Whether the first pixel of the first picture suits a dark page, or a light one. It is light until
+# the page has told the kernel which theme it has.
+SUITS = """dark => {
     const visible = picture => picture.offsetParent !== null;
     const image = [...document.querySelectorAll('.widget-html img')].find(visible);
     if (!image?.complete) return false;
     const paint = document.createElement('canvas').getContext('2d');
     paint.drawImage(image, 0, 0);
     const [r, g, b] = paint.getImageData(0, 0, 1, 1).data;
-    return (0.3 * r + 0.59 * g + 0.11 * b) / 255 COMPARED 0.5;
+    return (0.3 * r + 0.59 * g + 0.11 * b) / 255 < 0.5 === dark;
 }"""
-IS_DARK, IS_LIGHT = (_CORNER.replace("COMPARED", sign) for sign in "<>")
 
 
 def test_what_fits_answers_under_voila(page, voila, workplace):
@@ -88,7 +87,7 @@ def test_controls_and_pictures_fit_a_narrow_dark_page(page, voila, workplace, na
     page.goto(f"{voila(made)}?theme=dark", timeout=EXECUTING)
     page.locator(".widget-html img:visible").first.wait_for(timeout=EXECUTING)
     assert page.evaluate(RIGHT_END) <= NARROW
-    page.wait_for_function(IS_DARK, timeout=ANSWERING)
+    page.wait_for_function(SUITS, arg=True, timeout=ANSWERING)
 
 
 def test_the_explorer_answers_under_voila(page, voila, workplace):
@@ -158,7 +157,7 @@ def test_three_labels_are_found_among_500_runs_by_keyboard_alone(
     assert page.evaluate(RIGHT_END) <= width
     table = page.locator(".runs-table").bounding_box()
     shown = page.locator(".widget-html img:visible")
-    page.wait_for_function(IS_DARK if scheme == "dark" else IS_LIGHT, timeout=ANSWERING)
+    page.wait_for_function(SUITS, arg=scheme == "dark", timeout=ANSWERING)
     image = shown.bounding_box()
     beside = image["x"] > table["x"] + table["width"] - 1
     assert beside == (width > 1000)

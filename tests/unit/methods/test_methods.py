@@ -169,9 +169,7 @@ def test_the_default_rate_and_alpha_of_kaiming_factors_are_the_best_of_their_con
 
 
 @pytest.mark.parametrize("method", ["low-rank", "galore"])
-def test_the_default_rate_is_one_for_all_ranks_and_within_a_factor_of_two_of_the_best_of_each(
-    method,
-):
+def test_one_default_rate_is_within_a_factor_of_two_of_the_best_at_each_rank(method):
     for rank in (3, 6, 24):
         losses = {
             run.config.lr: run.result["validation_loss"]

@@ -25,8 +25,6 @@ SIZES = {size: KEPT / f"ladder_{size.lower()}" for size in ("S1", "S2", "S3")}
 PAGE = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
 LADDER = " ".join((ROOT / "docs" / "results" / "ladder.md").read_text().split())
 INTERVAL = re.compile(r"[+−]\d\.\d+ ± \d\.\d+")
-
-
 TECHNIQUES = ("low-rank + refactor + reset", "low-rank + transport")
 
 
@@ -74,8 +72,8 @@ def test_trends_and_what_lines_say_at_60_M_are_those_of_the_gaps():
     ends = table[["predicted", "± predicted"]].agg(lambda row: shown(*row, digits=2), axis=1)
     low_rank, both, transport, muon = (ends[name] for name in ("low-rank", *TECHNIQUES, "muon"))
     assert (
-        f"say {low_rank} at 60 M for low-rank, {both} with both techniques, {transport} with "
-        f"transport and {muon[1:]} for Muon"
+        f"at 60 M they are at {low_rank} for low-rank, {both} with both techniques, {transport} "
+        f"with transport and {muon[1:]} for Muon"
     ) in PAGE
     assert f"slope per factor of ten in parameters is {trend(table, 'low-rank')} (n 5)" in PAGE
     assert f"gain shrinks with size (slope {trend(table, 'muon')})" in PAGE
