@@ -123,7 +123,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown()
     except BaseException:
         _end(active_children())  # before the pool: else they report closed pipes
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # its threads end too: else they close pipes twice
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -84,3 +85,13 @@ def test_a_process_of_an_interrupted_pool_removes_the_file_that_it_writes(tmp_pa
         raise KeyboardInterrupt
     assert not [*tmp_path.iterdir()]
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_interrupted_pool_leaves_no_thread_that_could_write_an_error_later(count):
+    before = set(threading.enumerate())
+    with suppress(KeyboardInterrupt), processes(count) as pool:
+        for _ in range(8):
+            pool.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert set(threading.enumerate()) <= before
