@@ -97,57 +97,39 @@ def differences(one, two):
     return max(abs(a["loss"] - b["loss"]) for a, b in pairs), max(valid), abs(ends[0] - ends[1])
 
 
-def compared(jobs, folder, pieces=False, **changes):
-    """Rows of a table: each of the fields by name with one process and with two.
+def compared(jobs, folder, *parallels, **changes):
+    """Train each of the fields by name with one process, and with two in each of the ways.
 
-    With `pieces` also with one that takes its batch in two pieces: the rounding of other sums.
+    Rows that differ by more than rounding: (way, name) → the differences. All are printed.
     """
     jobs = {name: fields | changes for name, fields in jobs.items()}
-    errors = train_all(jobs.items(), folder / "two")
-    found = {}
     for name, fields in jobs.items():
-        one = {k: v for k, v in fields.items() if k != "parallel"}
-        train(RunConfig(**one), folder / "one" / name)
-        assert not [e for e in errors if e.startswith(f"{name}.")], errors
-        found[name] = differences(folder / "one" / name, folder / "two" / name)
-        if pieces:
-            other = train(RunConfig(**one | {"gradient_accumulation": 2}), folder / "pieces" / name)
-            found[name] += (differences(folder / "one" / name, other.folder)[0],)
-    return found
+        train(RunConfig(**fields), folder / "one" / name)
+    found = {}
+    for parallel in parallels:
+        shared = {name: fields | {"parallel": parallel} for name, fields in jobs.items()}
+        assert train_all(shared.items(), folder / parallel) == {}
+        for name in jobs:
+            found[parallel, name] = differences(folder / "one" / name, folder / parallel / name)
+    sys.stdout.write(f"\n{'largest |one process − two|':28}training validation     test\n")
+    for (parallel, name), row in found.items():
+        sys.stdout.write(f"{parallel:6} {name:20}" + "".join(f" {v:9.1e} " for v in row) + "\n")
+    return {key: row for key, row in found.items() if max(row) > 1e-5}
 
 
-def table(title, found):
-    lines = [f"{title}: largest |one process − two| over 50 steps"]
-    lines += [f"{'':20} training validation    test  (one in two pieces)"]
-    lines += [f"{name:20}" + "".join(f" {v:8.1e} " for v in row) for name, row in found.items()]
-    sys.stdout.write("\n" + "\n".join(lines) + "\n")
-
-
-def test_every_method_trains_the_same_with_two_processes(tmp_path):
-    found = compared({name: fields_of(name) for name in METHODS}, tmp_path, pieces=True)
-    table("ddp", found)
-    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
-
-
-def test_every_method_trains_the_same_in_shards(tmp_path):
-    found = compared({name: fields_of(name) for name in METHODS}, tmp_path, parallel="fsdp2")
-    table("fsdp2", found)
-    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+def test_every_method_trains_the_same_with_two_processes_and_in_shards(tmp_path):
+    assert compared({name: fields_of(name) for name in METHODS}, tmp_path, "ddp", "fsdp2") == {}
 
 
 def test_compiled_blocks_train_the_same_with_two_processes_and_in_shards(tmp_path):
     # compiling is most of the time: every layer kind trains compiled in tests/unit/training
     for parallel, names in {"ddp": ["full-rank"], "fsdp2": ["low-rank", "sltrain"]}.items():
-        jobs = {name: fields_of(name) | {"compile": True} for name in names}
-        found = compared(jobs, tmp_path / parallel, parallel=parallel)
-        table(f"{parallel}, compiled", found)
-        assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+        jobs = {name: fields_of(name) for name in names}
+        assert compared(jobs, tmp_path / parallel, parallel, compile=True) == {}
 
 
 def test_what_gathers_no_layer_trains_the_same_in_shards(tmp_path):
-    found = compared(IN_SHARDS, tmp_path, parallel="fsdp2")
-    table("fsdp2, in shards", found)
-    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+    assert compared(IN_SHARDS, tmp_path, "fsdp2") == {}
 
 
 def test_layers_that_cannot_be_cut_evenly_train_the_same(tmp_path):
@@ -176,8 +158,7 @@ def test_layers_that_cannot_be_cut_evenly_train_the_same(tmp_path):
 
 def test_compiled_blocks_train_the_same_in_shards(tmp_path):
     jobs = {name: IN_SHARDS[name] for name in ("galore gram", "transport")}
-    found = compared(jobs, tmp_path, parallel="fsdp2", compile=True, steps=24)
-    assert {name: row for name, row in found.items() if max(row[:3]) > 1e-5} == {}
+    assert compared(jobs, tmp_path, "fsdp2", compile=True, steps=24) == {}
 
 
 def test_weights_of_shards_are_rounded_at_random_as_those_of_one_process(tmp_path):
