@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pandas as pd
 from hypotheses import KEPT, ROOT
 from kept_tables import finals_of, with_interval
 from markdown_tables import markdown_table
@@ -45,26 +46,31 @@ def equal_costs(*names: str) -> list[str]:
     return markdown_table(head, both[["parameters", "label", *head[2:]]].to_numpy().tolist())
 
 
-def equal_bytes(name: str) -> list[str]:
+def equal_bytes(*names: str) -> list[str]:
     """Each row minus a dense model of the same bytes of weights and states, on the same tokens.
 
-    The dense models are the study's own, of several widths; between two of them the loss is read
-    from a straight line over the logarithm of the bytes.
+    The dense models are those of the last study, of several widths; between two of them the loss is
+    read from a straight line over the logarithm of the bytes. Rows are those of the other studies,
+    or of the only one.
     """
-    finals = finals_of(name).rename(columns={"test_loss": "loss"})
-    dense = finals["method"] == REFERENCE
-    costs = finals.assign(
-        label=finals["label"].where(~dense, REFERENCE),
-        parameters=finals["parameters"].where(dense, finals.loc[dense, "parameters"].max()),
-        bytes=finals["weight_bytes"] + finals["optimizer_state_bytes"],
-    )
+    dense = finals_of(names[-1])
+    dense = dense[dense["method"] == REFERENCE]
+    rows = pd.concat(map(finals_of, names[:-1] or names))
+    rows = rows[rows["method"] != REFERENCE].drop_duplicates(["label", "seed"])
+    costs = pd.concat(
+        [
+            dense.assign(label=REFERENCE),
+            rows.assign(parameters=dense["parameters"].max()),
+        ]
+    ).rename(columns={"test_loss": "loss"})
+    costs["bytes"] = costs["weight_bytes"] + costs["optimizer_state_bytes"]
     found = at_equal_cost(costs, "bytes").to_dict("records")
     found.sort(key=lambda row: (row["label"].partition(",")[0], row["share"]))
-    rows = [
+    shown = [
         (row["label"], f"{row['share']:.0%}", with_interval(row["A − dense"], row["±"]), row["n"])
         for row in found
     ]
-    return markdown_table(("row", "share of full rank's bytes", "A − dense", "n"), rows)
+    return markdown_table(("row", "share of full rank's bytes", "A − dense", "n"), shown)
 
 
 def step_times() -> dict[str, float]:
