@@ -15,6 +15,7 @@ from lowrank_lab.analysis.rates import rate_table, robustness
 from lowrank_lab.analysis.tables import by_documents, formatted, structure, summary, verdicts
 from lowrank_lab.report import asked_in
 from lowrank_lab.runs.run import Run, complete_runs, final_table, load_runs
+from lowrank_lab.studies.plain_yaml import read_yaml
 
 NO_BREAK = "\u00a0"
 SHARED = 0.25  # share of filled cells; an emptier table lists each row's own values
@@ -50,7 +51,7 @@ def answers(
     runs: Sequence[Run], finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]
 ) -> pd.DataFrame:
     """The verdicts on a study's pairs that have runs, and their bootstrap intervals."""
-    table = verdicts(finals, pairs, how="fdr_bh")
+    table = verdicts(finals, pairs)
     table = table[table["n"] > 0]
     drawn = by_documents(runs, pairs)
     if drawn.empty:
@@ -89,10 +90,11 @@ def _by_row(table: pd.DataFrame) -> list[str]:
 
 
 def robust(name: str) -> list[str]:
-    """Each variant at its best setting, and how far its rate may be off there."""
+    """Each variant of a study file at its best setting, and how far its rate may be off there."""
     found = robustness(finals_of(name))
-    named = found["label"].str.partition(", ")
-    best = found.assign(variant=named[0], setting=named[2]).drop_duplicates("variant")
+    names = [variant_of(label, name) for label in found["label"]]
+    settings = [x[len(v) :].removeprefix(", ") for x, v in zip(found["label"], names, strict=True)]
+    best = found.assign(variant=names, setting=settings).drop_duplicates("variant")
     head = ["variant", "setting", "best rate", "validation loss", "÷", "×", "width", "diverges at"]
     rows = []
     for _, row in best.iterrows():
@@ -103,6 +105,12 @@ def robust(name: str) -> list[str]:
     if not best["setting"].any():
         head, rows = head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
     return markdown_table(head, rows)
+
+
+def variant_of(label: str, name: str) -> str:
+    """The variant of a study file that a label, with values of its grid, begins with."""
+    variants = read_yaml(ROOT / "notebooks" / "studies" / f"{name}.yaml", "study")["variants"]
+    return max((v for v in variants if f"{label}, ".startswith(f"{v}, ")), key=len)
 
 
 def gaps(*names: str) -> list[str]:

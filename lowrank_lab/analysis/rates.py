@@ -28,10 +28,10 @@ def robustness(finals: pd.DataFrame, within: float = WITHIN) -> pd.DataFrame:
     """One row per label with at least three learning rates: how far its rate may be off.
 
     Columns: label; rates, their number; best rate; validation loss there; down and up, the factors
-    by which the rate may be divided or multiplied before the loss has risen by `within`
-    (interpolated in the logarithm of the rate; NaN if no rate that was tried is that bad); width,
-    their product; and `diverges at`, the lowest rate above the best with a loss more than DIVERGED
-    higher or not finite (NaN if none was tried).
+    by which the rate may be divided or multiplied before the loss has risen by `within` (on a
+    monotone cubic through the losses over the logarithm of the rate, which is flat at the best; NaN
+    if no rate that was tried is that bad); width, their product; and `diverges at`, the lowest rate
+    above the best with a loss more than DIVERGED higher or not finite (NaN if none was tried).
 
     Args:
         finals: returned by `runs.final_table`.
@@ -44,8 +44,7 @@ def robustness(finals: pd.DataFrame, within: float = WITHIN) -> pd.DataFrame:
             continue
         i = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
         level, limit = losses[i] + within, losses[i] + DIVERGED
-        down = _factor(rates[i::-1], losses[i::-1], level)
-        up = _factor(rates[i:], losses[i:], level)
+        down, up = _reach(np.log(rates), losses, i, level)
         bad = [r for r, x in zip(rates[i:], losses[i:], strict=True) if not x <= limit]
         edge = bad[0] if bad else math.nan
         rows.append((label, len(rates), rates[i], losses[i], down, up, down * up, edge))
@@ -53,15 +52,24 @@ def robustness(finals: pd.DataFrame, within: float = WITHIN) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).sort_values("validation loss", ignore_index=True)
 
 
-def _factor(rates: np.ndarray, losses: np.ndarray, level: float) -> float:
-    """The factor from the first rate to where the losses first reach `level`; NaN if nowhere."""
-    logs = np.abs(np.log(rates / rates[0]))
-    for j in range(1, len(rates)):
-        if not losses[j] < level:  # not finite counts as above
-            rise = (level - losses[j - 1]) / (losses[j] - losses[j - 1])
-            share = rise if math.isfinite(losses[j]) else 0.0
-            return float(np.exp(logs[j - 1] + share * (logs[j] - logs[j - 1])))
-    return math.nan
+def _reach(logs: np.ndarray, losses: np.ndarray, best: int, level: float) -> tuple[float, float]:
+    """The factors from the best down and up to where the losses reach `level`; NaN if nowhere.
+
+    A loss that is not finite counts as above, from the last finite one on.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    bad = np.flatnonzero(~np.isfinite(losses))
+    first = int(bad[bad < best].max(initial=-1)) + 1
+    end = int(bad[bad > best].min(initial=len(losses)))
+    ends = [logs[first] if first > 0 else -math.inf, logs[end - 1] if end < len(logs) else math.inf]
+    if end - first > 1:
+        at = PchipInterpolator(logs[first:end], losses[first:end]).solve(level, extrapolate=False)
+        ends[0] = max(at[at < logs[best]], default=ends[0])
+        ends[1] = min(at[at > logs[best]], default=ends[1])
+    factors = np.exp(np.abs(np.array(ends) - logs[best]))
+    down, up = np.where(np.isfinite(factors), factors, math.nan).tolist()
+    return down, up
 
 
 def lowest_point(losses: Mapping[float, float]) -> float:

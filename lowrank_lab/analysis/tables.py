@@ -12,7 +12,6 @@ import torch
 
 from lowrank_lab.analysis.spectra import effective_rank, is_factor
 from lowrank_lab.analysis.stats import (
-    Correction,
     corrected,
     mean_interval,
     mean_intervals,
@@ -101,30 +100,26 @@ def claims(finals: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
 
 
 def verdicts(
-    finals: pd.DataFrame,
-    pairs: Sequence[tuple[str, str]],
-    margin: float = MARGIN,
-    how: Correction = "holm",
+    finals: pd.DataFrame, pairs: Sequence[tuple[str, str]], margin: float = MARGIN
 ) -> pd.DataFrame:
     """`claims`, corrected for their number, with an equivalence test of each.
 
-    Further columns: `p (Holm)` or `p (BH)`, of A < B; `p (equal)`, by two one-sided tests within
-    ±margin; and `verdict`: *below* (corrected p < 0.05), *equal* (p (equal) < 0.05), *above* (the
-    interval lies above 0; both uncorrected), or *open*.
+    Further columns: `p (BH)`, of A < B, corrected by Benjamini and Hochberg's method; `p (equal)`,
+    by two one-sided tests within ±margin; and `verdict`: *below* (p (BH) < 0.05), *above* (the same
+    of B < A), *equal* (p (equal) < 0.05, uncorrected), or *open*.
 
     Args:
         margin: nats per token within which two losses count as equal.
-        how: the correction, as of `stats.corrected`.
     """
     table = claims(finals, pairs)
     values = [row[~np.isnan(row)].tolist() for row in paired(finals, pairs).to_numpy()]
-    name = {"holm": "p (Holm)", "fdr_bh": "p (BH)"}[how]
-    table[name] = corrected(table["p (A < B)"].tolist(), how)
+    table["p (BH)"] = corrected(table["p (A < B)"].tolist(), "fdr_bh")
+    p_above = corrected((1 - table["p (A < B)"]).tolist(), "fdr_bh")
     table["p (equal)"] = [p_within(row, margin) for row in values]
     kinds = [
-        (table[name] < 0.05, "below"),
+        (table["p (BH)"] < 0.05, "below"),
+        (np.array(p_above) < 0.05, "above"),
         (table["p (equal)"] < 0.05, "equal"),
-        (table["A − B"] > table["±"], "above"),
     ]
     conditions, names = zip(*kinds, strict=True)
     table["verdict"] = np.select(conditions, names, "open")
@@ -240,7 +235,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """A table as text, with significant digits only."""
     digits = {
         "test loss": ".4f", "±": ".4f", "A − B": "+.4f", "p (A < B)": ".2g",
-        "p (Holm)": ".2g", "p (equal)": ".2g", "p (BH)": ".2g", "p (above 0)": ".2g",
+        "p (equal)": ".2g", "p (BH)": ".2g", "p (above 0)": ".2g",
         "best rate": "g", "validation loss": ".4f", "down": ".2f", "up": ".2f", "width": ".2f",
         "diverges at": "g", "dense": ".4f", "A − dense": "+.4f",
         "gap": "+.4f", "slope": "+.4f", "predicted": "+.3f",

@@ -172,9 +172,10 @@ def _changed(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if v not in (None, {}, False)}
 
 
-_VERDICTS = f"""<p>Paired by seed. <i>below</i>: p of the one-sided t-test, corrected for the number
-of rows (Holm), is under 0.05; <i>equal</i>: two one-sided tests put the difference within ±{MARGIN}
-with p under 0.05; <i>above</i>: the 95 % interval lies above 0; <i>open</i>: none of these.</p>"""
+_VERDICTS = f"""<p>Paired by seed. <i>below</i>, <i>above</i>: p of the one-sided t-test, corrected
+over the rows (Benjamini–Hochberg), is under 0.05; <i>equal</i>: two one-sided tests put the
+difference within ±{MARGIN} with p under 0.05 (not corrected); <i>open</i>: none of these.
+<i>separated</i>: the interval does not contain 0 (not corrected).</p>"""
 
 _ROBUST = f"""<p><i>down</i>, <i>up</i>: by what factor the learning rate may be lower or higher
 than the best before the validation loss has risen by {WITHIN}; –: no rate that was tried is so bad.

@@ -51,12 +51,29 @@ def test_gains_on_the_linear_teacher_are_those_of_its_notebook(tmp_path):
     papermill.execute_notebook(ROOT / "notebooks" / "10_theory.ipynb", made, cwd=made.parent)
     outputs = [o for cell in nbformat.read(made, 4).cells for o in cell.get("outputs", [])]
     texts = [o.get("data", {}).get("text/plain", "") for o in outputs]
-    table = next(text for text in texts if text.startswith("imbalance") and "adam, keep" in text)
-    gains = {}
-    for way in ("keep", "transport", "reset"):
-        line = next(line for line in table.splitlines() if line.startswith(f"adam, {way}"))
-        gains[way] = re.findall(r"([\d.]+) ± ([\d.]+)", line)[2]  # at an imbalance of 100
-    shown = [f"{mean} ± {width}" for mean, width in gains.values()]
-    page = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
-    words = "by {} orders of magnitude with kept, {} with transported and {} with reset moments"
-    assert words.format(*shown) in page
+    page = (ROOT / "docs" / "explanation" / "study.md").read_text()
+
+    def row_of(table, start):
+        """The numbers of the line of a printed table that starts so, with their intervals."""
+        line = next(line for line in table.splitlines() if line.startswith(start))
+        return re.findall(r"-?[\d.]+ ± [\d.]+", line) or line.removeprefix(start).split()
+
+    gains = next(text for text in texts if text.startswith("imbalance") and "adam, keep" in text)
+    for words, way in {"kept": "keep", "transported": "transport", "reset": "reset"}.items():
+        assert f"| {words} | {' | '.join(row_of(gains, f'adam, {way}'))} |" in page
+    known = next(text for text in texts if "1 loss over floor" in text)
+    assert f"lowest of all runs | at least 1 | {row_of(known, '1 loss over floor')[-2]} |" in page
+    for words, start in (
+        ("at twice the rate over that at the rate | 2", "2 drift at 2η over that at η, SGD"),
+        (
+            "from balanced factors: the same ratio | 2",
+            "3 change at 2η over that at η, imbalance 1 ",
+        ),
+        ("from unbalanced factors | 1", "3 change at 2η over that at η, imbalance 10"),
+    ):
+        assert "{} | {} ± {} |".format(words, *row_of(known, start)[-2:]) in page
+    cosines = next(text for text in texts if "transport v" in text)
+    assert {cell.split()[0] for cell in row_of(cosines, "transport m")} == {"1.00"}
+    reach = [sorted(c.split()[0] for c in row_of(cosines, f"{way} v"))[::3]
+             for way in ("transport", "keep")]  # fmt: skip
+    assert "transported, kept | – | {} to {}, {} to {} |".format(*reach[0], *reach[1]) in page

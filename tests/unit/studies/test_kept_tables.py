@@ -81,7 +81,7 @@ def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(t
     asked = [line for line in lines if line.startswith("| low-rank + transport | low-rank |")]
     finals = final_table(load_runs(KEPT / "ladder_s2"))
     _, pairs = asked_in(ROOT / "notebooks" / "studies" / "ladder_s2.yaml")
-    table = verdicts(finals, pairs, how="fdr_bh").set_index(["A", "B"])
+    table = verdicts(finals, pairs).set_index(["A", "B"])
     row = table.loc[("low-rank + transport", "low-rank")]
     assert f"| {row['p (BH)']:.2g} |" in asked[0]
     assert f"| {row['verdict']} |" in asked[0]
@@ -94,6 +94,13 @@ def test_robustness_has_the_width_of_what_was_tried(tables):
     found = robustness(final_table(load_runs(KEPT / "rates_s1"))).set_index("label")
     assert rows["low-rank"][head.index("width") - 1] == f"{found.loc['low-rank', 'width']:.3g}"
     assert rows["low-rank"][head.index("diverges at") - 1] == "0.04"
+
+
+def test_each_variant_of_a_study_file_has_its_robustness(tables):
+    rows, _ = rows_of(tables.robust("rates_s3"))
+    assert {"full-rank", "full-rank, 64 × 5", "muon", "low-rank"} <= set(rows)
+    rows, head = rows_of(tables.robust("rates_s1"))
+    assert rows["muon"][head.index("setting") - 1] == "momentum 0.8"
 
 
 def test_published_gaps_are_differences_of_the_logarithms_of_perplexities(tables):

@@ -2,14 +2,17 @@
 
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
+import torch
 from paths import NOTEBOOKS, ROOT
 
 from lowrank_lab.analysis.costs import COSTS, at_equal_cost, costs_of
 from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of
-from lowrank_lab.analysis.rates import lowest_point
+from lowrank_lab.analysis.linear_teacher import start, teacher
+from lowrank_lab.analysis.rates import lowest_point, robustness
 from lowrank_lab.analysis.stats import corrected
 from lowrank_lab.analysis.tables import claims, paired, structure, verdicts
 from lowrank_lab.config import RunConfig
@@ -53,14 +56,25 @@ def answers():
     return found
 
 
-def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers):
+@pytest.fixture(scope="module")
+def at_equal_bytes():
+    """By row of S1: minus a dense model of its bytes of weights and states, on the same tokens."""
+    sys.path.insert(0, str(ROOT / "docs" / "extension"))
+    import cost_tables
+
+    lines = cost_tables.equal_bytes("ladder_s1", "ranks_s1")[2:]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    return {row[0]: row[2] for row in cells}
+
+
+def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers, at_equal_bytes):
     costs = costs_of(SIZES.values())
     tables = [at_equal_cost(costs, cost) for cost in COSTS]
     known = {shown(row["A − dense"], row["±"]) for t in tables for row in t.to_dict("records")}
     for of_pairs, of_gaps in answers.values():
         known |= {*of_pairs.values(), *of_gaps.values()}
     trends = extrapolation_table(gaps_of(SIZES.values()), 60e6)
-    known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()}
+    known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()} | {*at_equal_bytes.values()}
     known |= {shown(*row, digits=2) for row in trends[["predicted", "± predicted"]].to_numpy()}
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
@@ -85,9 +99,9 @@ def trend(table, label):
 
 def test_gaps_of_Muon_at_S3_by_seed_are_what_it_says():
     wide = paired(final_table(load_runs(SIZES["S3"])), [("muon", "full-rank")]).to_numpy()
-    reach = f"{-wide.max():.2f} to {-wide.min():.2f}."
-    assert f"end lower, by {reach}" in PAGE
-    assert f"where seeds reach from {reach}" in LADDER
+    reach = f"{-wide.max():.2f} to {-wide.min():.2f}"
+    assert f"end lower, by {reach}, the most" in PAGE
+    assert f"where seeds reach from {reach}." in LADDER
 
 
 def test_the_techniques_table_has_each_size_in_its_column(answers):
@@ -102,15 +116,28 @@ def test_the_techniques_table_has_each_size_in_its_column(answers):
         assert f"| {words} | {' | '.join(cells)} |" in PAGE
 
 
-def test_rows_at_S1_have_their_gaps_and_their_shares_of_bytes(answers):
+def test_rows_at_S1_have_their_gaps_shares_and_differences_at_equal_bytes(answers, at_equal_bytes):
     costs = costs_of(SIZES.values())
     costs = costs[costs["parameters"] == costs["parameters"].min()]
     held = costs.groupby("label")["bytes"].mean()
-    labels = re.findall(r"\| ([\w-]+) \| (\d+ %) \| (\S+ ± \S+) \|", PAGE)
-    assert len(labels) == 8
-    for label, share, gap in labels:
+    row = r"\| ([\w-]+(?: \+ \w+)?) \| (\d+ %) \| (\S+ ± \S+) \| (\S+ ± \S+) \|"
+    labels = re.findall(row, PAGE)
+    assert len(labels) == 11
+    for label, share, gap, at_its_bytes in labels:
+        assert at_its_bytes == at_equal_bytes[label]
         assert share == f"{held[label] / held['full-rank']:.0%}".replace("%", " %")
         assert gap == answers["S1"][1][label]
+    means = {}
+    for label, interval in at_equal_bytes.items():
+        mean, half_width = (float(x) for x in interval.replace("−", "-").split(" ± "))
+        means[label] = (mean > half_width) - (mean < -half_width)
+    below = {label for label, sign in means.items() if sign < 0}
+    assert below == {"muon", "normuon", "scale", "frugal", "ldadam", "sltrain"}
+    above = {label for label, sign in means.items() if sign > 0}
+    assert above == {"galore", "galore + transport", "spectron"}
+    named = dict(zip(("both techniques", "transport"), TECHNIQUES, strict=True))
+    for words, label in {"Muon": "muon", "low-rank": "low-rank", **named}.items():
+        assert f"{words} ({at_equal_bytes[label]})" in PAGE
 
 
 def test_gaps_in_sentences_belong_to_their_rows_and_sizes(answers):
@@ -145,11 +172,19 @@ def test_what_the_techniques_do_to_factors_and_moments_is_recorded():
     assert "falls from {:.1f} to {:.1f}".format(*condition) in PAGE
     imbalance = plain["imbalance"], both["imbalance"]
     assert "from {:.2f} to {:.2f}, measured three steps".format(*imbalance) in PAGE
+    later = structure(complete_runs(SIZES["S3"])).set_index("label")
+    plain, both = later.loc["low-rank"], later.loc["low-rank + refactor + reset"]
+    condition = [(row["condition B"] + row["condition A"]) / 2 for row in (plain, both)]
+    words = "at S3 from {:.1f} to {:.1f} and from {:.2f} to {:.2f}"
+    assert words.format(*condition, plain["imbalance"], both["imbalance"]) in PAGE
+    moments = momentum_of(complete_runs(SIZES["S3"])).groupby("label")["momentum_cosine"].mean()
+    last = moments["low-rank + transport"]
     finals = finals_of(runs, SIZES["S2"])
     cosines = cosine_table(finals, momentum_of(runs), pairs_of(SIZES["S2"]))
     cosines = cosines.drop_duplicates("A").set_index("A")
     transport = cosines.loc["low-rank + transport", "cosine"]
-    assert f"direction across an event (cosine {transport:.2f}); a reset sets it to zero" in PAGE
+    words = f"event (cosine {transport:.2f} at S2, {last:.2f} at S3); a reset sets it to zero"
+    assert words in PAGE
     assert cosines.loc["low-rank + refactor + reset", "cosine"] == 0
 
 
@@ -205,9 +240,15 @@ def test_gigabytes_at_1b_are_those_of_the_formulas():
 def test_seeds_at_S3_scatter_as_it_says():
     finals = final_table(load_runs(SIZES["S3"]))
     losses = finals[finals["label"] == "low-rank"]["test_loss"]
-    assert f"at S3 end between {losses.min():.2f} and {losses.max():.2f}," in PAGE
+    assert f"five end between {losses.min():.2f} and {losses.max():.2f}," in PAGE
+    dense = finals[finals["label"] == "full-rank"]["test_loss"].sort_values().tolist()
+    words = "four of AdamW's between {:.2f} and {:.2f} and one at {:.2f}"
+    assert words.format(dense[0], dense[3], dense[4]) in PAGE
+    apart = paired(finals, [("muon", "full-rank")]).iloc[0]
+    worst = finals[finals["label"] == "full-rank"].set_index("seed")["test_loss"].idxmax()
+    assert apart.idxmin() == worst  # the most with the seed whose AdamW run ends highest
     table = claims(finals, [("low-rank + transport", "low-rank")]).iloc[0]
-    every = verdicts(finals, pairs_of(SIZES["S3"]), how="fdr_bh").set_index(["A", "B"])
+    every = verdicts(finals, pairs_of(SIZES["S3"])).set_index(["A", "B"])
     after = every.loc[("low-rank + transport", "low-rank"), "p (BH)"]
     assert f"(p {table['p (A < B)']:.2g} one-sided, {after:.2g} after Benjamini" in PAGE
     wide = paired(finals, [("low-rank + transport", "low-rank")])
@@ -265,3 +306,58 @@ def test_the_parabola_of_full_rank_at_S3_costs_what_it_says():
     chosen = lowest_point(dict(losses))
     between = np.interp(np.log(chosen), np.log(losses.index), losses)
     assert f"would end {between - losses.min():.2f} above the best rate" in PAGE
+
+
+def test_the_imbalance_of_the_models_is_that_of_teachers_factors_stretched_as_it_says():
+    imbalance = {}
+    for stretch in (1.5, 10.0):
+        B, A = start(teacher(a=1.0, b=1.0, seeds=10), 4, stretch)
+        left, right = B.mT @ B, A @ A.mT
+        norms = torch.linalg.matrix_norm(left) + torch.linalg.matrix_norm(right)
+        imbalance[stretch] = (torch.linalg.matrix_norm(left - right) / norms).mean().item()
+    words = "stretched by 1.5 ({:.2f}); stretched by 10 it is {:.2f}"
+    assert words.format(*imbalance.values()) in PAGE
+    of_sizes = [structure(complete_runs(folder)).set_index("label") for folder in SIZES.values()]
+    models = [f"{ends.loc['low-rank', 'imbalance']:.2f}" for ends in of_sizes]
+    assert models[0] == models[1]
+    assert "{0} at S1 and S2 and {2} at S3".format(*models) in PAGE
+
+
+def test_tuning_runs_at_S1_are_counted():
+    runs = {name: final_table(load_runs(KEPT / name)) for name in ("rates_s1", "betas_s1")}
+    muon, dense = (
+        sum(int((finals["method"] == method).sum()) for finals in runs.values())
+        for method in ("muon", "full-rank")
+    )
+    assert f"at S1 it had {muon} tuning runs, AdamW {dense}." in PAGE
+
+
+def test_ranges_of_rates_are_those_of_the_tuning():
+    found = robustness(final_table(load_runs(KEPT / "rates_s1")))
+    best = found.assign(row=found["label"].str.partition(", ")[0]).drop_duplicates("row")
+    width = best.set_index("row")["width"]
+    assert (
+        f"a factor of {width['cola']:.1f} for CoLA and {width['muon']:.1f} for Muon, "
+        f"{width['full-rank']:.1f} for full rank, {width['low-rank']:.1f} for low-rank and "
+        f"{width['galore + transport']:.1f} for GaLore with transport"
+    ) in PAGE
+    edges = best.set_index("row")["diverges at"] / best.set_index("row")["best rate"]
+    assert edges["low-rank"] == 4
+    assert edges["cola"] == edges["sltrain"] == 2
+    assert int(edges.isna().sum()) == 10
+
+
+def test_rates_that_follow_a_law_are_as_far_off_as_it_says():
+    """The middle of each grid at S3 is what the law says; the ladder trains what was best."""
+    trained = final_table(load_runs(SIZES["S3"])).groupby("label")["lr"].first()
+    law = {"low-rank": 1.78e-3, TECHNIQUES[0]: 2.14e-3, TECHNIQUES[1]: 2.12e-3}
+    tried = final_table(load_runs(KEPT / "rates_s3"))
+    assert all(rate in set(tried["lr"]) for rate in law.values())
+    factors = [trained[label] / rate for label, rate in law.items()]
+    assert f"by factors of {min(factors):.1f} to {max(factors):.1f}; they" in PAGE
+
+
+def test_what_the_shared_rate_costs_full_rank_at_S1_is_what_tuning_found():
+    one = final_table(load_runs(KEPT / "rest_s1"))["validation_loss"].min()
+    shared = final_table(load_runs(KEPT / "rates_s1")).query("method == 'full-rank'")
+    assert f"AdamW at S1 {shared['validation_loss'].min() - one:.2f} lower" in PAGE
