@@ -5,7 +5,7 @@ import shlex
 
 import pandas as pd
 import pytest
-from paths import NOTEBOOKS, ROOT
+from paths import NOTEBOOKS, ROOT, extension_module
 
 import lowrank_lab as lab
 from lowrank_lab.analysis.ladder import gap_table, gaps_of
@@ -114,6 +114,8 @@ def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
     known = {f"{m:+.3f} ± {w:.3f}" for m, w in zip(found["A − B"], found["±"], strict=True)}
     gaps = gap_table(gaps_of(ROOT / "data" / "study" / name for name in sizes))
     known |= {f"{m:+.3f} ± {w:.3f}" for m, w in zip(gaps["gap"], gaps["±"], strict=True)}
+    at_equal_bytes = extension_module("cost_tables").equal_bytes("ladder_s1", "ranks_s1")
+    known |= {line.split("|")[3].strip().replace("−", "-") for line in at_equal_bytes[2:]}
     findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
     stated = set(re.findall(r"[+−]?\d\.\d+ ± \d\.\d+", findings))
     assert stated
@@ -142,4 +144,18 @@ def test_the_cosines_that_it_states_are_those_of_the_records():
     table = table.drop_duplicates("A").set_index("A")
     shown = [f"{table.loc[label, 'cosine']:.2f}" for label in
              ("low-rank + transport", "low-rank + refactor")]  # fmt: skip
-    assert "has cosine {} with the one before; {} if".format(*shown) in " ".join(README.split())
+    words = "the cosine of Adam's direction across it is {}, and {} if moments are kept"
+    assert words.format(*shown) in " ".join(README.split())
+
+
+def test_the_verdicts_on_hypotheses_that_it_states_are_those_of_the_registered_tests():
+    table = extension_module("hypotheses").hypotheses()
+    findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
+    assert set(table["verdict"]) == {"not shown"}
+    p = [f"{value:.2g}" for value in table["p (Holm)"]]
+    assert f"at the third (registered: p {p[0]})" in findings
+    assert f"(registered: p {p[1]}). Minus plain low-rank" in findings
+    assert f"not shown (registered: p {p[2]}, {p[3]})" in findings
+    assert f"{p[4]})." in findings.partition("same tokens (+0.012 ± 0.164, registered: p ")[2][:8]
+    widths = table["±"].iloc[[0, 1, 4]]
+    assert f"have intervals of ±{widths.min():.2f} to ±{widths.max():.2f}." in findings

@@ -1,12 +1,10 @@
 """The five registered tests, on records whose answers are known."""
 
-import importlib.util
 import json
 import math
 
 import numpy as np
 import pytest
-from paths import ROOT
 from scipy import stats
 from written_runs import write_run
 
@@ -19,11 +17,7 @@ SMALL = "full-rank, 64 × 5"
 
 @pytest.fixture(scope="module")
 def hypotheses():
-    place = ROOT / "docs" / "extension" / "hypotheses.py"
-    spec = importlib.util.spec_from_file_location("hypotheses", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return extension_module("hypotheses")
 
 
 def noise(seed, k):

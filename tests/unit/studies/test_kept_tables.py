@@ -1,12 +1,10 @@
 """Tables of the book: what the kept records say, in Markdown."""
 
-import importlib
 import re
-import sys
 
 import numpy as np
 import pytest
-from paths import ROOT
+from paths import ROOT, extension_module
 
 from lowrank_lab.analysis.ladder import gap_table, gaps_of, slopes
 from lowrank_lab.analysis.rates import robustness
@@ -17,24 +15,14 @@ from lowrank_lab.runs.run import final_table, load_runs
 KEPT = ROOT / "data" / "study"
 
 
-def of_the_book(name):
-    """A module of the book's extension."""
-    extension = str(ROOT / "docs" / "extension")
-    sys.path.insert(0, extension)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(extension)
-
-
 @pytest.fixture(scope="module")
 def tables():
-    return of_the_book("kept_tables")
+    return extension_module("kept_tables")
 
 
 @pytest.fixture(scope="module")
 def costs():
-    return of_the_book("cost_tables")
+    return extension_module("cost_tables")
 
 
 def rows_of(lines):

@@ -2,12 +2,11 @@
 
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
-from paths import NOTEBOOKS, ROOT
+from paths import NOTEBOOKS, ROOT, extension_module
 
 from lowrank_lab.analysis.costs import COSTS, at_equal_cost, costs_of
 from lowrank_lab.analysis.ladder import extrapolation_table, gap_table, gaps_of
@@ -59,10 +58,7 @@ def answers():
 @pytest.fixture(scope="module")
 def at_equal_bytes():
     """By row of S1: minus a dense model of its bytes of weights and states, on the same tokens."""
-    sys.path.insert(0, str(ROOT / "docs" / "extension"))
-    import cost_tables
-
-    lines = cost_tables.equal_bytes("ladder_s1", "ranks_s1")[2:]
+    lines = extension_module("cost_tables").equal_bytes("ladder_s1", "ranks_s1")[2:]
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
     return {row[0]: row[2] for row in cells}
 
