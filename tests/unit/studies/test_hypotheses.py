@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from paths import extension_module
 from scipy import stats
 from written_runs import write_run
 
