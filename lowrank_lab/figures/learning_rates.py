@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
@@ -17,6 +18,7 @@ from lowrank_lab.figures.drawing import PALETTE
 from lowrank_lab.figures.panels import panels
 
 MANY_SETTINGS = 3  # at one rate: they would fill a panel's legend
+MANY_PANELS = 12  # more are smaller, so that the figure is readable on half a page
 SHOWN = 0.6  # nats above the best: lines end there, below the names of their settings
 NAME_AND_VALUE = re.compile(r"(.+) ([\d.e+-]+)")  # of a setting, as `momentum 0.9`
 
@@ -29,11 +31,15 @@ def rates(finals: pd.DataFrame) -> Figure:
     """
     table = rate_table(finals)
     variants = list(dict.fromkeys(table["variant"]))
+    many = len(variants) > MANY_PANELS
+    width, height = (1.5, 1.45) if many else (2.3, 1.75)
     figure, axes = panels(
-        len(variants), lambda columns, rows: (2.3 * columns, 2.5 if rows == 1 else 1.75 * rows)
+        len(variants),
+        lambda columns, rows: (width * columns, 2.5 if rows == 1 else height * rows),
+        in_a_row=6 if many else 4,
     )
     for ax, variant in zip(axes, variants, strict=True):
-        _panel(ax, str(variant), table[table["variant"] == variant])
+        _panel(ax, str(variant), table[table["variant"] == variant], width)
     _ticks(axes[0], sorted(table["lr"].unique()))
     figure.supxlabel("peak learning rate", fontsize=9.5)
     figure.supylabel("validation loss (nats per token)", fontsize=9.5)
@@ -50,8 +56,8 @@ def _ticks(ax: Axes, tried: Sequence[float]) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _panel(ax: Axes, variant: str, part: pd.DataFrame) -> None:
-    """The panel of a variant; above its lines there is room for their names."""
+def _panel(ax: Axes, variant: str, part: pd.DataFrame, width: float) -> None:
+    """The panel of a variant, so many inches wide; above its lines is room for their names."""
     lines = {
         str(label).partition(", ")[2]: line.sort_values("lr")
         for label, line in part.groupby("label", sort=False)
@@ -72,11 +78,12 @@ def _panel(ax: Axes, variant: str, part: pd.DataFrame) -> None:
         drawn.set_clip_path(Rectangle((0, 0), 1e3, top, transform=ax.transData))
     ax.plot(best["lr"], best["mean"], "o", ms=9, mfc="none", color="0.2")
     ax.set_xscale("log", base=2)
-    ax.set_title(variant, loc="left", fontsize=8.5 * min(1, 30 / len(variant)))
+    ax.set_title(textwrap.fill(variant, int(12 * width)), loc="left", fontsize=8.5)
     named = part["label"].nunique() > 1
     columns = 2 if title else 1
     rows = math.ceil(len(ax.get_legend_handles_labels()[1]) / columns) + bool(title)
-    ax.set_ylim(best["mean"] - 0.05, top + named * 0.1 * rows)
+    ax.set_ylim(best["mean"] - 0.05, top + named * 0.25 / width * rows)
+    ax.locator_params(axis="y", nbins=4)
     if named:
         ax.legend(title=title, ncols=columns, fontsize=7, title_fontsize=7, frameon=False,
                   loc="upper left", alignment="left", columnspacing=1.0, handlelength=1.4,

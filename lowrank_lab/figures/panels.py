@@ -16,15 +16,19 @@ MOST_IN_A_ROW = 4
 
 
 def panels(
-    count: int, size: Callable[[int, int], tuple[float, float]], **options: Any
+    count: int,
+    size: Callable[[int, int], tuple[float, float]],
+    in_a_row: int = MOST_IN_A_ROW,
+    **options: Any,
 ) -> tuple[Figure, list[Axes]]:
     """A figure and `count` axes in rows, which share the x axis; the lowest have its numbers.
 
     Args:
         size: columns and rows → width and height of the figure in inches.
+        in_a_row: the most columns.
         options: of `Figure.subplots`, such as `sharey`.
     """
-    rows = math.ceil(count / MOST_IN_A_ROW)
+    rows = math.ceil(count / in_a_row)
     columns = math.ceil(count / rows)
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=size(columns, rows), layout="constrained")
