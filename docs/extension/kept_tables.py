@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from hypotheses import KEPT, LEVEL, ROOT, TRENDS, TRIED, hypotheses
+from hypotheses import INSTEAD, KEPT, LEVEL, ROOT, TRENDS, hypotheses
 from markdown_tables import markdown_table
 
 from lowrank_lab.analysis.ladder import REFERENCE, extrapolation_table, gap_table, gaps_of, slopes
@@ -148,10 +148,12 @@ def trends(*names: str) -> list[str]:
 
 
 def registered() -> list[str]:
-    """The registered tests (`hypotheses.py`), and the trends with another full rank at S3."""
-    beside = f"With gaps to *{TRIED}* at the largest size, the best rate that was tried there:"
-    trends = hypotheses(at_largest=TRIED).loc[TRENDS]
-    return [*_tests(hypotheses()), "", beside, "", *_tests(trends)]
+    """The registered tests (`hypotheses.py`), and the trends with other full ranks at a size."""
+    found = _tests(hypotheses())
+    for words, references in INSTEAD.items():
+        trends = hypotheses(references=references).loc[TRENDS]
+        found += ["", f"With gaps to {words}:", "", *_tests(trends)]
+    return found
 
 
 def _tests(table: pd.DataFrame) -> list[str]:
