@@ -8,13 +8,14 @@ from lowrank_lab.studies.study_file import load_study
 
 KEPT = ROOT / "data" / "study"
 NAMED = ["full-rank", "muon", "low-rank", "low-rank + refactor + reset", "low-rank + transport"]
-BESIDE = ["full-rank at 8.05e-4", "full-rank, 64 × 5"]  # rows of S3 that hypotheses need
+# Rows of S2 and S3 that hypotheses need, or that tell what full rank's own tuning changes.
+BESIDE = ["full-rank at beta2 0.95", "full-rank at 8.05e-4", "full-rank, 64 × 5"]
 # At S2 the rows that hypotheses name are trained; the others have nothing to choose from yet.
-PARTS = {"rates_s2": NAMED, "ladder_s2": NAMED}
+PARTS = {"rates_s2": NAMED, "ladder_s2": NAMED + BESIDE[:1]}
 # Studies on seeds that are reported, and those in which their rates were tuned.
 TUNED_BY = {
     "ladder_s1": ("rates_s1",),
-    "ladder_s2": ("rates_s2",),
+    "ladder_s2": ("rates_s2", "beta2_s2"),
     "ladder_s3": ("rates_s3",),
     "ranks_s1": ("ranks_rates_s1", "rates_s1"),
 }

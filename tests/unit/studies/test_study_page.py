@@ -189,7 +189,7 @@ def test_no_pair_is_equal_and_few_are_below_after_correction():
     transport = ["low-rank + transport", "low-rank"]
     below = {
         "S1": [muon],
-        "S2": [muon],
+        "S2": [muon, ["muon", "full-rank at beta2 0.95"]],
         "S3": [transport, muon, ["muon", "full-rank at 8.05e-4"]],
     }
     for size, folder in SIZES.items():
@@ -341,6 +341,18 @@ def test_ranges_of_rates_are_those_of_the_tuning():
     assert edges["low-rank"] == 4
     assert edges["cola"] == edges["sltrain"] == 2
     assert int(edges.isna().sum()) == 10
+
+
+def test_another_beta2_of_full_rank_at_S2_ends_no_lower():
+    finals = final_table(load_runs(SIZES["S2"]))
+    row = claims(finals, [("full-rank at beta2 0.95", "full-rank")]).iloc[0]
+    assert f"it ends {row['A − B']:.3f} ± {row['±']:.3f} higher, so that" in PAGE
+    assert f"lower ({shown(row['A − B'], row['±'])}), so that" in LADDER
+    tuned = final_table(load_runs(KEPT / "beta2_s2")).groupby("label")["validation_loss"].mean()
+    first = final_table(load_runs(KEPT / "rates_s2")).query("method == 'full-rank'")
+    means = tuned.min(), first.groupby("lr")["validation_loss"].mean().min()
+    assert "The lowest, {:.3f} against {:.3f} with 0.99,".format(*means) in LADDER
+    assert tuned.idxmin() == "full-rank, beta2 0.95, lr 0.00619"
 
 
 def test_rates_that_follow_a_law_are_as_far_off_as_it_says():
