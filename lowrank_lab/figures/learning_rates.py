@@ -82,7 +82,7 @@ def _panel(ax: Axes, variant: str, part: pd.DataFrame, width: float) -> None:
     named = part["label"].nunique() > 1
     columns = 2 if title else 1
     rows = math.ceil(len(ax.get_legend_handles_labels()[1]) / columns) + bool(title)
-    ax.set_ylim(best["mean"] - 0.05, top + named * 0.25 / width * rows)
+    ax.set_ylim(best["mean"] - 0.05, top + named * 0.3 / width * rows)
     ax.locator_params(axis="y", nbins=4)
     if named:
         ax.legend(title=title, ncols=columns, fontsize=7, title_fontsize=7, frameon=False,
