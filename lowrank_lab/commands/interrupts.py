@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -113,6 +114,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     A terminal sends Ctrl-C to all its processes; those of the pool block it.
     """
     ensure_running()  # else the first process starts it, and that unblocks the signal
+    others = set(threading.enumerate())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # processes inherit it
     pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_at_sigterm)
     try:
@@ -123,7 +125,8 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown()
     except BaseException:
         _end(active_children())  # before the pool: else they report closed pipes
-        pool.shutdown(cancel_futures=True)  # its threads end too: else they close pipes twice
+        pool.shutdown(wait=False, cancel_futures=True)
+        _wait_for_threads(others)
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -147,6 +150,17 @@ def _end(children: list[BaseProcess]) -> None:
     for child in children:
         child.join(SECONDS_TO_END)
         child.kill()  # does nothing to a process that has ended
+
+
+def _wait_for_threads(others: set[threading.Thread]) -> None:
+    """Wait until all threads but these have ended, at most SECONDS_TO_END.
+
+    The threads of a pool close pipes, and so does the end of Python: whoever is second raises. A
+    thread that is only starting when an exception comes can't be joined.
+    """
+    until = time.monotonic() + SECONDS_TO_END
+    while set(threading.enumerate()) - others and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 class _Forgiving(io.FileIO):
