@@ -47,6 +47,17 @@ def equal_costs(*names: str) -> list[str]:
 
 
 def equal_bytes(*names: str) -> list[str]:
+    """The table of `at_equal_bytes`."""
+    found = at_equal_bytes(*names).to_dict("records")
+    found.sort(key=lambda row: (row["label"].partition(",")[0], row["share"]))
+    shown = [
+        (row["label"], f"{row['share']:.0%}", with_interval(row["A − dense"], row["±"]), row["n"])
+        for row in found
+    ]
+    return markdown_table(("row", "share of full rank's bytes", "A − dense", "n"), shown)
+
+
+def at_equal_bytes(*names: str) -> pd.DataFrame:
     """Each row minus a dense model of the same bytes of weights and states, on the same tokens.
 
     The dense models are those of the last study, of several widths; between two of them the loss is
@@ -57,20 +68,10 @@ def equal_bytes(*names: str) -> list[str]:
     dense = dense[dense["method"] == REFERENCE]
     rows = pd.concat(map(finals_of, names[:-1] or names))
     rows = rows[rows["method"] != REFERENCE].drop_duplicates(["label", "seed"])
-    costs = pd.concat(
-        [
-            dense.assign(label=REFERENCE),
-            rows.assign(parameters=dense["parameters"].max()),
-        ]
-    ).rename(columns={"test_loss": "loss"})
+    rows = rows.assign(parameters=dense["parameters"].max())
+    costs = pd.concat([dense.assign(label=REFERENCE), rows]).rename(columns={"test_loss": "loss"})
     costs["bytes"] = costs["weight_bytes"] + costs["optimizer_state_bytes"]
-    found = at_equal_cost(costs, "bytes").to_dict("records")
-    found.sort(key=lambda row: (row["label"].partition(",")[0], row["share"]))
-    shown = [
-        (row["label"], f"{row['share']:.0%}", with_interval(row["A − dense"], row["±"]), row["n"])
-        for row in found
-    ]
-    return markdown_table(("row", "share of full rank's bytes", "A − dense", "n"), shown)
+    return at_equal_cost(costs, "bytes")
 
 
 def step_times() -> dict[str, float]:

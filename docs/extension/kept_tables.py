@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -92,9 +92,10 @@ def _by_row(table: pd.DataFrame) -> list[str]:
 def robust(name: str) -> list[str]:
     """Each variant of a study file at its best setting, and how far its rate may be off there."""
     found = robustness(finals_of(name))
-    names = [variant_of(label, name) for label in found["label"]]
-    settings = [x[len(v) :].removeprefix(", ") for x, v in zip(found["label"], names, strict=True)]
-    best = found.assign(variant=names, setting=settings).drop_duplicates("variant")
+    given = read_yaml(ROOT / "notebooks" / "studies" / f"{name}.yaml", "study")["variants"]
+    parts = [_variant_and_setting(label, given) for label in found["label"]]
+    best = found.assign(variant=[v for v, _ in parts], setting=[s for _, s in parts])
+    best = best.drop_duplicates("variant")
     head = ["variant", "setting", "best rate", "validation loss", "÷", "×", "width", "diverges at"]
     rows = []
     for _, row in best.iterrows():
@@ -107,10 +108,10 @@ def robust(name: str) -> list[str]:
     return markdown_table(head, rows)
 
 
-def variant_of(label: str, name: str) -> str:
-    """The variant of a study file that a label, with values of its grid, begins with."""
-    variants = read_yaml(ROOT / "notebooks" / "studies" / f"{name}.yaml", "study")["variants"]
-    return max((v for v in variants if f"{label}, ".startswith(f"{v}, ")), key=len)
+def _variant_and_setting(label: str, variants: Iterable[str]) -> tuple[str, str]:
+    """The variant that a label begins with, and the values of its grid."""
+    variant = max((v for v in variants if f"{label}, ".startswith(f"{v}, ")), key=len)
+    return variant, label.removeprefix(variant).removeprefix(", ")
 
 
 def gaps(*names: str) -> list[str]:

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from lowrank_lab.analysis.rates import rate_table
 from lowrank_lab.figures.drawing import PALETTE
-from lowrank_lab.figures.panels import panels
+from lowrank_lab.figures.panels import MOST_IN_A_ROW, panels
 
 MANY_SETTINGS = 3  # at one rate: they would fill a panel's legend
 MANY_PANELS = 12  # more are smaller, so that the figure is readable on half a page
@@ -36,7 +36,7 @@ def rates(finals: pd.DataFrame) -> Figure:
     figure, axes = panels(
         len(variants),
         lambda columns, rows: (width * columns, 2.5 if rows == 1 else height * rows),
-        in_a_row=6 if many else 4,
+        in_a_row=6 if many else MOST_IN_A_ROW,
     )
     for ax, variant in zip(axes, variants, strict=True):
         _panel(ax, str(variant), table[table["variant"] == variant], width)

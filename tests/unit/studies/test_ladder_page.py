@@ -8,7 +8,7 @@ from paths import NOTEBOOKS, ROOT
 
 from lowrank_lab.analysis.ladder import gap_table, gaps_of
 from lowrank_lab.analysis.rates import robustness
-from lowrank_lab.analysis.tables import claims
+from lowrank_lab.analysis.tables import claims, verdicts
 from lowrank_lab.figures import cosine_table, layer_facts
 from lowrank_lab.report import asked_in
 from lowrank_lab.runs.run import (
@@ -124,6 +124,16 @@ def test_no_best_rate_is_the_first_or_last_that_was_tried(size):
     for _, part in table.groupby(names):
         losses = part.groupby("lr")["validation_loss"].mean()
         assert losses.index.min() < losses.idxmin() < losses.index.max()
+
+
+def test_no_way_to_apply_the_techniques_differs_after_correction():
+    _, pairs = asked_in(NOTEBOOKS / "studies" / "techniques_s1.yaml")
+    table = verdicts(finals("techniques_s1"), pairs)
+    assert set(table["verdict"]) == {"open"}
+    assert table.index[table["separated"]].tolist() == [0, 2]  # the page names the first and last
+    assert "The first and the last interval do not contain 0; after correction" in page(
+        "techniques"
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,8 @@ def answers():
 @pytest.fixture(scope="module")
 def at_equal_bytes():
     """By row of S1: minus a dense model of its bytes of weights and states, on the same tokens."""
-    lines = extension_module("cost_tables").equal_bytes("ladder_s1", "ranks_s1")[2:]
-    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
-    return {row[0]: row[2] for row in cells}
+    found = extension_module("cost_tables").at_equal_bytes("ladder_s1", "ranks_s1")
+    return found.set_index("label")[["A − dense", "±"]]
 
 
 def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers, at_equal_bytes):
@@ -70,7 +69,8 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
     for of_pairs, of_gaps in answers.values():
         known |= {*of_pairs.values(), *of_gaps.values()}
     trends = extrapolation_table(gaps_of(SIZES.values()), 60e6)
-    known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()} | {*at_equal_bytes.values()}
+    known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()}
+    known |= {shown(*row) for row in at_equal_bytes.to_numpy()}
     known |= {shown(*row, digits=2) for row in trends[["predicted", "± predicted"]].to_numpy()}
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
@@ -120,20 +120,16 @@ def test_rows_at_S1_have_their_gaps_shares_and_differences_at_equal_bytes(answer
     labels = re.findall(row, PAGE)
     assert len(labels) == 11
     for label, share, gap, at_its_bytes in labels:
-        assert at_its_bytes == at_equal_bytes[label]
+        assert at_its_bytes == shown(*at_equal_bytes.loc[label])
         assert share == f"{held[label] / held['full-rank']:.0%}".replace("%", " %")
         assert gap == answers["S1"][1][label]
-    means = {}
-    for label, interval in at_equal_bytes.items():
-        mean, half_width = (float(x) for x in interval.replace("−", "-").split(" ± "))
-        means[label] = (mean > half_width) - (mean < -half_width)
-    below = {label for label, sign in means.items() if sign < 0}
+    mean, half_width = at_equal_bytes["A − dense"], at_equal_bytes["±"]
+    below = set(mean.index[mean < -half_width])
     assert below == {"muon", "normuon", "scale", "frugal", "ldadam", "sltrain"}
-    above = {label for label, sign in means.items() if sign > 0}
-    assert above == {"galore", "galore + transport", "spectron"}
+    assert set(mean.index[mean > half_width]) == {"galore", "galore + transport", "spectron"}
     named = dict(zip(("both techniques", "transport"), TECHNIQUES, strict=True))
     for words, label in {"Muon": "muon", "low-rank": "low-rank", **named}.items():
-        assert f"{words} ({at_equal_bytes[label]})" in PAGE
+        assert f"{words} ({shown(*at_equal_bytes.loc[label])})" in PAGE
 
 
 def test_gaps_in_sentences_belong_to_their_rows_and_sizes(answers):
@@ -369,3 +365,11 @@ def test_what_the_shared_rate_costs_full_rank_at_S1_is_what_tuning_found():
     one = final_table(load_runs(KEPT / "rest_s1"))["validation_loss"].min()
     shared = final_table(load_runs(KEPT / "rates_s1")).query("method == 'full-rank'")
     assert f"AdamW at S1 {shared['validation_loss'].min() - one:.2f} lower" in PAGE
+
+
+def test_a_step_of_Muon_takes_as_long_as_it_says():
+    taken = extension_module("cost_tables").step_times()
+    ratios = [
+        taken[f"step at {size}, muon"] / taken[f"step at {size}, full-rank"] for size in SIZES
+    ]
+    assert f"takes it {min(ratios):.1f} to {max(ratios):.1f} times AdamW's time" in PAGE
