@@ -166,18 +166,24 @@ def _tests(table: pd.DataFrame) -> list[str]:
 
 
 def extrapolation(*names: str) -> list[str]:
-    """The gap at 60 M parameters that lines through three sizes predict, and published ones."""
-    table = extrapolation_table(gaps_of([KEPT / name for name in names]), TO)
-    table = table.dropna(subset=["predicted"])
+    """Each row's gap at its largest size, what lines through three sizes say at 60 M, and gaps that
+    were published.
+    """
+    gaps = gaps_of([KEPT / name for name in names])
+    table = extrapolation_table(gaps, TO)
+    table = table[table["predicted"].notna() | table["label"].isin(PUBLISHED)]
+    ends = gap_table(gaps).sort_values("parameters").drop_duplicates("label", keep="last")
     rows = [
         (
             row["label"],
-            with_interval(row["predicted"], row["± predicted"]),
+            f"{with_interval(row['gap'], row['±'])} ({row['parameters'] / 1e6:.2f} M)",
+            "" if math.isnan(row["predicted"])
+            else with_interval(row["predicted"], row["± predicted"]),
             *published(row["label"]),
         )
-        for row in table.to_dict("records")
-    ]
-    head = ("row", "at 60 M")
+        for row in table[["label", "predicted", "± predicted"]].merge(ends).to_dict("records")
+    ]  # fmt: skip
+    head = ("row", "at its largest size", "at 60 M")
     return markdown_table((*head, *(f"published, {size}" for size in SIZES)), rows)
 
 

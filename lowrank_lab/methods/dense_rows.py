@@ -60,7 +60,8 @@ DENSE = (
         optimizer=uniform(
             Spam, "threshold", "update_proj_gap", "warmup", "grad_accu_steps", "density"
         ),
-        lr=ByWidth({64: 2.5e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
+        lr=ByWidth({48: 6.89e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
+        rest_lr=REST_LR,
         options={
             **adam_options(eps=1e-6),
             "threshold": Option.number(5000.0, 1e-6, 1e12),
@@ -82,9 +83,10 @@ DENSE = (
         parent="spam",
         use="the same, in low precision or at high learning rates",
         optimizer=uniform(StableSpam, "gamma1", "gamma2", "theta", "update_proj_gap"),
-        lr=ByWidth({64: 5e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
+        lr=ByWidth({48: 7.1e-3, 512: 1e-3, 768: 8e-4, 1024: 4e-4}),
+        rest_lr=REST_LR,
         options={
-            **adam_options(eps=1e-8),
+            **adam_options(eps=1e-8, beta2=0.99),
             "gamma1": Option.number(0.7, 0, 0.999999),
             "gamma2": Option.number(0.9, 0, 0.999999),
             "theta": Option.number(0.999, 0, 0.999999),
@@ -103,9 +105,9 @@ DENSE = (
         parent="full-rank",
         use="a quarter of AdamW's states, no other hyperparameter",
         optimizer=adamw_8bit,
-        lr=_DENSE_LR,
+        lr=ByWidth(_DENSE_LR | {48: 5.98e-3}),
         rest_lr=REST_LR,
-        options=adam_options(eps=1e-8, beta2=0.99),
+        options=adam_options(eps=1e-8),
         states="2mn of 1 byte; a scale per block",
         state_bytes=adamw_8bit_states,
         fake_steps=False,

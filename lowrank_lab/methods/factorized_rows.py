@@ -24,7 +24,10 @@ from lowrank_lab.optim.state_bytes import (
     two_moments,
 )
 
-_LORA = {**adam_options(eps=1e-8), "alpha": Option.number(32.0, 1e-6, 1e6)}
+_LORA = {
+    **adam_options(eps=1e-8, beta2=0.95),
+    "alpha": Option.number(ByWidth({96: 48.0, 512: 32.0}), 1e-6, 1e6),
+}
 _SPECTRAL_LR = ByWidth({48: 9.72e-3, 64: 4.81e-3, 96: 3.1e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
 FACTORIZED = (
@@ -58,7 +61,8 @@ FACTORIZED = (
         parent="full-rank",
         use="to fine-tune; in pretraining a control for ReLoRA",
         optimizer=adamw,
-        lr=ByWidth({64: 5e-3, 512: 1e-3}),
+        lr=ByWidth({48: 5.66e-3, 512: 1e-3}),
+        rest_lr=REST_LR,
         layers="lora",
         uses_rank=True,
         init="kaiming",
@@ -78,13 +82,13 @@ FACTORIZED = (
         parent="lora",
         use="updates of high rank with the optimizer states of LoRA",
         optimizer=adamw,
-        lr=ByWidth({64: 1e-2, 512: 1e-3}),
+        lr=ByWidth({48: 1e-2, 512: 1e-3}),
+        rest_lr=REST_LR,
         layers="lora",
         uses_rank=True,
         init="kaiming",
         options={
             **_LORA,
-            "alpha": Option.number(ByWidth({64: 8.0, 512: 32.0}), 1e-6, 1e6),
             "merge_every": Option.integer(200, 1),
             "merge_moments": Option.choice("scale", ("scale", "magnitude", "random")),
             "merge_share": Option.number(1.0, 0, 1),
@@ -156,12 +160,13 @@ FACTORIZED = (
         parent="low-rank",
         use="steps that don't depend on the factors' balance",
         optimizer=loro,
-        lr=ByWidth({64: 4e-2, 512: 1e-2, 1024: 1e-2, 2048: 5e-3}),
+        lr=ByWidth({48: 2.78e-2, 512: 1e-2, 1024: 1e-2, 2048: 5e-3}),
+        rest_lr=REST_LR,
         layers="low-rank",
         uses_rank=True,
         init="kaiming",
         options={
-            **adam_options(eps=1e-8),
+            **adam_options(eps=1e-8, beta2=0.95),
             "alpha": Option.number(None, 1e-6, 1e6),
             "update_k": Option.integer(500, 1),
         },

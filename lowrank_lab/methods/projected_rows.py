@@ -40,7 +40,6 @@ _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", 
 _SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
 _GALORE_LR = ByWidth({48: 1.13e-2, 512: 1e-2})
 _GALORE_SCALE = ByWidth({96: 1.0, 512: 0.25})
-_GALORE_ADAM = adam_options(eps=1e-6, beta2=0.95)
 
 PROJECTED = (
     Method(
@@ -55,7 +54,7 @@ PROJECTED = (
         rest_lr=REST_LR,
         uses_rank=True,
         options={
-            **_GALORE_ADAM,
+            **adam_options(eps=1e-6, beta2=0.95),
             **projection_options(PROJ_TYPES, REFRESHES, spread=True, on_refresh=ON_REFRESH),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
         },
@@ -118,12 +117,14 @@ PROJECTED = (
         parent="apollo",
         use="nearly no states: a vector per matrix side",
         optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
-        lr=ByWidth({64: 2e-2, 512: 1e-2}),
+        lr=ByWidth({48: 4.7e-3, 512: 1e-2}),
+        rest_lr=REST_LR,
         uses_rank=True,
         rank=1,
         options=_APOLLO
+        | adam_options(eps=1e-6, beta2=0.99)
         | {
-            "scale": Option.number(ByWidth({64: 32.0, 512: 128.0}), 0, 1e6),
+            "scale": Option.number(ByWidth({96: 32.0, 512: 128.0}), 0, 1e6),
             "scale_type": Option.choice("tensor", ("channel", "tensor")),
         },
         needs_full="none",
@@ -145,7 +146,7 @@ PROJECTED = (
         rest_lr=REST_LR,
         uses_rank=True,
         options={
-            **_GALORE_ADAM,
+            **adam_options(eps=1e-6, beta2=0.99),
             **projection_options(PROJ_TYPES, REFRESHES, on_refresh=GoLore.on_refresh),
             "scale": Option.number(_GALORE_SCALE, 0, 1000),
             "switch": Option.integer(0, 0),

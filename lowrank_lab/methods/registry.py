@@ -1,13 +1,12 @@
 """METHODS: one row per method, the only home of its facts and defaults, in the file of its family.
 
 Below width 512 learning rates (`lr`, `rest_lr`), β₂, momenta and scales are those that the study's
-tuning found (data/study/README.md): at width 48 rates_s1 and betas_s1; at widths 64 and 96, with
-the same scales and β₂, rates_s2 and rates_s3 for the rows that a hypothesis names; of Kaiming
-low-rank those of its controls. Not tuned there are LoRA, ReLoRA, LORO, APOLLO-Mini, SPAM and
-Stable-SPAM: theirs at width 64 are those of an earlier study, one rate for all weights. AdamW in 8
-bits has AdamW's, GoLore GaLore's. At width 48 the best rate moves within a factor of two from a
-rank of a sixteenth to half of the width; at half, low-rank diverges at twice the default
-(ranks_rates_s1, one seed).
+tuning found (data/study/README.md): at width 48 rates_s1, betas_s1, others_rates_s1 and
+others_betas_s1; at widths 64 and 96, with the same scales and β₂, rates_s2 and rates_s3; of Kaiming
+low-rank rate and α are those of its controls, and β₂ is that of factors from the SVD. LORO's rate
+is that of such factors, too. At width 48 the best rate moves within a factor of two from a rank of
+a sixteenth to half of the width; at half, low-rank diverges at twice the default (ranks_rates_s1,
+one seed).
 
 From width 512 on they are those of notebooks/studies/paper_*.yaml, which name the script or guess
 behind each, or of the authors' scripts; others scale their learning rate with width as full rank
