@@ -21,13 +21,13 @@ def loss_over_costs(costs: pd.DataFrame, reference: str = REFERENCE) -> Figure:
     """Test loss against bytes and against FLOPs: a line through the sizes of each label.
 
     The reference's line is the control: a label below it beats the reference at the same cost.
-    Labels at one size alone are left out if others are at several.
+    Labels at fewer sizes than others are left out.
 
     Args:
         costs: `analysis.costs.costs_of`.
     """
     sizes = costs.groupby("label")["parameters"].transform("nunique")
-    shown = costs[sizes >= min(2, sizes.max())]
+    shown = costs[sizes == sizes.max()]
     labels = list(dict.fromkeys(shown["label"]))
     with mpl.rc_context(STYLE):
         figure = Drawing(figsize=(9.2, 3.8), layout="constrained")

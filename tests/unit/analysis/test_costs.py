@@ -135,3 +135,17 @@ def test_the_command_prints_both_costs_and_draws_them(folders, tmp_path):
     text = figures.alt_text(figures.loss_over_costs(costs_of(folders)))
     assert "training FLOPs" in text
     assert "low-rank" in text
+
+
+def test_the_picture_shows_labels_that_are_at_all_sizes():
+    at = {"full-rank": (1, 2, 3), "muon": (1, 2, 3), "fira": (1, 2)}
+    rows = [
+        (label, n, s, n, 3.0 - n / 9, 8 * n, 5.0 * n)
+        for label in at
+        for n in at[label]
+        for s in SEEDS
+    ]
+    names = ["label", "parameters", "seed", "steps", "loss", "bytes", "flops"]
+    text = figures.alt_text(figures.loss_over_costs(pd.DataFrame(rows, columns=names)))
+    assert "muon" in text
+    assert "fira" not in text
