@@ -105,7 +105,7 @@ def test_its_table_is_what_the_kept_records_say():
 def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
     answers = []
     sizes = ("ladder_s1", "ladder_s2", "ladder_s3")
-    for name in sizes:
+    for name in (*sizes, "others_s1"):
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         if name == "ladder_s1":
             pairs += [("scale", "low-rank"), ("frugal", "full-rank"), ("fira", "full-rank")]
@@ -114,7 +114,8 @@ def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
     known = {f"{m:+.3f} ± {w:.3f}" for m, w in zip(found["A − B"], found["±"], strict=True)}
     gaps = gap_table(gaps_of(ROOT / "data" / "study" / name for name in sizes))
     known |= {f"{m:+.3f} ± {w:.3f}" for m, w in zip(gaps["gap"], gaps["±"], strict=True)}
-    at_equal_bytes = extension_module("cost_tables").at_equal_bytes("ladder_s1", "ranks_s1")
+    compared = ("ladder_s1", "others_s1", "ranks_s1")
+    at_equal_bytes = extension_module("cost_tables").at_equal_bytes(*compared)
     known |= {f"{m:+.3f} ± {w:.3f}" for m, w in at_equal_bytes[["A − dense", "±"]].to_numpy()}
     findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
     stated = set(re.findall(r"[+−]?\d\.\d+ ± \d\.\d+", findings))
@@ -123,17 +124,25 @@ def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
 
 
 def test_the_shares_of_full_rank_s_bytes_that_it_states_are_those_of_the_records():
-    finals = final_table(lab.load_runs(ROOT / "data" / "study" / "ladder_s1"))
-    held = (
-        (finals["weight_bytes"] + finals["optimizer_state_bytes"]).groupby(finals["label"]).mean()
-    )
+    studies = [ROOT / "data" / "study" / name for name in ("ladder_s1", "others_s1")]
+    finals = pd.concat([final_table(lab.load_runs(study)) for study in studies])
+    held = finals["weight_bytes"] + finals["optimizer_state_bytes"]
+    held = held.groupby(finals["label"]).mean()
     shares = {label: f"{held[label] / held['full-rank']:.0%}".replace("%", " %") for label in
-              ("frugal", "fira", "scale", "low-rank")}  # fmt: skip
-    assert list(shares.values()) == ["72 %", "72 %", "40 %", "62 %"]
+              ("frugal", "fira", "adamw-8bit", "scale", "low-rank")}  # fmt: skip
+    assert list(shares.values()) == ["72 %", "72 %", "62 %", "40 %", "62 %"]
     findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
-    assert "at 72 % of its bytes" in findings
-    assert "SCALE, at 40 %, ends below low-rank, at 62 %" in findings
+    assert "at 72 % of its bytes, AdamW in 8 bits not at 62 %" in findings
+    assert "Minus low-rank, at 62 %" in findings
+    assert "SCALE, at 40 %" in findings
     assert "AdamW** at 79 %, 75 % and 72 % of its bytes" in findings  # as in test_study_page.py
+
+
+def test_its_methods_are_trained_at_the_first_size_as_it_says():
+    studies = [ROOT / "data" / "study" / name for name in ("ladder_s1", "others_s1")]
+    trained = {run.config.method for study in studies for run in complete_runs(study)}
+    assert trained == set(lab.METHODS)
+    assert "trained with all of the methods below" in " ".join(README.split())
 
 
 def test_the_cosines_that_it_states_are_those_of_the_records():

@@ -145,7 +145,10 @@ def test_defaults_at_the_ladders_widths_are_those_that_its_tuning_found_best(nam
     for label, tuned in rows:
         options = tuned.method_options
         techniques = tuned.refactor_every or tuned.reset_every
-        kaiming = (tuned.method, tuned.init) == ("low-rank", "kaiming")  # of the controls, see below
+        kaiming = (tuned.method, tuned.init) == (
+            "low-rank",
+            "kaiming",
+        )  # of the controls, see below
         if techniques or kaiming or options.get("on_refresh") == "transport":
             continue
         given = {"method": tuned.method, "init": tuned.init, "hidden_size": tuned.hidden_size}

@@ -136,8 +136,30 @@ def test_no_way_to_apply_the_techniques_differs_after_correction():
     )
 
 
+def test_of_the_other_rows_one_verdict_is_left_and_one_seed_of_ReLoRA_ends_high():
+    found, text = finals("others_s1"), page("others")
+    _, pairs = asked_in(NOTEBOOKS / "studies" / "others_s1.yaml")
+    left = verdicts(found, pairs).set_index(["A", "B"])["verdict"].drop_duplicates(keep=False)
+    assert dict(left) == {("adamw-8bit", "low-rank"): "below"}
+    losses = found.pivot(index="seed", columns="label", values="test_loss")
+    assert f"one of its seeds ended at {losses['relora'].max():.2f}" in text
+    apart = sorted(losses["relora"] - losses["lora"])
+    assert f"the others are {apart[0]:.2f} and {apart[1]:.2f} above LoRA" in text
+    held = found.groupby("label")[["weight_bytes", "optimizer_state_bytes"]].mean().sum(axis=1)
+    assert 1.3 < held["lora"] / held["low-rank"] < 1.36
+    assert "with a third more bytes" in text
+    rates = robustness(finals("others_rates_s1")).drop_duplicates("label")
+    relora = rates[rates["label"] == "relora, alpha 48"].iloc[0]
+    assert relora["diverges at"] == 2 * relora["best rate"]
+
+
 @pytest.mark.parametrize(
-    ("name", "studies"), [("techniques", ["techniques_s1"]), ("ranks", ["ranks_s1", "ladder_s1"])]
+    ("name", "studies"),
+    [
+        ("techniques", ["techniques_s1"]),
+        ("ranks", ["ranks_s1", "ladder_s1"]),
+        ("others", ["others_s1"]),
+    ],
 )
 def test_intervals_of_an_exploratory_page_are_answers_of_its_studies(name, studies):
     known = set()

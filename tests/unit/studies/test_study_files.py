@@ -18,6 +18,7 @@ TUNED_BY = {
     "ladder_s2": ("rates_s2", "beta2_s2"),
     "ladder_s3": ("rates_s3",),
     "ranks_s1": ("ranks_rates_s1", "rates_s1"),
+    "others_s1": ("others_rates_s1", "rates_s1"),
 }
 # what tuning decides, or what is recorded
 FREE = {"lr", "rest_lr", "seed", "eval_every", "test_tokens", "spectra_every", "spectra_layers",

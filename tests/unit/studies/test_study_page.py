@@ -24,6 +24,7 @@ from lowrank_lab.runs.run import complete_runs, final_table, finals_of, load_run
 
 KEPT = ROOT / "data" / "study"
 SIZES = {size: KEPT / f"ladder_{size.lower()}" for size in ("S1", "S2", "S3")}
+OTHERS = KEPT / "others_s1"  # more rows at S1
 PAGE = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
 LADDER = " ".join((ROOT / "docs" / "results" / "ladder.md").read_text().split())
 INTERVAL = re.compile(r"[+−]\d\.\d+ ± \d\.\d+")
@@ -46,19 +47,27 @@ def answers():
     parameters = sorted(gaps["parameters"].unique())
     found = {}
     for (size, folder), number in zip(SIZES.items(), parameters, strict=True):
-        asked = claims(finals[size], pairs_of(folder)).dropna(subset=["±"])
-        of_pairs = {(row["A"], row["B"]): shown(row["A − B"], row["±"])
-                    for row in asked.to_dict("records")}  # fmt: skip
-        of_gaps = {row["label"]: shown(row["gap"], row["±"])
-                   for row in gaps[gaps["parameters"] == number].to_dict("records")}  # fmt: skip
-        found[size] = of_pairs, of_gaps
+        of_pairs = answers_to(pairs_of(folder), finals[size])
+        found[size] = of_pairs, of_rows(gaps[gaps["parameters"] == number])
+    of_pairs, of_gaps = found["S1"]
+    others = answers_to(pairs_of(OTHERS), final_table(load_runs(OTHERS)))
+    found["S1"] = others | of_pairs, of_rows(gap_table(gaps_of([OTHERS]))) | of_gaps
     return found
+
+
+def answers_to(pairs, finals):
+    asked = claims(finals, pairs).dropna(subset=["±"]).to_dict("records")
+    return {(row["A"], row["B"]): shown(row["A − B"], row["±"]) for row in asked}
+
+
+def of_rows(gaps):
+    return {row["label"]: shown(row["gap"], row["±"]) for row in gaps.to_dict("records")}
 
 
 @pytest.fixture(scope="module")
 def at_equal_bytes():
     """By row of S1: minus a dense model of its bytes of weights and states, on the same tokens."""
-    found = extension_module("cost_tables").at_equal_bytes("ladder_s1", "ranks_s1")
+    found = extension_module("cost_tables").at_equal_bytes("ladder_s1", "others_s1", "ranks_s1")
     return found.set_index("label")[["A − dense", "±"]]
 
 
@@ -217,8 +226,8 @@ def test_the_peak_of_a_step_is_what_was_measured():
 
 
 def test_gigabytes_at_1b_are_those_of_the_formulas():
-    rows = re.findall(r"\| ([a-z, -]+)(?: \(AdamW\))? \| (\d\.\d+) \| (\d+\.\d+) \|", PAGE)
-    assert len(rows) == 5  # test_peaks_of_the_table in tests/slow has the other columns
+    rows = re.findall(r"\| ([a-z8, -]+)(?: \(AdamW\))? \| (\d\.\d+) \| (\d+\.\d+) \|", PAGE)
+    assert len(rows) == 6  # test_peaks_of_the_table in tests/slow has the other columns
     for methods, held, with_gradients in rows:
         for method in methods.split(", "):
             rank = {"rank": 512} if METHODS[method].uses_rank else {}
@@ -227,6 +236,11 @@ def test_gigabytes_at_1b_are_those_of_the_formulas():
             states = found.weights + found.optimizer_states
             assert held == f"{states / 1e9:.2f}"
             assert with_gradients == f"{(states + found.gradients) / 1e9:.2f}"
+    in_gb = {methods: float(held) for methods, held, _ in rows}
+    saved = {method: f"{1 - in_gb[method] / in_gb['full-rank']:.0%}".replace("%", " %")
+             for method in ("muon", "adamw-8bit")}  # fmt: skip
+    assert f"Muon saves {saved['muon']} of them" in PAGE
+    assert f"AdamW in 8 bits saves {saved['adamw-8bit']} (" in PAGE
 
 
 def test_seeds_at_S3_scatter_as_it_says():
