@@ -38,7 +38,7 @@ _APOLLO = {
 }
 _APOLLO_KEYS = tuple(name for name in _APOLLO if name not in ("beta1", "beta2", "eps"))
 _SUBSPACE_KEYS = ("update_proj_gap", "proj_type", "refresh", "on_refresh")
-_GALORE_LR = ByWidth({48: 1.13e-2, 512: 1e-2})
+_GALORE_LR = ByWidth({48: 1.13e-2, 64: 8.24e-3, 512: 1e-2})
 _GALORE_SCALE = ByWidth({96: 1.0, 512: 0.25})
 
 PROJECTED = (
@@ -73,7 +73,7 @@ PROJECTED = (
         parent="galore",
         use="GaLore's states, with an update of full rank",
         optimizer=projected(Fira, *_SUBSPACE_KEYS, "alpha", "spread_refresh"),
-        lr=ByWidth({48: 2.04e-2, 512: 1e-2}),
+        lr=ByWidth({48: 2.04e-2, 64: 8.37e-3, 512: 1e-2}),
         rest_lr=REST_LR,
         uses_rank=True,
         options={
@@ -98,7 +98,7 @@ PROJECTED = (
         parent="fira",
         use="small states without an SVD",
         optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
-        lr=ByWidth({48: 4.42e-2, 512: 1e-2}),
+        lr=ByWidth({48: 4.42e-2, 64: 2.12e-2, 512: 1e-2}),
         rest_lr=REST_LR,
         uses_rank=True,
         options=_APOLLO,
@@ -117,12 +117,11 @@ PROJECTED = (
         parent="apollo",
         use="nearly no states: a vector per matrix side",
         optimizer=projected(Apollo, *_APOLLO_KEYS, seeded=True),
-        lr=ByWidth({48: 4.7e-3, 512: 1e-2}),
+        lr=ByWidth({48: 1.64e-2, 512: 1e-2}),
         rest_lr=REST_LR,
         uses_rank=True,
         rank=1,
         options=_APOLLO
-        | adam_options(eps=1e-6, beta2=0.99)
         | {
             "scale": Option.number(ByWidth({96: 32.0, 512: 128.0}), 0, 1e6),
             "scale_type": Option.choice("tensor", ("channel", "tensor")),

@@ -132,7 +132,7 @@ def test_the_shares_of_full_rank_s_bytes_that_it_states_are_those_of_the_records
               ("frugal", "fira", "adamw-8bit", "scale", "low-rank")}  # fmt: skip
     assert list(shares.values()) == ["72 %", "72 %", "62 %", "40 %", "62 %"]
     findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
-    assert "at 72 % of its bytes, AdamW in 8 bits not at 62 %" in findings
+    assert "FRUGAL and Fira (72 % of its bytes) and AdamW in 8 bits (62 %)" in findings
     assert "Minus low-rank, at 62 %" in findings
     assert "SCALE, at 40 %" in findings
     assert "AdamW** at 79 %, 75 % and 72 % of its bytes" in findings  # as in test_study_page.py

@@ -133,7 +133,8 @@ def test_resolve_fills_everything_a_run_needs(name):
 
 # The ladder's studies and the rows of each whose rates are tuned at its size.
 NAMED = ("full-rank", "muon", "low-rank")
-LADDER = {"ladder_s1": (), "others_s1": (), "ladder_s2": NAMED, "ladder_s3": NAMED}
+PUBLISHED = ("apollo", "fira", "galore", "scale")
+LADDER = {"ladder_s1": (), "others_s1": (), "ladder_s2": NAMED + PUBLISHED, "ladder_s3": NAMED}
 TUNED = ("beta2", "alpha", "scale", "momentum", "rho", "inactive_lr_scale")
 
 

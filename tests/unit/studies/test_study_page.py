@@ -4,6 +4,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from paths import NOTEBOOKS, ROOT, extension_module
@@ -122,20 +123,22 @@ def test_the_techniques_table_has_each_size_in_its_column(answers):
 
 
 def test_rows_at_S1_have_their_gaps_shares_and_differences_at_equal_bytes(answers, at_equal_bytes):
-    costs = costs_of(SIZES.values())
-    costs = costs[costs["parameters"] == costs["parameters"].min()]
+    costs = pd.concat([costs_of([SIZES["S1"]]), costs_of([OTHERS])])
     held = costs.groupby("label")["bytes"].mean()
-    row = r"\| ([\w-]+(?: \+ \w+)?) \| (\d+ %) \| (\S+ ± \S+) \| (\S+ ± \S+) \|"
+    interval = r"(\S+ ± \S+|–)"
+    row = rf"\| ([\w-]+(?: \+ \w+)?) \| (\d+ %) \| {interval} \| {interval} \| {interval} \|"
     labels = re.findall(row, PAGE)
-    assert len(labels) == 11
-    for label, share, gap, at_its_bytes in labels:
+    assert len(labels) == 17
+    for label, share, gap, at_S2, at_its_bytes in labels:
         assert at_its_bytes == shown(*at_equal_bytes.loc[label])
         assert share == f"{held[label] / held['full-rank']:.0%}".replace("%", " %")
         assert gap == answers["S1"][1][label]
+        assert at_S2 == answers["S2"][1].get(label, "–")
     mean, half_width = at_equal_bytes["A − dense"], at_equal_bytes["±"]
     below = set(mean.index[mean < -half_width])
-    assert below == {"muon", "normuon", "scale", "frugal", "ldadam", "sltrain"}
-    assert set(mean.index[mean > half_width]) == {"galore", "galore + transport", "spectron"}
+    assert below == {"muon", "normuon", "scale", "adamw-8bit", "frugal", "ldadam", "sltrain"}
+    above = {"galore", "galore + transport", "golore", "spectron"}
+    assert set(mean.index[mean > half_width]) == above
     named = dict(zip(("both techniques", "transport"), TECHNIQUES, strict=True))
     for words, label in {"Muon": "muon", "low-rank": "low-rank", **named}.items():
         assert f"{words} ({shown(*at_equal_bytes.loc[label])})" in PAGE
