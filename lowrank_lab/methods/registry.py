@@ -6,9 +6,9 @@ others_betas_s1; at widths 64 and 96, with the same scales and β₂, rates_s2 a
 rows in them, and of other widths between those of a row. Of Kaiming low-rank rate and α are those
 of its controls, and β₂ is that of low-rank from an SVD; LORO's rate was found with factors from an
 SVD. At widths 64 and 96 AdamW in 8 bits has AdamW's rates; GoLore has GaLore's. α of LoRA, ReLoRA
-and SLTrain is that of rank 12 at width 48, four and two times the rank. At width 48 the best rate moves within a factor
-of two from a rank of a sixteenth to half of the width; at half, low-rank diverges at twice the
-default (ranks_rates_s1, one seed).
+and SLTrain is that of rank 12 at width 48, four and two times the rank. At width 48 the best rate
+moves within a factor of two from a rank of a sixteenth to half of the width; at half, low-rank
+diverges at twice the default (ranks_rates_s1, one seed).
 
 From width 512 on they are those of notebooks/studies/paper_*.yaml, which name the script or guess
 behind each, or of the authors' scripts; others scale their learning rate with width as full rank
