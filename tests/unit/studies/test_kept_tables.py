@@ -74,7 +74,7 @@ def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(t
     assert f"| {row['p (BH)']:.2g} |" in asked[0]
     assert f"| {row['verdict']} |" in asked[0]
     assert asked[0].count(" to ") == 1  # of the bootstrap over seeds and documents
-    assert not [line for line in lines if line.startswith("| fira | galore |")]
+    assert not [line for line in lines if line.startswith("| cola | low-rank |")]
 
 
 def test_robustness_has_the_width_of_what_was_tried(tables):
