@@ -9,9 +9,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from lowrank_lab.figures.drawing import empty_figure
-from lowrank_lab.figures.panels import panels
+from lowrank_lab.figures.panels import MOST_IN_A_ROW, panels
 
-MOST_PANELS = 8
+MOST_PANELS = 10
+MANY_PANELS = 8  # more are narrower, so that the figure is readable on half a page
 
 
 def position_curves(positions: pd.DataFrame) -> Figure:
@@ -27,8 +28,13 @@ def position_curves(positions: pd.DataFrame) -> Figure:
         return empty_figure("no run recorded its loss by position")
     labels = list(dict.fromkeys(positions["label"]))[:MOST_PANELS]
     means = positions.groupby(["label", "step", "position"], sort=True)["loss"].mean()
+    many = len(labels) > MANY_PANELS
+    width = 1.7 if many else 2.2
     figure, axes = panels(
-        len(labels), lambda columns, rows: (2.2 * columns + 1.0, 2.0 * rows + 0.5), sharey=True
+        len(labels),
+        lambda columns, rows: (width * columns + 1.0, 2.0 * rows + 0.5),
+        in_a_row=5 if many else MOST_IN_A_ROW,
+        sharey=True,
     )
     last = int(positions["step"].max())
     shades = sns.color_palette("crest", as_cmap=True)
@@ -36,7 +42,7 @@ def position_curves(positions: pd.DataFrame) -> Figure:
         for step, line in means[label].groupby(level="step"):
             values = line.droplevel("step")
             ax.plot(values.index, values, color=shades(float(step) / last), lw=1.3)
-        ax.set_title(label, loc="left", fontsize=8.5 * min(1, 26 / len(str(label))))
+        ax.set_title(label, loc="left", fontsize=8.5 * min(1, 12 * width / len(str(label))))
     ticks = np.sort(positions["position"].unique())[::2]
     axes[0].set_xscale("log", base=2)
     axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])

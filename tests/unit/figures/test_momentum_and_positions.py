@@ -61,5 +61,15 @@ def test_losses_by_position_are_means_over_seeds_one_line_an_evaluation():
     assert late == pytest.approx([3.5, 3.4, 3.3])
 
 
+@pytest.mark.parametrize(("given", "shown"), [(4, 4), (10, 10), (20, 10)])
+def test_each_variant_has_a_panel_of_its_loss_by_position_up_to_ten(given, shown):
+    rows = [(f"variant {i:02}", 1, 10, at, 3.0) for i in range(given) for at in (1, 2)]
+    table = pd.DataFrame(rows, columns=["label", "seed", "step", "position", "loss"])
+    figure = figures.position_curves(table)
+    titles = [ax.get_title("left") for ax in figure.axes if ax.get_visible()]
+    assert [title for title in titles if title] == [f"variant {i:02}" for i in range(shown)]
+    assert figure.get_size_inches()[0] < 10
+
+
 def test_runs_that_recorded_no_positions_give_a_figure_that_says_so():
     assert "no run" in figures.alt_text(figures.position_curves(pd.DataFrame()))
