@@ -18,6 +18,7 @@ from lowrank_lab.runs.run import (
     first_runs,
     load_runs,
     momentum_of,
+    positions_of,
 )
 
 KEPT = ROOT / "data" / "study"
@@ -95,6 +96,16 @@ def test_stable_ranks_are_those_of_one_seed():
     low = last[["low-rank", "sltrain"]]
     assert set(last.sort_values().index[:5]) >= {"low-rank"}
     assert f"({low['low-rank']:.0f} and {low['sltrain']:.0f})" in LADDER
+
+
+def test_of_the_rows_at_S2_muon_alone_uses_late_context():
+    positions = positions_of(complete_runs(KEPT / "ladder_s2"))
+    last = positions[positions["step"] == positions["step"].max()]
+    losses = last.groupby(["label", "position"])["loss"].mean().unstack()
+    falls = losses[32] - losses[128]
+    muon = falls.pop("muon")
+    words = f"by {muon:.2f} to the window's end, and AdamW's hardly, as in all other rows of S2"
+    assert f"{words} (by at most {falls.max():.3f})" in LADDER
 
 
 def test_losses_in_sentences_are_those_of_the_runs():
