@@ -42,7 +42,7 @@ def shown(mean, half_width):
 
 def test_every_interval_is_a_gap_or_an_answer():
     known = set()
-    for name in SIZES:
+    for name in (*SIZES, "length"):
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         asked = claims(finals(name), pairs).dropna(subset=["±"])
         known |= {shown(*row) for row in asked[["A − B", "±"]].to_numpy()}
@@ -96,6 +96,15 @@ def test_stable_ranks_are_those_of_one_seed():
     low = last[["low-rank", "sltrain"]]
     assert set(last.sort_values().index[:5]) >= {"low-rank"}
     assert f"({low['low-rank']:.0f} and {low['sltrain']:.0f})" in LADDER
+
+
+def test_seeds_of_full_rank_on_a_quarter_of_the_tokens_end_where_it_says():
+    found = finals("length")
+    losses = found[found["label"] == "full-rank, 5"]["test_loss"]
+    assert f"AdamW's seeds end between {losses.min():.2f} and {losses.max():.2f}" in LADDER
+    _, pairs = asked_in(NOTEBOOKS / "studies" / "length.yaml")
+    verdict = verdicts(found, pairs).set_index(["A", "B"])["verdict"]
+    assert verdict["low-rank + transport, 5", "low-rank, 5"] == "above"
 
 
 def test_of_the_rows_at_S2_muon_alone_uses_late_context():

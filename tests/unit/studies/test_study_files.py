@@ -12,7 +12,11 @@ NAMED = ["full-rank", "muon", "low-rank", "low-rank + refactor + reset", "low-ra
 BESIDE = ["full-rank at beta2 0.95", "full-rank at 8.05e-4", "full-rank, 64 × 5"]
 # At S2 these are trained, and rows whose gaps are published.
 PUBLISHED = ["apollo", "fira", "galore", "scale"]
-PARTS = {"rates_s2": NAMED + PUBLISHED, "ladder_s2": NAMED + PUBLISHED + BESIDE[:1]}
+PARTS = {
+    "rates_s2": NAMED + PUBLISHED,
+    "ladder_s2": NAMED + PUBLISHED + BESIDE[:1],
+    "length": [f"{row}, 5" for row in ("full-rank", "muon", "low-rank", "low-rank + transport")],
+}
 # Studies on seeds that are reported, and those in which their rates were tuned.
 TUNED_BY = {
     "ladder_s1": ("rates_s1",),
