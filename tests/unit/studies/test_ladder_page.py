@@ -10,6 +10,7 @@ from lowrank_lab.analysis.ladder import gap_table, gaps_of
 from lowrank_lab.analysis.rates import robustness
 from lowrank_lab.analysis.tables import claims, verdicts
 from lowrank_lab.figures import cosine_table, layer_facts
+from lowrank_lab.methods.registry import METHODS
 from lowrank_lab.report import asked_in
 from lowrank_lab.runs.run import (
     complete_runs,
@@ -96,6 +97,33 @@ def test_stable_ranks_are_those_of_one_seed():
     low = last[["low-rank", "sltrain"]]
     assert set(last.sort_values().index[:5]) >= {"low-rank"}
     assert f"({low['low-rank']:.0f} and {low['sltrain']:.0f})" in LADDER
+
+
+def test_rates_at_S2_are_the_shares_of_those_at_S1_that_it_states():
+    rates = {name: METHODS[name].lr for name in ("fira", "apollo", "full-rank")}
+    rates["low-rank"] = METHODS["low-rank"].spectral_lr
+    steep = [rate[64] / rate[48] for rate in rates.values()]
+    flat = [METHODS[name].lr[64] / METHODS[name].lr[48] for name in ("muon", "galore", "scale")]
+    assert f"are {min(steep):.2f} (Fira) to {max(steep):.2f} (full rank) times those" in LADDER
+    assert f"are {min(flat):.2f} to {max(flat):.2f} times, about 1/width" in LADDER
+
+
+def test_what_the_page_says_of_single_rows_is_recorded():
+    text, found = page("others"), finals("others_s1").set_index(["label", "seed"])
+    held = found.xs(11, level="seed")[["weight_bytes", "optimizer_state_bytes"]]
+    small, low_rank, full = (held.loc[name] for name in ("adamw-8bit", "low-rank", "full-rank"))
+    both = [row.sum() + row["weight_bytes"] for row in (small, low_rank)]  # gradients, in float32
+    assert f"({both[0] / both[1] - 1:.0%} more with".replace("%", " %") in text
+    states = small["optimizer_state_bytes"] / full["optimizer_state_bytes"]
+    assert f"its states are {states:.0%} of AdamW's".replace("%", " %") in text
+    norms = load_runs(KEPT / "others_s1").groupby("label")["grad_norm"]
+    assert max(norms.max()[["full-rank", "spam", "stable-spam"]]) < 3
+    clipped = norms.agg(lambda values: (values.dropna() > 1).mean())
+    assert f"{clipped['lora']:.1f} {clipped['low-rank']:.2f}" == "0.2 0.01"
+    rate = found["lr"].xs(11, level="seed")
+    assert f"at {rate['relora'] / rate['lora']:.1f} times LoRA's rate" in text
+    tried = finals("others_rates_s1")["label"].str.startswith("low-rank (Kaiming) + refactor")
+    assert f"to {tried.sum()} rates and scales" in text
 
 
 def test_seeds_of_full_rank_on_a_quarter_of_the_tokens_end_where_it_says():
