@@ -97,6 +97,9 @@ def counted_options(options: dict[str, Any]) -> dict[str, Any]:
 
 # Fields by the names that they had in earlier versions.
 RENAMED = {"checkpoints_kept": "keep_latest", "keep_checkpoints": "keep_after_finish"}
+# Defaults of earlier versions that have changed: records without the field were made with them,
+# and a run id leaves them out.
+FORMER_DEFAULTS = {"eval_windows": "first"}
 _warned: set[str] = set()
 
 
@@ -231,7 +234,7 @@ class RunConfig(BaseModel):
     eval_tokens: int = help_field(65536, "tokens per evaluation", ge=2, le=1 << 50)
     test_tokens: int = help_field(262144, "tokens per final evaluation", ge=2, le=1 << 50)
     eval_windows: Literal["first", "spread"] = help_field(
-        "first", "windows to evaluate: those a split begins with, or spread over all of it"
+        "spread", "windows to evaluate: those a split begins with, or spread over all of it"
     )
     spectra_every: int | None = help_field(
         None, "steps between spectra; default steps/5", ge=1, le=1 << 50
@@ -403,6 +406,7 @@ class RunConfig(BaseModel):
         """
         # Fields at their default are left out, so that a field that is added changes no id.
         defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+        defaults |= FORMER_DEFAULTS
         used = {k: v for k, v in self.model_dump().items() if v != defaults[k]}
         used = {k: v for k, v in used.items() if k not in {*NOT_IN_RUN_ID, "method_options"}}
         used |= {"steps": self.total_steps, "tokens": None}
@@ -444,6 +448,11 @@ class ResolvedConfig(RunConfig):
         eval_every: int
         spectra_every: int
         checkpoint_every: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_earlier_versions_did(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**FORMER_DEFAULTS, **values}
 
     @model_validator(mode="after")
     def _nothing_is_missing(self) -> ResolvedConfig:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lowrank_lab import config as config_module
-from lowrank_lab.config import SIZES, InputError, RunConfig, nearest
+from lowrank_lab.config import SIZES, InputError, ResolvedConfig, RunConfig, nearest
 from lowrank_lab.methods.resolve import resolve
 from lowrank_lab.runs.run import Run
 
@@ -133,6 +133,16 @@ def test_how_a_run_is_executed_does_not_change_its_id(change):
 )
 def test_what_decides_the_result_changes_the_id(change):
     assert RunConfig().replace(**change).run_id != RunConfig().run_id
+
+
+def test_records_without_a_field_have_what_earlier_versions_did_and_keep_their_id():
+    """Windows spread over a split became the default after runs had been kept."""
+    now, first = (resolve(RunConfig(**given)) for given in ({}, {"eval_windows": "first"}))
+    stored = first.model_dump()
+    del stored["eval_windows"]
+    assert ResolvedConfig(**stored) == first
+    assert (now.eval_windows, first.eval_windows) == ("spread", "first")
+    assert now.run_id != first.run_id
 
 
 def test_learning_rates_that_look_alike_have_two_ids():

@@ -41,7 +41,7 @@ def config(text_corpus):
 
 @pytest.mark.parametrize("values", [{}, {"precision": "amp-bf16"}, {"precision": "bf16"}])
 def test_the_loss_of_each_token_is_that_of_its_logits_and_their_mean_is_the_loss(config, values):
-    given = resolve(config(initializer_range=0.3, **values))
+    given = resolve(config(initializer_range=0.3, eval_windows="first", **values))
     model, corpus = build(given)[0], prepare(given)
     found = evaluate(model, corpus, "test", 100, given)
     tokens, targets = corpus.windows("test", np.arange(6), 16)
@@ -58,13 +58,13 @@ def test_the_loss_of_each_token_is_that_of_its_logits_and_their_mean_is_the_loss
 def test_spread_windows_lie_at_equal_distances_over_the_whole_split(config):
     corpus = prepare(resolve(config()))
     every = corpus.num_windows("test", 16)
-    first = evaluated_windows(corpus, "test", 16 * 5, resolve(config()))
-    spread = evaluated_windows(corpus, "test", 16 * 5, resolve(config(eval_windows="spread")))
+    first = evaluated_windows(corpus, "test", 16 * 5, resolve(config(eval_windows="first")))
+    spread = evaluated_windows(corpus, "test", 16 * 5, resolve(config()))
     assert first.tolist() == [0, 1, 2, 3, 4]
     assert spread[0] == 0
     assert every - every // 5 - 1 <= spread[-1] < every
     assert set(np.diff(spread)) <= {every // 5, every // 5 + 1}
-    whole = evaluated_windows(corpus, "test", 10**9, resolve(config(eval_windows="spread")))
+    whole = evaluated_windows(corpus, "test", 10**9, resolve(config()))
     assert whole.tolist() == list(range(every))
 
 
@@ -78,7 +78,7 @@ def test_positions_are_grouped_by_powers_of_two(length):
 
 
 def test_documents_are_those_that_end_of_text_tokens_separate(config):
-    given = resolve(config(eval_windows="spread"))
+    given = resolve(config())
     corpus = prepare(given)
     found = evaluate(build(given)[0], corpus, "test", 640, given, documents=True)
     tokens = corpus.tokens("test")
@@ -132,7 +132,7 @@ def test_the_copying_probe_is_nothing_for_a_copier_and_ln_v_for_a_uniform_guess(
 def test_a_run_records_positions_copying_and_documents_and_a_kept_study_keeps_them(
     config, tmp_path
 ):
-    run = train(config(eval_windows="spread", seed=3), folder=tmp_path / "run")
+    run = train(config(seed=3), folder=tmp_path / "run")
     row = [row for row in run.records.metrics if "validation_loss" in row][-1]
     assert len(row["validation_loss_by_position"]) == 4
     assert 0 < row["copying_loss"] < 12

@@ -119,10 +119,10 @@ def interrupted(config, folder, step):
 
 
 def mean_loss(model, corpus, split, length, count):
-    """Mean of −log p over `count` windows from the start of a split, one by one, in float64."""
-    tokens = torch.from_numpy(corpus.tokens(split)[: count * length + 1].astype("int64"))
-    losses = []
-    for window in range(count):
+    """Mean of −log p over `count` windows spread over a split, one by one, in float64."""
+    tokens = torch.from_numpy(corpus.tokens(split)[:].astype("int64"))
+    losses, every = [], (len(tokens) - 1) // length
+    for window in (i * every // count for i in range(count)):
         piece = tokens[window * length : (window + 1) * length + 1]
         with torch.no_grad():
             p = model(piece[None, :-1])[0].double().log_softmax(-1)
