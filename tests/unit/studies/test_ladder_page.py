@@ -135,11 +135,28 @@ def test_seeds_of_full_rank_on_a_quarter_of_the_tokens_end_where_it_says():
     assert verdict["low-rank + transport, 5", "low-rank, 5"] == "above"
 
 
-def test_of_the_rows_at_S2_muon_alone_uses_late_context():
-    positions = positions_of(complete_runs(KEPT / "ladder_s2"))
-    last = positions[positions["step"] == positions["step"].max()]
+def test_on_four_times_the_tokens_muon_ends_below_and_low_rank_above_also_after_correction():
+    _, pairs = asked_in(NOTEBOOKS / "studies" / "length.yaml")
+    verdict = verdicts(finals("length"), pairs).set_index(["A", "B"])["verdict"]
+    assert verdict["muon, 80", "full-rank, 80"] == "below"
+    assert verdict["low-rank, 80", "full-rank, 80"] == "above"
+    falls = _falls_after_32("length").filter(like=", 80")
+    muon = falls.pop("muon, 80")
+    stated = f"by {muon:.2f} after the 32nd token, that of the others by at most {falls.max():.2f}"
+    assert stated in LADDER
+
+
+def _falls_after_32(name):
+    """How much lower each row's last loss is at positions from 128 on than from 32 to 63."""
+    positions = positions_of(complete_runs(KEPT / name))
+    step = positions.groupby("label")["step"].transform("max")
+    last = positions[positions["step"] == step]
     losses = last.groupby(["label", "position"])["loss"].mean().unstack()
-    falls = losses[32] - losses[128]
+    return losses[32] - losses[128]
+
+
+def test_of_the_rows_at_S2_muon_alone_uses_late_context():
+    falls = _falls_after_32("ladder_s2")
     muon = falls.pop("muon")
     words = f"by {muon:.2f} to the window's end, and AdamW's hardly, as in all other rows of S2"
     assert f"{words} (by at most {falls.max():.3f})" in LADDER

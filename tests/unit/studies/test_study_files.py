@@ -15,7 +15,6 @@ PUBLISHED = ["apollo", "fira", "galore", "scale"]
 PARTS = {
     "rates_s2": NAMED + PUBLISHED,
     "ladder_s2": NAMED + PUBLISHED + BESIDE[:1],
-    "length": [f"{row}, 5" for row in ("full-rank", "muon", "low-rank", "low-rank + transport")],
 }
 # Studies on seeds that are reported, and those in which their rates were tuned.
 TUNED_BY = {

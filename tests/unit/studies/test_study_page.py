@@ -26,6 +26,7 @@ from lowrank_lab.runs.run import complete_runs, final_table, finals_of, load_run
 KEPT = ROOT / "data" / "study"
 SIZES = {size: KEPT / f"ladder_{size.lower()}" for size in ("S1", "S2", "S3")}
 OTHERS = KEPT / "others_s1"  # more rows at S1
+LENGTH = KEPT / "length"  # rows of S1 on other numbers of tokens
 PAGE = " ".join((ROOT / "docs" / "explanation" / "study.md").read_text().split())
 LADDER = " ".join((ROOT / "docs" / "results" / "ladder.md").read_text().split())
 INTERVAL = re.compile(r"[+−]\d\.\d+ ± \d\.\d+")
@@ -82,9 +83,17 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
     known |= {shown(*row) for row in trends[["slope", "±"]].to_numpy()}
     known |= {shown(*row) for row in at_equal_bytes.to_numpy()}
     known |= {shown(*row, digits=2) for row in trends[["predicted", "± predicted"]].to_numpy()}
+    longer = answers_to(pairs_of(LENGTH), final_table(load_runs(LENGTH)))
+    known |= set(longer.values())
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
     assert stated <= known
+
+
+def test_gaps_on_four_times_the_tokens_are_those_of_their_runs():
+    longer = answers_to(pairs_of(LENGTH), final_table(load_runs(LENGTH)))
+    muon, low_rank = (longer[row, "full-rank, 80"] for row in ("muon, 80", "low-rank, 80"))
+    assert f"{muon} of Muon, {low_rank} of low-rank" in PAGE
 
 
 def test_trends_and_what_lines_say_at_60_M_are_those_of_the_gaps():
