@@ -34,7 +34,7 @@ from lowrank_lab.figures.drawing import (
     unit_of,
 )
 from lowrank_lab.figures.grid import MAX_MAPS, effect_table, grid_tradeoff, heat_maps
-from lowrank_lab.figures.ladder import gap_over_size
+from lowrank_lab.figures.ladder import gap_over_size, gaps_by_row
 from lowrank_lab.figures.layer_facts import (
     FACTS,
     effective_rank_curves,
@@ -103,6 +103,7 @@ __all__ = [
     "empty_figure",
     "fact_curves",
     "gap_over_size",
+    "gaps_by_row",
     "grid_tradeoff",
     "heat_maps",
     "interval_lines",

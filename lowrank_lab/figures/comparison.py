@@ -55,7 +55,7 @@ def claims(finals: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> Figure:
         _difference(ax, y, table.iloc[y], colour, f"{row.difference:+.3f}{width}  n {row.n}")
     ax.set_xlim(_reach(table))
     ax.locator_params(axis="x", nbins=6)
-    _against_zero(ax, [f"{a} − {b}" for a, b in zip(table["A"], table["B"], strict=True)])
+    against_zero(ax, [f"{a} − {b}" for a, b in zip(table["A"], table["B"], strict=True)])
     ax.set_xlabel("difference in test loss, same seed (nats per token)")
     ax.set_title(
         "mean and 95 % interval; blue: the first is better, orange: worse, grey: not separated",
@@ -87,7 +87,7 @@ def differences(finals: pd.DataFrame, reference: str) -> Figure:
         colour, *_ = style_of(row.label, labels)
         words = f"{row.difference:+.3f}" if row.label != reference else "0"
         _difference(ax, y, table.iloc[y], colour, words)
-    _against_zero(ax, labels)
+    against_zero(ax, labels)
     ax.set_xlabel(f"test loss − that of {reference}, same seed (nats per token)")
     low, high = int(table["n"].min()), int(table["n"].max())
     count = f"{high}" if low == high else f"{low} to {high}"
@@ -107,7 +107,7 @@ def _difference(ax: Axes, y: int, row: pd.Series[Any], colour: str, words: str) 
     )  # fmt: skip
 
 
-def _against_zero(ax: Axes, names: Sequence[str]) -> None:
+def against_zero(ax: Axes, names: Sequence[str]) -> None:
     """Name the rows from the top down, and draw a line at 0."""
     ax.axvline(0, color="0.4", lw=1)
     ax.set_yticks(range(len(names)), names)

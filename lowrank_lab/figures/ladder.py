@@ -8,27 +8,30 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from lowrank_lab.analysis.ladder import extrapolated, gap_table
-from lowrank_lab.figures.drawing import style_of
+from lowrank_lab.figures.comparison import against_zero
+from lowrank_lab.figures.drawing import canvas, style_of
 from lowrank_lab.figures.panels import panels
 
 MILLION = 1e6
+MARKERS = "osD^"  # of sizes, from the smallest on
 
 
 def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
     """Gap to full rank against parameters, one panel per label: mean, 95 % interval, seeds.
 
     From three sizes on, with the mean of one straight line per seed up to `to` parameters, its
-    value there, and its 95 % band. Labels at one size alone are left out if others are at several.
+    value there, and its 95 % band. Labels at fewer sizes than others are left out.
 
     Args:
         gaps: `analysis.ladder.gaps_of`.
         to: parameters up to which the line is drawn.
     """
     sizes_of = gaps.groupby("label")["parameters"].transform("nunique")
-    gaps = gaps[sizes_of >= min(2, sizes_of.max())]
+    gaps = gaps[sizes_of == sizes_of.max()]
     table = gap_table(gaps)
     labels = list(dict.fromkeys(table["label"]))
     first, last = table["parameters"].min(), table["parameters"].max()
@@ -50,6 +53,36 @@ def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
                     ha="left")  # fmt: skip
     figure.supxlabel("million parameters at full rank (logarithmic)", fontsize=9.5)
     figure.supylabel("gap to full rank (nats per token)", fontsize=9.5)
+    return figure
+
+
+def gaps_by_row(gaps: pd.DataFrame) -> Figure:
+    """Gap to full rank, a line per label and a marker per size: mean, 95 % interval, seeds.
+
+    In the order of the gaps at each label's smallest size.
+
+    Args:
+        gaps: `analysis.ladder.gaps_of`.
+    """
+    table = gap_table(gaps).sort_values("parameters")
+    labels = table.drop_duplicates("label").sort_values("gap")["label"].tolist()
+    sizes = sorted(table["parameters"].unique())
+    figure, ax = canvas(6.6, 0.9 + 0.3 * len(labels))
+    apart = 0.72 / len(sizes)
+    for (label, size), points in table.groupby(["label", "parameters"]):
+        marker = MARKERS[sizes.index(size) % len(MARKERS)]
+        y = labels.index(label) + apart * (sizes.index(size) - (len(sizes) - 1) / 2)
+        colour, *_ = style_of(str(label), labels)
+        own = gaps[(gaps["label"] == label) & (gaps["parameters"] == size)]["gap"]
+        ax.plot(own, [y] * len(own), ".", color="0.45", ms=3, alpha=0.7)
+        ax.errorbar(points["gap"], [y], xerr=points["±"].fillna(0), fmt=marker, color=colour, ms=4,
+                    capsize=2, lw=1)  # fmt: skip
+    against_zero(ax, labels)
+    marks = [Line2D([], [], ls="", color="0.3", ms=4, marker=MARKERS[i % len(MARKERS)],
+                    label=f"{size / MILLION:.2g} M") for i, size in enumerate(sizes)]  # fmt: skip
+    ax.legend(handles=marks, title="parameters at full rank", fontsize=8, title_fontsize=8)
+    ax.set_xlabel("gap to full rank (nats per token)")
+    ax.set_title("mean, 95 % interval and seeds", loc="right", color="0.4", fontsize=8)
     return figure
 
 

@@ -14,7 +14,7 @@ from lowrank_lab.report.picture import Picture
 def ladder_pictures(
     folders: Sequence[Path | str], reference: str = REFERENCE, to: float = 60e6
 ) -> Iterator[Picture]:
-    """The gap over sizes, and losses over costs.
+    """The gap over sizes, of each row, and losses over costs.
 
     Args:
         folders: those of `gaps_of`.
@@ -24,6 +24,10 @@ def ladder_pictures(
     yield Picture(
         "gap_over_size", figures.gap_over_size(gaps, to), gap_table(gaps),
         f"Gap to {reference} over the size of the model.",
+    )  # fmt: skip
+    yield Picture(
+        "gaps_by_row", figures.gaps_by_row(gaps), gap_table(gaps),
+        f"Gap to {reference}, a line per row and a marker per size.",
     )  # fmt: skip
     costs = costs_of(folders, reference)
     yield Picture(

@@ -116,6 +116,25 @@ def test_the_figure_says_whether_a_line_is_drawn(folders):
     assert "no seed at three sizes: no line" in figures.alt_text(figures.gap_over_size(two))
 
 
+def test_rows_at_fewer_sizes_have_no_panel_but_a_line_of_the_figure_of_all_rows(folders):
+    gaps = gaps_of(folders)
+    assert [ax.get_title(loc="left") for ax in figures.gap_over_size(gaps).axes] == ["low-rank"]
+    figure = figures.gaps_by_row(gaps)
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["muon", "low-rank"]
+    points = [bars[0] for bars in ax.containers]
+    drawn = {(round(p.get_ydata()[0]), p.get_marker()): p.get_xdata()[0] for p in points}
+    expected = gap_table(gaps).set_index(["label", "parameters"])["gap"]
+    assert drawn == {
+        (row, mark): pytest.approx(expected[label, size])
+        for row, label in enumerate(["muon", "low-rank"])
+        for size, mark in zip(SIZES, "osD", strict=True)
+        if (label, size) in expected
+    }
+    sizes = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sizes == ["0.1 M", "1 M", "10 M"]
+
+
 def test_a_reference_that_is_missing_twice_there_or_of_equal_size_is_refused(folders, tmp_path):
     with pytest.raises(InputError, match="a label of"):
         gaps_of(folders, "galore")
