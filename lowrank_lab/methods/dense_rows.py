@@ -162,7 +162,7 @@ DENSE = (
         parent="muon",
         use="Muon where some outputs would dominate the update",
         optimizer=normuon,
-        lr=ByWidth({48: 1.76e-2, 512: 2e-3, 2048: 1e-3}),
+        lr=ByWidth({48: 1.76e-2, 64: 1.03e-2, 512: 2e-3, 2048: 1e-3}),
         rest_lr=REST_LR,
         options={
             **adam_options(eps=1e-8, beta2=0.99),

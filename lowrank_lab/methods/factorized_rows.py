@@ -26,7 +26,7 @@ from lowrank_lab.optim.state_bytes import (
 
 _LORA = {
     **adam_options(eps=1e-8, beta2=0.95),
-    "alpha": Option.number(ByWidth({96: 48.0, 512: 32.0}), 1e-6, 1e6),
+    "alpha": Option.number(ByWidth({48: 48.0, 64: 64.0, 96: 96.0, 512: 32.0}), 1e-6, 1e6),
 }
 _SPECTRAL_LR = ByWidth({48: 9.72e-3, 64: 4.81e-3, 96: 3.1e-3, 512: 2e-3, 1024: 2e-3, 2048: 1e-3})
 
@@ -109,7 +109,7 @@ FACTORIZED = (
         parent="low-rank",
         use="low-rank with a sparse part for what rank r misses",
         optimizer=adamw,
-        lr=ByWidth({48: 1e-2, 512: 3e-3}),
+        lr=ByWidth({48: 1e-2, 64: 5.7e-3, 512: 3e-3}),
         rest_lr=REST_LR,
         layers="sltrain",
         uses_rank=True,
@@ -117,7 +117,11 @@ FACTORIZED = (
         options={
             **adam_options(eps=1e-8, beta2=0.99),
             "alpha": Option.number(
-                ByWidth({96: 24.0, 512: 32.0, 768: 16.0, 1024: 16.0, 2048: 8.0}), 1e-6, 1e6
+                ByWidth(
+                    {48: 24.0, 64: 32.0, 96: 48.0, 512: 32.0, 768: 16.0, 1024: 16.0, 2048: 8.0}
+                ),
+                1e-6,
+                1e6,
             ),
             "sparsity": Option.number(0.03, 0, 1),
             "keep_weight": Option.flag(False),

@@ -165,7 +165,7 @@ PROJECTED = (
         parent="galore",
         use="GaLore's states, with signs outside of the subspace",
         optimizer=projected(Frugal, *_SUBSPACE_KEYS, "proj", "inactive_lr_scale", seeded=True),
-        lr=ByWidth({48: 4.72e-3, 512: 1e-3}),
+        lr=ByWidth({48: 4.72e-3, 64: 1.22e-3, 512: 1e-3}),
         rest_lr=REST_LR,
         uses_rank=True,
         options={
@@ -188,7 +188,7 @@ PROJECTED = (
         parent="galore",
         use="no period to tune; GaLore's states without feedback",
         optimizer=projected(LDAdam, "rho", "proj_type", "error_feedback", "refresh"),
-        lr=ByWidth({48: 7.77e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4}),
+        lr=ByWidth({48: 7.77e-3, 64: 2.98e-3, 512: 1e-3, 1024: 1e-3, 2048: 5e-4}),
         rest_lr=REST_LR,
         uses_rank=True,
         options={

@@ -133,7 +133,7 @@ def test_resolve_fills_everything_a_run_needs(name):
 
 # The ladder's studies and the rows of each whose rates are tuned at its size.
 NAMED = ("full-rank", "muon", "low-rank")
-PUBLISHED = ("apollo", "fira", "galore", "scale")
+PUBLISHED = ("apollo", "fira", "galore", "scale", "frugal", "normuon", "sltrain", "ldadam")
 LADDER = {"ladder_s1": (), "others_s1": (), "ladder_s2": NAMED + PUBLISHED, "ladder_s3": NAMED}
 TUNED = ("beta2", "alpha", "scale", "momentum", "rho", "inactive_lr_scale")
 
@@ -191,10 +191,15 @@ def test_one_default_rate_is_within_a_factor_of_two_of_the_best_at_each_rank(met
 
 @pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.rest_lr])
 def test_what_the_ladder_tunes_at_its_smallest_size_alone_is_the_same_at_the_others(name):
-    """`rates_s2` and `rates_s3` try rates, with the scales and β₂ of S1."""
-    for option, value in METHODS[name].options.items():
+    """`rates_s2` and `rates_s3` try rates, with the scales (of factors: α/r) and β₂ of S1."""
+    method = METHODS[name]
+    for option, value in method.options.items():
         if isinstance(value.default, ByWidth):
-            assert len({value.default.at(width) for width in (48, 64, 96)}) == 1, option
+            of_factors = option == "alpha" and option in method.layer_options
+            found = {
+                value.default.at(width) / (width if of_factors else 1) for width in (48, 64, 96)
+            }
+            assert len(found) == 1, option
 
 
 def test_a_rate_that_is_given_holds_for_all_weights_and_the_default_has_one_for_the_rest():

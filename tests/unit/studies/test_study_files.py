@@ -11,7 +11,7 @@ NAMED = ["full-rank", "muon", "low-rank", "low-rank + refactor + reset", "low-ra
 # Rows of S2 and S3 that hypotheses need, or that tell what full rank's own tuning changes.
 BESIDE = ["full-rank at beta2 0.95", "full-rank at 8.05e-4", "full-rank, 64 × 5"]
 # At S2 these are trained, and rows whose gaps are published.
-PUBLISHED = ["apollo", "fira", "galore", "scale"]
+PUBLISHED = ["apollo", "fira", "galore", "scale", "frugal", "normuon", "sltrain", "ldadam"]
 PARTS = {
     "rates_s2": NAMED + PUBLISHED,
     "ladder_s2": NAMED + PUBLISHED + BESIDE[:1],
