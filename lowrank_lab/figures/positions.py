@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from lowrank_lab.figures.drawing import empty_figure
 from lowrank_lab.figures.panels import MOST_IN_A_ROW, panels
 
-MOST_PANELS = 10
-MANY_PANELS = 8  # more are narrower, so that the figure is readable on half a page
+MOST_PANELS = 20
+MANY_PANELS = 8  # more are smaller, so that the figure is readable on half a page
 
 
 def position_curves(positions: pd.DataFrame) -> Figure:
@@ -29,11 +29,11 @@ def position_curves(positions: pd.DataFrame) -> Figure:
     labels = list(dict.fromkeys(positions["label"]))[:MOST_PANELS]
     means = positions.groupby(["label", "step", "position"], sort=True)["loss"].mean()
     many = len(labels) > MANY_PANELS
-    width = 1.7 if many else 2.2
+    width, height = (1.5, 1.45) if many else (2.2, 2.0)
     figure, axes = panels(
         len(labels),
-        lambda columns, rows: (width * columns + 1.0, 2.0 * rows + 0.5),
-        in_a_row=5 if many else MOST_IN_A_ROW,
+        lambda columns, rows: (width * columns + 1.0, height * rows + 0.5),
+        in_a_row=6 if many else MOST_IN_A_ROW,
         sharey=True,
     )
     last = int(positions["step"].max())
@@ -42,7 +42,7 @@ def position_curves(positions: pd.DataFrame) -> Figure:
         for step, line in means[label].groupby(level="step"):
             values = line.droplevel("step")
             ax.plot(values.index, values, color=shades(float(step) / last), lw=1.3)
-        ax.set_title(label, loc="left", fontsize=8.5 * min(1, 12 * width / len(str(label))))
+        ax.set_title(label, loc="left", fontsize=8.5 * min(1, 13 * width / len(str(label))))
     ticks = np.sort(positions["position"].unique())[::2]
     axes[0].set_xscale("log", base=2)
     axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])

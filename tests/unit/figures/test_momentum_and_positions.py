@@ -61,8 +61,8 @@ def test_losses_by_position_are_means_over_seeds_one_line_an_evaluation():
     assert late == pytest.approx([3.5, 3.4, 3.3])
 
 
-@pytest.mark.parametrize(("given", "shown"), [(4, 4), (10, 10), (20, 10)])
-def test_each_variant_has_a_panel_of_its_loss_by_position_up_to_ten(given, shown):
+@pytest.mark.parametrize(("given", "shown"), [(4, 4), (10, 10), (24, 20)])
+def test_each_variant_has_a_panel_of_its_loss_by_position_up_to_twenty(given, shown):
     rows = [(f"variant {i:02}", 1, 10, at, 3.0) for i in range(given) for at in (1, 2)]
     table = pd.DataFrame(rows, columns=["label", "seed", "step", "position", "loss"])
     figure = figures.position_curves(table)
