@@ -141,7 +141,9 @@ FACTORIZED = (
         parent="low-rank",
         use="small weights and activations; no export as a LLaMA",
         optimizer=adamw,
-        lr=ByWidth({48: 1e-2, 512: 6e-3, 768: 3e-3, 1024: 3e-3, 2048: 2e-3, 4096: 1e-3}),
+        lr=ByWidth(
+            {48: 1e-2, 64: 3.76e-3, 512: 6e-3, 768: 3e-3, 1024: 3e-3, 2048: 2e-3, 4096: 1e-3}
+        ),
         rest_lr=REST_LR,
         layers="cola",
         uses_rank=True,
@@ -189,7 +191,7 @@ FACTORIZED = (
         parent="low-rank",
         use="half of low-rank's states, and updates as Muon's",
         optimizer=spectron,
-        lr=ByWidth({48: 2.5e-2, 512: 2e-2, 2048: 1e-2}),
+        lr=ByWidth({48: 2.5e-2, 64: 2.19e-2, 512: 2e-2, 2048: 1e-2}),
         rest_lr=REST_LR,
         layers="low-rank",
         uses_rank=True,

@@ -47,6 +47,8 @@ def test_every_interval_is_a_gap_or_an_answer():
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         asked = claims(finals(name), pairs).dropna(subset=["±"])
         known |= {shown(*row) for row in asked[["A − B", "±"]].to_numpy()}
+    beside = claims(finals("ladder_s2"), [("ldadam", "full-rank at beta2 0.95")])
+    known |= {shown(*row) for row in beside[["A − B", "±"]].to_numpy()}
     gaps = gap_table(gaps_of([KEPT / name for name in SIZES]))
     known |= {shown(*row) for row in gaps[["gap", "±"]].to_numpy()}
     unsigned = {interval.lstrip("+−") for interval in known}
@@ -100,12 +102,22 @@ def test_stable_ranks_are_those_of_one_seed():
 
 
 def test_rates_at_S2_are_the_shares_of_those_at_S1_that_it_states():
-    rates = {name: METHODS[name].lr for name in ("fira", "apollo", "full-rank")}
-    rates["low-rank"] = METHODS["low-rank"].spectral_lr
-    steep = [rate[64] / rate[48] for rate in rates.values()]
-    flat = [METHODS[name].lr[64] / METHODS[name].lr[48] for name in ("muon", "galore", "scale")]
-    assert f"are {min(steep):.2f} (Fira) to {max(steep):.2f} (full rank) times those" in LADDER
-    assert f"are {min(flat):.2f} to {max(flat):.2f} times, about 1/width" in LADDER
+    rates = {label: lr[64] / lr[48] for label, lr in rates_of_methods()}
+    flat = [rates.pop(name) for name in ("scale", "galore", "muon", "spectron")]
+    text = f"and FRUGAL's {rates.pop('frugal'):.2f} times, which is the parabola's"
+    low, *_, high = sorted(rates, key=rates.__getitem__)
+    assert (low, high) == ("cola", "normuon")
+    assert f"{rates['cola']:.2f}" == f"{rates['ldadam']:.2f}"
+    spread = f"are {rates[low]:.2f} (CoLA, LDAdam) to {rates[high]:.2f} (NorMuon) times those"
+    assert spread in LADDER
+    assert text in LADDER
+    assert f"are {min(flat):.2f} to {max(flat):.2f} times, around 1/width" in LADDER
+
+
+def rates_of_methods():
+    """Default rates over the width, of methods that are tuned at S2; low-rank's from an SVD."""
+    for name in finals("rates_s2")["method"].unique():
+        yield name, METHODS[name].spectral_lr if name == "low-rank" else METHODS[name].lr
 
 
 def test_what_the_page_says_of_single_rows_is_recorded():
@@ -155,11 +167,12 @@ def _falls_after_32(name):
     return losses[32] - losses[128]
 
 
-def test_of_the_rows_at_S2_muon_alone_uses_late_context():
+def test_of_the_rows_at_S2_three_use_late_context():
     falls = _falls_after_32("ladder_s2")
-    muon = falls.pop("muon")
-    words = f"by {muon:.2f} to the window's end, and AdamW's hardly, as in all other rows of S2"
-    assert f"{words} (by at most {falls.max():.3f})" in LADDER
+    three = [falls.pop(name) for name in ("muon", "normuon", "ldadam")]
+    words = "by {:.2f} to the window's end, NorMuon's by {:.2f} and LDAdam's by {:.2f}, and AdamW's"
+    assert words.format(*three) in LADDER
+    assert f"hardly, as in all other rows of S2 (by at most {falls.max():.3f})" in LADDER
 
 
 def test_losses_in_sentences_are_those_of_the_runs():

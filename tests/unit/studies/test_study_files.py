@@ -10,12 +10,6 @@ KEPT = ROOT / "data" / "study"
 NAMED = ["full-rank", "muon", "low-rank", "low-rank + refactor + reset", "low-rank + transport"]
 # Rows of S2 and S3 that hypotheses need, or that tell what full rank's own tuning changes.
 BESIDE = ["full-rank at beta2 0.95", "full-rank at 8.05e-4", "full-rank, 64 × 5"]
-# At S2 these are trained, and rows whose gaps are published.
-PUBLISHED = ["apollo", "fira", "galore", "scale", "frugal", "normuon", "sltrain", "ldadam"]
-PARTS = {
-    "rates_s2": NAMED + PUBLISHED,
-    "ladder_s2": NAMED + PUBLISHED + BESIDE[:1],
-}
 # Studies on seeds that are reported, and those in which their rates were tuned.
 TUNED_BY = {
     "ladder_s1": ("rates_s1",),
@@ -33,9 +27,7 @@ FREE = {"lr", "rest_lr", "seed", "eval_every", "test_tokens", "spectra_every", "
 def test_a_kept_study_is_what_its_file_trains(name):
     runs = find_runs(KEPT / name)
     seeds = sorted({run.config.seed for run in runs}) if name == "quick" else None
-    study = load_study(
-        NOTEBOOKS / "studies" / f"{name}.yaml", seeds, PARTS.get(name, ()), corpora=False
-    )
+    study = load_study(NOTEBOOKS / "studies" / f"{name}.yaml", seeds, corpora=False)
     assert {run.folder.name for run in runs} == set(study.runs)
 
 
