@@ -165,7 +165,7 @@ PROJECTED = (
         parent="galore",
         use="GaLore's states, with signs outside of the subspace",
         optimizer=projected(Frugal, *_SUBSPACE_KEYS, "proj", "inactive_lr_scale", seeded=True),
-        lr=ByWidth({48: 4.72e-3, 64: 1.22e-3, 512: 1e-3}),
+        lr=ByWidth({48: 4.72e-3, 64: 2.36e-3, 512: 1e-3}),
         rest_lr=REST_LR,
         uses_rank=True,
         options={

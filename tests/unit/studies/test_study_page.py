@@ -206,7 +206,7 @@ def test_no_pair_is_equal_and_few_are_below_after_correction():
     transport = ["low-rank + transport", "low-rank"]
     below = {
         "S1": [muon],
-        "S2": [["fira", "galore"], muon, ["muon", "full-rank at beta2 0.95"], ["apollo", "galore"]],
+        "S2": [muon, ["muon", "full-rank at beta2 0.95"]],
         "S3": [transport, muon, ["muon", "full-rank at 8.05e-4"]],
     }
     for size, folder in SIZES.items():
