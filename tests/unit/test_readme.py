@@ -109,6 +109,8 @@ def test_every_difference_that_it_states_is_an_answer_to_what_a_study_asks():
         _, pairs = asked_in(NOTEBOOKS / "studies" / f"{name}.yaml")
         if name == "ladder_s1":
             pairs += [("scale", "low-rank"), ("frugal", "full-rank"), ("fira", "full-rank")]
+        if name == "ladder_s2":
+            pairs += [("ldadam", "full-rank at beta2 0.95")]
         answers.append(claims(final_table(lab.load_runs(ROOT / "data" / "study" / name)), pairs))
     found = pd.concat(answers)
     known = {f"{m:+.3f} ± {w:.3f}" for m, w in zip(found["A − B"], found["±"], strict=True)}
@@ -131,6 +133,11 @@ def test_the_shares_of_full_rank_s_bytes_that_it_states_are_those_of_the_records
     shares = {label: f"{held[label] / held['full-rank']:.0%}".replace("%", " %") for label in
               ("frugal", "fira", "adamw-8bit", "scale", "low-rank")}  # fmt: skip
     assert list(shares.values()) == ["72 %", "72 %", "62 %", "40 %", "62 %"]
+    held = final_table(lab.load_runs(ROOT / "data" / "study" / "ladder_s2")).groupby("label")
+    held = (held["weight_bytes"].mean() + held["optimizer_state_bytes"].mean()).to_dict()
+    assert f"LDAdam, which saves {1 - held['ldadam'] / held['full-rank']:.0%}".replace(
+        "%", " %"
+    ) in " ".join(README.split())
     findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
     assert "FRUGAL and Fira (72 % of its bytes) and AdamW in 8 bits (62 %)" in findings
     assert "Minus low-rank, at 62 %" in findings

@@ -107,10 +107,14 @@ def test_rates_at_S2_are_the_shares_of_those_at_S1_that_it_states():
     best, frugal = rates.pop("frugal"), finals("ladder_s2").query("label == 'frugal'")["lr"]
     taken = frugal.iloc[0] / METHODS["frugal"].lr[48]
     text = f"and FRUGAL's {taken:.2f} times (its best that was tried: {best:.2f})"
+    tuned = {name: finals(f"ladder_{name}").groupby("label")["lr"].first() for name in ("s1", "s2")}
+    shares = tuned["s2"] / tuned["s1"]
+    rates["low-rank + refactor"] = shares["low-rank + refactor"]
+    flat.append(shares["galore + transport"])
     low, *_, high = sorted(rates, key=rates.__getitem__)
-    assert (low, high) == ("cola", "normuon")
+    assert (low, high) == ("cola", "low-rank + refactor")
     assert f"{rates['cola']:.2f}" == f"{rates['ldadam']:.2f}"
-    spread = f"are {rates[low]:.2f} (CoLA, LDAdam) to {rates[high]:.2f} (NorMuon) times those"
+    spread = f"are {rates[low]:.2f} (CoLA, LDAdam) to {rates[high]:.2f} ({high}) times those"
     assert spread in LADDER
     assert text in LADDER
     assert f"are {min(flat):.2f} to {max(flat):.2f} times, around 1/width" in LADDER
@@ -167,6 +171,20 @@ def _falls_after_32(name):
     last = positions[positions["step"] == step]
     losses = last.groupby(["label", "position"])["loss"].mean().unstack()
     return losses[32] - losses[128]
+
+
+def test_of_small_gaps_at_S2_none_is_separated_from_full_rank_at_its_other_beta2():
+    other = "full-rank at beta2 0.95"
+    rows = ["fira", "frugal", "scale", "apollo", "ldadam"]
+    found = claims(finals("ladder_s2"), [(row, other) for row in rows])
+    assert not found["separated"].any()
+    small = found["A − B"].iloc[:-1]
+    assert f"{small.min() + 0.0:.2f} to {small.max():+.2f}".replace("-0.00", "0.00") == (
+        "0.00 to +0.03"
+    )
+    assert "Fira, FRUGAL, SCALE and APOLLO are at 0.00 to +0.03 and not separated" in LADDER
+    separated = claims(finals("ladder_s2"), [("muon", other), ("normuon", other)])["separated"]
+    assert separated.all()
 
 
 def test_of_the_rows_at_S2_three_use_late_context():

@@ -84,7 +84,10 @@ def test_every_interval_is_a_gap_an_answer_or_a_difference_at_equal_cost(answers
     known |= {shown(*row) for row in at_equal_bytes.to_numpy()}
     known |= {shown(*row, digits=2) for row in trends[["predicted", "± predicted"]].to_numpy()}
     longer = answers_to(pairs_of(LENGTH), final_table(load_runs(LENGTH)))
-    known |= set(longer.values())
+    beside = answers_to(
+        [("ldadam", "full-rank at beta2 0.95")], final_table(load_runs(SIZES["S2"]))
+    )
+    known |= {*longer.values(), *beside.values()}
     stated = set(INTERVAL.findall(PAGE))
     assert len(stated) > 15
     assert stated <= known
