@@ -67,7 +67,7 @@ def gaps_by_row(gaps: pd.DataFrame) -> Figure:
     table = gap_table(gaps).sort_values("parameters")
     labels = table.drop_duplicates("label").sort_values("gap")["label"].tolist()
     sizes = sorted(table["parameters"].unique())
-    figure, ax = canvas(6.6, 0.9 + 0.3 * len(labels))
+    figure, ax = canvas(6.6, 0.9 + 0.21 * len(labels))
     apart = 0.72 / len(sizes)
     for (label, size), points in table.groupby(["label", "parameters"]):
         marker = MARKERS[sizes.index(size) % len(MARKERS)]
@@ -78,6 +78,7 @@ def gaps_by_row(gaps: pd.DataFrame) -> Figure:
         ax.errorbar(points["gap"], [y], xerr=points["±"].fillna(0), fmt=marker, color=colour, ms=4,
                     capsize=2, lw=1)  # fmt: skip
     against_zero(ax, labels)
+    ax.tick_params(axis="y", labelsize=8)
     marks = [Line2D([], [], ls="", color="0.3", ms=4, marker=MARKERS[i % len(MARKERS)],
                     label=f"{size / MILLION:.2g} M") for i, size in enumerate(sizes)]  # fmt: skip
     ax.legend(handles=marks, title="parameters at full rank", fontsize=8, title_fontsize=8)

@@ -64,7 +64,14 @@ def test_the_differences_at_equal_time_that_the_chapter_states_are_those_of_the_
     ) in chapter  # fmt: skip
 
 
-def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(tables):
+def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(
+    tables, monkeypatch
+):
+    def with_one_more(path):
+        what, pairs = asked_in(path)
+        return what, [*pairs, ("not trained", "low-rank")]
+
+    monkeypatch.setattr(tables, "asked_in", with_one_more)
     lines = tables.study("ladder_s2")
     asked = [line for line in lines if line.startswith("| low-rank + transport | low-rank |")]
     finals = final_table(load_runs(KEPT / "ladder_s2"))
@@ -74,7 +81,8 @@ def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(t
     assert f"| {row['p (BH)']:.2g} |" in asked[0]
     assert f"| {row['verdict']} |" in asked[0]
     assert asked[0].count(" to ") == 1  # of the bootstrap over seeds and documents
-    assert not [line for line in lines if line.startswith("| cola | low-rank |")]
+    assert [line for line in lines if line.startswith("| cola | low-rank |")]
+    assert not [line for line in lines if line.startswith("| not trained |")]
 
 
 def test_robustness_has_the_width_of_what_was_tried(tables):
