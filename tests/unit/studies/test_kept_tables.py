@@ -64,9 +64,7 @@ def test_the_differences_at_equal_time_that_the_chapter_states_are_those_of_the_
     ) in chapter  # fmt: skip
 
 
-def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(
-    tables, monkeypatch
-):
+def test_the_answers_of_a_study_are_corrected_and_leave_out_pairs_without_runs(tables, monkeypatch):
     def with_one_more(path):
         what, pairs = asked_in(path)
         return what, [*pairs, ("not trained", "low-rank")]
