@@ -97,8 +97,8 @@ def counted_options(options: dict[str, Any]) -> dict[str, Any]:
 
 # Fields by the names that they had in earlier versions.
 RENAMED = {"checkpoints_kept": "keep_latest", "keep_checkpoints": "keep_after_finish"}
-# Defaults of earlier versions that have changed: records without the field were made with them,
-# and a run id leaves them out.
+# Defaults of earlier versions, where they were others: a record without the field has this value,
+# and run ids leave it out.
 FORMER_DEFAULTS = {"eval_windows": "first"}
 _warned: set[str] = set()
 
@@ -404,7 +404,7 @@ class RunConfig(BaseModel):
 
         Take it from a resolved configuration: there, fields that the method doesn't use are `None`.
         """
-        # Fields at their default are left out, so that a field that is added changes no id.
+        # Fields at their first default are left out: no id changes with a new field or default.
         defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
         defaults |= FORMER_DEFAULTS
         used = {k: v for k, v in self.model_dump().items() if v != defaults[k]}
@@ -451,7 +451,7 @@ class ResolvedConfig(RunConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_earlier_versions_did(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_former_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {**FORMER_DEFAULTS, **values}
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -59,7 +60,7 @@ def gap_over_size(gaps: pd.DataFrame, to: float = 60e6) -> Figure:
 def gaps_by_row(gaps: pd.DataFrame) -> Figure:
     """Gap to full rank, a line per label and a marker per size: mean, 95 % interval, seeds.
 
-    In the order of the gaps at each label's smallest size.
+    Labels are sorted by their gap at the smallest size that each has.
 
     Args:
         gaps: `analysis.ladder.gaps_of`.
@@ -67,20 +68,22 @@ def gaps_by_row(gaps: pd.DataFrame) -> Figure:
     table = gap_table(gaps).sort_values("parameters")
     labels = table.drop_duplicates("label").sort_values("gap")["label"].tolist()
     sizes = sorted(table["parameters"].unique())
+    markers = dict(zip(sizes, itertools.cycle(MARKERS), strict=False))
     figure, ax = canvas(6.6, 0.9 + 0.21 * len(labels))
     apart = 0.72 / len(sizes)
     for (label, size), points in table.groupby(["label", "parameters"]):
-        marker = MARKERS[sizes.index(size) % len(MARKERS)]
         y = labels.index(label) + apart * (sizes.index(size) - (len(sizes) - 1) / 2)
         colour, *_ = style_of(str(label), labels)
         own = gaps[(gaps["label"] == label) & (gaps["parameters"] == size)]["gap"]
         ax.plot(own, [y] * len(own), ".", color="0.45", ms=3, alpha=0.7)
-        ax.errorbar(points["gap"], [y], xerr=points["±"].fillna(0), fmt=marker, color=colour, ms=4,
-                    capsize=2, lw=1)  # fmt: skip
+        ax.errorbar(points["gap"], [y], xerr=points["±"].fillna(0), fmt=markers[size], color=colour,
+                    ms=4, capsize=2, lw=1)  # fmt: skip
     against_zero(ax, labels)
     ax.tick_params(axis="y", labelsize=8)
-    marks = [Line2D([], [], ls="", color="0.3", ms=4, marker=MARKERS[i % len(MARKERS)],
-                    label=f"{size / MILLION:.2g} M") for i, size in enumerate(sizes)]  # fmt: skip
+    marks = [
+        Line2D([], [], ls="", color="0.3", ms=4, marker=marker, label=f"{size / MILLION:.2g} M")
+        for size, marker in markers.items()
+    ]
     ax.legend(handles=marks, title="parameters at full rank", fontsize=8, title_fontsize=8)
     ax.set_xlabel("gap to full rank (nats per token)")
     ax.set_title("mean, 95 % interval and seeds", loc="right", color="0.4", fontsize=8)

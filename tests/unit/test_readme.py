@@ -130,19 +130,36 @@ def test_the_shares_of_full_rank_s_bytes_that_it_states_are_those_of_the_records
     finals = pd.concat([final_table(lab.load_runs(study)) for study in studies])
     held = finals["weight_bytes"] + finals["optimizer_state_bytes"]
     held = held.groupby(finals["label"]).mean()
-    shares = {label: f"{held[label] / held['full-rank']:.0%}".replace("%", " %") for label in
-              ("frugal", "fira", "adamw-8bit", "scale", "low-rank")}  # fmt: skip
-    assert list(shares.values()) == ["72 %", "72 %", "62 %", "40 %", "62 %"]
-    held = final_table(lab.load_runs(ROOT / "data" / "study" / "ladder_s2")).groupby("label")
-    held = (held["weight_bytes"].mean() + held["optimizer_state_bytes"].mean()).to_dict()
-    assert f"LDAdam, which saves {1 - held['ldadam'] / held['full-rank']:.0%}".replace(
-        "%", " %"
-    ) in " ".join(README.split())
-    findings = " ".join(README.partition("## Findings")[2].partition("| method")[0].split())
+    shares = {label: f"{size / held['full-rank']:.0%}".replace("%", " %") for label, size in
+              held.items()}  # fmt: skip
+    findings = README.partition("## Findings")[2].partition("| method")[0]
+    rows = [line.strip("| ").split(" | ") for line in findings.splitlines() if " | " in line][1:]
+    stated = {row[0].replace("AdamW in 8 bits", "adamw-8bit").lower(): row[1] for row in rows}
+    assert stated.keys() == {"muon", "ldadam", "adamw-8bit", "frugal", "fira", "scale", "low-rank"}
+    assert stated == {label: shares[label] for label in stated}
+    findings = " ".join(findings.split())
     assert "FRUGAL and Fira (72 % of its bytes) and AdamW in 8 bits (62 %)" in findings
-    assert "Minus low-rank, at 62 %" in findings
-    assert "SCALE, at 40 %" in findings
     assert "AdamW** at 79 %, 75 % and 72 % of its bytes" in findings  # as in test_study_page.py
+
+
+def test_the_table_of_gaps_has_each_size_and_difference_at_equal_bytes_in_its_column():
+    study = ROOT / "data" / "study"
+    first, second = (
+        pd.concat(gap_table(gaps_of([study / name])) for name in names).set_index("label")
+        for names in (("others_s1", "ladder_s1"), ("ladder_s2",))
+    )
+    dense = extension_module("cost_tables").at_equal_bytes("ladder_s1", "others_s1", "ranks_s1")
+    columns = (first, "gap"), (second, "gap"), (dense.set_index("label"), "A − dense")
+    for name in ("Muon", "LDAdam", "AdamW in 8 bits", "FRUGAL", "Fira", "SCALE", "low-rank"):
+        label = name.replace("AdamW in 8 bits", "adamw-8bit").lower()
+        cells = [
+            "{:+.3f} ± {:.3f}".format(*table.loc[[label], [mean, "±"]].to_numpy()[-1])
+            if label in table.index
+            else "–"
+            for table, mean in columns
+        ]
+        (line,) = re.findall(rf"   \| {name} \| \d\d % \| (.*) \|\n", README)
+        assert line.split(" | ") == [cell.replace("-", "−") for cell in cells], name
 
 
 def test_its_methods_are_trained_at_the_first_size_as_it_says():
