@@ -79,14 +79,20 @@ def bf16_products() -> str:
 
 
 @cache
+def is_amd() -> bool:
+    """Whether the CPU is AMD's, for which MKL, torch's library of products, isn't made."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "AMD" in str(capabilities.get("cpu_name"))
+
+
+@cache
 def mkl_is_slow() -> bool:
     """Whether this CPU has AVX-512 that oneDNN uses and MKL, which torch calls, does not."""
     libraries = torch.backends.mkl, torch.backends.mkldnn
     if not all(library.is_available() for library in libraries):
         return False
-    if not (hasattr(torch.library, "get_kernel") and hasattr(torch.cpu, "get_capabilities")):
+    if not hasattr(torch.library, "get_kernel"):
         return False  # an older torch
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.cpu import widened
-from lowrank_lab.device import bf16_products, mkl_is_slow
+from lowrank_lab.device import bf16_products, is_amd, mkl_is_slow
 from lowrank_lab.kernels import operators as kernels
 
 SMALLEST = 2**18  # multiplications; in smaller products Python's call costs more than it saves
 PIECE = 2**20  # entries per copied piece; the next piece reuses its memory
-SMALL_WEIGHT = 2**18  # entries; our kernel has b in a core's cache, and no plan for more
-LONG = 256  # entries in a row of a; oneDNN with AVX-512 is the faster way from there on
+FEWEST_ROWS = 256  # of a; with fewer, our kernel's copy of b costs more than it saves
+SMALL_WEIGHT = 2**18  # entries of b: the most that our kernel takes on CPUs other than AMD's
 SMALL_RESULT = 2**16  # entries; MKL, which copies less, is then the faster way to aᵀ b
 
 _lock = threading.Lock()
@@ -31,13 +31,14 @@ _library: torch.library.Library | None = None
 def fast_products() -> Iterator[None]:
     """Compute matrix products in this block in the fastest way for their shape.
 
-    Float32, many rows times a small weight: our own kernel (`kernels/products.cpp`). Others: oneDNN
-    on AMD processors with AVX-512, which MKL, torch's library, doesn't use there; else MKL.
-    Bfloat16 on processors without instructions for it: float32 (`widened`). Replaces `mm` and
-    `addmm` for the whole process, and so in everything built on them, forward and backward; blocks
-    may overlap. Sums are rounded differently, as they are between two machines. Does nothing in
-    compiled code. Without a compiler for our kernel, or with torch.backends.mkldnn switched off,
-    float32 products of other processors stay as they are.
+    Float32, many rows: our own kernel (`kernels/products.cpp`); with a large weight only on AMD's
+    processors, which MKL, torch's library, isn't made for. Float32, few rows: oneDNN on AMD's
+    processors with AVX-512, which MKL doesn't use there; else MKL. Bfloat16 on processors without
+    instructions for it: float32 (`widened`). Replaces `mm` and `addmm` for the whole process, and
+    so in everything built on them, forward and backward; blocks may overlap. Sums are rounded
+    differently, as they are between two machines. Does nothing in compiled code. Without a C++
+    compiler, float32 products stay torch's but for those of oneDNN; with torch.backends.mkldnn
+    switched off, but for those of our kernel.
     """
     helps = kernels.available() or mkl_is_slow() or bf16_products() == "emulation"
     if torch.compiler.is_compiling() or not helps:
@@ -111,11 +112,11 @@ def _dense(a: Tensor) -> bool:
 
 
 def _is_ours(a: Tensor, b: Tensor) -> bool:
-    """Whether our kernel is the fastest way to a · b, with a contiguous or tall and transposed."""
-    suits = a.is_contiguous() or (a.T.is_contiguous() and a.shape[0] >= 4 * b.shape[1])
-    if not suits or b.numel() > SMALL_WEIGHT or not kernels.available():
+    """Whether our kernel is the fastest way to a · b, which are dense."""
+    if a.shape[0] < FEWEST_ROWS or not kernels.available():
         return False
-    return a.shape[1] < LONG or not a.is_contiguous() or not _onednn_pays(a, b)
+    suits = a.is_contiguous() or a.shape[0] >= 4 * b.shape[1]
+    return is_amd() or (suits and b.numel() <= SMALL_WEIGHT)
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:

@@ -51,14 +51,14 @@ template <class Call> static auto with_group(n_t D, Call call) {
     return call(float{});
 }
 
-extern "C" n_t attention_forward_scratch(n_t T, n_t D, int halves) {  // floats per thread
-    if (!halves) return Memory<float>::forward(T, D);
-    return with_group(D, [&](auto group) { return Memory<decltype(group)>::forward(T, D); });
+extern "C" n_t attention_forward_scratch(n_t T, n_t D, int halves, int threads) {  // floats
+    if (!halves) return threads * Memory<float>::forward(T, D);
+    return threads * with_group(D, [&](auto group) { return Memory<decltype(group)>::forward(T, D); });
 }
 
-extern "C" n_t attention_backward_scratch(n_t T, n_t D, int halves) {
-    if (!halves) return Memory<float>::backward(T, D);
-    return with_group(D, [&](auto group) { return Memory<decltype(group)>::backward(T, D); });
+extern "C" n_t attention_backward_scratch(n_t T, n_t D, int halves, int threads) {
+    if (!halves) return threads * Memory<float>::backward(T, D);
+    return threads * with_group(D, [&](auto group) { return Memory<decltype(group)>::backward(T, D); });
 }
 
 extern "C" void attention_forward(const float *q, const float *k, const float *v, const float *cos,

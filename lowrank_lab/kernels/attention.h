@@ -16,7 +16,7 @@ template <class G> constexpr n_t pad_of = columns_of<G> == 32 ? 96 : 48;        
 // C (M×columns) = A B with A (M×K).
 template <class G>
 static void rows_times(n_t K, const G *A, n_t lda, const G *B, n_t ldb, float *C, n_t ldc, n_t columns) {
-    for (n_t c = 0; c < columns; c += columns_of<G>) tile<M, false>(K, A, lda, 1, B + c, ldb, C + c, ldc);
+    for (n_t c = 0; c < columns; c += columns_of<G>) tile<M, false, G>(K, A, lda, 1, B + c, ldb, C + c, ldc);
 }
 
 // C (rows×D) += Aᵀ B with A (R×rows) and B (R×D), both grouped over R.
@@ -24,7 +24,7 @@ template <class G>
 static void add_transposed_times(const G *A, n_t lda, const G *B, n_t D, float *C, n_t rows) {
     for (n_t r = 0; r < rows; r += M)
         for (n_t d = 0; d < D; d += columns_of<G>)
-            tile<M, true>(R / Group<G>::size, A + r, 1, lda, B + d, D, C + r * D + d, D);
+            tile<M, true, G>(R / Group<G>::size, A + r, 1, lda, B + d, D, C + r * D + d, D);
 }
 
 // The rotation by cos and sin (T×D/2) of rows of D, scaled; `sign` −1 is its inverse.

@@ -46,24 +46,21 @@ def _strides(*tensors: Tensor) -> Any:
 def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
     """The results, and the scratch memory of all threads."""
     B, T, H, D = q.shape
-    floats = torch.get_num_threads() * attention_scratch(T, D, backward=False, dtype=q.dtype)
+    floats = scratch_of("attention_forward", T, D, q.dtype == torch.bfloat16)
     wide = [q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, T), (floats,))]
     return q.new_empty(q.shape), *wide
 
 
 def _allocate_attention_gradients(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     T, D = q.shape[1], q.shape[3]
-    floats = torch.get_num_threads() * attention_scratch(T, D, backward=True, dtype=q.dtype)
+    floats = scratch_of("attention_backward", T, D, q.dtype == torch.bfloat16)
     scratch = q.new_empty(floats, dtype=torch.float32)
     return (*(q.new_empty(q.shape) for _ in range(3)), scratch)
 
 
-def attention_scratch(length: int, size: int, backward: bool, dtype: torch.dtype) -> int:
-    """Floats that a thread needs for a head of `length` tokens."""
-    found = library()
-    assert found is not None
-    name = f"attention_{'backward' if backward else 'forward'}_scratch"
-    return int(getattr(found, name)(length, size, dtype == torch.bfloat16))
+def scratch_of(name: str, *sizes: int) -> int:
+    """Floats of scratch memory that a kernel needs for these sizes on torch's number of threads."""
+    return call(f"{name}_scratch", *sizes)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

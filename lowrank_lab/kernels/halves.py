@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.kernels.dispatch import NAMESPACE, attention_scratch, call, register
+from lowrank_lab.kernels.dispatch import NAMESPACE, call, register, scratch_of
 
 Tensors = tuple[Tensor, ...]
-PARTS = 8  # as in halves.h: partial sums of gradients, on any number of threads
-MULTIPLE = 16  # of all widths: N in tile.h
-PIECE = 48  # as in mlp.cpp: rows at a time
-FEWEST_ROWS = PARTS * PIECE  # with fewer, partial sums cost more than they save
+MULTIPLE = 16  # of all widths
+FEWEST_ROWS = 384  # of x; fewer have not been measured
 
 
 def mlp(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
@@ -45,27 +43,10 @@ def self_attention(
     return out
 
 
-def mlp_scratch(d: int, f: int, backward: bool) -> int:
-    """Floats of scratch memory: packed weights, a piece for each thread, partial sums."""
-    weights, threads = 3 * d * f, torch.get_num_threads()
-    if not backward:
-        return weights + threads * PIECE * (d + f)
-    return weights + threads * PIECE * (2 * d + 3 * f) + PARTS * (weights + d)
-
-
-def self_attention_scratch(length: int, heads: int, size: int, backward: bool) -> int:
-    """Floats of scratch memory: packed weights, a sequence for each thread, partial sums."""
-    d = heads * size
-    weights, threads = 4 * d * d, torch.get_num_threads()
-    of_a_head = attention_scratch(length, size, backward, torch.float32)
-    sequence = (5 if backward else 1) * length * d + of_a_head
-    return weights + threads * sequence + backward * PARTS * (weights + d)
-
-
 def _allocate_mlp(x: Tensor, norm: Tensor, gate: Tensor, *others: Any) -> Tensors:
     f, d = gate.shape
     g, u = (x.new_empty((*x.shape[:-1], f)) for _ in range(2))
-    scratch = x.new_empty(mlp_scratch(d, f, backward=False))
+    scratch = x.new_empty(scratch_of("mlp", x.numel() // d, d, f, False))
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1]), g, u, scratch
 
 
@@ -82,7 +63,7 @@ def _allocate_mlp_gradients(
     gate: Tensor, up: Tensor, down: Tensor,
 ) -> Tensors:  # fmt: skip
     f, d = gate.shape
-    scratch = x.new_empty(mlp_scratch(d, f, backward=True))
+    scratch = x.new_empty(scratch_of("mlp", x.numel() // d, d, f, True))
     return *(t.new_empty(t.shape) for t in (x, norm, gate, up, down)), scratch
 
 
@@ -96,7 +77,7 @@ def _mlp_backward(*given: Tensor) -> Tensors:
 
 def _allocate_self_attention(x: Tensor, *others: Any) -> Tensors:
     (B, T, d), heads = x.shape, others[-2]
-    scratch = x.new_empty(self_attention_scratch(T, heads, d // heads, backward=False))
+    scratch = x.new_empty(scratch_of("self_attention", len(x), T, heads, d // heads, False))
     y, *qkvm = (x.new_empty(x.shape) for _ in range(5))
     return y, x.new_empty((B, T)), *qkvm, x.new_empty((B, heads, T)), scratch
 
@@ -115,7 +96,7 @@ def _allocate_self_attention_gradients(
     log_sums: Tensor, cos: Tensor, sin: Tensor, grad: Tensor, *weights: Tensor,
 ) -> Tensors:  # fmt: skip
     _, heads, T = log_sums.shape
-    scratch = x.new_empty(self_attention_scratch(T, heads, x.shape[2] // heads, backward=True))
+    scratch = x.new_empty(scratch_of("self_attention", len(x), T, heads, x.shape[2] // heads, True))
     return *(t.new_empty(t.shape) for t in (x, norm, *weights)), scratch
 
 

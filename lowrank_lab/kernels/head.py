@@ -10,18 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.kernels.dispatch import NAMESPACE, call, refuse, register, whole_numbers
-from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE, PARTS
+from lowrank_lab.kernels.dispatch import (
+    NAMESPACE,
+    call,
+    refuse,
+    register,
+    scratch_of,
+    whole_numbers,
+)
+from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE
 from lowrank_lab.kernels.operators import are_plain, takes
 
-HEAD_ROWS = 48  # as in head.cpp: rows at a time
-MOST_WEIGHTS = 2**17  # entries; with more, they leave a core's cache
+MOST_WEIGHTS = 2**22  # entries; more have not been measured
+LARGEST_VOCABULARY = 2**13  # of which a thread keeps 6 MiB of logits
 
 
 def takes_head(hidden: Tensor, weight: Tensor) -> bool:
     """Whether one kernel can compute the losses of hidden (N, d) with weight (V, d)."""
-    suits = all(n % MULTIPLE == 0 for n in weight.shape) and weight.numel() <= MOST_WEIGHTS
-    if not suits or len(hidden) < FEWEST_ROWS or not are_plain(hidden, weight):
+    suits = all(n % MULTIPLE == 0 for n in weight.shape)
+    few = weight.numel() <= MOST_WEIGHTS and len(weight) <= LARGEST_VOCABULARY
+    if not suits or not few or len(hidden) < FEWEST_ROWS or not are_plain(hidden, weight):
         return False
     return takes(hidden, weight)
 
@@ -41,17 +49,11 @@ def head_losses(
     return losses, dh, dW
 
 
-def head_scratch(d: int, vocabulary: int, slopes: bool) -> int:
-    """Floats of scratch memory: packed weights, logits of each thread, partial sums."""
-    size, logits = vocabulary * d, torch.get_num_threads() * HEAD_ROWS * vocabulary
-    return (2 + PARTS) * size + logits if slopes else size + logits
-
-
 def _allocate(hidden: Tensor, weight: Tensor, targets: Tensor, slopes: bool) -> tuple[Tensor, ...]:
     losses = hidden.new_empty((len(hidden), 1))
     grads = [t.new_empty(t.shape if slopes else (0,)) for t in (hidden, weight)]
     vocabulary, d = weight.shape
-    return losses, *grads, hidden.new_empty(head_scratch(d, vocabulary, slopes))
+    return losses, *grads, hidden.new_empty(scratch_of("head", len(hidden), d, vocabulary, slopes))
 
 
 def _head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, slopes: bool) -> Any:

@@ -42,8 +42,12 @@ ARGUMENTS = {  # of each function; the number of threads is the last
     ],
 }  # fmt: skip
 SCRATCH = {  # of each function that returns a number of floats
-    "attention_forward_scratch": [_long, _long, _int],
-    "attention_backward_scratch": [_long, _long, _int],
+    "attention_forward_scratch": [_long, _long, _int, _int],
+    "attention_backward_scratch": [_long, _long, _int, _int],
+    "mlp_scratch": [_long, _long, _long, _int, _int],
+    "self_attention_scratch": [*4 * [_long], _int, _int],
+    "head_scratch": [_long, _long, _long, _int, _int],
+    "product_scratch": [_long, _long, _int],
 }
 SWITCH = "LOWRANK_LAB_KERNELS"  # environment variable: 0 leaves the kernels to torch
 FLAGS = (

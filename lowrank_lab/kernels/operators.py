@@ -16,11 +16,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from lowrank_lab.device import bf16_products, constant_in_graphs, prefers_few_kernels
-from lowrank_lab.kernels.dispatch import PYTHON_BODIES, call
+from lowrank_lab.kernels.dispatch import PYTHON_BODIES, call, scratch_of
 from lowrank_lab.kernels.library import library
 
 HEAD_SIZE = 16  # head sizes are its multiples
-PANEL_DEPTH = 128  # DEPTH in products.cpp
 
 
 @constant_in_graphs
@@ -94,7 +93,7 @@ def losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> No
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write a (m×k) · b (k×n) into `out`, which is contiguous, as is a or its transpose."""
     (m, k), n = a.shape, b.shape[1]
-    panels = a.new_empty(PANEL_DEPTH * ((n + 15) // 16 * 16))
+    panels = a.new_empty(scratch_of("product", k, n))
     call("product", a, *a.stride(), b, *b.stride(), out, panels, m, k, n)
     return out
 

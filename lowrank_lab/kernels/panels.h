@@ -1,64 +1,99 @@
-// Products whose right operand is packed into panels of N columns, so that a tile reads it in order.
+// Products whose operands are packed, so that a tile reads them in order.
+//
+// A right operand B (depth×n) is packed into panels of NR columns, a left one, transposed, into panels
+// of MR: panel p has `depth` rows of the columns from p·NR (p·MR) on.
 #pragma once
 #include <cstring>
 #include "tile.h"
 
-constexpr n_t ROWS = 96;  // of the left operand at a time, a multiple of M: they stay in cache
+constexpr int LANES = Group<wide>::lanes;
+constexpr int MR = LANES == 16 ? 8 : M;  // rows of a tile: AVX-512 has 32 vectors
+constexpr int NR = 2 * LANES;            // columns of a tile
+constexpr n_t KC = 256;  // of the common dimension at a time: its part of a panel stays in the first cache
+constexpr n_t MC = 96;   // of the left operand's rows at a time: they stay in the second
+static_assert(MC % MR == 0, "a copy of MC rows fills whole panels");
 
-// Panels of B's rows [from, from + depth): panel p is (depth×N), with zeros after B's last column.
-static void pack(const float *B, n_t rb, n_t cb, n_t from, n_t depth, n_t n, float *panels) {
-    for (n_t c = 0; c < n; c += N) {
+INLINE n_t least(n_t a, n_t b) { return a < b ? a : b; }
+INLINE n_t share(n_t count, n_t thread, n_t threads) { return count * thread / threads; }
+
+// Columns [c, c + count) of a panel from B's rows [from, from + depth), which are columns of Bᵀ.
+static void pack_transposed(const float *B, n_t cb, n_t depth, n_t count, float *to) {
+    n_t k = 0;
+    for (; k + W <= depth; k += W)
+        for (n_t j = 0; j + W <= count; j += W) {
+            vec rows[W];
+            for (int i = 0; i < W; i++) rows[i] = at(B + (j + i) * cb + k);
+            transpose_tile(rows);
+            for (int i = 0; i < W; i++) at(to + (k + i) * NR + j) = rows[i];
+        }
+    for (n_t j = 0; j < count; j++)
+        for (n_t i = j < count / W * W ? k : 0; i < depth; i++) to[i * NR + j] = B[j * cb + i];
+}
+
+// A thread's share of the panels of B's rows [from, from + depth), with zeros after B's last column;
+// B[k, c] is B[k·rb + c·cb], and rb or cb is 1.
+static void pack(const float *B, n_t rb, n_t cb, n_t from, n_t depth, n_t n, float *panels, n_t thread,
+                 n_t threads) {
+    n_t count = (n + NR - 1) / NR;
+    for (n_t p = share(count, thread, threads); p < share(count, thread + 1, threads); p++) {
+        n_t c = p * NR, columns = least(NR, n - c);
+        const float *x = B + from * rb + c * cb;
         float *to = panels + c * depth;
-        n_t count = n - c < N ? n - c : N;
-        if (count < N) memset(to, 0, 4 * depth * N);
-        if (cb == 1)
-            for (n_t k = 0; k < depth; k++) memcpy(to + k * N, B + (from + k) * rb + c, 4 * count);
+        if (columns < NR) memset(to, 0, 4 * depth * NR);
+        if (cb != 1) pack_transposed(x, cb, depth, columns, to);
+        else if (columns == NR)
+            for (n_t k = 0; k < depth; k++) memcpy(to + k * NR, x + k * rb, 4 * NR);
         else
-            for (n_t j = 0; j < count; j++)
-                for (n_t k = 0; k < depth; k++) to[k * N + j] = B[(from + k) * rb + (c + j) * cb];
+            for (n_t k = 0; k < depth; k++) memcpy(to + k * NR, x + k * rb, 4 * columns);
     }
 }
 
-// C (rows×columns) = A B, or += with `add`; B[k] is a row of N floats, of which `columns` count.
+// Rows of x (rows×n, ldx apart) as rows `first` and following of panels that are `depth` deep.
+template <int width>
+static void pack_rows(const float *x, n_t ldx, n_t rows, n_t n, n_t first, n_t depth, float *panels) {
+    n_t whole = n / width * width;
+    for (n_t r = 0; r < rows; r++) {
+        float *to = panels + (first + r) * width;
+        for (n_t c = 0; c < whole; c += width) memcpy(to + c * depth, x + r * ldx + c, 4 * width);
+        memcpy(to + whole * depth, x + r * ldx + whole, 4 * (n - whole));
+    }
+}
+
+// C (rows×columns) = A B, or += with `add`; B is a panel, of whose columns the first ones count.
 template <int rows, bool add>
-INLINE void piece(n_t K, const float *A, n_t ra, n_t ka, const float *B, n_t ldb, float *C, n_t ldc,
-                  n_t columns) {
-    if (columns >= N) return tile<rows, add>(K, A, ra, ka, B, ldb, C, ldc);
-    float part[rows * N];
+INLINE void piece(n_t K, const float *A, n_t ra, n_t ka, const float *B, float *C, n_t ldc, n_t columns) {
+    if (columns >= NR) return tile<rows, add, wide>(K, A, ra, ka, B, NR, C, ldc);
+    if (columns == LANES) return tile<rows, add, wide, 1>(K, A, ra, ka, B, NR, C, ldc);
+    float part[rows * NR];
     for (int r = 0; r < rows; r++)
-        for (n_t c = 0; c < columns; c++) part[r * N + c] = add ? C[r * ldc + c] : 0;
-    tile<rows, add>(K, A, ra, ka, B, ldb, part, N);
-    for (int r = 0; r < rows; r++) memcpy(C + r * ldc, part + r * N, 4 * columns);
+        for (n_t c = 0; c < NR; c++) part[r * NR + c] = add && c < columns ? C[r * ldc + c] : 0;
+    tile<rows, add, wide>(K, A, ra, ka, B, NR, part, NR);
+    for (int r = 0; r < rows; r++) memcpy(C + r * ldc, part + r * NR, 4 * columns);
 }
 
-// The same for any number of rows.
+// The same for the next rows after the first r, if so many are left.
+template <int count, bool add>
+static void few(n_t rows, n_t &r, n_t K, const float *&A, n_t ra, n_t ka, const float *B, float *C, n_t ldc,
+                n_t columns) {
+    if (rows - r < count) return;
+    piece<count, add>(K, A, ra, ka, B, C + r * ldc, ldc, columns);
+    A += count * ra, r += count;
+}
+
+// C (rows×n, ldc apart) = A B, or +=. `step` is from MR rows of A to the next, `panel` from one of B's
+// panels to the next, of which K rows count.
 template <bool add>
-static void strip(n_t rows, n_t K, const float *A, n_t ra, n_t ka, const float *B, n_t ldb, float *C,
-                  n_t ldc, n_t columns) {
-    n_t r = 0;
-    for (; r + M <= rows; r += M) {
-        if (ra == 1) piece<M, add>(K, A + r, 1, ka, B, ldb, C + r * ldc, ldc, columns);
-        else piece<M, add>(K, A + r * ra, ra, 1, B, ldb, C + r * ldc, ldc, columns);
+static void times_panels(n_t rows, n_t K, const float *A, n_t ra, n_t ka, n_t step, const float *B,
+                         n_t panel, float *C, n_t ldc, n_t n) {
+    for (n_t c = 0; c < n; c += NR, B += panel) {
+        const float *a = A;
+        n_t r = 0;
+        for (; r + MR <= rows; r += MR, a += step) {
+            if (ka == 1) piece<MR, add>(K, a, ra, 1, B, C + r * ldc + c, ldc, n - c);
+            else piece<MR, add>(K, a, 1, ka, B, C + r * ldc + c, ldc, n - c);
+        }
+        few<4, add>(rows, r, K, a, ra, ka, B, C + c, ldc, n - c);
+        few<2, add>(rows, r, K, a, ra, ka, B, C + c, ldc, n - c);
+        few<1, add>(rows, r, K, a, ra, ka, B, C + c, ldc, n - c);
     }
-    A += r * ra, C += r * ldc;
-    switch (rows - r) {
-        case 1: return piece<1, add>(K, A, ra, ka, B, ldb, C, ldc, columns);
-        case 2: return piece<2, add>(K, A, ra, ka, B, ldb, C, ldc, columns);
-        case 3: return piece<3, add>(K, A, ra, ka, B, ldb, C, ldc, columns);
-        case 4: return piece<4, add>(K, A, ra, ka, B, ldb, C, ldc, columns);
-        case 5: return piece<5, add>(K, A, ra, ka, B, ldb, C, ldc, columns);
-    }
-}
-
-// C (rows×n) = A (rows×K) · B in panels.
-template <bool add>
-static void times_panels(n_t rows, n_t K, const float *A, n_t ra, n_t ka, const float *panels, float *C,
-                         n_t n) {
-    for (n_t c = 0; c < n; c += N)
-        strip<add>(rows, K, A, ra, ka, panels + c * K, N, C + c, n, n - c);
-}
-
-// C (m×n) += Aᵀ B with A (rows×m) and B (rows×n), both contiguous; n is a multiple of N.
-static void add_transposed(n_t rows, const float *A, n_t m, const float *B, n_t n, float *C) {
-    for (n_t c = 0; c < n; c += N) strip<true>(m, rows, A, 1, m, B + c, n, C + c, n, N);
 }

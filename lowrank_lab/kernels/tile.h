@@ -5,47 +5,64 @@
 #include <immintrin.h>
 #endif
 
-constexpr int M = 6;      // rows of a tile
-constexpr int N = 2 * W;  // columns of a tile of floats
+constexpr int M = 6;  // rows of a tile
 
-// What a product adds up: floats or, with AVX-512's dot products, pairs of bfloat16.
+// What a product adds up: floats, floats in the CPU's widest vectors or, with AVX-512's dot products,
+// pairs of bfloat16.
 template <class G> struct Group;
 
 template <> struct Group<float> {
     static constexpr int size = 1, lanes = W;
+    typedef float entry;
     typedef vec sums;
-    static inline __attribute__((always_inline)) void add(vec &c, float a, const float *b) { c += splat(a) * at(b); }
+    static inline __attribute__((always_inline)) sums plus(sums c, float a, sums b) { return c + (a - sums{}) * b; }
 };
+
+#ifdef __AVX512F__
+struct wide {};
+template <> struct Group<wide> {
+    static constexpr int size = 1, lanes = 16;
+    typedef float entry;
+    typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));
+    static inline __attribute__((always_inline)) sums plus(sums c, float a, sums b) { return c + (a - sums{}) * b; }
+};
+#else
+typedef float wide;
+#endif
 
 #ifdef __AVX512BF16__
 typedef uint32_t pair;  // the first number is the lower half
 
 template <> struct Group<pair> {
     static constexpr int size = 2, lanes = 16;
+    typedef pair entry;
     typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));
-    static inline __attribute__((always_inline)) void add(sums &c, pair a, const pair *b) {
-        c = (sums)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
+    static inline __attribute__((always_inline)) sums plus(sums c, pair a, sums b) {
+        return (sums)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
     }
 };
 #endif
 
-// C (rows×2·lanes) = A B, or += with `add`: A[r, k] is A[r·ra + k·ka], B[k] a row of as many groups.
-template <int rows, bool add, class G>
-INLINE void tile(n_t K, const G *A, n_t ra, n_t ka, const G *B, n_t ldb, float *C, n_t ldc) {
+// C (rows × vectors·lanes) = A B, or += with `add`: A[r, k] is A[r·ra + k·ka], B[k] a row of groups.
+template <int rows, bool add, class G, int vectors = 2>
+INLINE void tile(n_t K, const typename Group<G>::entry *A, n_t ra, n_t ka, const typename Group<G>::entry *B,
+                 n_t ldb, float *C, n_t ldc) {
     typedef typename Group<G>::sums sums;
     constexpr int lanes = Group<G>::lanes;
-    sums c[rows][2] = {};
-    for (n_t k = 0; k < K; k++)
+    sums c[rows][vectors] = {};
+    for (n_t k = 0; k < K; k++) {
+        sums b[vectors];
+        for (int j = 0; j < vectors; j++) b[j] = *(const sums *)(B + k * ldb + j * lanes);
         for (int r = 0; r < rows; r++) {
-            G a = A[r * ra + k * ka];
-            Group<G>::add(c[r][0], a, B + k * ldb);
-            Group<G>::add(c[r][1], a, B + k * ldb + lanes);
+            typename Group<G>::entry a = A[r * ra + k * ka];
+            for (int j = 0; j < vectors; j++) c[r][j] = Group<G>::plus(c[r][j], a, b[j]);
         }
-    for (int r = 0; r < rows; r++) {
-        sums *row = (sums *)(C + r * ldc), *rest = (sums *)(C + r * ldc + lanes);
-        *row = add ? *row + c[r][0] : c[r][0];
-        *rest = add ? *rest + c[r][1] : c[r][1];
     }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < vectors; j++) {
+            sums &to = *(sums *)(C + r * ldc + j * lanes);
+            to = add ? to + c[r][j] : c[r][j];
+        }
 }
 
 // A tile of W×W, transposed: rows that are 4, 2 and 1 apart exchange halves.

@@ -17,7 +17,7 @@ from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE
 from lowrank_lab.layers.padded import AlignedLinear
 from lowrank_lab.models.rms_norm import RMSNorm
 
-MOST_WEIGHTS = 2**18  # entries in a half; with more, its weights leave a core's cache
+MOST_WEIGHTS = 2**22  # entries in a half; more have not been measured
 FEWEST_SEQUENCES = 8  # threads share the work by sequences
 
 
@@ -26,8 +26,8 @@ def fused_weights(
 ) -> list[Tensor] | None:
     """The weights of a norm and a half's layers, if one kernel computes the half for x (B, T, d).
 
-    That is the case for float32 on a CPU, small dense layers without bias, and as long as nobody
-    follows the half or its layers by hooks. None otherwise.
+    That is the case for float32 on a CPU, dense layers without bias and with few weights, and as
+    long as nobody follows the half or its layers by hooks. None otherwise.
     """
     if x.dim() != 3 or len(x) < FEWEST_SEQUENCES or x.shape[0] * x.shape[1] < FEWEST_ROWS:
         return None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_lab as lab
+from lowrank_lab import device
 from lowrank_lab.cpu import products
 from lowrank_lab.kernels import operators as kernels
 
@@ -70,8 +71,10 @@ def test_products_are_those_of_float64(calls, m, k, n, transposed):
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("transposed", [(x, y) for x in (False, True) for y in (False, True)])
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
-def test_products_of_our_kernel_are_those_of_float64(monkeypatch, m, k, n, transposed):
+@pytest.mark.parametrize("amd", [False, True])
+def test_products_of_our_kernel_are_those_of_float64(monkeypatch, amd, m, k, n, transposed):
     monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(products, "is_amd", lambda: amd)
     calls = []
     ours = kernels.product
     monkeypatch.setattr(kernels, "product", lambda a, b, out: calls.append(a) or ours(a, b, out))
@@ -85,9 +88,9 @@ def test_products_of_our_kernel_are_those_of_float64(monkeypatch, m, k, n, trans
         torch.mm(a, b, out=wide[:, 3:])
     assert_product(wide[:, 3:].contiguous(), a, b)
     assert not wide[:, :3].any()
-    few = m * k * n < products.SMALLEST or k * n > products.SMALL_WEIGHT
-    if few or not transposed[0]:
-        assert bool(calls) is not few
+    many = m >= products.FEWEST_ROWS and m * k * n >= products.SMALLEST
+    small = k * n <= products.SMALL_WEIGHT and (m >= 4 * n or a.is_contiguous())
+    assert bool(calls) is (many and (amd or small))
     assert_product(ours(a, b, torch.full((m, n), torch.nan)), a, b)
 
 
@@ -114,7 +117,8 @@ def test_nan_and_infinity_go_through(calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.complex64])
-def test_other_dtypes_are_computed_as_usual(calls, dtype):
+def test_other_dtypes_are_computed_as_usual(calls, monkeypatch, dtype):
+    monkeypatch.setattr(products.widened, "bf16_products", lambda: "dots")
     a, b = (torch.randn(128, 128).mul(9).to(dtype) for _ in range(2))
     usual = [a @ b, torch.addmm(a, a, b), a.clone().addmm_(a, b), torch.mm(a, b, out=a.clone())]
     with products.fast_products():
@@ -229,6 +233,7 @@ def test_MKL_is_slow_on_processors_of_AMD_with_wide_vectors(monkeypatch, capabil
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    monkeypatch.setattr(device, "is_amd", device.is_amd.__wrapped__)
     assert products.mkl_is_slow.__wrapped__() is slow
 
 

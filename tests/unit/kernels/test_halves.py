@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab.config import SIZES, Size
-from lowrank_lab.kernels import halves, head, library
+from lowrank_lab.kernels import dispatch, halves, head
 from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.layers.replace import factorize
 from lowrank_lab.memory.modules import ModuleStack
@@ -164,15 +164,22 @@ def test_layers_that_are_not_plain_are_called_themselves(change):
     ("size", "shape", "expected"),
     [
         (SMALL, (7, 90), ()),  # too few sequences for threads
-        (SMALL, (8, 47), ()),  # too few rows for partial sums
+        (SMALL, (8, 47), ()),  # too few rows
         (SIZES["tiny"], (8, 50), ("self_attention",)),  # 88 columns: no multiple of 16
         (Size(32, 48, 4, 1, 64), (8, 50), ("mlp",)),  # heads of 8
-        (Size(256, 688, 4, 1, 64), (8, 50), ()),  # too large for a cache
     ],
 )
 def test_other_shapes_are_computed_layer_by_layer(size, shape, expected):
     block, x = block_of(size), torch.randn(*shape, size.hidden_size).requires_grad_()
     assert calls_of(lambda: run(block, x)) == expected
+
+
+def test_large_weights_are_multiplied_layer_by_layer(monkeypatch):
+    block, x = block_of(SMALL), torch.randn(8, 50, 32).requires_grad_()
+    weights = sum(p.numel() for p in block.mlp.parameters()) + 32  # those of the norm
+    for most, expected in ((weights, OPERATORS), (weights - 1, ("self_attention",))):
+        monkeypatch.setattr(fused, "MOST_WEIGHTS", most)
+        assert calls_of(lambda: run(block, x)) == expected
 
 
 def test_autocast_is_not_bypassed():
@@ -225,13 +232,43 @@ def test_torch_counts_the_flops_of_the_kernels(batch):
     assert counter.get_total_flops() == products * tokens.numel() + attention
 
 
-def test_the_scratch_memory_that_is_planned_is_what_the_kernels_need():
-    found, threads = library.library(), torch.get_num_threads()
-    for backward in (False, True):
-        assert halves.mlp_scratch(32, 48, backward) == found.mlp_scratch(32, 48, backward, threads)
-        needed = found.self_attention_scratch(50, 2, 16, backward, threads)
-        assert halves.self_attention_scratch(50, 2, 16, backward) == needed
-        assert head.head_scratch(32, 64, backward) == found.head_scratch(32, 64, backward, threads)
+@pytest.fixture
+def guards(monkeypatch):
+    """What lies behind the scratch memory of each call: whether the kernel has left it alone."""
+    found, planned = [], {}
+
+    def more(name, *sizes):
+        planned[name] = dispatch.scratch_of(name, *sizes) + 1000
+        return planned[name]
+
+    def guarded(name, *args):
+        scratch = next(a for a in args if torch.is_tensor(a) and a.numel() in planned.values())
+        scratch[-1000:] = 7
+        result = dispatch.call(name, *args)
+        found.append(bool((scratch[-1000:] == 7).all()))
+        return result
+
+    for module in (halves, head, kernels):
+        monkeypatch.setattr(module, "scratch_of", more)
+        monkeypatch.setattr(module, "call", guarded)
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("size", [SMALL, Size(16, 176, 1, 1, 64), Size(112, 48, 7, 1, 64)])
+def test_the_kernels_stay_in_the_scratch_memory_that_is_planned(guards, size, threads):
+    before, d = torch.get_num_threads(), size.hidden_size
+    torch.set_num_threads(threads)
+    run(block_of(size), torch.randn(9, 61, d).requires_grad_())
+    hidden, weight = torch.randn(400, d).requires_grad_(), torch.randn(48, d)
+    linear_cross_entropy(hidden.detach(), weight, torch.zeros(400, dtype=torch.long))
+    linear_cross_entropy(hidden, weight, torch.zeros(400, dtype=torch.long))
+    for m, k, n in ((7, 300, 41), (300, 1, 2100), (97, 513, 16)):
+        for a in (torch.randn(m, k), torch.randn(k, m).T):
+            found = kernels.product(a, torch.randn(k, n), torch.empty(m, n))
+            assert found.isfinite().all()
+    torch.set_num_threads(before)
+    assert guards == 12 * [True]
 
 
 @pytest.mark.parametrize(("count", "d", "V"), [(384, 16, 16), (431, 32, 48), (500, 64, 112)])
