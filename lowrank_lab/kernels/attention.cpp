@@ -46,7 +46,7 @@ static void backward(const E *q, const E *k, const E *v, const float *cos, const
 // call(group) with what products of bfloat16 heads of size D add up.
 template <class Call> static auto with_group(n_t D, Call call) {
 #ifdef __AVX512BF16__
-    if (D % columns_of<pair> == 0) return call(pair{});
+    if (D % (2 * Group<pair>::lanes) == 0) return call(pair{});
 #endif
     return call(float{});
 }

@@ -4,8 +4,8 @@
 #include "panels.h"
 #include "pointwise.h"
 
-constexpr n_t PIECE = 48;        // rows that go through all of a kernel
-constexpr n_t UNIT = 4 * PIECE;  // rows of a thread before weights' gradients grow by them
+constexpr n_t PIECE = 96;        // rows that go through all of a kernel
+constexpr n_t UNIT = 2 * PIECE;  // rows of a thread before weights' gradients grow by them
 
 struct Weight {  // of a layer: (out×in), contiguous
     const float *W;
@@ -23,7 +23,8 @@ struct Weight {  // of a layer: (out×in), contiguous
 // Y (rows×out) = X Wᵀ, or +=, with W packed forward; dX (rows×in) = dY W with W packed backward. Rows
 // of X and Y are ldx and ldy apart.
 template <bool add>
-static void layer(n_t rows, const float *x, n_t in, n_t ldx, const float *panels, float *y, n_t out, n_t ldy) {
+static void layer(n_t rows, const float *x, n_t in, n_t ldx, const float *panels, float *y, n_t out,
+                  n_t ldy) {
     for (n_t r = 0; r < rows; r += MC, x += MC * ldx, y += MC * ldy)
         for (n_t k = 0; k < in; k += KC) {
             n_t count = least(MC, rows - r), depth = least(KC, in - k), step = MR * ldx;
@@ -47,9 +48,10 @@ struct Sum {
     n_t m, n, depth, lda;
     float *panels;
 
-    // A cache's line has 16 floats. Tiles whose width doesn't divide it share lines: they read a copy of A.
-    static constexpr n_t copied = 16 % MR ? MC : 0;  // columns at a time
-    static n_t size(n_t n, n_t depth) { return (up(n, NR) + copied) * depth; }  // floats of a unit
+    // A cache's line has 16 floats. Tiles whose width doesn't divide it share lines, and those of long rows
+    // read from another page of memory in each: both read a copy of A, if they read it often enough.
+    bool copies() const { return (16 % MR || lda >= 1024) && n >= 8 * NR; }
+    static n_t size(n_t n, n_t depth) { return (up(n, NR) + MC) * depth; }  // floats of a unit, with its copy
     void pack(n_t unit, n_t first, const float *B, n_t rows) const {
         pack_rows<NR>(B, n, rows, n, first, depth, panels + unit * size(n, depth));
     }
@@ -61,7 +63,7 @@ struct Sum {
             for (n_t unit = 0, from = 0; from < rows; unit++, from += depth) {
                 n_t K = least(depth, rows - from), count = least(MC, end - r), ka = lda, step = MR;
                 const float *a = A + from * lda + r, *b = panels + unit * size(n, depth);
-                if (copied && n >= 8 * NR) {  // else it is read too few times
+                if (copies()) {
                     pack_rows<MR>(a, lda, K, count, 0, K, copy);
                     a = copy, ka = MR, step = MR * K;
                 }

@@ -11,7 +11,7 @@ static bool loss_row(float *l, int64_t target, float *loss, n_t V, int slopes) {
     n_t whole = V / W * W;
     for (int j = 0; j < W; j++) rest[j] = whole + j < V ? l[whole + j] : -INFINITY;
     vec tops = at(rest), sums = {};
-    for (n_t c = 0; c < whole; c += W) tops = at(l + c) > tops ? at(l + c) : tops;
+    for (n_t c = 0; c < whole; c += W) tops = larger(at(l + c), tops);
     float top = largest_of(tops);
     for (n_t c = 0; c < whole; c += W) {
         vec e = exp_of(at(l + c) - top);

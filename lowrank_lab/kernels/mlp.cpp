@@ -86,9 +86,9 @@ extern "C" void mlp_backward(const float *x, const float *w, const float *s, con
                 norm_rows_again(a, w, s + from, n, count, d);
                 layer<false>(count, o, d, d_panels, h, f);
                 for (n_t i = 0; i < count * f; i += W) {
-                    vec dh = at(h + i);
-                    swiglu(at(g + i), at(u + i), &at(h + i));
-                    swiglu_slopes(at(g + i), at(u + i), dh, &at(dg + i), &at(du + i));
+                    vec y, a, b;
+                    swiglu_again(at(g + i), at(u + i), at(h + i), &y, &a, &b);
+                    at(h + i) = y, at(dg + i) = a, at(du + i) = b;
                 }
                 layer<false>(count, dg, f, g_panels, dn, d);
                 layer<true>(count, du, f, u_panels, dn, d);

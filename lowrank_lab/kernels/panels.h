@@ -6,9 +6,8 @@
 #include <cstring>
 #include "tile.h"
 
-constexpr int LANES = Group<wide>::lanes;
-constexpr int MR = LANES == 16 ? 8 : M;  // rows of a tile: AVX-512 has 32 vectors
-constexpr int NR = 2 * LANES;            // columns of a tile
+constexpr int MR = Group<float>::rows;  // rows of a tile
+constexpr int NR = 2 * LANES;           // columns of a tile
 constexpr n_t KC = 256;  // of the common dimension at a time: its part of a panel stays in the first cache
 constexpr n_t MC = 96;   // of the left operand's rows at a time: they stay in the second
 static_assert(MC % MR == 0, "a copy of MC rows fills whole panels");
@@ -62,12 +61,14 @@ static void pack_rows(const float *x, n_t ldx, n_t rows, n_t n, n_t first, n_t d
 // C (rows×columns) = A B, or += with `add`; B is a panel, of whose columns the first ones count.
 template <int rows, bool add>
 INLINE void piece(n_t K, const float *A, n_t ra, n_t ka, const float *B, float *C, n_t ldc, n_t columns) {
-    if (columns >= NR) return tile<rows, add, wide>(K, A, ra, ka, B, NR, C, ldc);
-    if (columns == LANES) return tile<rows, add, wide, 1>(K, A, ra, ka, B, NR, C, ldc);
+    for (int r = 0; r < rows; r++)
+        for (n_t c = 0; c < NR; c += 16) __builtin_prefetch(C + r * ldc + c, 1);
+    if (columns >= NR) return tile<rows, add, float>(K, A, ra, ka, B, NR, C, ldc);
+    if (columns == LANES) return tile<rows, add, float, 1>(K, A, ra, ka, B, NR, C, ldc);
     float part[rows * NR];
     for (int r = 0; r < rows; r++)
         for (n_t c = 0; c < NR; c++) part[r * NR + c] = add && c < columns ? C[r * ldc + c] : 0;
-    tile<rows, add, wide>(K, A, ra, ka, B, NR, part, NR);
+    tile<rows, add, float>(K, A, ra, ka, B, NR, part, NR);
     for (int r = 0; r < rows; r++) memcpy(C + r * ldc, part + r * NR, 4 * columns);
 }
 

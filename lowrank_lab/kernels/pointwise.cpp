@@ -41,10 +41,12 @@ extern "C" void swiglu_backward(const float *g, const float *u, const float *dy,
                                 float *du, n_t count, int threads) {
     n_t whole = count / W * W, rest = count - whole;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (n_t i = 0; i < whole; i += W)
-        swiglu_slopes(at(g + i), at(u + i), at(dy + i), &at(dg + i), &at(du + i));
-    vec a, b;
-    swiglu_slopes(some(g + whole, rest), some(u + whole, rest), some(dy + whole, rest), &a, &b);
+    for (n_t i = 0; i < whole; i += W) {
+        vec y;
+        swiglu_again(at(g + i), at(u + i), at(dy + i), &y, &at(dg + i), &at(du + i));
+    }
+    vec y, a, b;
+    swiglu_again(some(g + whole, rest), some(u + whole, rest), some(dy + whole, rest), &y, &a, &b);
     memcpy(dg + whole, &a, 4 * rest), memcpy(du + whole, &b, 4 * rest);
 }
 

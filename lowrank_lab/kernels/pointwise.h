@@ -37,9 +37,10 @@ INLINE vec sigmoid(vec x) {
 // y = u · g σ(g).
 INLINE void swiglu(vec g, vec u, vec *y) { *y = u * g * sigmoid(g); }
 
-// dg = dy · u · σ(g) (1 + g (1 − σ(g))) and du = dy · g σ(g).
-INLINE void swiglu_slopes(vec g, vec u, vec dy, vec *dg, vec *du) {
+// The same y, dg = dy · u · σ(g) (1 + g (1 − σ(g))) and du = dy · g σ(g).
+INLINE void swiglu_again(vec g, vec u, vec dy, vec *y, vec *dg, vec *du) {
     vec s = sigmoid(g);
+    *y = u * g * s;
     *dg = dy * u * s * (1.0f + g * (1.0f - s));
     *du = dy * g * s;
 }

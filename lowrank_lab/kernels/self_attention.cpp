@@ -41,9 +41,11 @@ extern "C" void self_attention_forward(const float *x, const float *w, const flo
             float *to[] = {q + at_b, k + at_b, v + at_b}, *m = mixed + at_b, *o = y + at_b;
             for (n_t t = 0; t < T; t++) s[b * T + t] = norm_row(a + t * d, w, n + t * d, d, eps);
             for (int i = 0; i < 3; i++) layer<false>(T, n, d, scratch + i * size, to[i], d);
+            rotate_heads(to[0], T, H, D, cos, sin, 1 / std::sqrt((float)D), 1);
+            rotate_heads(to[1], T, H, D, cos, sin, 1, 1);
             for (n_t h = 0, e = 0; h < H; h++, e += D)
-                forward_head<float, float>({to[0] + e, d}, {to[1] + e, d}, {to[2] + e, d}, cos, sin, m + e, d,
-                                           lse + (b * H + h) * T, head_scratch, T, D);
+                forward_rotated<float>({to[0] + e, d}, {to[1] + e, d}, {to[2] + e, d}, m + e, d, lse + (b * H + h) * T,
+                                      Memory<float>(head_scratch, T, D));
             memcpy(o, a, 4 * T * d);
             layer<true>(T, m, d, scratch + 3 * size, o, d);
         }
@@ -79,9 +81,11 @@ extern "C" void self_attention_backward(const float *x, const float *w, const fl
             layer<false>(T, o, d, scratch + 3 * size, dm, d);
             for (n_t h = 0; h < H; h++) {
                 n_t e = h * D, i = b * X + e;
-                backward_head<float, float>({q + i, d}, {k + i, d}, {v + i, d}, cos, sin, lse + (b * H + h) * T,
-                                            {dm + e, d}, dq + e, dk + e, dv + e, d, head_scratch, T, D);
+                backward_rotated<float>({q + i, d}, {k + i, d}, {v + i, d}, {dm + e, d}, lse + (b * H + h) * T, dq + e,
+                                       dk + e, dv + e, d, Memory<float>(head_scratch, T, D));
             }
+            rotate_heads(dq, T, H, D, cos, sin, 1 / std::sqrt((float)D), -1);
+            rotate_heads(dk, T, H, D, cos, sin, 1, -1);
             norm_rows_again(a, w, s + b * T, n, T, d);
             sum_qkv.pack(unit, 0, n, T);
             sum_o.pack(unit, 0, mixed + b * X, T);

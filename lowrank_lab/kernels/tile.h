@@ -1,41 +1,28 @@
-// A piece of a matrix product whose result stays in registers: 12 vectors, as AVX2 has 16.
+// A piece of a matrix product whose result stays in registers.
 #pragma once
 #include "vectors.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = W;
 #endif
 
-constexpr int M = 6;  // rows of a tile
-
-// What a product adds up: floats, floats in the CPU's widest vectors or, with AVX-512's dot products,
-// pairs of bfloat16.
+// What a product adds up: floats or, with AVX-512's dot products, pairs of bfloat16; in the CPU's widest
+// vectors. Sums of a tile are 16 of AVX-512's 32 vectors, or 12 of AVX2's 16.
 template <class G> struct Group;
 
 template <> struct Group<float> {
-    static constexpr int size = 1, lanes = W;
-    typedef float entry;
-    typedef vec sums;
+    static constexpr int size = 1, lanes = LANES, rows = LANES == 16 ? 8 : 6;
+    typedef float sums __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
     static inline __attribute__((always_inline)) sums plus(sums c, float a, sums b) { return c + (a - sums{}) * b; }
 };
-
-#ifdef __AVX512F__
-struct wide {};
-template <> struct Group<wide> {
-    static constexpr int size = 1, lanes = 16;
-    typedef float entry;
-    typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));
-    static inline __attribute__((always_inline)) sums plus(sums c, float a, sums b) { return c + (a - sums{}) * b; }
-};
-#else
-typedef float wide;
-#endif
 
 #ifdef __AVX512BF16__
 typedef uint32_t pair;  // the first number is the lower half
 
 template <> struct Group<pair> {
-    static constexpr int size = 2, lanes = 16;
-    typedef pair entry;
+    static constexpr int size = 2, lanes = 16, rows = 8;
     typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));
     static inline __attribute__((always_inline)) sums plus(sums c, pair a, sums b) {
         return (sums)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
@@ -45,8 +32,7 @@ template <> struct Group<pair> {
 
 // C (rows × vectors·lanes) = A B, or += with `add`: A[r, k] is A[r·ra + k·ka], B[k] a row of groups.
 template <int rows, bool add, class G, int vectors = 2>
-INLINE void tile(n_t K, const typename Group<G>::entry *A, n_t ra, n_t ka, const typename Group<G>::entry *B,
-                 n_t ldb, float *C, n_t ldc) {
+INLINE void tile(n_t K, const G *A, n_t ra, n_t ka, const G *B, n_t ldb, float *C, n_t ldc) {
     typedef typename Group<G>::sums sums;
     constexpr int lanes = Group<G>::lanes;
     sums c[rows][vectors] = {};
@@ -54,7 +40,7 @@ INLINE void tile(n_t K, const typename Group<G>::entry *A, n_t ra, n_t ka, const
         sums b[vectors];
         for (int j = 0; j < vectors; j++) b[j] = *(const sums *)(B + k * ldb + j * lanes);
         for (int r = 0; r < rows; r++) {
-            typename Group<G>::entry a = A[r * ra + k * ka];
+            G a = A[r * ra + k * ka];
             for (int j = 0; j < vectors; j++) c[r][j] = Group<G>::plus(c[r][j], a, b[j]);
         }
     }

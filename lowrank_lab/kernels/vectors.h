@@ -2,6 +2,9 @@
 // bfloat16 is the upper half of a float: it is read as one, and written rounded to the nearest.
 #pragma once
 #include <cstdint>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 constexpr int W = 8;
 typedef int64_t n_t;
@@ -31,26 +34,32 @@ INLINE vec load(const bf16 *p) { return (vec)(__builtin_convertvector(*(const hv
 INLINE void store(float *p, vec x) { at(p) = x; }
 INLINE void store(bf16 *p, vec x) { *(hvec *)p = __builtin_convertvector(rounded(x) >> 16, hvec); }
 
-INLINE float sum_of(vec x) {
-    float total = 0;
-    for (int j = 0; j < W; j++) total += x[j];
-    return total;
-}
+// The larger and the smaller number of each lane; b's if one is NaN.
+#ifdef __AVX__
+INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
+#endif
 
-INLINE float largest_of(vec x) {
-    float top = x[0];
-    for (int j = 1; j < W; j++) top = x[j] > top ? x[j] : top;
-    return top;
+// All lanes in one: halves, quarters and neighbours.
+template <class Of> INLINE float reduced(vec x, Of of) {
+    x = of(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = of(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+    x = of(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+    return x[0];
 }
+INLINE float sum_of(vec x) { return reduced(x, [](vec a, vec b) { return a + b; }); }
+INLINE float largest_of(vec x) { return reduced(x, larger); }
 
 // e^x to 2 units in the last place for -87 ≤ x ≤ 88, to which x is clamped; NaN stays.
-// x = n ln 2 + r, |r| ≤ ln 2 / 2: 2^n is added to the exponent of e^r, a Taylor-like polynomial.
+// x = n ln 2 + r, |r| ≤ ln 2 / 2: 2^n times e^r, a Taylor-like polynomial.
 INLINE vec exp_of(vec x) {
-    x = x < -87.0f ? splat(-87.0f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
-    vec n = x * 1.44269504088896341f + 12582912.0f;  // 1.5 · 2^23: the sum is rounded to integers
-    ivec exponent = (ivec)n << 23;
-    n -= 12582912.0f;
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x));
+    vec n = x * 1.44269504088896341f + 12583039.0f;  // 1.5 · 2^23 + 127: rounded, and with 2^n's exponent
+    vec power = (vec)((ivec)n << 23);
+    n -= 12583039.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
     vec p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -58,7 +67,6 @@ INLINE vec exp_of(vec x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    vec y = (vec)((ivec)p + exponent);
-    return x == x ? y : x;  // the bits of some NaNs would become those of a number
+    p = p * r + 1.0f;
+    return (p * r + 1.0f) * power;
 }
