@@ -116,7 +116,8 @@ def _is_ours(a: Tensor, b: Tensor) -> bool:
     if a.shape[0] < FEWEST_ROWS or not kernels.available():
         return False
     suits = a.is_contiguous() or a.shape[0] >= 4 * b.shape[1]
-    return is_amd() or (suits and b.numel() <= SMALL_WEIGHT)
+    fast = is_amd() and torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # else not measured
+    return fast or (suits and b.numel() <= SMALL_WEIGHT)
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:

@@ -13,9 +13,10 @@ struct Head {  // where a head's rows are in a tensor (B, T, H, D) with the give
 // task(head, its number, scratch memory) for each head.
 template <class Task>
 static void for_heads(n_t B, n_t H, float *scratch, n_t of_thread, int threads, Task task) {
+    n_t heads = B * H, parts = least(threads, heads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int part = 0; part < threads; part++)
-        for (n_t i = B * H * part / threads; i < B * H * (part + 1) / threads; i++)
+    for (n_t part = 0; part < parts; part++)
+        for (n_t i = share(heads, part, parts); i < share(heads, part + 1, parts); i++)
             task(Head{i / H, i % H}, i, scratch + part * of_thread);
 }
 
@@ -51,14 +52,14 @@ template <class Call> static auto with_group(n_t D, Call call) {
     return call(float{});
 }
 
-extern "C" n_t attention_forward_scratch(n_t T, n_t D, int halves, int threads) {  // floats
-    if (!halves) return threads * Memory<float>::forward(T, D);
-    return threads * with_group(D, [&](auto group) { return Memory<decltype(group)>::forward(T, D); });
+extern "C" n_t attention_forward_scratch(n_t heads, n_t T, n_t D, int is_bf16, int threads) {  // floats
+    if (!is_bf16) return least(threads, heads) * Memory<float>::forward(T, D);
+    return least(threads, heads) * with_group(D, [&](auto group) { return Memory<decltype(group)>::forward(T, D); });
 }
 
-extern "C" n_t attention_backward_scratch(n_t T, n_t D, int halves, int threads) {
-    if (!halves) return threads * Memory<float>::backward(T, D);
-    return threads * with_group(D, [&](auto group) { return Memory<decltype(group)>::backward(T, D); });
+extern "C" n_t attention_backward_scratch(n_t heads, n_t T, n_t D, int is_bf16, int threads) {
+    if (!is_bf16) return least(threads, heads) * Memory<float>::backward(T, D);
+    return least(threads, heads) * with_group(D, [&](auto group) { return Memory<decltype(group)>::backward(T, D); });
 }
 
 extern "C" void attention_forward(const float *q, const float *k, const float *v, const float *cos,

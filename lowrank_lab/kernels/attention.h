@@ -47,7 +47,7 @@ static void add_transposed_times(n_t rows, n_t K, Rows<G> A, Rows<G> B, float *C
 template <class From, class To>
 INLINE void rotate_row(const From *x, To *out, n_t D, const float *cos, const float *sin, float scale, float sign) {
     for (n_t d = 0, h = D / 2; d < h; d += W) {
-        vec c = at(cos + d) * scale, s = at(sin + d) * (scale * sign);
+        vec c = load(cos + d) * scale, s = load(sin + d) * (scale * sign);
         vec first = load(x + d), second = load(x + h + d);
         store(out + d, first * c - second * s);
         store(out + h + d, second * c + first * s);
@@ -77,29 +77,29 @@ template <class Entry> static void transpose(Rows<Entry> x, Entry *out, n_t T, n
     for (n_t t = 0; t < P; t += W)
         for (n_t d = 0; d < D; d += W) {
             vec rows[W];
-            for (int j = 0; j < W; j++) rows[j] = t + j < T ? at((const float *)(x.row(t + j) + d)) : vec{};
+            for (int j = 0; j < W; j++) rows[j] = t + j < T ? load((const float *)(x.row(t + j) + d)) : vec{};
             transpose_tile(rows);
-            for (int j = 0; j < W; j++) at((float *)(out + (d + j) * P + t)) = rows[j];
+            for (int j = 0; j < W; j++) store((float *)(out + (d + j) * P + t), rows[j]);
         }
 }
 
 // Rows of floats, grouped along a row: (rows×columns/size); or grouped over rows: (rows/size×columns).
 // Floats are their own groups, and stay where they are.
-static Rows<float> along(Rows<float> x, float *, n_t, n_t) { return x; }
-static Rows<float> over(Rows<float> x, float *, n_t, n_t) { return x; }
+INLINE Rows<float> along(Rows<float> x, float *, n_t, n_t) { return x; }
+INLINE Rows<float> over(Rows<float> x, float *, n_t, n_t) { return x; }
 
 #ifdef __AVX512BF16__
-static Rows<pair> along(Rows<float> x, pair *to, n_t rows, n_t columns) {
+INLINE Rows<pair> along(Rows<float> x, pair *to, n_t rows, n_t columns) {
     for (n_t r = 0; r < rows; r++)
-        for (n_t c = 0; c < columns; c += W) store((bf16 *)(to + r * (columns / 2)) + c, at(x.row(r) + c));
+        for (n_t c = 0; c < columns; c += W) store((bf16 *)(to + r * (columns / 2)) + c, load(x.row(r) + c));
     return {to, columns / 2};
 }
 
-static Rows<pair> over(Rows<float> x, pair *to, n_t rows, n_t columns) {
+INLINE Rows<pair> over(Rows<float> x, pair *to, n_t rows, n_t columns) {
     for (n_t r = 0; r < rows; r += 2)
         for (n_t c = 0; c < columns; c += W) {
-            uvec first = rounded(at(x.row(r) + c)), second = {};
-            if (r + 1 < rows) second = rounded(at(x.row(r + 1) + c));
+            uvec first = rounded(load(x.row(r) + c)), second = {};
+            if (r + 1 < rows) second = rounded(load(x.row(r + 1) + c));
             *(uvec *)(to + r / 2 * columns + c) = second | first >> 16;
         }
     return {to, columns};
@@ -109,10 +109,14 @@ static Rows<pair> over(Rows<float> x, pair *to, n_t rows, n_t columns) {
 // Softmax of a row's first n scores, without its division: returns 1 / sum, and the log of the sum.
 static float exponentials(float *s, n_t n, n_t end, float *log_sum) {
     for (n_t c = n; c < end; c++) s[c] = -1e30f;
-    vec tops = at(s), sums = {};
-    for (n_t c = W; c < end; c += W) tops = larger(at(s + c), tops);
+    vec tops = load(s), sums = {};
+    for (n_t c = W; c < end; c += W) tops = larger(load(s + c), tops);
     float top = largest_of(tops);
-    for (n_t c = 0; c < end; c += W) sums += at(s + c) = exp_of(at(s + c) - top);
+    for (n_t c = 0; c < end; c += W) {
+        vec e = exp_of(load(s + c) - top);
+        store(s + c, e);
+        sums += e;
+    }
     float sum = sum_of(sums);
     *log_sum = top + std::log(sum);
     return 1 / sum;
@@ -123,11 +127,12 @@ static void slopes(float *S, float *dP, n_t n, n_t end, float log_sum) {
     for (n_t c = n; c < end; c++) S[c] = -1e30f;
     vec sums = {};
     for (n_t c = 0; c < end; c += W) {
-        vec p = at(S + c) = exp_of(at(S + c) - log_sum);
-        sums += p * at(dP + c);
+        vec p = exp_of(load(S + c) - log_sum);
+        store(S + c, p);
+        sums += p * load(dP + c);
     }
     float sum = sum_of(sums);
-    for (n_t c = 0; c < end; c += W) at(dP + c) = at(S + c) * (at(dP + c) - sum);
+    for (n_t c = 0; c < end; c += W) store(dP + c, load(S + c) * (load(dP + c) - sum));
 }
 
 // The scratch memory of a head: matrices of floats, and of groups made of them.
@@ -179,13 +184,13 @@ static void forward_rotated(Rows<float> q, Rows<float> k, Rows<float> v, E *out,
     float *S = memory.floats(M * P), *O = memory.floats(M * D);
     G *own = memory.groups(M * P);
     for (n_t first = 0; first < T; first += M) {
-        n_t rows = T - first < M ? T - first : M, keys = first + rows, end = up(keys, W);
+        n_t rows = least(M, T - first), keys = first + rows, end = up(keys, W);
         rows_times<G>(rows, D / size, {Q.row(first), Q.stride}, KT, S, P, keys);
         float norm[M];
         for (n_t r = 0; r < rows; r++) norm[r] = exponentials(S + r * P, first + r + 1, end, lse + first + r);
         rows_times<G>(rows, up(keys, size) / size, along({S, P}, own, rows, end), V, O, D, D);
         for (n_t r = 0; r < rows; r++)
-            for (n_t d = 0; d < D; d += W) store(out + (first + r) * ldo + d, at(O + r * D + d) * norm[r]);
+            for (n_t d = 0; d < D; d += W) store(out + (first + r) * ldo + d, load(O + r * D + d) * norm[r]);
     }
 }
 
@@ -201,10 +206,10 @@ static void backward_rotated(Rows<float> q, Rows<float> k, Rows<float> v, Rows<f
     G *own[] = {memory.groups(R * P), memory.groups(R * P), memory.groups(R * P)};
     for (n_t t = 0; t < T; t++) memset(dK + t * ld, 0, 4 * D), memset(dV + t * ld, 0, 4 * D);
     for (n_t first = 0; first < T; first += R) {
-        n_t count = T - first < R ? T - first : R, K = up(count, size) / size;
+        n_t count = least(R, T - first), K = up(count, size) / size;
         n_t keys = first + count, end = up(keys, W);
         for (n_t r = 0; r < count; r += M) {
-            n_t t = first + r, rows = count - r < M ? count - r : M;
+            n_t t = first + r, rows = least(M, count - r);
             rows_times<G>(rows, D / size, {Q.row(t), Q.stride}, KT, S + r * P, P, keys);
             rows_times<G>(rows, D / size, {dO.row(t), dO.stride}, VT, dP + r * P, P, keys);
         }
@@ -212,7 +217,7 @@ static void backward_rotated(Rows<float> q, Rows<float> k, Rows<float> v, Rows<f
         Rows<G> dS = along({dP, P}, own[0], count, end), dS_over = over({dP, P}, own[1], count, end);
         Rows<G> S_over = over({S, P}, own[2], count, end);
         for (n_t r = 0; r < count; r += M)
-            rows_times<G>(count - r < M ? count - r : M, up(keys, size) / size, {dS.row(r), dS.stride}, K_over,
+            rows_times<G>(least(M, count - r), up(keys, size) / size, {dS.row(r), dS.stride}, K_over,
                           dQ + (first + r) * ld, ld, D);
         add_transposed_times<G>(keys, K, S_over, {dO_over.row(first / size), dO_over.stride}, dV, ld, D);
         add_transposed_times<G>(keys, K, dS_over, {Q_over.row(first / size), Q_over.stride}, dK, ld, D);

@@ -46,20 +46,25 @@ def _strides(*tensors: Tensor) -> Any:
 def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
     """The results, and the scratch memory of all threads."""
     B, T, H, D = q.shape
-    floats = scratch_of("attention_forward", T, D, q.dtype == torch.bfloat16)
+    floats = scratch_of("attention_forward", B * H, T, D, q.dtype == torch.bfloat16)
     wide = [q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, T), (floats,))]
     return q.new_empty(q.shape), *wide
 
 
 def _allocate_attention_gradients(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    T, D = q.shape[1], q.shape[3]
-    floats = scratch_of("attention_backward", T, D, q.dtype == torch.bfloat16)
+    B, T, H, D = q.shape
+    floats = scratch_of("attention_backward", B * H, T, D, q.dtype == torch.bfloat16)
     scratch = q.new_empty(floats, dtype=torch.float32)
     return (*(q.new_empty(q.shape) for _ in range(3)), scratch)
 
 
 def scratch_of(name: str, *sizes: int) -> int:
-    """Floats of scratch memory that a kernel needs for these sizes on torch's number of threads."""
+    """Floats of scratch memory that a kernel needs for these sizes on torch's number of threads.
+
+    None while torch.compile makes a graph for all sizes, which would become one for these alone.
+    """
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return 0
     return call(f"{name}_scratch", *sizes)
 
 
@@ -100,13 +105,15 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, s
 
 
-def x_attention_gradients(x: Tensor, s: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def _allocate_norm_gradients(
+    x: Tensor, s: Tensor, weight: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
     sums = x.new_empty((PARTIAL_SUMS, x.shape[-1]))
     return x.new_empty(x.shape), weight.new_empty(weight.shape), sums
 
 
 def _norm_backward(x: Tensor, s: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dweight, sums = x_attention_gradients(x, s, weight, grad)
+    dx, dweight, sums = _allocate_norm_gradients(x, s, weight, grad)
     d = x.shape[-1]
     x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
     call("norm_backward", x, weight, s, grad, dx, sums, x.numel() // d, d, PARTIAL_SUMS)
@@ -136,6 +143,8 @@ def _swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Te
 
 def _losses(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
     targets = whole_numbers(targets, len(logits))
+    if not logits.is_contiguous() or not losses.is_contiguous():
+        raise ValueError("losses_: gaps in logits or losses are not allowed; contiguous ones")
     refuse(call("losses", logits, targets, losses, *logits.shape, slopes), logits.shape[1])
 
 
@@ -182,7 +191,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], int]] =
     ),
     "rms_norm_backward": (
         "(Tensor x, Tensor s, Tensor weight, Tensor grad) -> (Tensor, Tensor)",
-        _norm_backward, x_attention_gradients, 2,
+        _norm_backward, _allocate_norm_gradients, 2,
     ),
     "swiglu": ("(Tensor gate, Tensor up) -> Tensor", _swiglu, _allocate_swiglu, 0),
     "swiglu_backward": (

@@ -73,14 +73,14 @@ struct Sum {
     }
 };
 
-static void norm_rows_again(const float *x, const float *w, const float *s, float *y, n_t rows, n_t d) {
+INLINE void norm_rows_again(const float *x, const float *w, const float *s, float *y, n_t rows, n_t d) {
     for (n_t r = 0; r < rows; r++)
 #pragma omp simd
         for (n_t i = 0; i < d; i++) y[r * d + i] = x[r * d + i] * s[r] * w[i];
 }
 
 // out (d) += the rows of sums (rows×d).
-static void add_rows(const float *sums, n_t rows, n_t d, float *out) {
+INLINE void add_rows(const float *sums, n_t rows, n_t d, float *out) {
     for (n_t r = 0; r < rows; r++)
         for (n_t i = 0; i < d; i++) out[i] += sums[r * d + i];
 }

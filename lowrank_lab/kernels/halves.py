@@ -159,6 +159,7 @@ class _SelfAttention(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
         cos: Tensor, sin: Tensor, heads: int, eps: float,
     ) -> Tensor:  # fmt: skip
+        cos, sin = cos.float(), sin.float()
         y, *between = _operators.self_attention(x, norm, q, k, v, o, cos, sin, heads, eps)
         ctx.save_for_backward(x, norm, *between, cos, sin, q, k, v, o)
         return y  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from lowrank_lab.kernels.dispatch import (
     whole_numbers,
 )
 from lowrank_lab.kernels.halves import FEWEST_ROWS, MULTIPLE
-from lowrank_lab.kernels.operators import are_plain, takes
+from lowrank_lab.kernels.operators import takes
 
 MOST_WEIGHTS = 2**22  # entries; more have not been measured
 LARGEST_VOCABULARY = 2**13  # of which a thread keeps 6 MiB of logits
@@ -27,11 +27,9 @@ LARGEST_VOCABULARY = 2**13  # of which a thread keeps 6 MiB of logits
 
 def takes_head(hidden: Tensor, weight: Tensor) -> bool:
     """Whether one kernel can compute the losses of hidden (N, d) with weight (V, d)."""
-    suits = all(n % MULTIPLE == 0 for n in weight.shape)
+    suits = all(n % MULTIPLE == 0 for n in weight.shape) and hidden.shape[1:] == weight.shape[1:]
     few = weight.numel() <= MOST_WEIGHTS and len(weight) <= LARGEST_VOCABULARY
-    if not suits or not few or len(hidden) < FEWEST_ROWS or not are_plain(hidden, weight):
-        return False
-    return takes(hidden, weight)
+    return suits and few and len(hidden) >= FEWEST_ROWS and takes(hidden, weight)
 
 
 def head_losses(

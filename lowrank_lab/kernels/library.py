@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+LOG = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 SOURCES = (
     "attention.cpp", "head.cpp", "mlp.cpp", "pointwise.cpp", "products.cpp", "self_attention.cpp",
@@ -42,8 +44,8 @@ ARGUMENTS = {  # of each function; the number of threads is the last
     ],
 }  # fmt: skip
 SCRATCH = {  # of each function that returns a number of floats
-    "attention_forward_scratch": [_long, _long, _int, _int],
-    "attention_backward_scratch": [_long, _long, _int, _int],
+    "attention_forward_scratch": [*3 * [_long], _int, _int],
+    "attention_backward_scratch": [*3 * [_long], _int, _int],
     "mlp_scratch": [_long, _long, _long, _int, _int],
     "self_attention_scratch": [*4 * [_long], _int, _int],
     "head_scratch": [_long, _long, _long, _int, _int],
@@ -70,25 +72,39 @@ def library() -> ctypes.CDLL | None:
 
     A compiler that fails is reported once, in one line of the log.
     """
-    compiler = _compiler()
-    if compiler is None or os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH) == "0":
         return None
-    why: Exception | None = None
-    for flags in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
-        try:
-            return _loaded(compiler, [*FLAGS, _instructions(), *flags])
-        except (OSError, AttributeError, subprocess.SubprocessError) as error:
-            why = error
-    logging.getLogger(__name__).warning(
-        "kernels: %s failed (%s); torch's operators compute instead, more slowly (%s=0: no try)",
-        compiler, " ".join(str(why).split())[:200], SWITCH,
-    )  # fmt: skip
+    failed = []
+    for compiler in _compilers():
+        for flags in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
+            try:
+                return _loaded(compiler, [*FLAGS, _instructions(), *flags])
+            except (OSError, AttributeError, subprocess.SubprocessError) as error:
+                why = f"{' '.join(compiler)} failed ({_reason(error)})"
+        failed.append(why)
+    if failed:
+        LOG.warning(
+            "kernels: %s; torch's operators compute instead, more slowly (%s=0: no try)",
+            ", ".join(failed), SWITCH,
+        )  # fmt: skip
     return None
 
 
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+def _compilers() -> list[list[str]]:
+    """The commands of the compilers to try: CXX, or the usual ones that exist."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and shutil.which(named[0]):
+        return [named]
+    if named:
+        LOG.warning("kernels: CXX: %s is not found; the usual compilers are tried", named[0])
+    return [[path] for name in ("g++", "clang++", "c++") if (path := shutil.which(name))]
+
+
+def _reason(error: Exception) -> str:
+    """The first error that the compiler reports, or what else went wrong."""
+    printed = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
+    first = next((line for line in printed if "error" in line.lower()), str(error))
+    return " ".join(first.split())[:200]
 
 
 def _instructions() -> str:
@@ -103,7 +119,7 @@ def _instructions() -> str:
     return "-mcpu=native"
 
 
-def _loaded(compiler: str, flags: list[str]) -> ctypes.CDLL:
+def _loaded(compiler: list[str], flags: list[str]) -> ctypes.CDLL:
     """The library, compiled if the cache doesn't have it.
 
     Its name has a hash of the source, the compiler and its flags, and the CPU's abilities, as one
@@ -114,11 +130,13 @@ def _loaded(compiler: str, flags: list[str]) -> ctypes.CDLL:
     folder, stem = _cache_folder(), f"kernels-{_digest(*origin)}"
     if folder is not None and (found := _cached(folder, stem)) is not None:
         return found
+    if folder is not None and not os.access(folder, os.W_OK):
+        folder = None
     if folder is not None:
         _clean(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING) as scratch:
         made = Path(scratch) / f"{stem}.so"
-        command = [compiler, *flags, *(str(HERE / source) for source in SOURCES), "-o", str(made)]
+        command = [*compiler, *flags, *(str(HERE / source) for source in SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
         found = _typed(made)  # stays loaded when its file moves or goes
         if folder is not None:  # at once: another process may do the same
@@ -172,13 +190,12 @@ def _abilities() -> list[tuple[str, object]]:
 
 
 def _cache_folder() -> Path | None:
-    """The user's cache folder of this library; None if it can't be written."""
+    """The user's cache folder of this library; None if there is none and it can't be made."""
     with contextlib.suppress(OSError, RuntimeError):
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(home) / "lowrank-lab"
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        return folder
     return None
 
 

@@ -10,21 +10,21 @@ static bool loss_row(float *l, int64_t target, float *loss, n_t V, int slopes) {
     float own = l[target], rest[W];
     n_t whole = V / W * W;
     for (int j = 0; j < W; j++) rest[j] = whole + j < V ? l[whole + j] : -INFINITY;
-    vec tops = at(rest), sums = {};
-    for (n_t c = 0; c < whole; c += W) tops = larger(at(l + c), tops);
+    vec tops = load(rest), sums = {};
+    for (n_t c = 0; c < whole; c += W) tops = larger(load(l + c), tops);
     float top = largest_of(tops);
     for (n_t c = 0; c < whole; c += W) {
-        vec e = exp_of(at(l + c) - top);
+        vec e = exp_of(load(l + c) - top);
         sums += e;
-        if (slopes) at(l + c) = e;
+        if (slopes) store(l + c, e);
     }
     float sum = sum_of(sums);
-    vec e = exp_of(at(rest) - top);
+    vec e = exp_of(load(rest) - top);
     for (n_t c = whole; c < V; c++) {
         sum += e[c - whole];
         if (slopes) l[c] = e[c - whole];
     }
-    *loss = top + std::log(sum) - own;
+    *loss = std::log(sum) + (top - own);  // in this order: large logits leave the digits of the first
     if (!slopes) return true;
 #pragma omp simd
     for (n_t c = 0; c < V; c++) l[c] *= 1 / sum;

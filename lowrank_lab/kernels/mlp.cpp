@@ -9,8 +9,8 @@ struct MLP {
     Weight gate, up, down;
     MLP(const float *Wg, const float *Wu, const float *Wd, n_t d, n_t f)
         : d(d), f(f), gate{Wg, f, d}, up{Wu, f, d}, down{Wd, d, f} {}
-    n_t forward(n_t threads) const {
-        return gate.forward() + up.forward() + down.forward() + threads * PIECE * (d + f);
+    n_t forward(n_t units) const {
+        return gate.forward() + up.forward() + down.forward() + units * PIECE * (d + f);
     }
     n_t backward(n_t units) const {
         n_t panels = gate.backward() + up.backward() + down.backward();
@@ -21,7 +21,7 @@ struct MLP {
 
 extern "C" n_t mlp_scratch(n_t rows, n_t d, n_t f, int backward, int threads) {  // floats
     MLP mlp(nullptr, nullptr, nullptr, d, f);
-    return backward ? mlp.backward(units_of(rows, UNIT, threads)) : mlp.forward(threads);
+    return backward ? mlp.backward(units_of(rows, UNIT, threads)) : mlp.forward(units_of(rows, PIECE, threads));
 }
 
 extern "C" void mlp_forward(const float *x, const float *w, const float *Wg, const float *Wu,
@@ -30,7 +30,7 @@ extern "C" void mlp_forward(const float *x, const float *w, const float *Wg, con
     MLP mlp(Wg, Wu, Wd, d, f);
     float *g_panels = scratch, *u_panels = g_panels + mlp.gate.forward(), *d_panels = u_panels + mlp.up.forward();
     float *rest = d_panels + mlp.down.forward();
-    n_t pieces = (rows + PIECE - 1) / PIECE;
+    n_t pieces = (rows + PIECE - 1) / PIECE, units = units_of(rows, PIECE, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int thread = 0; thread < threads; thread++) {
         mlp.gate.pack_forward(g_panels, thread, threads);
@@ -38,16 +38,16 @@ extern "C" void mlp_forward(const float *x, const float *w, const float *Wg, con
         mlp.down.pack_forward(d_panels, thread, threads);
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int thread = 0; thread < threads; thread++) {
-        float *n = rest + thread * PIECE * (d + f), *h = n + PIECE * d;
-        for (n_t p = share(pieces, thread, threads); p < share(pieces, thread + 1, threads); p++) {
+    for (int unit = 0; unit < units; unit++) {
+        float *n = rest + unit * PIECE * (d + f), *h = n + PIECE * d;
+        for (n_t p = share(pieces, unit, units); p < share(pieces, unit + 1, units); p++) {
             n_t from = p * PIECE, count = least(PIECE, rows - from);
             const float *a = x + from * d;
             float *o = y + from * d, *g = gate + from * f, *u = up + from * f;
             for (n_t r = 0; r < count; r++) s[from + r] = norm_row(a + r * d, w, n + r * d, d, eps);
             layer<false>(count, n, d, g_panels, g, f);
             layer<false>(count, n, d, u_panels, u, f);
-            for (n_t i = 0; i < count * f; i += W) swiglu(at(g + i), at(u + i), &at(h + i));
+            for (n_t i = 0; i < count * f; i += W) store(h + i, swiglu(load(g + i), load(u + i)));
             memcpy(o, a, 4 * count * d);
             layer<true>(count, h, f, d_panels, o, d);
         }
@@ -86,9 +86,8 @@ extern "C" void mlp_backward(const float *x, const float *w, const float *s, con
                 norm_rows_again(a, w, s + from, n, count, d);
                 layer<false>(count, o, d, d_panels, h, f);
                 for (n_t i = 0; i < count * f; i += W) {
-                    vec y, a, b;
-                    swiglu_again(at(g + i), at(u + i), at(h + i), &y, &a, &b);
-                    at(h + i) = y, at(dg + i) = a, at(du + i) = b;
+                    SwiGLU again(load(g + i), load(u + i), load(h + i));
+                    store(h + i, again.y), store(dg + i, again.dg), store(du + i, again.du);
                 }
                 layer<false>(count, dg, f, g_panels, dn, d);
                 layer<true>(count, du, f, u_panels, dn, d);
@@ -96,7 +95,7 @@ extern "C" void mlp_backward(const float *x, const float *w, const float *s, con
                 sum_d.pack(unit, at_row, h, count);
                 for (n_t r = 0; r < count; r++) {
                     norm_row_backward(a + r * d, w, s[from + r], dn + r * d, dn + r * d, sum_w, d);
-                    for (n_t i = r * d; i < (r + 1) * d; i += W) at(dx + from * d + i) = at(dn + i) + at(o + i);
+                    for (n_t i = r * d; i < (r + 1) * d; i += W) store(dx + from * d + i, load(dn + i) + load(o + i));
                 }
             }
         }

@@ -39,9 +39,17 @@ def largest_bf16_head() -> int:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels can compute with these: float32 on a CPU, not empty."""
-    suits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
-    return suits and not prefers_few_kernels(tensors[0]) and available()
+    """Whether the kernels can compute with these: float32 on a CPU, dense, not empty.
+
+    The kernels trust shapes: callers compare them, and leave those that don't fit to torch.
+    """
+    return all(t.dtype == torch.float32 for t in tensors) and _exist_for(*tensors)
+
+
+def _exist_for(*tensors: Tensor) -> bool:
+    """Whether there are kernels for tensors that are such but for their dtype."""
+    suits = all(t.device.type == "cpu" and t.layout is torch.strided and t.numel() for t in tensors)
+    return suits and are_plain(*tensors) and not prefers_few_kernels(tensors[0]) and available()
 
 
 def are_plain(*tensors: Tensor) -> bool:
@@ -49,17 +57,18 @@ def are_plain(*tensors: Tensor) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter, FakeTensor) for t in tensors)
 
 
-def takes_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def takes_heads(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> bool:
     """Whether `rotary_attention` can compute with q, k and v (B, T, H, D), and is the faster way.
 
-    In bfloat16 it is up to `largest_bf16_head`.
+    In bfloat16 it is up to `largest_bf16_head`. `angles`: cos and sin.
     """
-    size = q.shape[-1]
-    if size % HEAD_SIZE:
+    T, _, size = q.shape[1:]
+    if size % HEAD_SIZE or not q.shape == k.shape == v.shape:
+        return False
+    if any(t.shape != (T, size // 2) for t in angles):
         return False
     if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} and size <= largest_bf16_head():
-        on_cpu = all(t.device.type == "cpu" and t.numel() for t in (q, k, v))
-        return on_cpu and not prefers_few_kernels(q) and available()
+        return _exist_for(q, k, v)
     return takes(q, k, v)
 
 
@@ -85,7 +94,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> None:
     """Fill `losses` (n, 1); with `slopes`, turn logits (n, V) into softmax − one_hot(target).
 
-    Raises IndexError for a target that is none of the V, ValueError for other than n of them.
+    Raises IndexError for a target that is none of the V, ValueError for other than n of them, or
+    for logits or losses that aren't contiguous.
     """
     torch.ops.lowrank_lab_cpu.losses_(logits, targets, losses, slopes)
 

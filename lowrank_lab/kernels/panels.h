@@ -12,18 +12,15 @@ constexpr n_t KC = 256;  // of the common dimension at a time: its part of a pan
 constexpr n_t MC = 96;   // of the left operand's rows at a time: they stay in the second
 static_assert(MC % MR == 0, "a copy of MC rows fills whole panels");
 
-INLINE n_t least(n_t a, n_t b) { return a < b ? a : b; }
-INLINE n_t share(n_t count, n_t thread, n_t threads) { return count * thread / threads; }
-
-// Columns [c, c + count) of a panel from B's rows [from, from + depth), which are columns of Bᵀ.
+// `count` columns of a panel from as many rows of Bᵀ, cb apart; `depth` numbers of each.
 static void pack_transposed(const float *B, n_t cb, n_t depth, n_t count, float *to) {
     n_t k = 0;
     for (; k + W <= depth; k += W)
         for (n_t j = 0; j + W <= count; j += W) {
             vec rows[W];
-            for (int i = 0; i < W; i++) rows[i] = at(B + (j + i) * cb + k);
+            for (int i = 0; i < W; i++) rows[i] = load(B + (j + i) * cb + k);
             transpose_tile(rows);
-            for (int i = 0; i < W; i++) at(to + (k + i) * NR + j) = rows[i];
+            for (int i = 0; i < W; i++) store(to + (k + i) * NR + j, rows[i]);
         }
     for (n_t j = 0; j < count; j++)
         for (n_t i = j < count / W * W ? k : 0; i < depth; i++) to[i * NR + j] = B[j * cb + i];

@@ -31,9 +31,8 @@ INLINE vec some(const float *x, n_t count) {  // the first of a vector; zeros af
 extern "C" void swiglu_forward(const float *g, const float *u, float *y, n_t count, int threads) {
     n_t whole = count / W * W, rest = count - whole;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (n_t i = 0; i < whole; i += W) swiglu(at(g + i), at(u + i), &at(y + i));
-    vec last;
-    swiglu(some(g + whole, rest), some(u + whole, rest), &last);
+    for (n_t i = 0; i < whole; i += W) store(y + i, swiglu(load(g + i), load(u + i)));
+    vec last = swiglu(some(g + whole, rest), some(u + whole, rest));
     memcpy(y + whole, &last, 4 * rest);
 }
 
@@ -42,12 +41,11 @@ extern "C" void swiglu_backward(const float *g, const float *u, const float *dy,
     n_t whole = count / W * W, rest = count - whole;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (n_t i = 0; i < whole; i += W) {
-        vec y;
-        swiglu_again(at(g + i), at(u + i), at(dy + i), &y, &at(dg + i), &at(du + i));
+        SwiGLU again(load(g + i), load(u + i), load(dy + i));
+        store(dg + i, again.dg), store(du + i, again.du);
     }
-    vec y, a, b;
-    swiglu_again(some(g + whole, rest), some(u + whole, rest), some(dy + whole, rest), &y, &a, &b);
-    memcpy(dg + whole, &a, 4 * rest), memcpy(du + whole, &b, 4 * rest);
+    SwiGLU last(some(g + whole, rest), some(u + whole, rest), some(dy + whole, rest));
+    memcpy(dg + whole, &last.dg, 4 * rest), memcpy(du + whole, &last.du, 4 * rest);
 }
 
 // The losses of rows of V logits, and with `slopes` their gradients in place of the logits. Returns

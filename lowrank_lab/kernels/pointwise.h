@@ -34,13 +34,16 @@ INLINE vec sigmoid(vec x) {
     return x < -88.0f ? vec{} : s;  // so that x · s is NaN at −∞, as torch has it
 }
 
-// y = u · g σ(g).
-INLINE void swiglu(vec g, vec u, vec *y) { *y = u * g * sigmoid(g); }
+// u · g σ(g).
+INLINE vec swiglu(vec g, vec u) { return u * g * sigmoid(g); }
 
-// The same y, dg = dy · u · σ(g) (1 + g (1 − σ(g))) and du = dy · g σ(g).
-INLINE void swiglu_again(vec g, vec u, vec dy, vec *y, vec *dg, vec *du) {
-    vec s = sigmoid(g);
-    *y = u * g * s;
-    *dg = dy * u * s * (1.0f + g * (1.0f - s));
-    *du = dy * g * s;
-}
+// It again, y, with dg = dy · u · σ(g) (1 + g (1 − σ(g))) and du = dy · g σ(g).
+struct SwiGLU {
+    vec y, dg, du;
+    SwiGLU(vec g, vec u, vec dy) {
+        vec s = sigmoid(g);
+        y = u * g * s;
+        dg = dy * u * s * (1.0f + g * (1.0f - s));
+        du = dy * g * s;
+    }
+};

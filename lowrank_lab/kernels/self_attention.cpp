@@ -95,7 +95,7 @@ extern "C" void self_attention_backward(const float *x, const float *w, const fl
             memset(sum_w, 0, 4 * d);
             for (n_t t = 0; t < T; t++) {
                 norm_row_backward(a + t * d, w, s[b * T + t], dm + t * d, dm + t * d, sum_w, d);
-                for (n_t i = t * d; i < (t + 1) * d; i += W) at(dx + b * X + i) = at(dm + i) + at(o + i);
+                for (n_t i = t * d; i < (t + 1) * d; i += W) store(dx + b * X + i, load(dm + i) + load(o + i));
             }
         }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)

@@ -46,8 +46,8 @@ INLINE void tile(n_t K, const G *A, n_t ra, n_t ka, const G *B, n_t ldb, float *
     }
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < vectors; j++) {
-            sums &to = *(sums *)(C + r * ldc + j * lanes);
-            to = add ? to + c[r][j] : c[r][j];
+            sums *to = (sums *)(C + r * ldc + j * lanes);
+            *to = add ? *to + c[r][j] : c[r][j];
         }
 }
 
@@ -55,18 +55,18 @@ INLINE void tile(n_t K, const G *A, n_t ra, n_t ka, const G *B, n_t ldb, float *
 INLINE void transpose_tile(vec *x) {
     for (int j = 0; j < 4; j++) {
         vec a = x[j], b = x[j + 4];
-        x[j] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
-        x[j + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+        x[j] = SHUFFLED(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+        x[j + 4] = SHUFFLED(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
     }
     for (int i = 0; i < 4; i++) {
         int j = i % 2 + 4 * (i / 2);
         vec a = x[j], b = x[j + 2];
-        x[j] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-        x[j + 2] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+        x[j] = SHUFFLED(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+        x[j + 2] = SHUFFLED(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
     }
     for (int j = 0; j < W; j += 2) {
         vec a = x[j], b = x[j + 1];
-        x[j] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
-        x[j + 1] = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+        x[j] = SHUFFLED(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+        x[j + 1] = SHUFFLED(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
     }
 }

@@ -16,11 +16,17 @@ struct bf16 {
     uint16_t bits;
 };
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
 
 INLINE vec splat(float x) { return x - vec{}; }
-INLINE vec &at(float *p) { return *(vec *)p; }
-INLINE const vec &at(const float *p) { return *(const vec *)p; }
 INLINE constexpr n_t up(n_t x, n_t m) { return (x + m - 1) / m * m; }
+INLINE n_t least(n_t a, n_t b) { return a < b ? a : b; }
+// Where a thread's share of so many begins.
+INLINE n_t share(n_t count, n_t thread, n_t threads) { return count * thread / threads; }
 
 // The bits of a bfloat16 as the upper half of each number; ties go to the even one, NaN stays.
 INLINE uvec rounded(vec x) {
@@ -29,9 +35,10 @@ INLINE uvec rounded(vec x) {
     return x == x ? bits & 0xffff0000 : uvec{} + 0x7fc00000;
 }
 
-INLINE vec load(const float *p) { return at(p); }
+// A reference to a vec would do for both, but clang forgets its alignment.
+INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE vec load(const bf16 *p) { return (vec)(__builtin_convertvector(*(const hvec *)p, uvec) << 16); }
-INLINE void store(float *p, vec x) { at(p) = x; }
+INLINE void store(float *p, vec x) { *(vec *)p = x; }
 INLINE void store(bf16 *p, vec x) { *(hvec *)p = __builtin_convertvector(rounded(x) >> 16, hvec); }
 
 // The larger and the smaller number of each lane; b's if one is NaN.
@@ -45,9 +52,9 @@ INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
 
 // All lanes in one: halves, quarters and neighbours.
 template <class Of> INLINE float reduced(vec x, Of of) {
-    x = of(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
-    x = of(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
-    x = of(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+    x = of(x, SHUFFLED(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = of(x, SHUFFLED(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+    x = of(x, SHUFFLED(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
     return x[0];
 }
 INLINE float sum_of(vec x) { return reduced(x, [](vec a, vec b) { return a + b; }); }

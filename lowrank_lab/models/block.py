@@ -66,12 +66,17 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(mixed)
         return out
 
+    def fuses(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Whether a kernel of the whole half has heads of this size, and these angles fit x."""
+        angles = (x.shape[-2], self.head_size // 2)
+        return self.head_size % kernels.HEAD_SIZE == 0 and cos.shape == angles == sin.shape
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary attention of q, k and v (B, T, d) → (B, T, d)."""
         shape = q.shape
         heads = (*shape[:2], self.num_heads, shape[2] // self.num_heads)
         q, k, v = (t.view(heads) for t in (q, k, v))
-        if kernels.takes_heads(q, k, v):
+        if kernels.takes_heads(q, k, v, cos, sin):
             mixed = kernels.rotary_attention(q, k, v, cos, sin)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -136,7 +141,9 @@ class MLP(nn.Module):
         """The input of the down projection."""
         if not self.activates:
             return gate * up
-        return kernels.swiglu(gate, up) if kernels.takes(gate, up) else F.silu(gate) * up
+        if gate.shape == up.shape and kernels.takes(gate, up):
+            return kernels.swiglu(gate, up)
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -174,7 +181,7 @@ def run_block(
     if block.narrow:
         return narrow_block(block, x, cos, sin)
     fused, attention, mlp = None, block.self_attn, block.mlp
-    if type(attention) is Attention and attention.head_size % kernels.HEAD_SIZE == 0:
+    if type(attention) is Attention and attention.fuses(x, cos, sin):
         fused = fused_weights(x, block.input_layernorm, attention, attention.layers())
     if fused is not None:
         x = attention(x, cos, sin, fused)
@@ -182,7 +189,7 @@ def run_block(
         joint = () if qkv is None else (None, qkv)  # layers of one's own take the first three
         x = x + attention(block.input_layernorm(x), cos, sin, *joint)
     fused = None
-    if type(mlp) is MLP:
+    if type(mlp) is MLP and mlp.activates:
         fused = fused_weights(x, block.post_attention_layernorm, mlp, mlp.layers())
     if fused is not None:
         return mlp(x, fused)  # type: ignore[no-any-return]

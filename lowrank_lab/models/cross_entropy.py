@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd.function import once_differentiable
 
 from lowrank_lab.device import autocast_dtype, prefers_few_kernels
 from lowrank_lab.kernels import operators as kernels
@@ -36,6 +37,8 @@ def linear_cross_entropy(
         fused: compiled kernels for the softmax of a chunk, its losses and its gradient; by default,
             torch's operators one after another.
     """
+    if not len(hidden):
+        raise ValueError("hidden: no tokens are not allowed; at least one")
     if dtype := autocast_dtype(hidden):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     apply: Any = _LinearCrossEntropy.apply
@@ -80,16 +83,16 @@ class FusedLosses:
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (n, V), targets (n, 1) → cross-entropies (n, 1), float32."""
     wide = logits.float()
-    return wide.logsumexp(1, keepdim=True) - wide.gather(1, targets)
+    return (wide - wide.gather(1, targets)).logsumexp(1, keepdim=True)
 
 
 def _losses_and_slopes_(logits: Tensor, targets: Tensor) -> Tensor:
     """As `_losses`; turns logits into softmax − one_hot(target)."""
     wide = logits.float()
-    total = wide.logsumexp(1, keepdim=True)
-    losses = total - wide.gather(1, targets)
+    wide = wide - wide.gather(1, targets)  # large logits would leave few digits of the difference
+    losses = wide.logsumexp(1, keepdim=True)
     hit = torch.arange(logits.shape[1], device=logits.device) == targets
-    logits.copy_((wide - total).exp() - hit.float())
+    logits.copy_((wide - losses).exp() - hit.float())
     return losses
 
 
@@ -105,7 +108,7 @@ def _passes(
     count, vocabulary = hidden.shape[0], weight.shape[0]
     size = LOGITS_ON_CUDA if prefers_few_kernels(hidden) else LOGITS_IN_CHUNK
     fitting = size // (vocabulary * hidden.element_size())
-    chunk = min(count, max(SMALLEST_CHUNK, fitting))
+    chunk = max(1, min(count, max(SMALLEST_CHUNK, fitting)))
     grad_hidden = torch.empty_like(hidden) if wants_hidden else None
     grad_weight = None
     losses = hidden.new_empty((count, 1), dtype=torch.float32)
@@ -144,6 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0] / ctx.count
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -172,11 +176,12 @@ def _losses_(logits: Tensor, targets: Tensor, losses: Tensor, slopes: bool) -> N
         wide = piece.float()
         own = wide.gather(1, y)
         if not slopes:
-            torch.sub(wide.logsumexp(1, keepdim=True), own, out=loss)
+            torch.logsumexp(wide - own, 1, keepdim=True, out=loss)
             continue
         top = wide.amax(1, keepdim=True)
         p = wide.softmax(1)
-        # log Σ exp(l) = top + log Σ exp(l − top), and the largest p is 1 / Σ exp(l − top)
-        torch.sub(top, p.amax(1, keepdim=True).log_(), out=loss).sub_(own)
+        # log Σ exp(l) = top + log Σ exp(l − top), and the largest p is 1 / Σ exp(l − top). The
+        # logarithm comes last, so that large logits leave its digits.
+        torch.sub(top, own, out=loss).sub_(p.amax(1, keepdim=True).log_())
         p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
         piece.copy_(p)

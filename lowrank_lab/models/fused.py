@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from lowrank_lab.device import autocast_dtype
 from lowrank_lab.kernels import flops as flops  # so that FlopCounterMode knows the kernels
@@ -19,6 +20,10 @@ from lowrank_lab.models.rms_norm import RMSNorm
 
 MOST_WEIGHTS = 2**22  # entries in a half; more have not been measured
 FEWEST_SEQUENCES = 8  # threads share the work by sequences
+ON_ALL_MODULES = (  # hooks
+    all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks,
+    all_modules._global_backward_hooks, all_modules._global_backward_pre_hooks,
+)  # fmt: skip
 
 
 def fused_weights(
@@ -38,11 +43,21 @@ def fused_weights(
     if not all(map(is_plain_linear, layers)):
         return None
     weights: list[Any] = [layer.weight for layer in (norm, *layers)]
-    suits = all(n % MULTIPLE == 0 for weight in weights for n in weight.shape)
     few = sum(weight.numel() for weight in weights) <= MOST_WEIGHTS
-    if not suits or not few or not kernels.are_plain(*weights):
-        return None
-    return weights if kernels.takes(x, *weights) else None
+    return weights if few and _fit(x, weights) and kernels.takes(x, *weights) else None
+
+
+def _fit(x: Tensor, weights: list[Tensor]) -> bool:
+    """Whether weights (d), (f×d) of all layers but the last, and (d×f) fit x (..., d).
+
+    Both widths have to suit the kernels; of attention they are equal.
+    """
+    d, f = x.shape[-1], len(weights[1])
+    shapes = [(d,), *(len(weights) - 2) * [(f, d)], (d, f)]
+    if len(weights) == 5 and f != d:
+        return False
+    fit = all(weight.shape == shape for weight, shape in zip(weights, shapes, strict=True))
+    return fit and d % MULTIPLE == 0 == f % MULTIPLE
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -52,10 +67,15 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def is_followed(module: nn.Module) -> bool:
-    """Whether the module has hooks that need its own call; those of `memory.modules` don't."""
+    """Whether the module's own call is needed: a `forward` of its own, or hooks on it or on all.
+
+    Hooks of `memory.modules` don't need it.
+    """
+    if "forward" in vars(module):
+        return True
     hooks = (
         module._forward_hooks, module._forward_pre_hooks,
-        module._backward_hooks, module._backward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks, *ON_ALL_MODULES,
     )  # fmt: skip
     return any(
         not getattr(hook, "only_observes", False) for found in hooks for hook in found.values()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lowrank_lab.kernels import operators as kernels
 from lowrank_lab.models.compiled import Compiled
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x / √(mean x² + ε) · weight over the last dimension."""
-    if kernels.takes(x, weight):
+    if weight.shape == x.shape[-1:] and kernels.takes(x, weight):
         return kernels.rms_norm(x, weight, NORM_EPS)
     out: Tensor = _RMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
@@ -47,6 +48,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         # with x̂ = x·s:  d weight = Σ g∘x̂,  d x = s·(g∘weight − x̂ · mean(g∘weight∘x̂))
         (g,) = grad_outputs

@@ -1,6 +1,7 @@
-"""The compiled kernels with fewer instructions than this CPU has: their equations once more."""
+"""The equations of the kernels, with fewer instructions than this CPU has, by another compiler."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,11 +15,16 @@ FILES = ("kernels/test_halves.py", "kernels/test_kernels.py", "cpu/test_products
 EQUATIONS = "formula or float64 or threads or scratch or losses"  # in the names of tests
 
 
-def test_kernels_with_the_tiles_of_AVX2_are_their_equations():
+@pytest.mark.parametrize(
+    ("name", "value"), [("ATEN_CPU_CAPABILITY", "avx2"), ("CXX", "clang++")], ids=["AVX2", "clang"]
+)
+def test_kernels_built_otherwise_are_their_equations(name, value):
+    if name == "CXX" and not shutil.which(value):
+        pytest.skip("no clang")
     files = [str(ROOT / "tests/unit" / file) for file in FILES]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, "-k", EQUATIONS],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        env={**os.environ, name: value},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:]

@@ -95,11 +95,38 @@ def test_a_change_of_a_kernel_changes_the_source_of_a_run(tmp_path, monkeypatch)
 
 def test_a_compiler_that_fails_is_reported_in_one_line(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(made, "_compiler", lambda: "/bin/false")
+    compiler = tmp_path / "compiler"
+    said = "echo 'In file x:' >&2; echo 'x.h:1: error: no such thing' >&2"
+    compiler.write_text(f"#!/bin/sh\n{said}; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{compiler} -m64")
     assert made.library.__wrapped__() is None
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("kernels: /bin/false failed (")
-    assert "\n" not in line
+    assert line.startswith(
+        f"kernels: {compiler} -m64 failed (x.h:1: error: no such thing); torch's"
+    )
+
+
+def test_the_next_compiler_is_tried_if_one_fails(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    usual = made._compilers()[0]
+    monkeypatch.setattr(made, "_compilers", lambda: [["/bin/false"], usual])
+    assert made.library.__wrapped__() is not None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_cache_that_cannot_be_written_is_read(full, tmp_path, monkeypatch):
+    usual = os.access
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda p, mode: mode != os.W_OK and usual(p, mode))
+    monkeypatch.setattr(made, "_cached", lambda folder, stem: (full and (folder, stem)) or None)
+    monkeypatch.setattr(made, "_typed", lambda file: file.parent)
+    monkeypatch.setattr(made.subprocess, "run", lambda *args, **kwargs: None)
+    found = made.library.__wrapped__()
+    assert (
+        found[0] == tmp_path / "lowrank-lab" if full else found.parent != tmp_path / "lowrank-lab"
+    )
 
 
 @pytest.mark.parametrize(("there", "name"), [(True, "own"), (False, "torch")])
