@@ -203,7 +203,7 @@ def _stackable(pair: Pair) -> bool:
 
 
 def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
-    """Pairs of one dtype and device, of at most `STACK_BYTES`."""
+    """Pairs of one dtype and device, of at most `STACK_ENTRIES`."""
 
     def kind(pair: Pair) -> str:
         grads = [p.grad.dtype for p in pair if p.grad is not None]
@@ -211,14 +211,14 @@ def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
 
     for _, same in groupby(sorted(pairs, key=kind), kind):
         batch: list[Pair] = []
-        nbytes = 0
+        entries = 0
         for pair in same:
-            own = sum(p.nbytes for p in pair)
-            if batch and nbytes + own > stacks.STACK_BYTES:
+            own = sum(p.numel() for p in pair)
+            if batch and entries + own > stacks.STACK_ENTRIES:
                 yield batch
-                batch, nbytes = [], 0
+                batch, entries = [], 0
             batch.append(pair)
-            nbytes += own
+            entries += own
         yield batch
 
 

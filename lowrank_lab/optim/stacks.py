@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank_lab.optim.adam import MOMENTS, adam_moments
 from lowrank_lab.optim.found_inf import add_
 
-STACK_BYTES = 512 * 2**20  # of gradients that are copied at a time
+STACK_ENTRIES = 2**28  # of gradients that are copied at a time
 StackShape = tuple[int, tuple[int, ...]]  # the number of tensors of a shape, and that shape
 State = dict[str, Any]
 
@@ -222,25 +222,24 @@ def project_stacks(G: Stacks, left: Sides, right: Sides, dtype: torch.dtype) -> 
 
 
 def limited(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parts of at most STACK_BYTES; a larger tensor is a part of its own.
+    """Parts of at most STACK_ENTRIES; a larger tensor is a part of its own.
 
     Neighbours with equal sides, transposed ones among them, share kernels: a part ends before them
     rather than between them, if they fit into one.
     """
     part: list[Tensor] = []
-    nbytes = 0
+    entries = 0
     for _, same in groupby(tensors, lambda t: sorted(t.shape)):
         run = list(same)
-        whole = sum(t.numel() * t.element_size() for t in run)
-        if part and nbytes + whole > STACK_BYTES >= whole:
+        whole = sum(t.numel() for t in run)
+        if part and entries + whole > STACK_ENTRIES >= whole:
             yield part
-            part, nbytes = [], 0
+            part, entries = [], 0
         for t in run:
-            own = t.numel() * t.element_size()
-            if part and nbytes + own > STACK_BYTES:
+            if part and entries + t.numel() > STACK_ENTRIES:
                 yield part
-                part, nbytes = [], 0
+                part, entries = [], 0
             part.append(t)
-            nbytes += own
+            entries += t.numel()
     if part:
         yield part

@@ -54,12 +54,14 @@ def test_averages_in_float32_take_as_few_kernels(method, size):
     assert counts.check.total + counts.update.total <= LIMITS[size], counts.update.kernels
 
 
+@pytest.mark.parametrize("size", LIMITS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_of_float32_weights_at_60m_launches_few_kernels(name):
-    """Mixed precision; stacks have a limit in bytes, so that larger models have more of them."""
+def test_a_step_of_float32_weights_launches_few_kernels(name, size):
+    """Mixed precision: the iteration of Newton and Schulz is in bfloat16, with two to five casts."""
     method, options = OPTIMIZERS[name]
-    counts = step_kernels(method, "60m", options, precision="amp-bf16")
-    limit = MORE.get(name, LIMITS)["60m"] + 6
+    counts = step_kernels(method, size, options, precision="amp-bf16")
+    casts = {"muon": 5, "normuon": 5, "spectron": 2}.get(name, 0)
+    limit = MORE.get(name, LIMITS)[size] + casts
     assert 0 < counts.check.total + counts.update.total <= limit, counts.update.kernels
 
 
@@ -135,7 +137,11 @@ def test_the_text_has_the_counts_of_galore_with_options(fields, sentence):
 @pytest.mark.parametrize("name", ["Fira", "Muon", "Stable-SPAM", "APOLLO", "GaLore"])
 def test_the_text_has_the_counts_of_float32_weights(name):
     found = counts_of(method_of(name), "350m", precision="amp-bf16")
-    assert re.search(rf"--precision amp-bf16`\).*?\b{name} {found}\b", TEXT)
+    assert re.search(rf"At 350m .*?--precision amp-bf16`\).*?\b{name} {found}\b", TEXT)
+
+
+def test_the_text_has_the_count_of_muon_with_float32_weights():
+    assert f"at 60m Muon takes {counts_of('muon', '60m', precision='amp-bf16')}." in TEXT
 
 
 def test_the_text_has_the_kernels_of_the_loss():

@@ -155,12 +155,12 @@ def test_with_spread_refreshes_each_matrix_keeps_its_step(method):
 @pytest.mark.parametrize("row", [RANKED[0], SPAM, STABLE_SPAM, LORO], ids=str)
 def test_small_batches_change_nothing(row, monkeypatch):
     whole = trained(row, torch.float64, {}, True)
-    monkeypatch.setattr(stacking, "STACK_BYTES", 3000)
+    monkeypatch.setattr(stacking, "STACK_ENTRIES", 700)
     assert_alike(trained(row, torch.float64, {}, True), whole, 1e-9)
 
 
 def test_a_matrix_that_fills_a_batch_alone_is_not_copied(monkeypatch):
-    monkeypatch.setattr(stacking, "STACK_BYTES", 100)
+    monkeypatch.setattr(stacking, "STACK_ENTRIES", 25)
     row = RANKED[0]
     runs = [trained(row, torch.float32, {}, s) for s in (True, False)]
     assert_alike(*runs, 1e-6)
