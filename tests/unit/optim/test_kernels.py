@@ -57,7 +57,7 @@ def test_averages_in_float32_take_as_few_kernels(method, size):
 @pytest.mark.parametrize("size", LIMITS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_of_float32_weights_launches_few_kernels(name, size):
-    """Mixed precision: the iteration of Newton and Schulz is in bfloat16, with two to five casts."""
+    """Mixed precision: Newton and Schulz iterate in bfloat16, which takes two to five casts."""
     method, options = OPTIMIZERS[name]
     counts = step_kernels(method, size, options, precision="amp-bf16")
     casts = {"muon": 5, "normuon": 5, "spectron": 2}.get(name, 0)
