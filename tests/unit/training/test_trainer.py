@@ -296,6 +296,8 @@ def test_ways_to_save_memory_do_not_change_the_losses(config, trained, method, c
     exact = {"lr": usual_rate(method), "method_options": short_options(method, 4)}
     if "ns_precision" in METHODS[method].options:  # in bfloat16, rounding would grow
         exact["method_options"] |= {"ns_precision": "fp32"}
+    if method == "frugal":  # the sign of a gradient that is 0 up to rounding is a whole step of it
+        exact["method_options"] |= {"inactive_lr_scale": 0.01}
     runs = (trained(config(method, **exact, **how)) for how in ({}, change))
     losses = [[row["loss"] for row in rows_of(run.folder)] for run in runs]
     # SLTrain's B starts at zero, where Adam divides rounding by rounding
