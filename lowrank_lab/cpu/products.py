@@ -116,8 +116,9 @@ def _is_ours(a: Tensor, b: Tensor) -> bool:
     if a.shape[0] < FEWEST_ROWS or not kernels.available():
         return False
     suits = a.is_contiguous() or a.shape[0] >= 4 * b.shape[1]
-    fast = is_amd() and torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # else not measured
-    return fast or (suits and b.numel() <= SMALL_WEIGHT)
+    # With SSE alone, large weights have not been measured.
+    any_weight = is_amd() and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    return any_weight or (suits and b.numel() <= SMALL_WEIGHT)
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:

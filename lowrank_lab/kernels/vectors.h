@@ -64,7 +64,7 @@ INLINE float largest_of(vec x) { return reduced(x, larger); }
 // x = n ln 2 + r, |r| ≤ ln 2 / 2: 2^n times e^r, a Taylor-like polynomial.
 INLINE vec exp_of(vec x) {
     x = smaller(splat(88.0f), larger(splat(-87.0f), x));
-    vec n = x * 1.44269504088896341f + 12583039.0f;  // 1.5 · 2^23 + 127: rounded, and with 2^n's exponent
+    vec n = x * 1.44269504088896341f + 12583039.0f;  // 1.5 · 2^23 + 127: the last bits are n + 127
     vec power = (vec)((ivec)n << 23);
     n -= 12583039.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts

@@ -155,7 +155,7 @@ def test_with_spread_refreshes_each_matrix_keeps_its_step(method):
 @pytest.mark.parametrize("row", [RANKED[0], SPAM, STABLE_SPAM, LORO], ids=str)
 def test_small_batches_change_nothing(row, monkeypatch):
     whole = trained(row, torch.float64, {}, True)
-    monkeypatch.setattr(stacking, "STACK_ENTRIES", 700)
+    monkeypatch.setattr(stacking, "STACK_ENTRIES", 375)
     assert_alike(trained(row, torch.float64, {}, True), whole, 1e-9)
 
 
